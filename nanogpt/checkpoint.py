@@ -1,0 +1,118 @@
+"""What a run must keep, written so that it cannot be lost, read so that it cannot harm.
+
+Use:    save(path, checkpoint); checkpoint = load(path)
+A checkpoint is one self-contained file of plain types and tensors (torch.save, read back with
+weights_only=True, so a hostile file runs nothing). It is a zip archive: every record in it has a
+checksum, and all of them are verified before anything is used.
+Which file is the best one and which is resumed: run_folder.py.
+"""
+
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from nanogpt.config import GPTConfig, TrainConfig, UserError, from_dict, require
+from nanogpt.files import replacing
+
+FORMAT = 1
+"""Version of the checkpoint format."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything that moves, apart from tensors."""
+
+    step: int = 0
+    """Updates done."""
+    best_val_loss: float = float("inf")
+    """Lowest validation loss so far, in nats per token."""
+    evaluated_at: int = 0
+    """Step of the last evaluation."""
+    worse_evaluations: int = 0
+    """Evaluations since the best one."""
+    elapsed_s: float = 0.0
+    """Seconds spent in training steps."""
+    order: int = 0
+    """Number of the data order: how often the run went back to step around a broken batch."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint file.
+
+    The randomness of a step is a function of (seed, order, step), so config and progress hold
+    the whole state of the random-number generators.
+    """
+
+    config: dict[str, Any]
+    """The resolved TrainConfig (config.to_dict)."""
+    vocab_size: int
+    progress: dict[str, Any]
+    """The fields of Progress."""
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    """The float16 gradient scaler; empty in other dtypes."""
+    arithmetic: dict[str, str]
+    """device and dtype the run used: what "auto" stood for."""
+    tokenizer: dict[str, Any]
+    fingerprint: str
+    """Fingerprint of the training data."""
+    format: int = FORMAT
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The settings of the run."""
+        return from_dict(TrainConfig, self.config)
+
+    @property
+    def model_config(self) -> GPTConfig:
+        """The settings of the model."""
+        names = {field.name for field in fields(GPTConfig)}
+        shape = {name: value for name, value in self.config.items() if name in names}
+        return GPTConfig(**shape, vocab_size=self.vocab_size)
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; until it is complete, the file that was there stays untouched.
+
+    Errors: UserError if the folder cannot be written or the disk is full.
+    """
+    with replacing(path) as file:
+        content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+        torch.save(content, file)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU, after verifying every checksum in it.
+
+    Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
+    """
+    require(path.is_file(), f"checkpoint {path} does not exist: train one, or check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        require(damaged is None, f"checkpoint {path} is damaged (checksum of {damaged})")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({detail})") from error
+    content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
+    version = content.get("format")
+    require(version is not None, f"{path} is not a NanoGPT checkpoint: give a ckpt.pt or last.pt")
+    require(version == FORMAT, f"checkpoint {path} has format {version}, this is {FORMAT}: update NanoGPT")
+    return Checkpoint(**content)
+
+
+def peek_config(path: Path) -> TrainConfig:
+    """The settings in a checkpoint, without reading its tensors or verifying anything.
+
+    Errors: whatever a missing or damaged file raises.
+    """
+    content = cast(dict[str, Any], torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    return from_dict(TrainConfig, content["config"])

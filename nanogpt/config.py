@@ -1,0 +1,261 @@
+"""Every setting of every command: frozen dataclasses, each default written once.
+
+Use:    config = TrainConfig(n_layer=4, max_iters=200); replace(config, seed=2)
+Flags:  cli.py turns each field into a flag of the same name; the text under a field is its help.
+Knows nothing of torch, of files, or of how a flag is typed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Switch = Literal["auto", "on", "off"]
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line saying what is wrong, the value, and the fix.
+
+    Commands print it without a traceback and exit with code 2.
+    """
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise UserError(message) unless `holds`."""
+    if not holds:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of the model: what a checkpoint fixes for good, plus dropout and the attention kernel."""
+
+    block_size: int = 256
+    """Context length T, in tokens."""
+    n_layer: int = 6
+    """Number of transformer blocks."""
+    n_head: int = 6
+    """Attention heads in each block; must divide n_embd."""
+    n_embd: int = 384
+    """Width of the model C, the size of a token's vector."""
+    dropout: float = 0.2
+    """Probability of dropping an activation in training, in [0, 1)."""
+    flash_attn: bool = True
+    """Fused attention (PyTorch SDPA). Off: the same numbers from plain matrix products, slower."""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            at_least(self, name, 1)
+        require(
+            self.n_embd % self.n_head == 0,
+            f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}: "
+            f"try --n_embd {max(1, round(self.n_embd / self.n_head)) * self.n_head}",
+        )
+        require(
+            0 <= self.dropout < 1,
+            f"--dropout {self.dropout} is outside [0, 1): try 0.2, or 0 for none",
+        )
+
+
+SHAPE_FIELDS = ("block_size", "n_layer", "n_head", "n_embd")
+"""The fields that fix the shapes of the weights: a resumed run may not change them."""
+
+
+@dataclass(frozen=True)
+class GPTConfig(Architecture):
+    """A complete model: the architecture and the size of the vocabulary."""
+
+    vocab_size: int = 65
+    """Number of different tokens (65 characters in Tiny Shakespeare)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "vocab_size", 1)
+
+
+@dataclass(frozen=True)
+class SummaryConfig(GPTConfig):
+    """Print what a model of this shape costs: parameters, memory, arithmetic."""
+
+    preset: str | None = None
+    """Start from a preset's shape: cpu or shakespeare."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Turn a text into token files: train.pt, val.pt and vocab.pt in the data folder."""
+
+    input_file: str | None = None
+    """Your text file, in any encoding. Without it: Tiny Shakespeare, downloaded."""
+    data_dir: str = "data"
+    """Folder for the prepared data."""
+    train_split: float = 0.9
+    """Fraction of the text to train on, from its start; the rest is for validation."""
+    overwrite: bool = False
+    """Replace a different data set that is already in the folder."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.train_split < 1,
+            f"--train_split {self.train_split} is outside (0, 1): try 0.9",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig(Architecture):
+    """Train a GPT on a prepared data folder."""
+
+    preset: str | None = None
+    """A complete recipe to start from (cpu or shakespeare); other flags change it."""
+    data_dir: str = "data"
+    """Folder that `python data.py` prepared."""
+    out_dir: str = "out"
+    """Folder for checkpoints, metrics and plots."""
+    resume: bool = False
+    """Continue the run in out_dir exactly where it stopped."""
+    overwrite: bool = False
+    """Delete the earlier run in out_dir instead of keeping it in out_dir/previous."""
+
+    batch_size: int = 64
+    """Sequences in one update, over all its micro-batches."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches the batch is cut into, to fit in memory; the update stays the same."""
+    max_iters: int = 5000
+    """Number of updates."""
+    max_seconds: float | None = None
+    """Stop after this much training time, in seconds (evaluation and saving not counted)."""
+    learning_rate: float = 3e-4
+    """Highest learning rate."""
+    warmup_iters: int = 100
+    """Updates over which the learning rate rises from 0."""
+    min_lr: float = 0.1
+    """Learning rate at the end, as a fraction of the highest."""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on matrices and embeddings alone."""
+    beta1: float = 0.9
+    """AdamW decay of the first moment."""
+    beta2: float = 0.99
+    """AdamW decay of the second moment."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 for no limit."""
+
+    eval_interval: int = 250
+    """Updates between evaluations."""
+    eval_iters: int | None = None
+    """Most batches in one evaluation, spread evenly; None for the whole validation split."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better validation loss; None for never."""
+    log_interval: int = 10
+    """Updates between lines of metrics."""
+    save_seconds: float = 60.0
+    """Seconds between saves of last.pt (evaluations and the end save it too)."""
+    tensorboard: bool = False
+    """Write TensorBoard events under out_dir/runs."""
+
+    seed: int = 1337
+    """Fixes initial weights, data order and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda (NVIDIA, or AMD with ROCm), cuda:1 or mps."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the matrix products; auto: the fastest that is native to the device."""
+    compile: Switch = "auto"
+    """torch.compile; auto: on Linux with CUDA."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "gradient_accumulation_steps", "max_iters"):
+            at_least(self, name, 1)
+        for name in ("eval_interval", "eval_iters", "patience", "log_interval"):
+            at_least(self, name, 1)
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds"):
+            at_least(self, name, 0)
+        require(
+            self.gradient_accumulation_steps <= self.batch_size,
+            f"--gradient_accumulation_steps {self.gradient_accumulation_steps} is more than "
+            f"--batch_size {self.batch_size}: a micro-batch holds at least one sequence",
+        )
+        require(
+            self.learning_rate > 0,
+            f"--learning_rate {self.learning_rate} is not positive: try 3e-4",
+        )
+        require(0 <= self.min_lr <= 1, f"--min_lr {self.min_lr} is outside [0, 1]: try 0.1")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name} {value} is outside [0, 1): try 0.9")
+        require(
+            self.max_seconds is None or self.max_seconds > 0,
+            f"--max_seconds {self.max_seconds} is not positive: leave it out for no limit",
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Generate text from a checkpoint."""
+
+    checkpoint: str = "out/ckpt.pt"
+    """The checkpoint to load; everything needed is inside it."""
+    prompt: str = "\n"
+    """Text to continue; \\n and \\t are understood."""
+    num_tokens: int = 500
+    """Tokens to generate."""
+    temperature: float = 1.0
+    """Higher is more random; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together reach probability p."""
+    num_samples: int = 1
+    """How many texts to generate."""
+    stop: tuple[str, ...] = ()
+    """Stop before any of these strings appears in the generated text."""
+    seed: int | None = None
+    """Makes the text repeatable; None: another text each time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "num_tokens", 0)
+        for name in ("num_samples", "top_k"):
+            at_least(self, name, 1)
+        at_least(self, "seed", 0)
+        require(
+            0 <= self.temperature < float("inf"),
+            f"--temperature {self.temperature} is not 0 or a positive number: try 0.8",
+        )
+        require(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"--top_p {self.top_p} is outside (0, 1]: try 0.9",
+        )
+        require(bool(self.prompt), '--prompt "" is empty: give at least one character')
+        require("" not in self.stop, '--stop "" would stop at once: give at least one character')
+
+
+def at_least(config: object, name: str, least: int) -> None:
+    """Raise UserError if the field `name` of `config` is a number below `least` (None passes)."""
+    value = getattr(config, name)
+    require(
+        value is None or value >= least,
+        f"--{name} {value} is too small: it must be at least {least}",
+    )
+
+
+Config = TypeVar("Config", GPTConfig, TrainConfig)
+
+
+def to_dict(config: GPTConfig | TrainConfig) -> dict[str, Any]:
+    """The fields as plain types, for a checkpoint."""
+    return asdict(config)
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Inverse of to_dict. A field that `values` lacks keeps its default.
+
+    Errors: UserError if `values` has a field that this version does not know.
+    """
+    unknown = sorted(set(values) - {field.name for field in fields(cls)})
+    require(
+        not unknown,
+        f"the checkpoint was saved by another version of NanoGPT (unknown settings: "
+        f"{', '.join(unknown)}): update NanoGPT",
+    )
+    return cls(**values)

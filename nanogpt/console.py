@@ -1,0 +1,62 @@
+"""What commands show a person: lines, warnings, progress bars.
+
+On a terminal, colours and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
+"""
+
+import sys
+from functools import lru_cache
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@lru_cache(maxsize=1)
+def terminal() -> Console:
+    """The console on standard output."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def say(line: str = "", style: str | None = None) -> None:
+    """Print a line on standard output, above a progress bar if one is shown."""
+    if terminal().is_terminal:
+        terminal().print(line, style=style, markup=False)
+    else:
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print a line on standard error, above a progress bar if one is shown."""
+    if terminal().is_terminal and sys.stderr.isatty():
+        terminal().print(line, style="yellow", markup=False)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
+    """A progress bar with elapsed and remaining time; shows nothing when not on a terminal.
+
+    unit: shown in front of the bar. The task's `detail` field is shown behind it.
+    """
+    amount: ProgressColumn = (
+        DownloadColumn() if size_in_bytes else TextColumn("{task.completed:,}/{task.total:,}")
+    )
+    return Progress(
+        TextColumn(unit),
+        BarColumn(bar_width=24),
+        amount,
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=terminal(),
+        refresh_per_second=5,
+        disable=not terminal().is_terminal,
+    )

@@ -1,0 +1,225 @@
+"""Text to token files, and token files to batches.
+
+Run:    python data.py                              Tiny Shakespeare into data/
+        python data.py --input_file my.txt --data_dir my_data
+Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer
+        and a fingerprint of the text).
+Use:    data = load(Path("data")); batches = Batches(data.train, block_size=256, batch_size=64, seed=1)
+        x, y = batches(step)
+Does not know the model or the device.
+
+# B batch, T block_size, N tokens in the split, W windows in an epoch
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanogpt import tokenizer as tokenizers
+from nanogpt.config import DataConfig, UserError, require
+from nanogpt.console import say
+from nanogpt.corpus import Source, read_text, tiny_shakespeare
+from nanogpt.files import replacing
+from nanogpt.tokenizer import CharTokenizer
+
+FORMAT = 1
+"""Version of the data folder's format."""
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared data folder. train, val: (N,) token ids, read from the disk as they are needed."""
+
+    train: NDArray[Any]
+    val: NDArray[Any]
+    tokenizer: CharTokenizer
+    fingerprint: str
+
+
+def main(config: DataConfig) -> int:
+    """Prepare a data folder and say what was made. Returns the exit code."""
+    folder = Path(config.data_dir)
+    path = config.input_file
+    source = tiny_shakespeare(folder) if path is None else read_text(Path(path))
+    for note in source.notes:
+        say(f"{source.name}: {note}")
+    prepare(source, config)
+    return 0
+
+
+def prepare(source: Source, config: DataConfig) -> None:
+    """Write train.pt, val.pt and vocab.pt for `source` into config.data_dir, and say what they hold.
+
+    Errors: UserError if the text is too short for the split, if the folder holds another data
+    set and overwrite is off, or if it cannot be written.
+    """
+    folder, text = Path(config.data_dir), source.text
+    boundary = int(len(text) * config.train_split)
+    require(
+        boundary >= 2 and len(text) - boundary >= 2,
+        f"{source.name} has {len(text)} characters: too short for --train_split "
+        f"{config.train_split}, both splits need at least 2",
+    )
+    fingerprint = fingerprint_of(text, config.train_split)
+    if is_prepared(folder, fingerprint, config.overwrite):
+        say(f"{folder} is already prepared from this text")
+        return
+    (folder / "vocab.pt").unlink(missing_ok=True)  # written last: without it the folder is incomplete
+    tokenizer = CharTokenizer.train(text)
+    sizes: dict[str, int] = {}
+    for name, part in zip(SPLITS, (text[:boundary], text[boundary:]), strict=True):
+        ids = tokenizer.encode(part)
+        sizes[name] = len(ids)
+        save_plain(folder / f"{name}.pt", torch.from_numpy(ids))
+    vocabulary = {
+        "format": FORMAT,
+        "tokenizer": tokenizer.to_dict(),
+        "fingerprint": fingerprint,
+        "source": source.name,
+        "train_split": config.train_split,
+    }
+    save_plain(folder / "vocab.pt", vocabulary)
+    say(f"Characters: {len(text):,}")
+    say(f"Vocabulary: {tokenizer.vocab_size:,} different characters")
+    for name, size in sizes.items():
+        say(f"{folder / name}.pt: {size:,} tokens ({size / len(text):.0%})")
+
+
+def fingerprint_of(text: str, train_split: float) -> str:
+    """Identifies a data set: SHA-256 of its text and its split."""
+    digest = hashlib.sha256(f"nanogpt data {FORMAT} char {train_split!r}\n".encode())
+    for chunk in tokenizers.chunks(text):
+        digest.update(chunk.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
+    """Whether `folder` holds the data set with this fingerprint, whole.
+
+    Errors: UserError if it holds something else and `overwrite` is off.
+    """
+    if not (folder / "vocab.pt").exists():  # empty, or a preparation that was cut short
+        return False
+    try:
+        if load(folder).fingerprint == fingerprint:
+            return True
+        found = "another data set"
+    except UserError:
+        found = "a damaged data set"
+    require(overwrite, f"{folder} holds {found}: give --overwrite to replace it, or another --data_dir")
+    return False
+
+
+def save_plain(path: Path, value: object) -> None:
+    """torch.save, atomically."""
+    with replacing(path) as file:
+        torch.save(value, file)
+
+
+def load(folder: Path) -> Dataset:
+    """Open a prepared data folder; the tokens stay on the disk until they are read.
+
+    Errors: UserError if it is missing, incomplete, damaged or of a newer format.
+    """
+    advice = "prepare it with: python data.py" + ("" if str(folder) == "data" else f" --data_dir {folder}")
+    vocabulary = cast(dict[str, Any], load_plain(folder / "vocab.pt", advice))
+    require(
+        vocabulary.get("format") == FORMAT,
+        f"{folder} was prepared by another version of NanoGPT: {advice} --overwrite",
+    )
+    train, val = (cast(Tensor, load_plain(folder / f"{name}.pt", advice, mmap=True)) for name in SPLITS)
+    return Dataset(
+        train.numpy(), val.numpy(), tokenizers.from_dict(vocabulary["tokenizer"]), vocabulary["fingerprint"]
+    )
+
+
+def load_plain(path: Path, advice: str, *, mmap: bool = False) -> object:
+    """torch.load of plain types. Errors: UserError ending in `advice` if missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {advice}")
+    try:
+        return torch.load(path, mmap=mmap, weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is damaged: {advice} --overwrite") from error
+
+
+class Batches:
+    """The training batches, as a pure function of (seed, order, step).
+
+    An epoch cuts the tokens into W windows of T + 1 tokens (each overlaps the next by the one
+    token it predicts), from an offset that changes with the epoch, and visits each window once,
+    in shuffled order. There is no state: resuming at step s needs s and nothing else.
+
+    order: another number gives other shuffles of the same windows (train.py uses it to step
+    around a batch that broke the training).
+    """
+
+    def __init__(self, tokens: NDArray[Any], *, block_size: int, batch_size: int, seed: int) -> None:
+        require(
+            len(tokens) > block_size,
+            f"--block_size {block_size} is too long for the training split of {len(tokens):,} tokens: "
+            f"use at most {len(tokens) - 1}, or more text",
+        )
+        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+        # One window fewer than fit leaves the offset free to take any value below T.
+        self.windows = max(1, (len(tokens) - 1) // block_size - 1)
+        self.slack = min(block_size, len(tokens) - self.windows * block_size)
+        self._epoch: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every window is seen once."""
+        return self.windows / self.batch_size
+
+    def __call__(self, step: int, order: int = 0) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step, (B, T) int64 each; targets are inputs shifted by one."""
+        numbers = step * self.batch_size + np.arange(self.batch_size)
+        starts = np.empty(self.batch_size, dtype=np.int64)
+        epochs = numbers // self.windows
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            starts[inside] = self.starts(epoch, order)[numbers[inside] % self.windows]
+        return gather(self.tokens, starts, self.block_size)
+
+    def starts(self, epoch: int, order: int) -> NDArray[np.int64]:
+        """Where the windows of an epoch begin, in the order of visiting, (W,)."""
+        if self._epoch is None or self._epoch[0] != (epoch, order):
+            random = np.random.default_rng([self.seed, order, epoch])
+            offset = int(random.integers(self.slack))
+            self._epoch = (epoch, order), offset + self.block_size * random.permutation(self.windows)
+        return self._epoch[1]
+
+
+def gather(tokens: NDArray[Any], starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
+    """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
+    windows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
+    joined = torch.from_numpy(windows)
+    return joined[:, :-1], joined[:, 1:]
+
+
+def evaluation_batches(
+    tokens: NDArray[Any], *, block_size: int, batch_size: int, most: int | None = None
+) -> list[tuple[NDArray[np.int64], int]]:
+    """Cover a split in order, every token after the first predicted exactly once.
+
+    Returns (starts, length) for gather, batch by batch: full windows, then the shorter tail.
+    most: keep at most this many batches, evenly spread and always the same ones.
+    """
+    predicted = len(tokens) - 1
+    whole = predicted // block_size
+    starts = np.arange(whole, dtype=np.int64) * block_size
+    batches = [(starts[i : i + batch_size], block_size) for i in range(0, whole, batch_size)]
+    tail = predicted - whole * block_size
+    if tail:
+        batches.append((np.array([whole * block_size], dtype=np.int64), tail))
+    if most is not None and most < len(batches):
+        batches = [batches[i * len(batches) // most] for i in range(most)]
+    return batches

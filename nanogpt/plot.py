@@ -1,0 +1,44 @@
+"""The picture of a run: loss against steps, out of metrics.jsonl, into loss.png.
+
+Use:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanogpt.files import replacing
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draw training and validation loss, with the best evaluation marked (matplotlib).
+
+    Errors: UserError if the picture cannot be written.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="#d94801", marker="o", markersize=3, label="validation")
+        step, loss = min(val, key=lambda point: point[1])
+        axes.annotate(
+            f"best {loss:.4f} at step {step:,}",
+            (step, loss),
+            xytext=(0, 24),
+            textcoords="offset points",
+            ha="right",
+            arrowprops={"arrowstyle": "-", "color": "#888888"},
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend()
+    with replacing(picture) as file:
+        figure.savefig(file, format="png", dpi=120)

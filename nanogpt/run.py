@@ -1,0 +1,209 @@
+"""A training run in memory: what it holds, how it is set up, saved and restored.
+
+Use:    run = set_up(config, RunFolder(Path("out"))); save(run, run.folder.last); restore(run, saved)
+The training itself is in train.py.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from nanogpt import checkpoint, data, device, optim
+from nanogpt.checkpoint import Checkpoint, Progress
+from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, UserError, require, to_dict
+from nanogpt.console import say, warn
+from nanogpt.metrics import ConsoleReader, JsonLines, Metrics, Reader, TensorBoard
+from nanogpt.model import GPT
+from nanogpt.run_folder import RunFolder
+
+RUN_BY_RUN = ("resume", "overwrite", "out_dir", "data_dir")
+"""Settings of one invocation: a resumed run may have others, and nobody need be told."""
+
+
+@dataclass
+class Pace:
+    """How fast the run is, from the training steps alone (no evaluation, saving or compiling)."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    window_steps: int = 0
+    window_seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.seconds += seconds
+        self.window_steps += 1
+        self.window_seconds += seconds
+
+    def take_window(self) -> float:
+        """Seconds a step since the last call, NaN if there was none."""
+        pace = self.window_seconds / self.window_steps if self.window_steps else float("nan")
+        self.window_steps, self.window_seconds = 0, 0.0
+        return pace
+
+
+@dataclass
+class Run:
+    """Everything a training needs: set_up makes it, train.py moves it."""
+
+    config: TrainConfig
+    folder: RunFolder
+    dataset: data.Dataset
+    batches: data.Batches
+    device: torch.device
+    dtype: torch.dtype
+    model: GPT
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    """The model, compiled or not."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    console: ConsoleReader
+    metrics: Metrics
+    progress: Progress
+    pace: Pace = field(default_factory=Pace)
+    started: float = field(default_factory=time.perf_counter)
+    saved_at: float = field(default_factory=time.perf_counter)
+    broken: int = 0
+    """Steps in a row whose loss or gradient was not finite."""
+    rollbacks: int = 0
+    """Times the run went back without getting past `broken_at`."""
+    broken_at: int = -1
+    forecast_done: bool = False
+
+
+def set_up(config: TrainConfig, folder: RunFolder) -> Run:
+    """Build a run, new or resumed. Touches the run folder only once all else is in order.
+
+    Errors: UserError if the data, the device or the checkpoint do not fit the settings.
+    """
+    dataset = data.load(Path(config.data_dir))
+    saved = folder.newest(warn) if config.resume else None
+    if saved:
+        check_resume(config, saved, dataset)
+    batches = data.Batches(
+        dataset.train, block_size=config.block_size, batch_size=config.batch_size, seed=config.seed
+    )
+    place = device.pick_device(config.device)
+    for line in device.describe(place):
+        say(line)
+    dtype = pick_dtype(config, place, saved)
+    torch.manual_seed(config.seed)
+    model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
+    optimizer = optim.adamw(model, config)
+    scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
+    if not saved:
+        make_room(config, folder)
+    progress = Progress(**saved.progress) if saved else Progress()
+    console, metrics = open_metrics(config, folder, progress)
+    run = Run(
+        config, folder, dataset, batches, place, dtype,
+        model, model, optimizer, scaler, console, metrics, progress,
+    )  # fmt: skip
+    if saved:
+        restore(run, saved)
+    return run
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The architecture in `config`, for a vocabulary of `vocab_size`."""
+    names = {item.name for item in fields(GPTConfig)} - {"vocab_size"}
+    return GPTConfig(**{name: getattr(config, name) for name in names}, vocab_size=vocab_size)
+
+
+def check_resume(config: TrainConfig, saved: Checkpoint, dataset: data.Dataset) -> None:
+    """Say which settings differ from the saved ones.
+
+    Errors: UserError if one of them may not: the architecture, the preset, the data.
+    """
+    before = saved.train_config
+    for item in fields(TrainConfig):
+        old, new = getattr(before, item.name), getattr(config, item.name)
+        if old == new or item.name in RUN_BY_RUN:
+            continue
+        require(
+            item.name not in (*SHAPE_FIELDS, "preset"),
+            f"--{item.name} {new} contradicts the checkpoint, which has {item.name} {old}: leave it out, "
+            "or start without --resume",
+        )
+        say(f"--{item.name} is now {new} (so far {old})")
+    require(
+        saved.fingerprint == dataset.fingerprint,
+        f"--data_dir {config.data_dir} is not the data this run was trained on: give the folder it had, "
+        "or start without --resume",
+    )
+
+
+def pick_dtype(config: TrainConfig, place: torch.device, saved: Checkpoint | None) -> torch.dtype:
+    """The dtype to train in; a resumed run on the same kind of device keeps the one it had."""
+    if saved and config.dtype == "auto" and saved.arithmetic["device"] == place.type:
+        return cast(torch.dtype, getattr(torch, saved.arithmetic["dtype"]))
+    return device.pick_dtype(config.dtype, place, config.n_embd)
+
+
+def make_room(config: TrainConfig, folder: RunFolder) -> None:
+    """Keep (or, if so told, delete) an earlier run in the folder."""
+    previous = folder.set_aside(delete=config.overwrite)
+    if previous:
+        say(f"{folder.path} held an earlier run: moved to {previous}")
+
+
+def open_metrics(config: TrainConfig, folder: RunFolder, progress: Progress) -> tuple[ConsoleReader, Metrics]:
+    """The readers of the run's numbers, each continuing where the checkpoint is."""
+    console = ConsoleReader(progress.step, config.max_iters)
+    readers: list[Reader] = [console, JsonLines(folder.metrics, progress.step, progress.evaluated_at)]
+    if config.tensorboard:
+        readers.append(TensorBoard(folder.runs, progress.step, to_dict(config)))
+    return console, Metrics(readers)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32, bfloat16 or float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def snapshot(run: Run) -> Checkpoint:
+    """The run as a checkpoint (its tensors are the run's own, not copies)."""
+    return Checkpoint(
+        config=to_dict(replace(run.config, resume=False, overwrite=False)),
+        vocab_size=run.model.config.vocab_size,
+        progress=asdict(run.progress),
+        model=run.model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        scaler=run.scaler.state_dict(),
+        arithmetic={"device": run.device.type, "dtype": name_of(run.dtype)},
+        tokenizer=run.dataset.tokenizer.to_dict(),
+        fingerprint=run.dataset.fingerprint,
+    )
+
+
+def restore(run: Run, saved: Checkpoint) -> None:
+    """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
+    run.model.load_state_dict(saved.model)
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": saved.optimizer["state"], "param_groups": groups})
+    if saved.scaler and run.scaler.is_enabled():
+        run.scaler.load_state_dict(saved.scaler)
+    run.progress = Progress(**saved.progress)
+
+
+def save(run: Run, path: Path) -> None:
+    """Write a checkpoint of the run. Errors: UserError if it cannot be written."""
+    run.saved_at = time.perf_counter()
+    run.metrics.flush()
+    checkpoint.save(path, snapshot(run))
+
+
+def try_save(run: Run, path: Path) -> bool:
+    """Like save, but a failure is reported and the training goes on. Returns whether it worked."""
+    try:
+        save(run, path)
+    except UserError as error:
+        warn(f"{error}: training goes on, the checkpoint that was there is whole, the next save tries again")
+        return False
+    return True

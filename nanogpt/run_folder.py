@@ -1,0 +1,93 @@
+"""The folder of a run: what is in it, who may write to it, and how an earlier run is kept.
+
+Use:    folder = RunFolder(Path("out")); with folder.locked(): folder.set_aside(); ...
+Holds:  ckpt.pt (best), last.pt (newest), metrics.jsonl, loss.png, runs/ (TensorBoard),
+        previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nanogpt.checkpoint import Checkpoint, load, peek_config
+from nanogpt.config import TrainConfig, UserError, require
+
+
+class RunFolder:
+    """Paths of the files of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = path / "ckpt.pt"
+        self.last = path / "last.pt"
+        self.metrics = path / "metrics.jsonl"
+        self.plot = path / "loss.png"
+        self.runs = path / "runs"
+
+    @contextlib.contextmanager
+    def locked(self) -> Generator[None]:
+        """Own the folder for the length of the block; the lock goes with the process, however it ends.
+
+        Errors: UserError if another training owns it, or if it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another training is writing to {self.path}: use another --out_dir") from error
+        except OSError as error:
+            raise UserError(f"--out_dir {self.path} cannot be written: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def newest(self, report: Callable[[str], None]) -> Checkpoint:
+        """The valid checkpoint with the most steps; damaged ones are reported and passed over.
+
+        Errors: UserError if there is none.
+        """
+        found: list[Checkpoint] = []
+        for path in (self.last, self.best):
+            if path.is_file():
+                try:
+                    found.append(load(path))
+                except UserError as error:
+                    report(f"{error}: passing it over")
+        require(
+            bool(found),
+            f"no checkpoint to resume in {self.path}: start without --resume, or check --out_dir",
+        )
+        return max(found, key=lambda checkpoint: int(checkpoint.progress["step"]))
+
+    def saved_config(self) -> TrainConfig | None:
+        """The settings of the run, read quickly and unverified; None if there is none to read."""
+        for path in (self.last, self.best):
+            with contextlib.suppress(Exception):  # a damaged file is reported by `newest`
+                return peek_config(path)
+        return None
+
+    def set_aside(self, *, delete: bool = False) -> Path | None:
+        """Make room for a new run: move an earlier one to previous/<number>, or delete it.
+
+        Returns where it went, None if there was none or it was deleted.
+        """
+        belongings = (self.last, self.best, self.metrics, self.plot, self.runs)
+        present = [path for path in belongings if path.exists()]
+        if delete:
+            for path in present:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return None
+        if not present:
+            return None
+        archive = self.path / "previous"
+        numbers = [int(path.name) for path in archive.glob("*") if path.name.isdecimal()]
+        target = archive / str(max(numbers, default=0) + 1)
+        target.mkdir(parents=True)
+        for path in present:
+            path.rename(target / path.name)
+        return target

@@ -1,0 +1,117 @@
+"""Generate text from a checkpoint: load, stream, print.
+
+Run:    python sample.py --prompt "ROMEO:" --temperature 0.8
+The text goes to standard output as it is made, everything else to standard error. Needs the
+checkpoint and nothing else: the tokenizer is inside it.
+"""
+
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanogpt import checkpoint, device, tokenizer
+from nanogpt.config import SampleConfig, UserError
+from nanogpt.generate import generate
+from nanogpt.model import GPT
+from nanogpt.tokenizer import CharTokenizer
+
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+"""What can be typed in a shell, and what it stands for."""
+
+
+def main(config: SampleConfig) -> int:
+    """Print config.num_samples texts. Returns the exit code."""
+    model, tokens = load(Path(config.checkpoint), config.device)
+    prompt, stops = unescape(config.prompt), [unescape(stop) for stop in config.stop]
+    ids = encode_prompt(tokens, prompt)
+    seed = secrets.randbits(32) if config.seed is None else config.seed
+    for number in range(config.num_samples):
+        if number:
+            print("\n" + "-" * 40)
+        print(prompt, end="", flush=True)
+        pieces = stream(model, tokens, ids, config, seed + number)
+        for piece in until(pieces, stops):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def load(path: Path, device_name: str) -> tuple[GPT, CharTokenizer]:
+    """The model of a checkpoint on a device, ready to generate, and its tokenizer.
+
+    Errors: UserError if the checkpoint is missing or damaged, or there is no such device.
+    """
+    last = path.with_name("last.pt")
+    if not path.exists() and path.name == "ckpt.pt" and last.exists():
+        raise UserError(f"{path} does not exist yet (no evaluation so far): give --checkpoint {last}")
+    place = device.pick_device(device_name)
+    saved = checkpoint.load(path)
+    model = GPT(saved.model_config)
+    model.load_state_dict(saved.model)
+    return model.to(place).eval(), tokenizer.from_dict(saved.tokenizer)
+
+
+def unescape(text: str) -> str:
+    """Turn each pair of characters in ESCAPES, as typed in a shell, into the one it stands for."""
+    result, i = "", 0
+    while i < len(text):
+        pair = text[i : i + 2]
+        result += ESCAPES.get(pair, text[i])
+        i += 2 if pair in ESCAPES else 1
+    return result
+
+
+def encode_prompt(tokens: CharTokenizer, prompt: str) -> torch.Tensor:
+    """The ids of a prompt, (1, T) int64. Errors: UserError naming a character the model never saw."""
+    try:
+        ids = tokens.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from error
+    return torch.from_numpy(ids.astype(np.int64))[None]
+
+
+def stream(
+    model: GPT, tokens: CharTokenizer, ids: torch.Tensor, config: SampleConfig, seed: int
+) -> Iterator[str]:
+    """The generated text, token by token."""
+    place = next(model.parameters()).device
+    ids = ids.to(place)
+    generator = torch.Generator(place).manual_seed(seed)
+    for token in generate(
+        model,
+        ids,
+        num_tokens=config.num_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        generator=generator,
+    ):
+        yield tokens.decode([int(token)])
+
+
+def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
+    """Pass text on up to the first of `stops`, which is left out.
+
+    The end of the text is held back as long as it may be the beginning of a stop string.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [position for stop in stops if (position := held.find(stop)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max((overlap(held, stop) for stop in stops), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    yield held
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

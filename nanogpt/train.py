@@ -1,0 +1,364 @@
+"""Training: step, evaluate, fit.
+
+Run:    python train.py --max_iters 1000            then: python train.py --resume
+Use:    result = fit(TrainConfig(data_dir="data", out_dir="out", max_iters=1000))
+Reads the data folder; writes the run folder (run_folder.py says what is in it). How a run is set
+up and saved is in run.py.
+
+The loop is `loop`, below. Everything a step does is a function of the weights, the optimizer and
+(seed, order, step): batches and dropout are drawn anew from these at every step. So a run that is
+killed and resumed ends with the same weights as one that never stopped, and evaluating, logging
+or sampling more often changes nothing.
+
+# B batch_size, T block_size
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt import data, device, optim
+from nanogpt.config import TrainConfig, UserError, require
+from nanogpt.console import say, warn
+from nanogpt.generate import generate
+from nanogpt.metrics import duration, forget_after
+from nanogpt.plot import plot_losses
+from nanogpt.run import Run, name_of, restore, save, set_up, try_save
+from nanogpt.run_folder import RunFolder
+from nanogpt.stopping import EXIT_CODES, StopRequest
+
+BROKEN_STEPS = 3
+"""Non-finite steps in a row after which the run goes back to its last checkpoint."""
+
+ROLLBACKS = 3
+"""Times it may go back without getting past the place before the training is given up."""
+
+SAMPLE_TOKENS = 120
+"""Length of the sample shown at an evaluation."""
+
+FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
+"""Training after which the time to come is foretold: this long, and at least so many steps."""
+
+ONE_HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. reason: finished, time, patience, SIGINT or SIGTERM."""
+
+    reason: str
+    step: int
+    best_val_loss: float
+    """Nats per token."""
+    elapsed_s: float
+
+
+def main(config: TrainConfig) -> int:
+    """Train, and return the exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM."""
+    result = fit(config)
+    codes = {number.name: code for number, code in EXIT_CODES.items()}
+    return codes.get(result.reason, 0)
+
+
+def fit(config: TrainConfig) -> Result:
+    """Train as `config` says, from the start or (config.resume) from where the run stopped.
+
+    Errors: UserError for everything the user can mend.
+    """
+    folder = RunFolder(Path(config.out_dir))
+    with folder.locked(), StopRequest() as stop:
+        run = set_up(config, folder)
+        try:
+            start(run)
+            reason = loop(run, stop)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory on {run.device}: give --gradient_accumulation_steps "
+                f"{2 * config.gradient_accumulation_steps}, which computes the same in smaller pieces"
+            ) from error
+        finally:
+            run.metrics.close()
+        conclude(run, reason)
+    return Result(reason, run.progress.step, run.progress.best_val_loss, run.progress.elapsed_s)
+
+
+def start(run: Run) -> None:
+    """Say the plan, compile, and save step 0.
+
+    That first save finds a folder that cannot hold the checkpoint before hours of work, not after.
+    """
+    config, progress = run.config, run.progress
+    tokens = config.batch_size * config.block_size
+    say(f"Starting training on {run.device.type.upper()}...")
+    say(
+        f"Model: {run.model.num_parameters() / 1e6:.2f} M parameters, {name_of(run.dtype)}, "
+        f"vocabulary of {run.dataset.tokenizer.vocab_size}"
+    )
+    say(
+        f"Plan: {config.max_iters - progress.step:,} steps of {tokens:,} tokens, "
+        f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
+        + (f", from step {progress.step:,}" * config.resume)
+    )
+    if device.pick_compile(config.compile, run.device):
+        compile_model(run)
+    if not config.resume:
+        save(run, run.folder.last)
+
+
+def compile_model(run: Run) -> None:
+    """torch.compile the model and try it on a batch; if that fails, say why and go on without."""
+    say("Compiling the model (about a minute the first time)...")
+    run.forward = cast(Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], torch.compile(run.model))
+    try:
+        forward_backward(run, *next_batch(run))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
+        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        warn(f"torch.compile failed, going on without it: {why}")
+        run.forward = run.model
+    run.optimizer.zero_grad()
+
+
+# --- step ---
+
+
+def next_batch(run: Run) -> tuple[Tensor, Tensor]:
+    """The batch of the coming step on the device, (B, T) each; also seeds its random numbers."""
+    progress = run.progress
+    seeds = np.random.SeedSequence([run.config.seed, progress.order, progress.step])
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    x, y = run.batches(progress.step, progress.order)
+    if run.device.type == "cuda":
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+
+
+def forward_backward(run: Run, x: Tensor, y: Tensor) -> Tensor:
+    """Add up the gradients of the batch's mean loss, micro-batch by micro-batch. Returns that loss."""
+    total = torch.zeros((), device=run.device)
+    pieces = run.config.gradient_accumulation_steps
+    for x_piece, y_piece in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
+        with device.autocast(run.device, run.dtype):
+            _, loss = run.forward(x_piece, y_piece)
+        share = cast(Tensor, loss) * (len(x_piece) / len(x))
+        run.scaler.scale(share).backward()
+        total += share.detach()
+    return total
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One update; if the loss or the gradient is not finite, the weights stay as they are.
+
+    Returns train_loss (nats per token, mean of the batch), grad_norm (before clipping) and lr.
+    """
+    config, progress = run.config, run.progress
+    rate = optim.learning_rate(progress.step, config)
+    optim.set_learning_rate(run.optimizer, rate)
+    loss = forward_backward(run, *next_batch(run))
+    run.scaler.unscale_(run.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    numbers = {"train_loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
+    if math.isfinite(numbers["train_loss"]) and math.isfinite(numbers["grad_norm"]):
+        run.scaler.step(run.optimizer)
+        run.broken = 0
+    elif math.isfinite(numbers["train_loss"]) and run.scaler.get_scale() > 1:
+        pass  # float16 overflowed: the scaler lowers its scale, as it does in every run
+    else:
+        run.broken += 1
+        warn(f"step {progress.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
+    if run.scaler.is_enabled():
+        run.scaler.update()
+    run.optimizer.zero_grad()
+    progress.step += 1
+    return numbers
+
+
+def roll_back(run: Run) -> None:
+    """Return to the last good checkpoint, with the data in another order from there on.
+
+    Errors: UserError if that has been tried ROLLBACKS times at the same place.
+    """
+    saved = run.folder.newest(warn)
+    good, here = int(saved.progress["step"]), run.progress.step
+    run.rollbacks = 1 if good > run.broken_at else run.rollbacks + 1
+    run.broken_at = max(here, run.broken_at)
+    require(
+        run.rollbacks <= ROLLBACKS,
+        f"the training breaks down near step {here} in every data order tried; step {good} is saved: "
+        f"resume with --learning_rate {run.config.learning_rate / 2:g} (half), or --dtype float32",
+    )
+    order = run.progress.order + 1
+    restore(run, saved)
+    run.progress.order, run.broken = order, 0
+    forget_after(run.folder.metrics, good, run.progress.evaluated_at)
+    warn(f"{BROKEN_STEPS} broken steps in a row: back to step {good}, with the data in another order")
+
+
+# --- evaluate ---
+
+
+def evaluate(run: Run, stop: StopRequest) -> float | None:
+    """Mean loss over the validation split, in nats per token; None if interrupted by a signal."""
+    config = run.config
+    batches = data.evaluation_batches(
+        run.dataset.val, block_size=config.block_size, batch_size=config.batch_size, most=config.eval_iters
+    )
+    total, count = 0.0, 0
+    run.model.eval()
+    with torch.inference_mode(), run.console.evaluating(len(batches)) as advance:
+        for starts, length in batches:
+            x, y = data.gather(run.dataset.val, starts, length)
+            with device.autocast(run.device, run.dtype):
+                _, loss = run.model(x.to(run.device), y.to(run.device))
+            total += cast(Tensor, loss).item() * y.numel()
+            count += y.numel()
+            advance()
+            if stop.signal:
+                break
+    run.model.train()
+    return None if stop.signal else total / count
+
+
+def sample_text(run: Run) -> str:
+    """A short text in the model's present style, always from the same seed."""
+    generator = torch.Generator(run.device).manual_seed(run.config.seed)
+    prompt = torch.from_numpy(run.dataset.val[None, :1].astype(np.int64)).to(run.device)  # (1, 1)
+    run.model.eval()
+    with device.autocast(run.device, run.dtype):
+        tokens = generate(run.model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
+        text = run.dataset.tokenizer.decode(int(token) for token in tokens)
+    run.model.train()
+    return text
+
+
+def evaluate_and_record(run: Run, stop: StopRequest) -> None:
+    """Evaluate, write it down, and save last.pt, and ckpt.pt too if this is the best so far."""
+    progress = run.progress
+    loss = evaluate(run, stop)
+    if loss is None:
+        return
+    before = progress.best_val_loss
+    best = loss < before
+    progress.evaluated_at = progress.step
+    progress.worse_evaluations = 0 if best else progress.worse_evaluations + 1
+    record(run, {"val_loss": loss, "best": best, "sample": sample_text(run)})
+    if best:
+        progress.best_val_loss = loss
+        if not try_save(run, run.folder.best):
+            progress.best_val_loss = before  # that of the ckpt.pt which is there
+    try_save(run, run.folder.last)
+
+
+# --- fit ---
+
+
+def loop(run: Run, stop: StopRequest) -> str:
+    """Step until there is a reason to stop, and return it (see Result)."""
+    config = run.config
+    while True:
+        progress = run.progress
+        reason = reason_to_stop(run, stop)
+        if evaluation_is_due(run, reason):
+            evaluate_and_record(run, stop)
+            reason = reason_to_stop(run, stop)
+        if reason:
+            save(run, run.folder.last)
+            return reason
+        begin = time.perf_counter()
+        numbers = train_step(run)
+        seconds = time.perf_counter() - begin
+        progress.elapsed_s += seconds
+        run.pace.add(seconds)
+        run.console.advance(progress.step)
+        forecast(run)
+        if run.broken:  # neither a loss to log nor a state to save
+            if run.broken >= BROKEN_STEPS:
+                roll_back(run)
+            continue
+        if progress.step % config.log_interval == 0:
+            record_step(run, numbers)
+        if time.perf_counter() - run.saved_at >= config.save_seconds:
+            try_save(run, run.folder.last)
+
+
+def reason_to_stop(run: Run, stop: StopRequest) -> str:
+    """Why the run should stop now (see Result), "" if it should not."""
+    config, progress = run.config, run.progress
+    if stop.signal:
+        return stop.signal.name
+    if progress.step >= config.max_iters:
+        return "finished"
+    if config.max_seconds is not None and progress.elapsed_s >= config.max_seconds:
+        return "time"
+    if config.patience is not None and progress.worse_evaluations >= config.patience:
+        return "patience"
+    return ""
+
+
+def evaluation_is_due(run: Run, reason: str) -> bool:
+    """Whether to evaluate before the next step: at the interval and at the end, once for a step."""
+    step = run.progress.step
+    if run.progress.evaluated_at == step:
+        return False
+    return step % run.config.eval_interval == 0 or reason in ("finished", "time")
+
+
+def record(run: Run, numbers: dict[str, Any]) -> None:
+    """Send numbers to the readers, with the step and the clocks."""
+    clocks = {
+        "step": run.progress.step,
+        "elapsed_s": round(run.progress.elapsed_s, 3),
+        "wall_s": round(time.perf_counter() - run.started, 3),
+    }
+    run.metrics.write(clocks | numbers)
+
+
+def record_step(run: Run, numbers: dict[str, float]) -> None:
+    """Send a step's numbers to the readers, with the pace since the last ones."""
+    pace = run.pace.take_window()
+    tokens = run.config.batch_size * run.config.block_size
+    left = pace * (run.config.max_iters - run.progress.step)
+    record(run, numbers | {"tokens_per_s": round(tokens / pace, 1), "left_s": left})
+
+
+def forecast(run: Run) -> None:
+    """Once, after the first measured steps: say how long the training will take."""
+    pace, config = run.pace, run.config
+    if run.forecast_done or pace.steps < FORECAST_STEPS or pace.seconds < FORECAST_SECONDS:
+        return
+    run.forecast_done = True
+    a_step = pace.seconds / pace.steps
+    expected = a_step * (config.max_iters - run.progress.step)
+    if config.max_seconds is not None:
+        expected = min(expected, config.max_seconds - run.progress.elapsed_s)
+    say(f"Expected: {duration(expected)} more ({a_step * 1000:,.0f} ms a step, evaluation not counted)")
+    if expected > ONE_HOUR and run.device.type == "cpu" and config.preset != "cpu":
+        say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
+
+
+def conclude(run: Run, reason: str) -> None:
+    """Say how the run ended and what to do next; draw the loss curve unless interrupted."""
+    config, progress, folder = run.config, run.progress, run.folder
+    place = "" if config.out_dir == "out" else f" --out_dir {config.out_dir}"
+    if reason in ("SIGINT", "SIGTERM"):
+        say(f"Stopped at step {progress.step} and saved. To continue: python train.py --resume{place}")
+        return
+    why = {
+        "finished": f"{progress.step:,} steps done",
+        "time": f"--max_seconds {config.max_seconds:g} reached" if config.max_seconds else "",
+        "patience": f"no better for {config.patience} evaluations",
+    }
+    say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")
+    say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")
+    plot_losses(folder.metrics, folder.plot)
+    say(f"Loss curve: {folder.plot}")
+    checkpoint = "" if config.out_dir == "out" else f" --checkpoint {folder.best}"
+    say(f"Now try: python sample.py{checkpoint}")
