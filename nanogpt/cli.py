@@ -164,3 +164,7 @@ def flatten(box: str) -> str:
         if text and not set(text) & set("─╭╰"):
             words.append(text)
     return " ".join(words).rstrip(".") or "the arguments cannot be understood"
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,7 @@ def warn(line: str) -> None:
 def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
     """A progress bar with elapsed and remaining time; shows nothing when not on a terminal.
 
-    unit: shown in front of the bar. The task's `detail` field is shown behind it.
+    unit: shown in front of the bar. A task's `detail` field is shown behind it.
     """
     amount: ProgressColumn = (
         DownloadColumn() if size_in_bytes else TextColumn("{task.completed:,}/{task.total:,}")

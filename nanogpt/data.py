@@ -13,6 +13,7 @@ Does not know the model or the device.
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.config import DataConfig, UserError, require
-from nanogpt.console import say
+from nanogpt.console import progress_bar, say
 from nanogpt.corpus import Source, read_text, tiny_shakespeare
 from nanogpt.files import replacing
 from nanogpt.tokenizer import CharTokenizer
@@ -73,12 +74,14 @@ def prepare(source: Source, config: DataConfig) -> None:
         say(f"{folder} is already prepared from this text")
         return
     (folder / "vocab.pt").unlink(missing_ok=True)  # written last: without it the folder is incomplete
-    tokenizer = CharTokenizer.train(text)
     sizes: dict[str, int] = {}
-    for name, part in zip(SPLITS, (text[:boundary], text[boundary:]), strict=True):
-        ids = tokenizer.encode(part)
-        sizes[name] = len(ids)
-        save_plain(folder / f"{name}.pt", torch.from_numpy(ids))
+    with progress_bar("Characters") as bar:
+        advance = partial(bar.advance, bar.add_task("", total=2 * len(text), detail=""))
+        tokenizer = CharTokenizer.train(text, advance)
+        for name, part in zip(SPLITS, (text[:boundary], text[boundary:]), strict=True):
+            ids = tokenizer.encode(part, advance)
+            sizes[name] = len(ids)
+            save_plain(folder / f"{name}.pt", torch.from_numpy(ids))
     vocabulary = {
         "format": FORMAT,
         "tokenizer": tokenizer.to_dict(),

@@ -57,7 +57,8 @@ def describe(device: torch.device) -> list[str]:
         memory = torch.mps.recommended_max_memory() / GIB
         return ["MPS available: Using Apple Silicon GPU", f"GPU Memory: {memory:.2f} GB"]
     name = str(cpu_capabilities().get("cpu_name") or "unnamed").strip()
-    return [f"Using CPU ({name}, {torch.get_num_threads()} threads)"]
+    threads = torch.get_num_threads()
+    return [f"Using CPU ({name}, {threads} thread{'s' * (threads > 1)})"]
 
 
 def cpu_capabilities() -> dict[str, Any]:

@@ -82,8 +82,8 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
 
     Errors: UserError if the data, the device or the checkpoint do not fit the settings.
     """
-    dataset = data.load(Path(config.data_dir))
     saved = folder.newest(warn) if config.resume else None
+    dataset = data.load(Path(config.data_dir))
     if saved:
         check_resume(config, saved, dataset)
     batches = data.Batches(

@@ -7,7 +7,7 @@ Encoding is a table lookup in numpy: the text as UTF-32 is an array of code poin
 indexing turns code points into ids. No Python loop touches a character.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,15 @@ class CharTokenizer:
         return len(self.chars)
 
     @classmethod
-    def train(cls, text: str) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is every character that occurs in `text`."""
+    def train(cls, text: str, advance: Callable[[int], object] = int) -> "CharTokenizer":
+        """The tokenizer whose vocabulary is every character that occurs in `text`.
+
+        advance: called with the number of characters done since the last call.
+        """
         seen = np.zeros(UNICODE, dtype=np.bool_)
         for chunk in chunks(text):
             seen[code_points(chunk)] = True
+            advance(len(chunk))
         return cls("".join(map(chr, np.flatnonzero(seen).tolist())))
 
     @property
@@ -52,9 +56,10 @@ class CharTokenizer:
         """The narrowest integer type that holds every id."""
         return narrowest(self.vocab_size)
 
-    def encode(self, text: str) -> NDArray[np.unsignedinteger[Any]]:
+    def encode(self, text: str, advance: Callable[[int], object] = int) -> NDArray[np.unsignedinteger[Any]]:
         """Ids of the characters of `text`, shape (len(text),), of the narrowest type.
 
+        advance: called with the number of characters done since the last call.
         Errors: UserError naming the first character that is not in the vocabulary.
         """
         ids = np.empty(len(text), dtype=self.dtype)
@@ -69,6 +74,7 @@ class CharTokenizer:
                 )
             ids[start : start + len(chunk)] = found
             start += len(chunk)
+            advance(len(chunk))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -98,7 +98,7 @@ def start(run: Run) -> None:
     tokens = config.batch_size * config.block_size
     say(f"Starting training on {run.device.type.upper()}...")
     say(
-        f"Model: {run.model.num_parameters() / 1e6:.2f} M parameters, {name_of(run.dtype)}, "
+        f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
         f"vocabulary of {run.dataset.tokenizer.vocab_size}"
     )
     say(

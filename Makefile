@@ -1,0 +1,51 @@
+# make demo    prepare Tiny Shakespeare, train a small model (about two minutes), print a sample
+# make test    run the tests
+# make check   lint, format, types, layers
+# make bench   measure what bench/ claims
+# Each sets up .venv by itself. PYTHON=python3.12 make ... picks another interpreter (3.10 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar auto -c constraints.txt
+
+# With an NVIDIA or AMD GPU the demo trains the full-size default model, else a small one.
+PRESET = $(shell $(BIN)/python -c "import torch; print('shakespeare' if torch.cuda.is_available() else 'cpu')")
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python data.py
+	$(BIN)/python train.py --preset $(PRESET)
+	$(BIN)/python sample.py --num_tokens 300
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/python -m pytest tests/test_layers.py
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python bench/prepare.py
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/installed

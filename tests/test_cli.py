@@ -1,0 +1,215 @@
+"""The command line: every command of the description works as written; mistakes end in one line."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt import cli, corpus
+from nanogpt.config import SampleConfig, TrainConfig, UserError
+
+ROOT = Path(__file__).parent.parent
+
+SMALL = shlex.split(
+    "--block_size 16 --n_layer 1 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 4 --eval_interval 2 "
+    "--warmup_iters 1"
+)
+"""Makes any training a matter of a second."""
+
+
+def run(command: str, *more: str) -> int:
+    """Run a command line of the form `python NAME.py FLAGS`, in this process."""
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    return cli.run(script.removesuffix(".py"), [*arguments, *more], prog=f"python {script}")
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch, text: str) -> Path:
+    """An empty folder as the working directory, with a stand-in for the download."""
+    raw = (text * 3).encode()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "download", lambda url: raw)
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", corpus.sha256(raw))
+    (tmp_path / "my_corpus.txt").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_every_command_of_the_description(project: Path, capsys) -> None:
+    """In the order in which a reader would type them, in one folder."""
+    assert run("python data.py") == 0
+    assert {path.name for path in (project / "data").iterdir()} == {
+        "input.txt",
+        "train.pt",
+        "val.pt",
+        "vocab.pt",
+    }
+    assert run("python data.py --input_file my_corpus.txt --data_dir my_data") == 0
+    assert run("python data.py --input_file my_corpus.txt --data_dir split --train_split 0.8") == 0
+    assert run("python train.py", *SMALL) == 0
+    assert (project / "out/ckpt.pt").exists()
+    for command in (
+        "python train.py --device cpu",
+        "python train.py --data_dir my_data",
+        "python train.py --no_flash_attn",
+        "python train.py --tensorboard",
+        "python train.py --learning_rate 1 --min_lr 0.2 --warmup_iters 2",
+    ):
+        assert run(command, *SMALL) == 0, command
+    assert list((project / "out/previous/5/runs").glob("events*"))  # the run before the last one
+    assert run("python train.py --resume", "--max_iters", "6") == 0
+    for command in (
+        "python sample.py --num_tokens 5",
+        "python sample.py --checkpoint out/ckpt.pt --prompt '\\n' --num_tokens 500 --temperature 1.0 --top_k 40",
+        "python sample.py --top_k 40 --temperature 0.8",
+        "python sample.py --top_p 0.9 --temperature 0.8",
+    ):
+        capsys.readouterr()
+        assert run(command) == 0, command
+        assert capsys.readouterr().out
+    assert run("python model.py") == 0
+    assert "10,770,816" in capsys.readouterr().out
+
+
+def test_the_scripts_in_the_root_folder_are_the_commands(project: Path) -> None:
+    """As processes: the real files, in a folder of their own."""
+    for name in ("data", "train", "sample", "model"):
+        shutil.copy(ROOT / f"{name}.py", project)
+        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 15
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "my_data/train.pt" in python("data.py", "--input_file", "my_corpus.txt", "--data_dir", "my_data")
+    assert "Finished: 4 steps" in python("train.py", "--data_dir", "my_data", *SMALL)
+    assert python("sample.py", "--num_tokens", "20", "--prompt", "From").startswith("From")
+    assert "parameters" in python("model.py", "--preset", "cpu")
+    code = (
+        "import model, nanogpt.model as ours; print(model.GPT is ours.GPT, model.GPTConfig is ours.GPTConfig)"
+    )
+    assert python("-c", code) == "True True\n"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_is_instant_and_does_not_import_torch(name: str) -> None:
+    """Under 0.3 s, the best of a few tries: this machine may be busy. The import is checked exactly."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        command = [sys.executable, "-X", "importtime", "-m", "nanogpt.cli", name, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        if seconds[-1] < 0.3:
+            break
+    assert "usage:" in done.stdout
+    assert not re.search(r"\| +(torch|numpy|matplotlib|requests)$", done.stderr, re.MULTILINE)
+
+
+def test_usage_lists_the_commands(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nanogpt"])
+    cli.main()
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", printed, re.MULTILINE) for name in cli.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["nanogpt", "trian"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+
+
+MISTAKES = {
+    "python train.py": "vocab.pt is missing: prepare it with: python data.py",
+    "python train.py --n_lyer 3": "--n_lyer",
+    "python train.py --n_layer x": "'x'",
+    "python train.py --n_layer 0": "--n_layer 0 is too small",
+    "python train.py --n_embd 100": "--n_embd 100 is not a multiple of --n_head 6: try --n_embd 102",
+    "python train.py --dropout 1": "--dropout 1.0 is outside [0, 1)",
+    "python train.py --dtype int8": "int8",
+    "python train.py --preset huge": "--preset huge does not exist: choose one of cpu",
+    "python train.py --resume": "no checkpoint to resume in out",
+    "python train.py --gradient_accumulation_steps 65": "more than --batch_size 64",
+    "python train.py --max_seconds 0": "--max_seconds 0.0 is not positive",
+    "python data.py --input_file nowhere.txt": "nowhere.txt does not exist",
+    "python data.py --input_file .": "is a folder",
+    "python data.py --input_file my_corpus.txt --train_split 1": "--train_split 1.0 is outside (0, 1)",
+    "python sample.py": "out/ckpt.pt does not exist",
+    "python sample.py --temperature=-1": "--temperature -1.0",
+    "python sample.py --checkpoint my_corpus.txt": "damaged or not a checkpoint",
+    "python model.py --n_head 5": "--n_embd 384 is not a multiple of --n_head 5",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(project: Path, capsys, command: str) -> None:
+    assert run(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    assert MISTAKES[command] in err
+
+
+def test_a_bug_keeps_its_traceback(project: Path, monkeypatch) -> None:
+    monkeypatch.setattr("nanogpt.data.main", lambda config: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        run("python data.py")
+
+
+def test_a_missing_library_says_how_to_install_it(project: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert run("python data.py") == 2
+    assert capsys.readouterr().err == "error: tyro is not installed: pip install -c constraints.txt -e .\n"
+
+
+def parse(cls: type, line: str):
+    return cli.parse(cls, shlex.split(line), "test")
+
+
+def test_spellings_of_flags() -> None:
+    assert parse(SampleConfig, "--top_k 40") == parse(SampleConfig, "--top-k=40") == SampleConfig(top_k=40)
+    assert parse(TrainConfig, "--learning_rate 1").learning_rate == 1.0
+    assert parse(TrainConfig, "--no_flash_attn") == parse(TrainConfig, "--no-flash-attn")
+    assert not parse(TrainConfig, "--no_flash_attn").flash_attn
+    assert parse(TrainConfig, "--compile").compile == parse(TrainConfig, "--compile on").compile == "on"
+    assert parse(TrainConfig, "--compile --resume").compile == "on"
+    assert parse(TrainConfig, "--no_compile").compile == "off"
+    assert parse(SampleConfig, "--stop A B").stop == ("A", "B")
+    with pytest.raises(UserError):
+        parse(TrainConfig, "--max_iter 5")
+
+
+def test_defaults_then_preset_then_flags() -> None:
+    config = parse(TrainConfig, "--n_head 8 --preset cpu")
+    assert (config.preset, config.n_embd, config.n_head) == ("cpu", 128, 8)
+    assert config.weight_decay == TrainConfig().weight_decay
+
+
+def test_resume_starts_from_the_saved_settings(project: Path) -> None:
+    run("python data.py")
+    run("python train.py --out_dir a --seed 3", *SMALL)
+    Path("a").rename("b")
+    config = parse(TrainConfig, "--resume --out_dir b --max_iters 9")
+    assert (config.resume, config.out_dir, config.seed, config.n_embd, config.max_iters) == (
+        True,
+        "b",
+        3,
+        16,
+        9,
+    )
+
+
+def test_resume_refuses_a_contradicting_flag_in_one_line(project: Path, capsys) -> None:
+    run("python data.py")
+    run("python train.py", *SMALL)
+    capsys.readouterr()
+    assert run("python train.py --resume --n_layer 2") == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --n_layer 2 contradicts the checkpoint, which has n_layer 1"
+    )
+    assert run("python train.py --resume", *SMALL) == 0  # the same flags again are no contradiction

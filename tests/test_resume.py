@@ -1,0 +1,212 @@
+"""A run cannot be lost: killed anywhere, stopped by any signal, it ends as if nothing had happened.
+
+The children come from a fork server that has imported torch already, so a life takes milliseconds.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt import checkpoint, files, train
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.config import TrainConfig
+
+KILLS = 20
+FOREVER = 100_000
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([__name__, "torch._dynamo"])
+
+
+def child(config: TrainConfig, die_in_save: int) -> None:
+    """A training process. die_in_save: kill it half-way through its nth write of a checkpoint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    if die_in_save:
+        arm(die_in_save)
+    os._exit(train.main(config))
+
+
+def arm(die_in_save: int) -> None:
+    """Make the nth checkpoint write its first half and then kill the process."""
+    whole, count = torch.save, 0
+
+    def half(value: object, file) -> None:
+        nonlocal count
+        count += 1
+        whole(value, file)
+        if count == die_in_save:
+            file.truncate(file.tell() // 2)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.torch.save = half
+
+
+def live(config: TrainConfig, die_in_save: int = 0) -> BaseProcess:
+    process = context.Process(target=child, args=(config, die_in_save))
+    process.start()
+    return process
+
+
+def wait_for(happened: Callable[[], bool], process: BaseProcess, seconds: float = 60) -> None:
+    """Until it has happened or the process has ended."""
+    end = time.monotonic() + seconds
+    while not happened() and process.is_alive():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def steps_logged(config: TrainConfig) -> int:
+    path = Path(config.out_dir) / "metrics.jsonl"
+    return path.read_text().count("train_loss") if path.exists() else 0
+
+
+def end_of(config: TrainConfig) -> tuple[Checkpoint, Checkpoint, list[tuple[float, ...]]]:
+    """Where a run ended: last.pt, ckpt.pt, and the losses it logged."""
+    folder = Path(config.out_dir)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = ("step", "train_loss", "val_loss", "lr", "grad_norm")
+    losses = [tuple(row.get(key, 0.0) for key in keys) for row in rows]
+    return checkpoint.load(folder / "last.pt"), checkpoint.load(folder / "ckpt.pt"), losses
+
+
+def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
+    """Weights, optimizer state, progress and logged losses are equal, bit for bit."""
+    (*files_one, losses_one), (*files_other, losses_other) = end_of(one), end_of(other)
+    assert losses_one == losses_other
+    for a, b in zip(files_one, files_other, strict=True):
+        assert a.progress | {"elapsed_s": 0} == b.progress | {"elapsed_s": 0}
+        assert_equal(a.model, b.model)
+        assert_equal(a.optimizer, b.optimizer)
+
+
+def assert_equal(a: object, b: object) -> None:
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert isinstance(b, dict)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert isinstance(b, list)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: Path, dtype) -> None:
+    """SIGKILL at random moments, every third one half-way through writing a checkpoint."""
+    config = replace(config, dtype=dtype, max_iters=500, eval_interval=40, log_interval=3, save_seconds=0.03)
+    never = replace(config, out_dir=str(tmp_path / "never"))
+    process = live(never)
+    process.join(120)
+    assert process.exitcode == 0
+
+    chance = random.Random(dtype)
+    for kill in range(KILLS):
+        life = replace(config, resume=kill > 0)
+        before = steps_logged(config)
+        if kill % 3 == 2:
+            process = live(life, die_in_save=chance.randint(1, 4))
+            process.join(60)
+        else:
+            process = live(life)
+            if kill == 0:  # the first save must be there to resume from
+                wait_for((Path(config.out_dir) / "last.pt").exists, process)
+            time.sleep(chance.uniform(0.0, 0.25))
+            process.kill()
+            process.join(60)
+        assert process.exitcode == -signal.SIGKILL, f"not killed but ended ({before} steps logged before)"
+    process = live(replace(config, resume=True))
+    process.join(120)
+    assert process.exitcode == 0
+    assert_same_end(config, never)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits_with_its_code(config: TrainConfig, tmp_path: Path, number, code) -> None:
+    config = replace(config, max_iters=60)
+    never = replace(config, out_dir=str(tmp_path / "never"))
+    train.main(never)
+    endless = replace(config, save_seconds=1000.0)
+    process = live(endless)
+    wait_for(lambda: steps_logged(config) > 3, process)
+    os.kill(process.pid or 0, number)
+    process.join(60)
+    assert process.exitcode == code
+    stopped_at = checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"]
+    assert 3 < stopped_at < 60
+    assert train.main(replace(config, resume=True)) == 0
+    assert_same_end(config, never)
+
+
+def test_a_second_signal_ends_at_once(config: TrainConfig) -> None:
+    process = live(replace(config, max_iters=FOREVER, eval_interval=FOREVER))
+    wait_for(lambda: steps_logged(config) > 1, process)
+    os.kill(process.pid or 0, signal.SIGSTOP)  # so that both arrive before the step ends
+    os.kill(process.pid or 0, signal.SIGTERM)
+    os.kill(process.pid or 0, signal.SIGINT)
+    os.kill(process.pid or 0, signal.SIGCONT)
+    process.join(60)
+    assert process.exitcode in (143, 130, 1, -signal.SIGTERM)
+
+
+def test_evaluating_and_logging_change_no_weight(config: TrainConfig, tmp_path: Path) -> None:
+    often = replace(config, eval_interval=1, log_interval=1, out_dir=str(tmp_path / "often"))
+    seldom = replace(config, eval_interval=7, log_interval=9, eval_iters=1, save_seconds=0.0)
+    for run in (often, seldom):
+        train.main(run)
+    one, other = (checkpoint.load(Path(run.out_dir) / "last.pt") for run in (often, seldom))
+    assert_equal(one.model, other.model)
+    assert_equal(one.optimizer, other.optimizer)
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_other(
+    config: TrainConfig, tmp_path: Path, capsys
+) -> None:
+    never = replace(config, out_dir=str(tmp_path / "never"))
+    for run in (config, never):
+        train.main(run)
+    last = Path(config.out_dir) / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    longer = {"max_iters": 45, "resume": True}
+    assert train.main(replace(config, **longer)) == 0
+    assert "passing it over" in capsys.readouterr().err
+    train.main(replace(never, **longer))
+    assert_same_end(config, never)
+
+
+def test_a_full_disk_leaves_the_checkpoint_and_the_training_goes_on(config, monkeypatch, capsys) -> None:
+    """The disk is full from the second save to the last but one; the run ends as if it had not been."""
+    saves, really = 0, files.os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal saves
+        saves += 1
+        if 4 < saves < 8:
+            raise OSError(28, "No space left on device")
+        really(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    assert train.main(config) == 0
+    assert "No space left on device" in capsys.readouterr().err
+    assert checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"] == config.max_iters

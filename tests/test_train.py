@@ -1,0 +1,279 @@
+"""Training does what its settings say, survives bad numbers, and says what is wrong in one line."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nanogpt import checkpoint, train
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.config import DataConfig, TrainConfig, UserError
+from nanogpt.corpus import Source
+from nanogpt.data import load, prepare
+from nanogpt.model import GPT
+from nanogpt.run import set_up
+from nanogpt.run_folder import RunFolder
+from nanogpt.train import fit
+
+
+def last(config: TrainConfig) -> Checkpoint:
+    return checkpoint.load(Path(config.out_dir) / "last.pt")
+
+
+def rows(config: TrainConfig) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_leaves_what_it_promises(config: TrainConfig, capsys) -> None:
+    config = replace(config, max_iters=120, dropout=0.0, eval_interval=40)
+    result = fit(config)
+    out = Path(config.out_dir)
+    assert result.reason == "finished"
+    assert result.step == 120
+    assert result.best_val_loss < 1.5 < math.log(40)
+    assert {path.name for path in out.iterdir()} >= {"ckpt.pt", "last.pt", "metrics.jsonl", "loss.png"}
+    printed = capsys.readouterr().out
+    for piece in ("Using CPU", "Starting training on CPU...", "Plan: 120 steps of 128 tokens", "best so far"):
+        assert piece in printed
+    logged = rows(config)
+    assert [row["step"] for row in logged if "val_loss" in row] == [40, 80, 120]
+    assert [row["step"] for row in logged if "train_loss" in row] == list(range(1, 121))
+    elapsed = [row["elapsed_s"] for row in logged]
+    assert elapsed == sorted(elapsed)
+    assert all(row["wall_s"] >= row["elapsed_s"] for row in logged)
+
+
+def test_validation_loss_is_that_of_the_whole_split(config: TrainConfig) -> None:
+    """Against one forward pass for every window, summed in float64."""
+    result = fit(replace(config, max_iters=10))
+    saved = last(config)
+    model = GPT(saved.model_config).eval()
+    model.load_state_dict(saved.model)
+    val = torch.from_numpy(load(Path(config.data_dir)).val).long()
+    total = 0.0
+    for start in range(0, len(val) - 1, config.block_size):
+        piece = val[start : start + config.block_size + 1]
+        logits, _ = model(piece[None, :-1])
+        total -= logits[0].double().log_softmax(-1).gather(1, piece[1:, None]).sum().item()
+    assert result.best_val_loss == pytest.approx(total / (len(val) - 1), rel=1e-5)
+
+
+def test_accumulation_computes_the_same_update(config: TrainConfig, tmp_path: Path) -> None:
+    whole = replace(config, dropout=0.0, max_iters=3)
+    pieces = replace(whole, gradient_accumulation_steps=3, out_dir=str(tmp_path / "pieces"))
+    fit(whole)
+    fit(pieces)  # 8 sequences in micro-batches of 3, 3 and 2
+    for name, weight in last(whole).model.items():
+        torch.testing.assert_close(last(pieces).model[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_patience_stops_a_run_that_gets_no_better(config: TrainConfig) -> None:
+    result = fit(replace(config, learning_rate=1e-12, max_iters=1000, eval_interval=2, patience=3))
+    assert result.reason == "patience"
+    assert result.step < 100
+
+
+def test_max_seconds_counts_training_alone_and_goes_on_over_resumes(config: TrainConfig) -> None:
+    config = replace(config, max_iters=100_000, eval_interval=100_000)
+    result = fit(replace(config, max_seconds=0.2))
+    assert result.reason == "time"
+    assert 0.2 <= result.elapsed_s < 1
+    assert math.isfinite(result.best_val_loss)  # evaluated at the end
+    again = fit(replace(config, max_seconds=0.2, resume=True))
+    assert again.step == result.step
+
+
+def test_a_new_run_moves_the_earlier_one_away_and_overwrite_deletes_it(config: TrainConfig) -> None:
+    fit(config)
+    before = (Path(config.out_dir) / "ckpt.pt").read_bytes()
+    fit(config)
+    assert (Path(config.out_dir) / "previous/1/ckpt.pt").read_bytes() == before
+    fit(replace(config, overwrite=True))
+    assert not (Path(config.out_dir) / "previous/2").exists()
+
+
+def test_resuming_a_finished_run_says_so_and_max_iters_extends_it(config: TrainConfig, capsys) -> None:
+    fit(config)
+    assert fit(replace(config, resume=True)).step == 30
+    capsys.readouterr()
+    assert fit(replace(config, resume=True, max_iters=40)).step == 40
+    assert "--max_iters is now 40 (so far 30)" in capsys.readouterr().out
+    assert [row["step"] for row in rows(config) if "train_loss" in row] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_layer", 3), ("n_head", 4), ("n_embd", 64), ("block_size", 8), ("preset", "cpu")]
+)
+def test_resume_refuses_another_architecture(config: TrainConfig, name, value) -> None:
+    fit(replace(config, max_iters=1))
+    saved = getattr(config, name)
+    with pytest.raises(UserError, match=f"--{name} {value} contradicts the checkpoint.*{name} {saved}"):
+        fit(replace(config, resume=True, **{name: value}))
+
+
+def test_resume_refuses_other_data(config: TrainConfig, tmp_path: Path, text: str) -> None:
+    fit(replace(config, max_iters=1))
+    other = str(tmp_path / "other")
+    prepare(Source(text[::-1], "reversed"), DataConfig(data_dir=other))
+    with pytest.raises(UserError, match="not the data this run was trained on"):
+        fit(replace(config, resume=True, data_dir=other))
+
+
+def test_resume_without_a_checkpoint(config: TrainConfig) -> None:
+    with pytest.raises(UserError, match="no checkpoint to resume"):
+        fit(replace(config, resume=True))
+
+
+def test_resume_takes_new_hyperparameters(config: TrainConfig) -> None:
+    fit(config)
+    fit(replace(config, resume=True, max_iters=31, weight_decay=0.5))
+    assert last(config).optimizer["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_out_dir_that_is_a_file(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        fit(replace(config, out_dir=str(tmp_path / "file")))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(config: TrainConfig) -> None:
+    with (
+        RunFolder(Path(config.out_dir)).locked(),
+        pytest.raises(UserError, match="another training is writing"),
+    ):
+        fit(config)
+
+
+# --- numbers that are not finite ---
+
+
+def poison(monkeypatch, bad_at) -> None:
+    """Make the loss NaN in every step for which bad_at(run) holds."""
+    really = train.forward_backward
+
+    def forward_backward(run, x, y):
+        loss = really(run, x, y)
+        return loss * float("nan") if bad_at(run) else loss
+
+    monkeypatch.setattr(train, "forward_backward", forward_backward)
+
+
+def test_a_broken_step_is_skipped(config: TrainConfig, monkeypatch, capsys) -> None:
+    poison(monkeypatch, lambda run: run.progress.step == 7)
+    assert fit(config).reason == "finished"
+    assert "step 8: loss nan" in capsys.readouterr().err
+    assert [row["step"] for row in rows(config) if "train_loss" in row] == [n for n in range(1, 31) if n != 8]
+    steps = {state["step"].item() for state in last(config).optimizer["state"].values()}
+    assert steps == {29}
+
+
+def test_repeated_broken_steps_go_back_with_another_order(config: TrainConfig, monkeypatch, capsys) -> None:
+    poison(monkeypatch, lambda run: run.progress.order == 0 and run.progress.step >= 15)
+    assert fit(config).reason == "finished"
+    assert "back to step 10, with the data in another order" in capsys.readouterr().err
+    assert last(config).progress["order"] == 1
+    assert [row["step"] for row in rows(config) if "train_loss" in row] == list(range(1, 31))
+    assert all(torch.isfinite(weight).all() for weight in last(config).model.values())
+
+
+def test_training_that_breaks_down_in_every_order_is_given_up(config: TrainConfig, monkeypatch) -> None:
+    poison(monkeypatch, lambda run: run.progress.step >= 15)
+    with pytest.raises(UserError, match=r"breaks down near step .* step 10 is saved"):
+        fit(config)
+    assert last(config).progress["step"] == 10
+    monkeypatch.undo()
+    assert fit(replace(config, resume=True, learning_rate=1e-3)).reason == "finished"
+
+
+# --- arithmetic and compilation ---
+
+
+def test_float16_keeps_its_scaler_over_a_resume(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, dtype="float16")
+    never = replace(config, out_dir=str(tmp_path / "never"))
+    fit(never)
+    fit(replace(config, max_iters=13))
+    # The schedule depends on max_iters, so pretend that the first life was cut short by the clock.
+    fit(replace(config, out_dir=str(tmp_path / "cut"), max_seconds=1e-9))
+    assert last(config).scaler["scale"] > 0
+    cut = replace(config, out_dir=str(tmp_path / "cut"), resume=True)
+    fit(cut)
+    for name, weight in last(never).model.items():
+        assert torch.equal(last(cut).model[name], weight)
+    assert last(cut).scaler == last(never).scaler
+
+
+def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch) -> None:
+    config = replace(config, dtype="auto", max_iters=5)
+    monkeypatch.setattr("nanogpt.device.pick_dtype", lambda *_: torch.bfloat16)
+    fit(config)
+    monkeypatch.setattr("nanogpt.device.pick_dtype", lambda *_: torch.float32)
+    fit(replace(config, resume=True, max_iters=6))
+    assert last(config).arithmetic == {"device": "cpu", "dtype": "bfloat16"}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inside torch.compile itself
+def test_compiling_gives_the_same_training(config: TrainConfig, tmp_path: Path) -> None:
+    plain = replace(config, dropout=0.0, max_iters=4)
+    compiled = replace(plain, compile="on", out_dir=str(tmp_path / "compiled"))
+    fit(plain)
+    fit(compiled)
+    assert set(last(compiled).model) == set(last(plain).model)  # no prefix from the wrapper
+    for name, weight in last(plain).model.items():
+        torch.testing.assert_close(last(compiled).model[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_failing_compiler_is_reported_and_done_without(config: TrainConfig, monkeypatch, capsys) -> None:
+    def broken(*_):
+        raise RuntimeError("no C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    assert fit(replace(config, compile="on", max_iters=2)).reason == "finished"
+    assert "torch.compile failed, going on without it: no C++ compiler found\n" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_to_do(config: TrainConfig, monkeypatch) -> None:
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "forward_backward", full)
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 2"):
+        fit(config)
+
+
+# --- what is shown ---
+
+
+def test_tensorboard_has_the_numbers_the_samples_and_the_settings(config: TrainConfig) -> None:
+    fit(replace(config, tensorboard=True))
+    events = EventAccumulator(str(Path(config.out_dir) / "runs")).Reload()
+    tags = events.Tags()
+    assert {"loss/train", "loss/val", "learning_rate", "gradient_norm", "tokens_per_s"} <= set(
+        tags["scalars"]
+    )
+    assert {"sample/text_summary", "settings/text_summary"} <= set(tags["tensors"])
+    assert [event.step for event in events.Scalars("loss/val")] == [10, 20, 30]
+
+
+def test_a_long_training_on_a_cpu_names_the_preset(config: TrainConfig, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(train, "FORECAST_SECONDS", 0.0)
+    monkeypatch.setattr(train, "ONE_HOUR", 0.0)
+    fit(config)
+    printed = capsys.readouterr().out
+    assert re.search(r"Expected: \d+ s more \([\d,]+ ms a step", printed)
+    assert "--preset cpu trains a smaller model" in printed
+
+
+def test_the_same_seed_gives_the_same_start_on_any_settings_of_the_loop(
+    config: TrainConfig, tmp_path
+) -> None:
+    one = set_up(config, RunFolder(tmp_path / "one"))
+    other = set_up(replace(config, batch_size=3, max_iters=7), RunFolder(tmp_path / "other"))
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], weight)
