@@ -2,15 +2,15 @@
 
 Use:    save(path, checkpoint); checkpoint = load(path)
 A checkpoint is one self-contained file of plain types and tensors (torch.save, read back with
-weights_only=True, so a hostile file runs nothing). It is a zip archive: every record in it has a
-checksum, and all of them are verified before anything is used.
+weights_only=True, so a hostile file runs nothing), followed by a seal: the SHA-256 of all that
+stands before it. The seal is verified before anything is used. torch.load reads the file too.
 Which file is the best one and which is resumed: run_folder.py.
 """
 
-import zipfile
+import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -19,6 +19,11 @@ from nanogpt.files import replacing
 
 FORMAT = 1
 """Version of the checkpoint format."""
+
+FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
+
+SEAL = b"nanogpt\n"
+SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
 
 
 @dataclass
@@ -76,36 +81,76 @@ class Checkpoint:
         return GPTConfig(**shape, vocab_size=self.vocab_size)
 
 
+class Hashing:
+    """A file to write to that keeps the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, piece: bytes) -> int:
+        """Write and count in."""
+        self.digest.update(piece)
+        return self.file.write(piece)
+
+    def flush(self) -> None:
+        """Pass the call on."""
+        self.file.flush()
+
+
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; until it is complete, the file that was there stays untouched.
 
     Errors: UserError if the folder cannot be written or the disk is full.
     """
+    write_sealed(path, {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)})
+
+
+def write_sealed(path: Path, content: object) -> None:
+    """torch.save `content`, atomically, with the seal behind it. Errors: as `save`."""
     with replacing(path) as file:
-        content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
-        torch.save(content, file)
+        hashing = Hashing(file)
+        torch.save(content, cast(BinaryIO, hashing))
+        file.write(SEAL + hashing.digest.digest())
+
+
+def verify(path: Path) -> None:
+    """Check the seal at the end of the file against all that stands before it.
+
+    Errors: UserError if a single bit has changed, or if the file has no seal.
+    """
+    left = path.stat().st_size - SEAL_SIZE
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        seal = file.read()
+    require(seal.startswith(SEAL), f"{path} is cut short, or {FOREIGN}")
+    require(seal == SEAL + digest.digest(), f"checkpoint {path} is damaged (its checksum does not match)")
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU, after verifying every checksum in it.
+    """Read a checkpoint onto the CPU, after verifying every bit of it.
 
     Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
-    require(path.is_file(), f"checkpoint {path} does not exist: train one, or check the path")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        require(damaged is None, f"checkpoint {path} is damaged (checksum of {damaged})")
+        require(path.is_file(), f"checkpoint {path} does not exist: train one, or check the path")
+        verify(path)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+    except Exception as error:  # sealed, but hostile: whatever the reader then raises
         detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({detail})") from error
+        raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     version = content.get("format")
-    require(version is not None, f"{path} is not a NanoGPT checkpoint: give a ckpt.pt or last.pt")
+    require(version is not None, f"{path} {FOREIGN}")
     require(version == FORMAT, f"checkpoint {path} has format {version}, this is {FORMAT}: update NanoGPT")
+    parts = {field.name for field in fields(Checkpoint)}
+    require(set(content) == parts, f"checkpoint {path} was saved by another version: update NanoGPT")
     return Checkpoint(**content)
 
 

@@ -27,7 +27,7 @@ def terminal() -> Console:
 def say(line: str = "", style: str | None = None) -> None:
     """Print a line on standard output, above a progress bar if one is shown."""
     if terminal().is_terminal:
-        terminal().print(line, style=style, markup=False)
+        terminal().print(line, style=style, markup=False, emoji=False)
     else:
         print(line, flush=True)
 
@@ -35,7 +35,7 @@ def say(line: str = "", style: str | None = None) -> None:
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
     if terminal().is_terminal and sys.stderr.isatty():
-        terminal().print(line, style="yellow", markup=False)
+        terminal().print(line, style="yellow", markup=False, emoji=False)
     else:
         print(line, file=sys.stderr, flush=True)
 

@@ -34,6 +34,11 @@ BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16'
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
+NOT_TEXT = "--input_file {} is not a text file: save it as plain text in UTF-8"
+
+COMMONEST = "cp1252"
+"""The old encoding of western Europe, a superset of Latin-1's characters."""
+
 DETECTION_BYTES = 1 << 20
 """How much of a file the encoding detector looks at."""
 
@@ -52,13 +57,14 @@ def read_text(path: Path) -> Source:
 
     Errors: UserError if the file is missing, a folder, unreadable, empty or not text.
     """
-    require(path.exists(), f"--input_file {path} does not exist: check the path")
-    require(not path.is_dir(), f"--input_file {path} is a folder: give a text file")
     try:
+        require(path.exists(), f"--input_file {path} does not exist: check the path")
+        require(not path.is_dir(), f"--input_file {path} is a folder: give a text file")
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"--input_file {path} cannot be read: {error.strerror}") from error
     text, notes = decode(raw, path)
+    require("\0" not in text, NOT_TEXT.format(path))
     require(bool(text.strip()), f"--input_file {path} is empty: give a file with text in it")
     if "\r\n" in text:
         notes += (f"{text.count(chr(13) + chr(10)):,} Windows line ends (CRLF) folded to LF",)
@@ -71,7 +77,7 @@ def decode(raw: bytes, path: Path) -> tuple[str, tuple[str, ...]]:
 
     Errors: UserError if it is binary or cannot be decoded.
     """
-    not_text = f"--input_file {path} is not a text file: save it as plain text in UTF-8"
+    not_text = NOT_TEXT.format(path)
     for mark, encoding in BYTE_ORDER_MARKS:
         if raw.startswith(mark):
             try:
@@ -79,11 +85,9 @@ def decode(raw: bytes, path: Path) -> tuple[str, tuple[str, ...]]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{not_text} ({error.reason} at byte {error.start})") from error
     try:
-        text = raw.decode("utf-8")
-        require("\0" not in text, not_text)
-        return text, ()
+        return raw.decode("utf-8"), ()
     except UnicodeDecodeError:
-        encoding = detect(raw[:DETECTION_BYTES])
+        encoding = detect(raw)
     if encoding is None:
         raise UserError(not_text)
     try:
@@ -95,11 +99,20 @@ def decode(raw: bytes, path: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def detect(raw: bytes) -> str | None:
-    """The likeliest encoding of `raw` (charset-normalizer), None for binary data."""
+    """The likeliest encoding of `raw` by its beginning (charset-normalizer), None for binary data."""
     from charset_normalizer import from_bytes
 
-    best = from_bytes(raw).best()
-    return best.encoding if best else None
+    beginning = raw[:DETECTION_BYTES]
+    if len(beginning) < len(raw):  # end with a line, so that no character is cut in half
+        beginning = beginning[: beginning.rfind(b"\n") + 1] or beginning
+    matches = from_bytes(beginning)
+    best = matches.best()
+    if best is None:
+        return None
+    # Several may explain the bytes equally well: then the commonest of them.
+    equals = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
+    encodings = [best.encoding, *(name for match in equals for name in match.could_be_from_charset)]
+    return COMMONEST if COMMONEST in encodings else best.encoding
 
 
 def tiny_shakespeare(folder: Path) -> Source:

@@ -133,15 +133,22 @@ def load(folder: Path) -> Dataset:
     Errors: UserError if it is missing, incomplete, damaged or of a newer format.
     """
     advice = "prepare it with: python data.py" + ("" if str(folder) == "data" else f" --data_dir {folder}")
-    vocabulary = cast(dict[str, Any], load_plain(folder / "vocab.pt", advice))
+    vocabulary = load_plain(folder / "vocab.pt", advice)
+    vocabulary = cast(dict[str, Any], vocabulary) if isinstance(vocabulary, dict) else {}
     require(
-        vocabulary.get("format") == FORMAT,
+        vocabulary.get("format") == FORMAT and "tokenizer" in vocabulary,
         f"{folder} was prepared by another version of NanoGPT: {advice} --overwrite",
     )
-    train, val = (cast(Tensor, load_plain(folder / f"{name}.pt", advice, mmap=True)) for name in SPLITS)
-    return Dataset(
-        train.numpy(), val.numpy(), tokenizers.from_dict(vocabulary["tokenizer"]), vocabulary["fingerprint"]
-    )
+    train, val = (load_tokens(folder / f"{name}.pt", advice) for name in SPLITS)
+    return Dataset(train, val, tokenizers.from_dict(vocabulary["tokenizer"]), vocabulary["fingerprint"])
+
+
+def load_tokens(path: Path, advice: str) -> NDArray[Any]:
+    """The tokens of a split, (N,), mapped from the file. Errors: UserError if it holds anything else."""
+    tokens = load_plain(path, advice, mmap=True)
+    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
+        raise UserError(f"{path} does not hold tokens: {advice} --overwrite")
+    return tokens.numpy()
 
 
 def load_plain(path: Path, advice: str, *, mmap: bool = False) -> object:
@@ -172,9 +179,9 @@ class Batches:
             f"use at most {len(tokens) - 1}, or more text",
         )
         self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
-        # One window fewer than fit leaves the offset free to take any value below T.
+        # One window fewer than fit leaves room for the offset: every token gets its turn.
         self.windows = max(1, (len(tokens) - 1) // block_size - 1)
-        self.slack = min(block_size, len(tokens) - self.windows * block_size)
+        self.offsets = len(tokens) - self.windows * block_size
         self._epoch: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
     @property
@@ -196,7 +203,7 @@ class Batches:
         """Where the windows of an epoch begin, in the order of visiting, (W,)."""
         if self._epoch is None or self._epoch[0] != (epoch, order):
             random = np.random.default_rng([self.seed, order, epoch])
-            offset = int(random.integers(self.slack))
+            offset = int(random.integers(self.offsets))
             self._epoch = (epoch, order), offset + self.block_size * random.permutation(self.windows)
         return self._epoch[1]
 

@@ -5,9 +5,9 @@ The bytes go to a temporary name beside `path`, are synced to the disk, and only
 name `path`: whatever happens before that instant, the file that was there is untouched.
 """
 
+import contextlib
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +16,7 @@ from nanogpt.config import UserError
 TEMPORARY_SUFFIX = ".part"
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Generator[BinaryIO]:
     """Open a binary file that becomes `path` when the block ends, and never if it raises.
 
@@ -31,12 +31,20 @@ def replacing(path: Path) -> Generator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = system_error(error)
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The OSError that `error` is or that led to it: torch.save hides a full disk in another error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from nanogpt.model import GPT
 
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Temperatures below this are as good as this."""
+
 
 @torch.no_grad()
 def generate(
@@ -51,7 +54,9 @@ def sample(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    highest = logits.max(dim=-1, keepdim=True).values
+    logits = (logits - highest) / max(temperature, SMALLEST)  # no overflow, however small it is
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -61,8 +66,8 @@ def sample(
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Rule out all but the k likeliest tokens: their logits (B, V) become -inf."""
-    least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-    return logits.masked_fill(logits < least, float("-inf"))
+    kept = logits.topk(min(k, logits.shape[-1]))  # (B, k)
+    return torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:

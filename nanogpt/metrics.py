@@ -92,17 +92,17 @@ class JsonLines:
     def flush(self, *, sync: bool = True) -> None:
         """Write the lines that wait; with sync, through to the disk."""
         try:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            with open(self.path, "ab", buffering=0) as file:
+                size, left = file.seek(0, os.SEEK_END), "".join(self.waiting).encode()
                 try:
-                    file.write("".join(self.waiting))
-                    file.flush()
+                    while left:
+                        left = left[file.write(left) :]
                 except OSError:
-                    os.truncate(self.path, size)  # no half line
+                    file.truncate(size)  # no half line
                     raise
+                self.waiting.clear()
                 if sync:
                     os.fsync(file.fileno())
-            self.waiting.clear()
         except OSError as error:
             warn(f"cannot write {self.path}: {error.strerror}: will try again")
 
@@ -141,45 +141,48 @@ TENSORBOARD_NAMES = {
 
 
 class TensorBoard:
-    """Events for `tensorboard --logdir out/runs`. If they cannot be written, says so once and stops."""
+    """Events for `tensorboard --logdir out/runs`. What cannot be written is reported once and left out."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        # purge_step hides what a killed run wrote about steps that are done again.
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self.broken = False
         rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
-        self.attempt(
-            lambda: self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", step)
-        )
+        with self.attempt():
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            # purge_step hides what a killed run wrote about steps that are done again.
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", step)
+
+    @contextmanager
+    def attempt(self) -> Generator[None]:
+        """Run the block; a failure, on a full disk say, must not end the training."""
+        try:
+            yield
+        except Exception as error:
+            if not self.broken:
+                warn(f"TensorBoard stops: {error}")
+            self.broken = True
 
     def write(self, record: Record) -> None:
         """Add the record's numbers and text."""
         step = record["step"]
-        for key, name in TENSORBOARD_NAMES.items():
-            if key in record:
-                self.attempt(lambda name=name, key=key: self.writer.add_scalar(name, record[key], step))
-        if "sample" in record:
-            indented = "    " + record["sample"].replace("\n", "\n    ")  # Markdown for "as it is"
-            self.attempt(lambda: self.writer.add_text("sample", indented, step))
+        with self.attempt():
+            for key, name in TENSORBOARD_NAMES.items():
+                if key in record:
+                    self.writer.add_scalar(name, record[key], step)
+            if "sample" in record:
+                indented = "    " + record["sample"].replace("\n", "\n    ")  # Markdown for "as it is"
+                self.writer.add_text("sample", indented, step)
 
     def flush(self) -> None:
         """Write through to the file."""
-        self.attempt(self.writer.flush)
+        with self.attempt():
+            self.writer.flush()
 
     def close(self) -> None:
         """Write what waits and close the file."""
-        self.attempt(self.writer.close)
-
-    def attempt(self, action: Callable[[], object]) -> None:
-        """Do it, unless writing has failed before: a full disk must not end the training."""
-        if not self.broken:
-            try:
-                action()
-            except Exception as error:
-                self.broken = True
-                warn(f"TensorBoard stops: {error}")
+        with self.attempt():
+            self.writer.close()
 
 
 class ConsoleReader:

@@ -19,11 +19,10 @@ def cpu() -> TrainConfig:
         n_embd=128,
         dropout=0.0,
         batch_size=24,
-        max_iters=1800,
-        learning_rate=4e-3,
-        warmup_iters=100,
+        max_iters=1200,
+        learning_rate=2e-3,
         min_lr=0.05,
-        eval_interval=300,
+        eval_interval=200,
     )
 
 

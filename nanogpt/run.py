@@ -69,6 +69,8 @@ class Run:
     pace: Pace = field(default_factory=Pace)
     started: float = field(default_factory=time.perf_counter)
     saved_at: float = field(default_factory=time.perf_counter)
+    saved_step: int | None = None
+    """Step of the newest checkpoint that this process has written or read."""
     broken: int = 0
     """Steps in a row whose loss or gradient was not finite."""
     rollbacks: int = 0
@@ -190,6 +192,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
     if saved.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(saved.scaler)
     run.progress = Progress(**saved.progress)
+    run.saved_step = run.progress.step
 
 
 def save(run: Run, path: Path) -> None:
@@ -197,6 +200,7 @@ def save(run: Run, path: Path) -> None:
     run.saved_at = time.perf_counter()
     run.metrics.flush()
     checkpoint.save(path, snapshot(run))
+    run.saved_step = run.progress.step
 
 
 def try_save(run: Run, path: Path) -> bool:
@@ -204,6 +208,6 @@ def try_save(run: Run, path: Path) -> bool:
     try:
         save(run, path)
     except UserError as error:
-        warn(f"{error}: training goes on, the checkpoint that was there is whole, the next save tries again")
+        warn(f"{error} (training goes on; what was saved before is whole; the next save tries again)")
         return False
     return True

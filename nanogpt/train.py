@@ -270,7 +270,7 @@ def loop(run: Run, stop: StopRequest) -> str:
             evaluate_and_record(run, stop)
             reason = reason_to_stop(run, stop)
         if reason:
-            save(run, run.folder.last)
+            save_at_the_end(run)
             return reason
         begin = time.perf_counter()
         numbers = train_step(run)
@@ -287,6 +287,17 @@ def loop(run: Run, stop: StopRequest) -> str:
             record_step(run, numbers)
         if time.perf_counter() - run.saved_at >= config.save_seconds:
             try_save(run, run.folder.last)
+
+
+def save_at_the_end(run: Run) -> None:
+    """Save last.pt. Errors: UserError saying from where the run can be continued."""
+    try:
+        save(run, run.folder.last)
+    except UserError as error:
+        raise UserError(
+            f"{error}: step {run.saved_step} is saved and whole: make room, then python train.py --resume "
+            f"--out_dir {run.config.out_dir}"
+        ) from error
 
 
 def reason_to_stop(run: Run, stop: StopRequest) -> str:

@@ -140,7 +140,7 @@ MISTAKES = {
     "python data.py --input_file my_corpus.txt --train_split 1": "--train_split 1.0 is outside (0, 1)",
     "python sample.py": "out/ckpt.pt does not exist",
     "python sample.py --temperature=-1": "--temperature -1.0",
-    "python sample.py --checkpoint my_corpus.txt": "damaged or not a checkpoint",
+    "python sample.py --checkpoint my_corpus.txt": "is not a NanoGPT checkpoint",
     "python model.py --n_head 5": "--n_embd 384 is not a multiple of --n_head 5",
 }
 

@@ -1,0 +1,403 @@
+"""The data folder is written whole or not at all; batches are pure, and repeat nothing within an epoch."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt import data
+from nanogpt.config import DataConfig, UserError
+from nanogpt.corpus import Source
+from nanogpt.data import Batches, evaluation_batches, gather, load, prepare
+from nanogpt.tokenizer import CharTokenizer
+
+quick = settings(deadline=None, derandomize=True, max_examples=100)
+TEXT = "It was the best of times, it was the worst of times.\n" * 20
+FILES = ["train.pt", "val.pt", "vocab.pt"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DataConfig(data_dir=str(tmp_path / "data"))
+
+
+@pytest.fixture
+def folder(config, tmp_path):
+    """A prepared data folder."""
+    prepare(Source(TEXT, "times"), config)
+    return tmp_path / "data"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def one_line(raised):
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# The folder
+
+
+def test_the_files_and_what_they_hold(folder):
+    assert sorted(contents(folder)) == FILES
+    train, val = (torch.load(folder / f"{name}.pt", mmap=True, weights_only=True) for name in data.SPLITS)
+    vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
+    assert train.dim() == val.dim() == 1
+    assert train.dtype == val.dtype == torch.uint8
+    tokenizer = CharTokenizer(vocabulary["tokenizer"]["chars"])
+    assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == TEXT
+    assert vocabulary["format"] == data.FORMAT
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(256, torch.uint8), (257, torch.uint16), (65537, torch.uint32)])
+def test_tokens_have_the_narrowest_type(config, size, dtype):
+    text = "".join(map(chr, range(size)))
+    prepare(Source(text, "all"), config)
+    data_dir = Path(config.data_dir)
+    loaded = load(data_dir)
+    for name, ids in (("train", loaded.train), ("val", loaded.val)):
+        tensor = torch.load(data_dir / f"{name}.pt", mmap=True, weights_only=True)
+        assert tensor.dtype == dtype
+        assert np.array_equal(tensor.numpy(), ids)
+    assert np.array_equal(np.concatenate((loaded.train, loaded.val)), np.arange(size))
+    x, y = Batches(loaded.train, block_size=4, batch_size=3, seed=1)(0)
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x + 1, y)
+
+
+def test_load_gives_back_the_text(folder):
+    loaded = load(folder)
+    ids = np.concatenate((loaded.train, loaded.val))
+    assert loaded.tokenizer.decode(ids) == TEXT
+
+
+@pytest.mark.parametrize("split", [0.5, 0.9, 0.99, 1 / 3])
+def test_sizes_of_the_splits_and_what_is_said(config, capsys, split):
+    prepare(Source(TEXT, "times"), replace(config, train_split=split))
+    loaded = load(Path(config.data_dir))
+    assert len(loaded.train) == math.floor(len(TEXT) * split)
+    assert len(loaded.train) + len(loaded.val) == len(TEXT)
+    said = capsys.readouterr().out
+    assert f"Characters: {len(TEXT):,}" in said
+    assert f"Vocabulary: {len(set(TEXT))} " in said
+    assert f"train.pt: {len(loaded.train):,} tokens" in said
+    assert f"val.pt: {len(loaded.val):,} tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("length", "split", "enough"),
+    [
+        (3, 0.5, False),
+        (4, 0.5, True),
+        (19, 0.9, True),
+        (10, 0.9, False),
+        (1000, 0.0015, False),
+        (4, 0.9, False),
+    ],
+)
+def test_both_splits_need_two_characters(config, length, split, enough):
+    source, config = Source(TEXT[:length], "short"), replace(config, train_split=split)
+    if enough:
+        prepare(source, config)
+        loaded = load(Path(config.data_dir))
+        assert min(len(loaded.train), len(loaded.val)) >= 2
+    else:
+        with pytest.raises(UserError, match=f"{length} characters: too short") as raised:
+            prepare(source, config)
+        one_line(raised)
+        assert not Path(config.data_dir).exists()
+
+
+def test_the_same_text_again_is_recognised_and_not_rewritten(folder, config, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    prepare(Source(TEXT, "under another name"), config)
+    assert "already prepared" in capsys.readouterr().out
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("change", ["text", "split"])
+def test_another_data_set_is_not_overwritten_unless_told(folder, config, change):
+    text = TEXT[:-1] + "!" if change == "text" else TEXT
+    config = replace(config, train_split=0.8) if change == "split" else config
+    before = contents(folder)
+    with pytest.raises(UserError, match="--overwrite") as raised:
+        prepare(Source(text, "other"), config)
+    one_line(raised)
+    assert contents(folder) == before
+
+    prepare(Source(text, "other"), replace(config, overwrite=True))
+    loaded = load(folder)
+    assert loaded.tokenizer.decode(np.concatenate((loaded.train, loaded.val))) == text
+    assert len(loaded.train) == int(len(text) * config.train_split)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("over_another", [False, True])
+def test_a_preparation_cut_short_is_seen_and_done_again(config, monkeypatch, done, over_another):
+    folder = Path(config.data_dir)
+    if over_another:
+        prepare(Source("quite another text " * 9, "other"), config)
+        config = replace(config, overwrite=True)
+    save, count = data.save_plain, iter(range(3))
+
+    def save_some(path, value):
+        if next(count) == done:
+            raise KeyboardInterrupt
+        save(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_plain", save_some)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(Source(TEXT, "times"), config)
+    with pytest.raises(UserError, match=r"vocab.pt is missing"):
+        load(folder)
+    prepare(Source(TEXT, "times"), replace(config, overwrite=False))
+    loaded = load(folder)
+    assert loaded.tokenizer.decode(np.concatenate((loaded.train, loaded.val))) == TEXT
+
+
+def test_the_fingerprint_depends_on_text_and_split_alone():
+    same = data.fingerprint_of(TEXT, 0.9)
+    assert data.fingerprint_of(TEXT, 0.9) == same
+    assert len({same, data.fingerprint_of(TEXT + " ", 0.9), data.fingerprint_of(TEXT, 0.8)}) == 3
+    assert data.fingerprint_of("\ud800", 0.9)  # half a surrogate pair is a character too
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UserError) as raised:
+        load(folder)
+    assert f"{name} is missing: prepare it with: python data.py --data_dir {folder}" in one_line(raised)
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="prepare it with"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 30, 0.3, 0.9, -1])
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file(folder, config, name, keep):
+    raw = (folder / name).read_bytes()
+    (folder / name).write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
+    with pytest.raises(UserError, match=rf"{name} is damaged: .*--overwrite") as raised:
+        load(folder)
+    one_line(raised)
+    with pytest.raises(UserError, match="damaged data set: give --overwrite"):
+        prepare(Source(TEXT, "times"), config)
+    prepare(Source(TEXT, "times"), replace(config, overwrite=True))
+    assert load(folder).fingerprint == data.fingerprint_of(TEXT, 0.9)
+
+
+FOREIGN = {
+    "list": [1, 2, 3],
+    "tensor": torch.arange(5),
+    "model": {"model": {"weight": torch.zeros(2)}, "format": 1},
+    "empty": {"format": 1},
+    "matrix": torch.zeros(4, 4, dtype=torch.uint8),
+    "floats": torch.zeros(100),
+}
+
+
+@pytest.mark.parametrize("kind", ["list", "tensor", "model", "empty"])
+def test_a_foreign_vocabulary(folder, kind):
+    torch.save(FOREIGN[kind], folder / "vocab.pt")
+    with pytest.raises(UserError) as raised:
+        load(folder)
+    one_line(raised)
+
+
+@pytest.mark.parametrize("kind", ["list", "model", "matrix", "floats"])
+@pytest.mark.parametrize("name", data.SPLITS)
+def test_foreign_tokens(folder, name, kind):
+    torch.save(FOREIGN[kind], folder / f"{name}.pt")
+    with pytest.raises(UserError) as raised:
+        load(folder)
+    one_line(raised)
+
+
+def test_a_folder_of_another_version(folder):
+    vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
+    torch.save({**vocabulary, "format": data.FORMAT + 1}, folder / "vocab.pt")
+    with pytest.raises(UserError, match="version") as raised:
+        load(folder)
+    one_line(raised)
+
+
+def test_main_reads_a_file_and_says_what_it_did(tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.replace("\n", "\r\n").encode())
+    config = DataConfig(input_file=str(path), data_dir=str(tmp_path / "data"))
+    assert data.main(config) == 0
+    assert "20 Windows line ends" in capsys.readouterr().out
+    assert load(tmp_path / "data").fingerprint == data.fingerprint_of(TEXT, 0.9)
+
+
+# Training batches
+
+
+def starts_of(batches, steps, order=0):
+    """Where the windows of these steps begin, told from tokens that are their own positions."""
+    firsts = []
+    for step in steps:
+        x, y = batches(step, order)
+        assert torch.equal(x, x[:, :1] + torch.arange(batches.block_size))  # unbroken windows
+        assert torch.equal(y, x + 1)  # targets are the inputs one further
+        firsts += x[:, 0].tolist()
+    return firsts
+
+
+def counting(n, *, block_size, batch_size, seed=1):
+    """Batches of the tokens 0, 1, ..., n - 1."""
+    return Batches(np.arange(n, dtype=np.uint32), block_size=block_size, batch_size=batch_size, seed=seed)
+
+
+def test_shapes_types_and_values():
+    tokens = np.arange(100, dtype=np.uint8)
+    x, y = Batches(tokens, block_size=8, batch_size=5, seed=1)(0)
+    assert x.shape == y.shape == (5, 8)
+    assert x.dtype == y.dtype == torch.int64
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+@quick
+@given(st.integers(2, 200), st.data(), st.integers(1, 9), st.integers(0, 99), st.integers(0, 3))
+def test_an_epoch_is_disjoint_windows_each_once_whatever_the_size(n, draw, batch_size, seed, epoch):
+    T = draw.draw(st.integers(1, n - 1))
+    batches = counting(n, block_size=T, batch_size=batch_size, seed=seed)
+    W = batches.windows
+    assert W >= 1
+    assert batches.steps_per_epoch == W / batch_size
+    first, last = epoch * W // batch_size, ((epoch + 1) * W - 1) // batch_size
+    visits = starts_of(batches, range(first, last + 1))
+    skip = epoch * W - first * batch_size
+    windows = sorted(visits[skip : skip + W])
+    assert len(windows) == W
+    assert windows[0] >= 0
+    assert windows[-1] + T < n  # the last target is inside
+    assert all(b - a == T for a, b in pairwise(windows))  # no token is predicted twice
+
+
+@quick
+@given(st.integers(2, 200), st.data())
+def test_an_epoch_leaves_out_less_than_two_windows(n, draw):
+    T = draw.draw(st.integers(1, n - 1))
+    batches = counting(n, block_size=T, batch_size=1)
+    assert n - 1 - batches.windows * T < 2 * T
+
+
+def test_batches_are_a_pure_function_of_seed_order_and_step():
+    def make(seed=1):
+        return counting(500, block_size=7, batch_size=16, seed=seed)
+
+    plan = [(step, order) for step in (0, 1, 5, 4, 40, 1000, 3) for order in (0, 1)]
+    long_lived = make()
+    seen = {key: long_lived(*key)[0] for key in plan}
+    for key in reversed(plan):
+        assert torch.equal(
+            make()(*key)[0], seen[key]
+        )  # no state: neither history nor order of asking matters
+    assert not torch.equal(make(2)(0)[0], seen[0, 0])
+    assert not torch.equal(seen[0, 1], seen[0, 0])
+
+
+def test_another_order_visits_the_same_number_of_windows_otherwise_shuffled():
+    batches = counting(401, block_size=10, batch_size=13)
+    plain, other = (starts_of(batches, range(3), order) for order in (0, 1))
+    assert batches.windows == 39
+    assert len(set(plain)) == len(set(other)) == 39
+    assert plain != other
+
+
+def test_epochs_differ_in_shuffle_and_offset():
+    batches = counting(401, block_size=10, batch_size=39)
+    epochs = [starts_of(batches, [epoch]) for epoch in range(20)]
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+    assert len({min(epoch) for epoch in epochs}) > 5  # other offsets: other cuts of the text
+    assert all(min(epoch) >= 0 and max(epoch) + 10 < 401 for epoch in epochs)
+
+
+def test_the_shuffle_is_a_shuffle():
+    starts = starts_of(counting(401, block_size=10, batch_size=39), [0])
+    assert starts != sorted(starts)
+    assert starts != sorted(starts, reverse=True)
+
+
+@pytest.mark.parametrize("batch_size", [5, 39, 40, 100])
+def test_a_batch_straddles_epochs_without_losing_or_repeating(batch_size):
+    batches = counting(401, block_size=10, batch_size=batch_size)
+    W, epochs = batches.windows, 6
+    steps = math.ceil(epochs * W / batch_size)
+    visits = starts_of(batches, range(steps))
+    for epoch in range(epochs):
+        windows = visits[epoch * W : (epoch + 1) * W]
+        assert len(set(windows)) == W
+        assert windows == starts_of(counting(401, block_size=10, batch_size=W), [epoch])  # whatever the batch
+
+
+def test_every_token_is_seen_in_the_long_run():
+    batches = counting(60, block_size=10, batch_size=4)
+    seen = {start + i for start in starts_of(batches, range(200)) for i in range(11)}
+    assert seen == set(range(60))
+
+
+def test_a_block_size_too_long_for_the_split():
+    tokens = np.zeros(10, dtype=np.uint8)
+    with pytest.raises(UserError, match=r"--block_size 10 .* 10 tokens: use at most 9") as raised:
+        Batches(tokens, block_size=10, batch_size=1, seed=1)
+    one_line(raised)
+    x, _ = Batches(tokens, block_size=9, batch_size=3, seed=1)(0)
+    assert x.shape == (3, 9)
+
+
+def test_late_steps_do_not_overflow():
+    starts = starts_of(counting(401, block_size=10, batch_size=64), [10**12])
+    assert len(starts) == 64
+
+
+# Evaluation batches
+
+
+@quick
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7))
+def test_evaluation_predicts_every_token_but_the_first_once_in_order(n, block_size, batch_size):
+    predicted = []
+    for starts, length in evaluation_batches(np.zeros(n), block_size=block_size, batch_size=batch_size):
+        x, y = gather(np.arange(n), starts, length)
+        assert torch.equal(y, x + 1)
+        assert len(starts) <= batch_size
+        assert length <= block_size
+        predicted += y.flatten().tolist()
+    assert predicted == list(range(1, n))
+
+
+@quick
+@given(st.integers(2, 300), st.integers(1, 20), st.integers(1, 4), st.integers(1, 40))
+def test_most_is_an_even_fixed_subset(n, block_size, batch_size, most):
+    def starts(most=None):
+        batches = evaluation_batches(np.zeros(n), block_size=block_size, batch_size=batch_size, most=most)
+        return [(tuple(starts.tolist()), length) for starts, length in batches]
+
+    whole, some = starts(), starts(most)
+    assert some == starts(most)
+    assert len(some) == min(most, len(whole))
+    places = [whole.index(batch) for batch in some]
+    gaps = np.diff([*places, len(whole)])
+    assert places[0] == 0
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= 1  # evenly spread
+
+
+def test_evaluation_of_a_split_shorter_than_a_block():
+    ((starts, length),) = evaluation_batches(np.zeros(5), block_size=100, batch_size=8)
+    assert (starts.tolist(), length) == ([0], 4)

@@ -1,0 +1,236 @@
+"""`replacing` writes the whole file or leaves what was there, whatever goes wrong; the user gets one line."""
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt import files
+from nanogpt.config import UserError
+from nanogpt.files import replacing
+
+OLD = b"the old file, whole"
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file that is already there."""
+    path = tmp_path / "file.bin"
+    path.write_bytes(OLD)
+    return path
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def one_line(raised):
+    message = str(raised.value)
+    assert message.startswith("cannot write ")
+    assert "\n" not in message
+    return message
+
+
+@contextmanager
+def disk_of(size):
+    """Let no file grow beyond `size` bytes: writing fails as it does on a full disk."""
+    resource = pytest.importorskip("resource")  # CPython ignores the signal SIGXFSZ; the write fails
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_writes_a_new_file_and_the_folders_above_it(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert names(path.parent) == ["file.bin"]
+
+
+def test_the_old_file_stays_until_the_block_ends(path):
+    with replacing(path) as file:
+        file.write(b"new" * 100_000)
+        file.flush()
+        assert path.read_bytes() == OLD
+    assert path.read_bytes() == b"new" * 100_000
+    assert names(path.parent) == ["file.bin"]
+
+
+def raise_after_half(path, error):
+    with replacing(path) as file:
+        file.write(b"half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
+def test_a_block_that_raises_leaves_the_old_file_and_no_other(path, error):
+    with pytest.raises(error):
+        raise_after_half(path, error)
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+def test_a_block_that_raises_makes_no_new_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        raise_after_half(tmp_path / "file.bin", KeyboardInterrupt)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_that_was_being_handled_outside_is_not_taken_for_the_cause(path, error):
+    """Python chains it to whatever is raised meanwhile: a bug or a Ctrl-C must stay what it is."""
+    try:
+        raise FileNotFoundError(2, "No such file or directory")
+    except FileNotFoundError:
+        with pytest.raises(error):
+            raise_after_half(path, error)
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+def test_the_bytes_are_synced_before_they_take_the_name_and_the_folder_after(path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (events.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(files.os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
+    with replacing(path) as file:
+        file.write(b"new")
+    assert events == (["sync", "rename", "sync"] if os.name == "posix" else ["sync", "rename"])
+
+
+def test_what_a_killed_writer_left_is_written_over(path):
+    (path.parent / (path.name + files.TEMPORARY_SUFFIX)).write_bytes(
+        b"left by a killed process, longer than new"
+    )
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert names(path.parent) == ["file.bin"]
+
+
+def test_below_a_file_instead_of_a_folder(path):
+    with pytest.raises(UserError) as raised, replacing(path / "inside.bin") as file:
+        file.write(b"new")
+    one_line(raised)
+    assert path.read_bytes() == OLD
+
+
+def test_deep_below_a_file_instead_of_a_folder(path):
+    with pytest.raises(UserError) as raised, replacing(path / "deep" / "inside.bin") as file:
+        file.write(b"new")
+    one_line(raised)
+    assert path.read_bytes() == OLD
+
+
+def test_a_folder_has_the_name(tmp_path):
+    (tmp_path / "file.bin").mkdir()
+    with pytest.raises(UserError) as raised, replacing(tmp_path / "file.bin") as file:
+        file.write(b"new")
+    one_line(raised)
+    assert names(tmp_path) == ["file.bin"]
+
+
+def test_a_folder_has_the_temporary_name(path):
+    (path.parent / (path.name + files.TEMPORARY_SUFFIX)).mkdir()
+    with pytest.raises(UserError) as raised, replacing(path) as file:
+        file.write(b"new")
+    one_line(raised)
+    assert path.read_bytes() == OLD
+
+
+def test_a_folder_that_may_not_be_written(path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "open", refuse, raising=False)
+    with pytest.raises(UserError, match="Permission denied") as raised, replacing(path) as file:
+        file.write(b"new")
+    assert str(path) in one_line(raised)
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_file_system_that_cannot_be_written():
+    with pytest.raises(UserError) as raised, replacing(Path("/proc/nanogpt.bin")) as file:
+        file.write(b"new")
+    assert "/proc/nanogpt.bin" in one_line(raised)
+
+
+@posix
+@pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
+def test_a_full_disk_and_a_plain_write(path, size):
+    with pytest.raises(UserError) as raised, disk_of(size), replacing(path) as file:
+        file.write(b"x" * 1_000_000)
+    assert "File too large" in one_line(raised)  # the limit's name for "no space left"
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+@posix
+def test_a_disk_that_is_full_only_at_the_last_flush(path):
+    with pytest.raises(UserError) as raised, disk_of(4), replacing(path) as file:
+        file.write(b"12345")  # stays in Python's buffer until the block has ended
+    one_line(raised)
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+@posix
+@pytest.mark.parametrize("size", [0, 100, 4096, 1_000_000, 3_999_000, 4_000_500])
+def test_a_full_disk_and_torch_save(path, size):
+    content = {"tensor": torch.zeros(1_000_000), "after": [1, 2, 3]}
+    with pytest.raises(UserError) as raised, disk_of(size), replacing(path) as file:
+        torch.save(content, file)
+    assert "File too large" in one_line(raised)
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+@posix
+def test_the_limit_of_these_tests_lets_smaller_files_through(path):
+    with disk_of(5_000_000), replacing(path) as file:
+        torch.save({"tensor": torch.zeros(1_000_000)}, file)
+    assert torch.load(path, weights_only=True)["tensor"].shape == (1_000_000,)
+
+
+def test_two_files_in_one_folder_do_not_disturb_each_other(tmp_path):
+    with replacing(tmp_path / "one") as one, replacing(tmp_path / "two") as two:
+        one.write(b"1")
+        two.write(b"2")
+    assert (tmp_path / "one").read_bytes() == b"1"
+    assert (tmp_path / "two").read_bytes() == b"2"
+
+
+@posix
+def test_a_process_killed_while_writing_leaves_the_old_file(path):
+    child = os.posix_spawn(
+        sys.executable,
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; sys.modules['torch'] = None\n"  # files.py needs none, and starts at once
+            "from pathlib import Path; from nanogpt.files import replacing\n"
+            "with replacing(Path(sys.argv[1])) as file:\n"
+            "    file.write(b'half'); file.flush(); time.sleep(60)",
+            str(path),
+        ],
+        os.environ,
+    )
+    temporary = path.with_name(path.name + files.TEMPORARY_SUFFIX)
+    deadline = time.monotonic() + 30
+    while not (temporary.exists() and temporary.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert temporary.read_bytes() == b"half"
+    assert path.read_bytes() == OLD
