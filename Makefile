@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar auto -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 # With an NVIDIA or AMD GPU the demo trains the full-size default model, else a small one.
 PRESET = $(shell $(BIN)/python -c "import torch; print('shakespeare' if torch.cuda.is_available() else 'cpu')")

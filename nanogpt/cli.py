@@ -108,7 +108,14 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(cls, args=arguments, prog=prog, default=default, use_underscores=True)
+            return tyro.cli(
+                cls,
+                args=arguments,
+                prog=prog,
+                default=default,
+                use_underscores=True,
+                config=(tyro.conf.UseAppendAction,),
+            )
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -170,6 +170,10 @@ class TrainConfig(Architecture):
         for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds"):
             at_least(self, name, 0)
         require(
+            not (self.resume and self.overwrite),
+            "--overwrite would delete the run that --resume continues: give one of them",
+        )
+        require(
             self.gradient_accumulation_steps <= self.batch_size,
             f"--gradient_accumulation_steps {self.gradient_accumulation_steps} is more than "
             f"--batch_size {self.batch_size}: a micro-batch holds at least one sequence",
@@ -194,7 +198,7 @@ class SampleConfig:
 
     checkpoint: str = "out/ckpt.pt"
     """The checkpoint to load; everything needed is inside it."""
-    prompt: str = "\n"
+    prompt: str = "\\n"
     """Text to continue; \\n and \\t are understood."""
     num_tokens: int = 500
     """Tokens to generate."""
@@ -207,7 +211,7 @@ class SampleConfig:
     num_samples: int = 1
     """How many texts to generate."""
     stop: tuple[str, ...] = ()
-    """Stop before any of these strings appears in the generated text."""
+    """Stop before this string appears in the generated text; may be given several times."""
     seed: int | None = None
     """Makes the text repeatable; None: another text each time."""
     device: str = "auto"

@@ -4,6 +4,8 @@ On a terminal, colours and bars through rich (which respects NO_COLOR); elsewher
 """
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import lru_cache
 
 from rich.console import Console
@@ -26,18 +28,31 @@ def terminal() -> Console:
 
 def say(line: str = "", style: str | None = None) -> None:
     """Print a line on standard output, above a progress bar if one is shown."""
-    if terminal().is_terminal:
-        terminal().print(line, style=style, markup=False, emoji=False)
-    else:
-        print(line, flush=True)
+    with going_on():
+        if terminal().is_terminal:
+            terminal().print(line, style=style, markup=False, emoji=False)
+        else:
+            print(line, flush=True)
 
 
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
-    if terminal().is_terminal and sys.stderr.isatty():
-        terminal().print(line, style="yellow", markup=False, emoji=False)
-    else:
-        print(line, file=sys.stderr, flush=True)
+    with going_on():
+        if terminal().is_terminal and sys.stderr.isatty():
+            terminal().print(line, style="yellow", markup=False, emoji=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def going_on() -> Generator[None]:
+    """Let no full disk behind a redirected output end a training; a pipe that is closed does end it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:

@@ -18,6 +18,7 @@ from nanogpt.config import UserError, require
 from nanogpt.console import progress_bar, say
 from nanogpt.files import replacing
 
+TINY_SHAKESPEARE = "Tiny Shakespeare"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_WHEEL = "dm-sonnet==1.36"
@@ -127,7 +128,7 @@ def tiny_shakespeare(folder: Path) -> Source:
             f"{path} is there, but it is not Tiny Shakespeare: to train on it, give "
             f"--input_file {path}; to fetch the original, move it away first",
         )
-        return Source(path.read_bytes().decode("utf-8"), "Tiny Shakespeare", (f"from {path}",))
+        return Source(path.read_bytes().decode("utf-8"), TINY_SHAKESPEARE, (f"from {path}",))
     try:
         raw, origin = download(SHAKESPEARE_URL), "downloaded"
     except OSError as error:
@@ -139,7 +140,7 @@ def tiny_shakespeare(folder: Path) -> Source:
     )
     with replacing(path) as file:
         file.write(raw)
-    return Source(raw.decode("utf-8"), "Tiny Shakespeare", (f"{origin}, saved as {path}",))
+    return Source(raw.decode("utf-8"), TINY_SHAKESPEARE, (f"{origin}, saved as {path}",))
 
 
 def sha256(raw: bytes) -> str:

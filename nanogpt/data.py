@@ -12,6 +12,7 @@ Does not know the model or the device.
 """
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from nanogpt import tokenizer as tokenizers
 from nanogpt.config import DataConfig, UserError, require
 from nanogpt.console import progress_bar, say
-from nanogpt.corpus import Source, read_text, tiny_shakespeare
+from nanogpt.corpus import TINY_SHAKESPEARE, Source, read_text, tiny_shakespeare
 from nanogpt.files import replacing
 from nanogpt.tokenizer import CharTokenizer
 
@@ -132,15 +133,25 @@ def load(folder: Path) -> Dataset:
 
     Errors: UserError if it is missing, incomplete, damaged or of a newer format.
     """
-    advice = "prepare it with: python data.py" + ("" if str(folder) == "data" else f" --data_dir {folder}")
-    vocabulary = load_plain(folder / "vocab.pt", advice)
+    vocabulary = load_plain(folder / "vocab.pt", how_to_prepare(folder))
     vocabulary = cast(dict[str, Any], vocabulary) if isinstance(vocabulary, dict) else {}
+    advice = how_to_prepare(folder, vocabulary.get("source"))
     require(
         vocabulary.get("format") == FORMAT and "tokenizer" in vocabulary,
         f"{folder} was prepared by another version of NanoGPT: {advice} --overwrite",
     )
     train, val = (load_tokens(folder / f"{name}.pt", advice) for name in SPLITS)
     return Dataset(train, val, tokenizers.from_dict(vocabulary["tokenizer"]), vocabulary["fingerprint"])
+
+
+def how_to_prepare(folder: Path, source: object = None) -> str:
+    """The command that prepares a folder (again), from `source` if that is known."""
+    command = ["python", "data.py"]
+    if source != TINY_SHAKESPEARE and (source or str(folder) != DataConfig.data_dir):
+        command += ["--input_file", str(source or "YOUR_TEXT")]
+    if str(folder) != DataConfig.data_dir:
+        command += ["--data_dir", str(folder)]
+    return f"prepare it with: {shlex.join(command)}"
 
 
 def load_tokens(path: Path, advice: str) -> NDArray[Any]:

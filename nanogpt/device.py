@@ -78,7 +78,7 @@ def pick_dtype(name: Dtype, device: torch.device, width: int) -> torch.dtype:
         return cast(torch.dtype, getattr(torch, name))
     if device.type == "cuda":
         native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if native and torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if native else torch.float16
     if device.type == "cpu" and any(cpu_capabilities().get(key) for key in ("avx512_bf16", "amx_bf16")):
         return torch.bfloat16 if bfloat16_pays(width) else torch.float32
     return torch.float32

@@ -34,17 +34,11 @@ def replacing(path: Path) -> Generator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = system_error(error)
-        if cause is None:
+        # torch.save turns a full disk into a RuntimeError, raised while the OSError was handled.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
-
-
-def system_error(error: BaseException | None) -> OSError | None:
-    """The OSError that `error` is or that led to it: torch.save hides a full disk in another error."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def sync_folder(folder: Path) -> None:

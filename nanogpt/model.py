@@ -19,6 +19,9 @@ from nanogpt.config import GPTConfig
 
 __all__ = ["GPT", "GPTConfig"]
 
+PLAIN_ON_CPU = 512
+"""Longest sequence for which a CPU does bfloat16 attention in plain products."""
+
 
 class CausalSelfAttention(nn.Module):
     """Each position gathers from itself and the positions before it (Vaswani et al., 2017)."""
@@ -42,17 +45,23 @@ class CausalSelfAttention(nn.Module):
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention in one fused kernel (Dao et al., 2022). q, k, v, result: (B, H, T, D)."""
+    """Causal attention in one fused kernel (Dao et al., 2022). q, k, v, result: (B, H, T, D).
+
+    A CPU does short sequences faster in plain products (bench/RESULTS.md).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_ON_CPU:
+        return plain_attention(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """The same as flash_attention, written out. Keeps the (B, H, T, T) scores in memory."""
-    T, D = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v.to(weights.dtype)
+    """The same as flash_attention, written out. Keeps the (B H, T, T) weights in memory."""
+    B, H, T, D = q.shape
+    q, k, v = (z.reshape(B * H, T, D) for z in (q, k, v))
+    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # (B H, T, T)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return torch.bmm(weights.to(v.dtype), v).view(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -119,7 +128,10 @@ class GPT(nn.Module):
         idx, targets: (B, T) int64, T <= block_size. Returns logits (B, T, V) and the
         cross-entropy in nats per token, a scalar, or None.
         """
-        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
+        T = idx.shape[1]
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens are more than the model's block_size {self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)

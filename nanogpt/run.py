@@ -27,9 +27,12 @@ RUN_BY_RUN = ("resume", "overwrite", "out_dir", "data_dir")
 
 @dataclass
 class Pace:
-    """How fast the run is, from the training steps alone (no evaluation, saving or compiling)."""
+    """How fast the run is, from the training steps alone (no evaluation, saving or compiling).
 
-    steps: int = 0
+    The totals leave out the first step, which is slower than all others.
+    """
+
+    steps: int = -1
     seconds: float = 0.0
     window_steps: int = 0
     window_seconds: float = 0.0
@@ -37,7 +40,7 @@ class Pace:
     def add(self, seconds: float) -> None:
         """Count one step."""
         self.steps += 1
-        self.seconds += seconds
+        self.seconds += seconds if self.steps else 0.0
         self.window_steps += 1
         self.window_seconds += seconds
 

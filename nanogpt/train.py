@@ -14,6 +14,7 @@ or sampling more often changes nothing.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import data, device, optim
+from nanogpt.checkpoint import load as load_checkpoint
 from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
 from nanogpt.generate import generate
@@ -92,7 +94,7 @@ def fit(config: TrainConfig) -> Result:
 def start(run: Run) -> None:
     """Say the plan, compile, and save step 0.
 
-    That first save finds a folder that cannot hold the checkpoint before hours of work, not after.
+    That first save finds a folder that cannot be written before hours of work, not after.
     """
     config, progress = run.config, run.progress
     tokens = config.batch_size * config.block_size
@@ -102,7 +104,7 @@ def start(run: Run) -> None:
         f"vocabulary of {run.dataset.tokenizer.vocab_size}"
     )
     say(
-        f"Plan: {config.max_iters - progress.step:,} steps of {tokens:,} tokens, "
+        f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
         f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
         + (f", from step {progress.step:,}" * config.resume)
     )
@@ -184,22 +186,25 @@ def train_step(run: Run) -> dict[str, float]:
 def roll_back(run: Run) -> None:
     """Return to the last good checkpoint, with the data in another order from there on.
 
+    That is the newest; or, if the training broke again after going back to it, the best one.
     Errors: UserError if that has been tried ROLLBACKS times at the same place.
     """
     saved = run.folder.newest(warn)
+    if int(saved.progress["step"]) <= run.broken_at and run.folder.best.is_file():
+        saved = load_checkpoint(run.folder.best)
     good, here = int(saved.progress["step"]), run.progress.step
     run.rollbacks = 1 if good > run.broken_at else run.rollbacks + 1
     run.broken_at = max(here, run.broken_at)
     require(
         run.rollbacks <= ROLLBACKS,
-        f"the training breaks down near step {here} in every data order tried; step {good} is saved: "
-        f"resume with --learning_rate {run.config.learning_rate / 2:g} (half), or --dtype float32",
+        f"the training breaks down near step {here} in every data order tried; step {good} is saved. Try "
+        f"half the learning rate: {resume_command(run)} --learning_rate {run.config.learning_rate / 2:g}",
     )
     order = run.progress.order + 1
     restore(run, saved)
     run.progress.order, run.broken = order, 0
     forget_after(run.folder.metrics, good, run.progress.evaluated_at)
-    warn(f"{BROKEN_STEPS} broken steps in a row: back to step {good}, with the data in another order")
+    warn(f"Back to step {good}, with the data in another order from there on")
 
 
 # --- evaluate ---
@@ -211,14 +216,17 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     batches = data.evaluation_batches(
         run.dataset.val, block_size=config.block_size, batch_size=config.batch_size, most=config.eval_iters
     )
+    micro = math.ceil(config.batch_size / config.gradient_accumulation_steps)
     total, count = 0.0, 0
     run.model.eval()
     with torch.inference_mode(), run.console.evaluating(len(batches)) as advance:
         for starts, length in batches:
             x, y = data.gather(run.dataset.val, starts, length)
-            with device.autocast(run.device, run.dtype):
-                _, loss = run.model(x.to(run.device), y.to(run.device))
-            total += cast(Tensor, loss).item() * y.numel()
+            for first in range(0, len(x), micro):
+                x_piece, y_piece = x[first : first + micro], y[first : first + micro]
+                with device.autocast(run.device, run.dtype):
+                    _, loss = run.model(x_piece.to(run.device), y_piece.to(run.device))
+                total += cast(Tensor, loss).item() * y_piece.numel()
             count += y.numel()
             advance()
             if stop.signal:
@@ -244,6 +252,10 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
     progress = run.progress
     loss = evaluate(run, stop)
     if loss is None:
+        return
+    if not math.isfinite(loss):
+        warn(f"step {progress.step}: validation loss {loss}")
+        roll_back(run)
         return
     before = progress.best_val_loss
     best = loss < before
@@ -295,8 +307,7 @@ def save_at_the_end(run: Run) -> None:
         save(run, run.folder.last)
     except UserError as error:
         raise UserError(
-            f"{error}: step {run.saved_step} is saved and whole: make room, then python train.py --resume "
-            f"--out_dir {run.config.out_dir}"
+            f"{error}: step {run.saved_step} is saved and whole: make room, then {resume_command(run)}"
         ) from error
 
 
@@ -358,9 +369,8 @@ def forecast(run: Run) -> None:
 def conclude(run: Run, reason: str) -> None:
     """Say how the run ended and what to do next; draw the loss curve unless interrupted."""
     config, progress, folder = run.config, run.progress, run.folder
-    place = "" if config.out_dir == "out" else f" --out_dir {config.out_dir}"
     if reason in ("SIGINT", "SIGTERM"):
-        say(f"Stopped at step {progress.step} and saved. To continue: python train.py --resume{place}")
+        say(f"Stopped at step {progress.step} and saved. To continue: {resume_command(run)}")
         return
     why = {
         "finished": f"{progress.step:,} steps done",
@@ -371,5 +381,12 @@ def conclude(run: Run, reason: str) -> None:
     say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")
     plot_losses(folder.metrics, folder.plot)
     say(f"Loss curve: {folder.plot}")
-    checkpoint = "" if config.out_dir == "out" else f" --checkpoint {folder.best}"
-    say(f"Now try: python sample.py{checkpoint}")
+    checkpoint = [] if config.out_dir == TrainConfig.out_dir else ["--checkpoint", str(folder.best)]
+    say(f"Now try: {shlex.join(['python', 'sample.py', *checkpoint])}")
+
+
+def resume_command(run: Run) -> str:
+    """The command that continues the run."""
+    given = run.config.out_dir
+    folder = [] if given == TrainConfig.out_dir else ["--out_dir", given]
+    return shlex.join(["python", "train.py", "--resume", *folder])

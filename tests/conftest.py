@@ -30,6 +30,12 @@ TINY: dict[str, Any] = {
 """A run of a second or less."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Models this small are slower on two, and very slow where another process wants a core too."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def text() -> str:
     """A text that a model can learn: 40 times two lines, numbered so that no two are alike."""
@@ -47,5 +53,4 @@ def data_dir(tmp_path: Path, text: str) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, data_dir: Path) -> TrainConfig:
     """A tiny run on that folder."""
-    torch.set_num_threads(1)  # a model this small is slower on two
     return TrainConfig(**TINY, data_dir=str(data_dir), out_dir=str(tmp_path / "out"))

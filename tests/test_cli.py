@@ -65,7 +65,8 @@ def test_every_command_of_the_description(project: Path, capsys) -> None:
     assert run("python train.py --resume", "--max_iters", "6") == 0
     for command in (
         "python sample.py --num_tokens 5",
-        "python sample.py --checkpoint out/ckpt.pt --prompt '\\n' --num_tokens 500 --temperature 1.0 --top_k 40",
+        "python sample.py --checkpoint out/ckpt.pt --prompt '\\n' --num_tokens 500 --temperature 1.0 "
+        "--top_k 40",
         "python sample.py --top_k 40 --temperature 0.8",
         "python sample.py --top_p 0.9 --temperature 0.8",
     ):
@@ -179,7 +180,7 @@ def test_spellings_of_flags() -> None:
     assert parse(TrainConfig, "--compile").compile == parse(TrainConfig, "--compile on").compile == "on"
     assert parse(TrainConfig, "--compile --resume").compile == "on"
     assert parse(TrainConfig, "--no_compile").compile == "off"
-    assert parse(SampleConfig, "--stop A B").stop == ("A", "B")
+    assert parse(SampleConfig, "--stop A --stop B").stop == ("A", "B")
     with pytest.raises(UserError):
         parse(TrainConfig, "--max_iter 5")
 

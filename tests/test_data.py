@@ -177,7 +177,9 @@ def test_a_missing_file(folder, name):
     (folder / name).unlink()
     with pytest.raises(UserError) as raised:
         load(folder)
-    assert f"{name} is missing: prepare it with: python data.py --data_dir {folder}" in one_line(raised)
+    source = "YOUR_TEXT" if name == "vocab.pt" else "times"  # vocab.pt knows the text it was made from
+    command = f"python data.py --input_file {source} --data_dir {folder}"
+    assert f"{name} is missing: prepare it with: {command}" in one_line(raised)
 
 
 def test_a_missing_folder(tmp_path):

@@ -194,7 +194,7 @@ def test_any_length_up_to_the_block_size(T):
 
 
 def test_longer_than_the_block_size_is_refused():
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="17 tokens are more than"):
         make()(tokens(T=17))
 
 

@@ -176,7 +176,7 @@ def test_a_broken_step_is_skipped(config: TrainConfig, monkeypatch, capsys) -> N
 def test_repeated_broken_steps_go_back_with_another_order(config: TrainConfig, monkeypatch, capsys) -> None:
     poison(monkeypatch, lambda run: run.progress.order == 0 and run.progress.step >= 15)
     assert fit(config).reason == "finished"
-    assert "back to step 10, with the data in another order" in capsys.readouterr().err
+    assert "Back to step 10, with the data in another order" in capsys.readouterr().err
     assert last(config).progress["order"] == 1
     assert [row["step"] for row in rows(config) if "train_loss" in row] == list(range(1, 31))
     assert all(torch.isfinite(weight).all() for weight in last(config).model.values())
@@ -184,11 +184,31 @@ def test_repeated_broken_steps_go_back_with_another_order(config: TrainConfig, m
 
 def test_training_that_breaks_down_in_every_order_is_given_up(config: TrainConfig, monkeypatch) -> None:
     poison(monkeypatch, lambda run: run.progress.step >= 15)
-    with pytest.raises(UserError, match=r"breaks down near step .* step 10 is saved"):
+    with pytest.raises(UserError, match=r"breaks down near .* step 10 is saved.*train.py --resume --out_dir"):
         fit(config)
     assert last(config).progress["step"] == 10
     monkeypatch.undo()
     assert fit(replace(config, resume=True, learning_rate=1e-3)).reason == "finished"
+
+
+def test_ruined_weights_at_an_evaluation_go_back_too(config: TrainConfig, capsys) -> None:
+    with pytest.raises(UserError, match="breaks down"):
+        fit(replace(config, learning_rate=1e35, warmup_iters=0, grad_clip=0.0, max_iters=3))
+    assert last(config).progress["step"] == 0
+
+
+def test_a_ruined_newest_checkpoint_gives_way_to_the_best(config: TrainConfig, monkeypatch, capsys) -> None:
+    """Broken from step 15 on whenever the run comes from step 12, which was saved last."""
+
+    def bad(run) -> bool:
+        if run.progress.step == 12 and run.progress.order == 0:
+            train.save(run, run.folder.last)
+        return run.progress.step >= 15 and run.progress.order < 2
+
+    poison(monkeypatch, bad)
+    assert fit(config).reason == "finished"
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Back")]
+    assert [int(line.split()[3].rstrip(",")) for line in said] == [12, 10]
 
 
 # --- arithmetic and compilation ---

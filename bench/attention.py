@@ -1,0 +1,52 @@
+"""Attention on a CPU: PyTorch's fused kernel against plain products.
+
+Run:    python bench/attention.py
+Forward and backward for shapes of small models, in turn, in float32 and bfloat16; medians in
+milliseconds and their ratio. model.py's PLAIN_ON_CPU rests on this.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanogpt.model import plain_attention
+
+SHAPES = ((12, 4, 64, 32), (32, 4, 128, 32), (8, 6, 256, 64), (4, 12, 512, 64), (2, 12, 1024, 64))
+"""B, H, T, D."""
+
+ROUNDS = 15
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """PyTorch's kernel."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+def step(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor], inputs: list[Tensor]) -> float:
+    """Milliseconds of one forward and backward pass."""
+    start = time.perf_counter()
+    attend(*inputs, 0.0).sum().backward()
+    return 1000 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Measure and print."""
+    table = Table("B, H, T, D", "dtype", "fused ms", "plain ms", "fused / plain")
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+            pairs = [(step(fused_attention, inputs), step(plain_attention, inputs)) for _ in range(ROUNDS)]
+            fused, plain = (statistics.median(column) for column in zip(*pairs, strict=True))
+            row = (str(shape), str(dtype)[6:], f"{fused:.2f}", f"{plain:.2f}", f"{fused / plain:.2f}")
+            table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
