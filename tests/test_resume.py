@@ -47,8 +47,8 @@ def arm(die_in_save: int) -> None:
         count += 1
         whole(value, file)
         if count == die_in_save:
-            file.truncate(file.tell() // 2)
             file.flush()
+            file.file.truncate(file.file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.torch.save = half
