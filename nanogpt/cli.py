@@ -38,6 +38,10 @@ COMMANDS = {
     "sample": Command(SampleConfig, "nanogpt.sample", "sample.py"),
 }
 
+IDLE_SPINS = "1000"
+"""How long an idle thread of PyTorch's OpenMP spins before it sleeps. The library's own 300,000 make a
+training up to fifty times slower as soon as anything else wants a core (bench/RESULTS.md)."""
+
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
 """Bare forms of a flag with the values auto, on and off."""
 
@@ -74,6 +78,7 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
     """
     try:
         config = parse(COMMANDS[name].config, arguments, prog)
+        os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
         command = cast(Callable[[Any], int], importlib.import_module(COMMANDS[name].module).main)
         return command(config)
     except UserError as error:

@@ -1,5 +1,6 @@
 """The command line: every command of the description works as written; mistakes end in one line."""
 
+import os
 import re
 import shlex
 import shutil
@@ -166,6 +167,16 @@ def test_a_missing_library_says_how_to_install_it(project: Path, monkeypatch, ca
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert run("python data.py") == 2
     assert capsys.readouterr().err == "error: tyro is not installed: pip install -c constraints.txt -e .\n"
+
+
+def test_idle_threads_sleep_soon_unless_told_otherwise(project: Path, monkeypatch) -> None:
+    monkeypatch.setattr("nanogpt.data.main", lambda config: 0)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    run("python data.py")
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    run("python data.py")
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def parse(cls: type, line: str):
