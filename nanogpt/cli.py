@@ -39,8 +39,8 @@ COMMANDS = {
 }
 
 IDLE_SPINS = "1000"
-"""How long an idle thread of PyTorch's OpenMP spins before it sleeps. The library's own 300,000 make a
-training up to fifty times slower as soon as anything else wants a core (bench/RESULTS.md)."""
+"""How long an idle thread of PyTorch's OpenMP spins before it sleeps. With the library's own 300,000 a
+training crawls as soon as anything else wants a core (bench/RESULTS.md)."""
 
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
 """Bare forms of a flag with the values auto, on and off."""
