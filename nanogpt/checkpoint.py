@@ -58,7 +58,7 @@ class Checkpoint:
     progress: dict[str, Any]
     """The fields of Progress."""
     model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
+    optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
     """The float16 gradient scaler; empty in other dtypes."""
     arithmetic: dict[str, str]

@@ -11,6 +11,11 @@ from typing import Any, Literal, TypeVar
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto", "on", "off"]
+Norm = Literal["layernorm", "rmsnorm"]
+Positions = Literal["learned", "rope"]
+MLPKind = Literal["gelu", "relu2", "swiglu"]
+OptimizerName = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "trapezoid"]
 
 
 class UserError(Exception):
@@ -39,26 +44,65 @@ class Architecture:
     n_embd: int = 384
     """Width of the model C, the size of a token's vector."""
     dropout: float = 0.2
-    """Probability of dropping an activation in training, in [0, 1)."""
+    """Probability of dropping an activation of a branch or an embedding in training, in [0, 1)."""
+    attn_dropout: float = 0.0
+    """Probability of dropping an attention weight. 0 keeps attention in its fast kernels."""
     flash_attn: bool = True
     """Fused attention (PyTorch SDPA). Off: the same numbers from plain matrix products, slower."""
 
+    n_kv_head: int | None = None
+    """Heads for keys and values, shared by groups of query heads (GQA); None: as many as n_head."""
+    norm: Norm = "layernorm"
+    """Normalisation: layernorm (GPT-2) or rmsnorm."""
+    positions: Positions = "learned"
+    """How the model knows where a token is: learned vectors (GPT-2) or rotation (rope)."""
+    mlp: MLPKind = "gelu"
+    """MLP: gelu (GPT-2), relu2 (squared ReLU) or swiglu (gated)."""
+    mlp_width: int | None = None
+    """Width inside the MLP; None: 4 n_embd, or 8/3 n_embd rounded up to 64 for swiglu, as costly."""
+    bias: bool = True
+    """Biases in linear layers (GPT-2)."""
+    qk_norm: bool = False
+    """Normalise queries and keys in each head."""
+    tied: bool = True
+    """Use the token embedding as the output layer too (GPT-2)."""
+    zero_init: bool = False
+    """Start every branch at zero, so that the untrained model is its embedding and its head."""
+    logit_cap: float = 0.0
+    """Squash logits softly into (-cap, cap); 0: not at all."""
+    ngram_vocab: int = 0
+    """Rows in each table of hashed pairs and triples of tokens, added to the embedding; 0: none."""
+
     def __post_init__(self) -> None:
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_width"):
             at_least(self, name, 1)
+        for name in ("logit_cap", "ngram_vocab"):
+            at_least(self, name, 0)
+        kv = self.n_kv_head or self.n_head
+        require(
+            self.n_head % kv == 0,
+            f"--n_kv_head {kv} does not divide --n_head {self.n_head}: try --n_kv_head 1",
+        )
+        require(
+            self.positions == "learned" or (self.n_embd // self.n_head) % 2 == 0,
+            f"--positions rope needs heads of even width, not {self.n_embd // self.n_head}: "
+            "change --n_head or --n_embd",
+        )
         require(
             self.n_embd % self.n_head == 0,
             f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}: "
             f"try --n_embd {max(1, round(self.n_embd / self.n_head)) * self.n_head}",
         )
-        require(
-            0 <= self.dropout < 1,
-            f"--dropout {self.dropout} is outside [0, 1): try 0.2, or 0 for none",
-        )
+        for name in ("dropout", "attn_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--{name} {value} is outside [0, 1): try 0.2, or 0 for none")
 
 
-SHAPE_FIELDS = ("block_size", "n_layer", "n_head", "n_embd")
-"""The fields that fix the shapes of the weights: a resumed run may not change them."""
+FREE_FIELDS = ("dropout", "attn_dropout", "flash_attn")
+"""Fields of an Architecture that a resumed run may change: the weights mean the same."""
+
+SHAPE_FIELDS = tuple(field.name for field in fields(Architecture) if field.name not in FREE_FIELDS)
+"""The fields that say what the weights mean: a resumed run may not change them."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +122,7 @@ class SummaryConfig(GPTConfig):
     """Print what a model of this shape costs: parameters, memory, arithmetic."""
 
     preset: str | None = None
-    """Start from a preset's shape: cpu or shakespeare."""
+    """Start from a preset's shape: cpu, shakespeare or speedrun."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +150,7 @@ class TrainConfig(Architecture):
     """Train a GPT on a prepared data folder."""
 
     preset: str | None = None
-    """A complete recipe to start from (cpu or shakespeare); other flags change it."""
+    """A complete recipe to start from (cpu, shakespeare or speedrun); other flags change it."""
     data_dir: str = "data"
     """Folder that `python data.py` prepared."""
     out_dir: str = "out"
@@ -124,14 +168,22 @@ class TrainConfig(Architecture):
     """Number of updates."""
     max_seconds: float | None = None
     """Stop after this much training time, in seconds (evaluation and saving not counted)."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest."""
     learning_rate: float = 3e-4
-    """Highest learning rate."""
+    """Highest learning rate (of AdamW)."""
+    muon_lr: float = 0.02
+    """Highest learning rate of Muon."""
+    schedule: Schedule = "cosine"
+    """Learning rate after the warm-up: cosine, or trapezoid (constant, then a straight line down)."""
     warmup_iters: int = 100
     """Updates over which the learning rate rises from 0."""
+    cooldown: float = 0.4
+    """Fraction of the updates in which a trapezoid goes down."""
     min_lr: float = 0.1
     """Learning rate at the end, as a fraction of the highest."""
     weight_decay: float = 0.1
-    """AdamW weight decay, on matrices and embeddings alone."""
+    """Weight decay, on matrices and embeddings alone."""
     beta1: float = 0.9
     """AdamW decay of the first moment."""
     beta2: float = 0.99

@@ -5,7 +5,7 @@ Print:  python model.py
 GPT-2's architecture: learned positions, pre-norm blocks, GELU, the token embedding tied to the
 output. Knows nothing of files, devices, training or sampling.
 
-# B batch, T tokens (at most block_size), C n_embd, H n_head, D = C / H head width, V vocab_size
+# B batch, T tokens (at most block_size), C n_embd, H n_head, K n_kv_head, D = C / H, V vocab_size
 """
 
 import math
@@ -23,21 +23,44 @@ PLAIN_ON_CPU = 512
 """Longest sequence for which a CPU does bfloat16 attention in plain products."""
 
 
+def norm_of(config: GPTConfig, width: int) -> nn.Module:
+    """The normalisation of the last dimension that the configuration asks for."""
+    if config.norm == "layernorm":
+        return nn.LayerNorm(width, bias=config.bias)
+    return nn.RMSNorm(width, eps=1e-6)
+
+
 class CausalSelfAttention(nn.Module):
-    """Each position gathers from itself and the positions before it (Vaswani et al., 2017)."""
+    """Each position gathers from itself and the positions before it (Vaswani et al., 2017).
+
+    K = n_kv_head heads of keys and values serve H query heads (Ainslie et al., GQA, 2023).
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout, self.flash_attn = config.n_head, config.dropout, config.flash_attn
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.proj_dropout = nn.Dropout(config.dropout)
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.dropout, self.flash_attn = config.attn_dropout, config.flash_attn
+        width = config.n_embd // config.n_head
+        self.sizes = [self.n_head * width, self.n_kv_head * width, self.n_kv_head * width]
+        self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = norm_of(config, width) if config.qk_norm else None
+        self.k_norm = norm_of(config, width) if config.qk_norm else None
+        self.proj_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """(B, T, C) -> (B, T, C). rotation: see rotate."""
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if self.n_kv_head < self.n_head:
+            k, v = (z.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for z in (k, v))
         attend = flash_attention if self.flash_attn else plain_attention
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -64,62 +87,138 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return torch.bmm(weights.to(v.dtype), v).view(B, H, T, D)
 
 
+def rotation_table(length: int, width: int) -> Tensor:
+    """Cosines and sines of RoPE (Su et al., 2021), (2, length, width / 2)."""
+    frequency = 10_000.0 ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
+    angle = torch.arange(length)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (i, i + D / 2) of x (B, H, T, D) by an angle that grows with the position."""
+    cos, sin = rotation.to(x.dtype)  # (T, D / 2) each
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Dropout(nn.Module):
+    """nn.Dropout, with random numbers that cost less on a CPU than the products they mask.
+
+    One draw of 64 random bits decides four activations, 16 bits each: the probability is
+    rounded to 1/65536.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero each element with probability p and scale the others by 1 / (1 - p)."""
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 65536) - 32768
+        return x * (keep.to(x.dtype) * (1 / (1 - self.p)))
+
+
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, four times as wide inside."""
+    """Two linear layers with a nonlinearity between them, applied to each position alone."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.proj_dropout = nn.Dropout(config.dropout)
+        self.kind = config.mlp
+        gated = config.mlp == "swiglu"
+        default = -(-config.n_embd * 8 // 3 // 64) * 64 if gated else 4 * config.n_embd
+        width = config.mlp_width or default
+        self.fc = nn.Linear(config.n_embd, width * (2 if gated else 1), bias=config.bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.proj_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        hidden = F.gelu(self.fc(x), approximate="tanh")  # (B, T, 4C); tanh as in GPT-2
+        hidden = self.fc(x)  # (B, T, width)
+        if self.kind == "gelu":
+            hidden = F.gelu(hidden, approximate="tanh")  # tanh as in GPT-2
+        elif self.kind == "relu2":
+            hidden = hidden.relu().square()  # So et al., Primer, 2021
+        else:
+            gate, hidden = hidden.chunk(2, dim=-1)  # Shazeer, 2020
+            hidden = F.silu(gate) * hidden
         return self.proj_dropout(self.proj(hidden))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a layer norm and added to the residual stream."""
+    """Attention, then MLP, each behind a normalisation and added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = norm_of(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = norm_of(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), rotation)
         return x + self.mlp(self.ln_2(x))
+
+
+class NgramEmbedding(nn.Module):
+    """Vectors for the last two and the last three tokens, from hashed tables.
+
+    The tables hold what a model otherwise spends its first layers on: which tokens follow which.
+    """
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.pairs = nn.Embedding(rows, width)
+        self.triples = nn.Embedding(rows, width)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C). Before the first token stands a token -1."""
+        before = F.pad(idx, (2, 0), value=-1) + 1  # (B, T + 2), the token at t is before[t + 2]
+        pair = before[:, 1:-1] * 48_271 + before[:, 2:] * 69_621
+        triple = before[:, :-2] * 39_373 + pair * 40_692
+        return self.pairs(pair % self.rows) + self.triples(triple % self.rows)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer language model (Radford et al., 2019)."""
 
+    rotation: Tensor | None
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        rope = config.positions == "rope"
+        self.wpe = None if rope else nn.Embedding(config.block_size, config.n_embd)
+        table = rotation_table(config.block_size, config.n_embd // config.n_head) if rope else None
+        self.register_buffer("rotation", table, persistent=False)
+        self.ngrams = NgramEmbedding(config.ngram_vocab, config.n_embd) if config.ngram_vocab else None
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm_of(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.head.weight = self.wte.weight  # weight tying (Press & Wolf, 2017)
+        if config.tied:
+            self.head.weight = self.wte.weight  # Press & Wolf, 2017
         self.initialize()
 
     def initialize(self) -> None:
         """GPT-2's initialisation: normal(0, 0.02), smaller where a branch joins the residual stream.
 
-        There it shrinks with the number of branches, so that the variance does not grow with depth.
+        There it shrinks with the number of branches, so that the variance does not grow with depth
+        (with zero_init: to nothing, and so does an untied head).
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            joins = name.endswith("proj.weight")
+            if name.endswith("bias") or (self.config.zero_init and (joins or name == "head.weight")):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                depth = 2 * self.config.n_layer if name.endswith("proj.weight") else 1
+                depth = 2 * self.config.n_layer if joins else 1
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(depth))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -131,11 +230,18 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens are more than the model's block_size {self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[:T]  # (B, T, C)
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[:T]
+        if self.ngrams is not None:
+            x = x + self.ngrams(idx)
         x = self.dropout(x)
+        rotation = None if self.rotation is None else self.rotation[:, :T]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, rotation)
         logits = cast(Tensor, self.head(self.ln_f(x)))  # (B, T, V)
+        if self.config.logit_cap:
+            logits = self.config.logit_cap * torch.tanh(logits.float() / self.config.logit_cap)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -148,9 +254,12 @@ class GPT(nn.Module):
 def flops_per_token(config: GPTConfig, parameters: int) -> int:
     """Floating-point operations of one training step, forward and backward, for each token.
 
-    6 for each weight in a matrix product (the position table is in none, the token table is the
-    output layer) plus 12 * layers * width * context for the attention (Chowdhery et al., PaLM,
+    6 for each weight in a matrix product (tables that are looked up are in none; a tied token table
+    is the output layer) plus 12 * layers * width * context for the attention (Chowdhery et al., PaLM,
     2022, appendix B).
     """
-    in_products = parameters - config.block_size * config.n_embd
+    rows = config.block_size if config.positions == "learned" else 0
+    rows += 2 * config.ngram_vocab
+    rows += 0 if config.tied else config.vocab_size
+    in_products = parameters - rows * config.n_embd
     return 6 * in_products + 12 * config.n_layer * config.n_embd * config.block_size

@@ -1,24 +1,43 @@
-"""Parameter groups, the optimizer, and the learning-rate schedule.
+"""Parameter groups, the optimizers, and the learning-rate schedule.
 
-Use:    optimizer = adamw(model, config); set_learning_rate(optimizer, learning_rate(step, config))
+Use:    optimizers = build(model, config); set_learning_rate(optimizers, relative_rate(step, config))
 Does not know the data, the loop or the device.
 """
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig
 
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+
+def build(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of config.optimizer, each for its own parameters.
+
+    adamw: one for everything. muon: Muon for the matrices inside the blocks, AdamW for
+    embeddings, the head and whatever has one dimension.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return [adamw([p for _, p in named], config)]
+    matrices = [p for name, p in named if name.startswith("blocks.") and p.dim() == 2]
+    chosen = set(map(id, matrices))
+    return [adamw([p for _, p in named if id(p) not in chosen], config), Muon(matrices, config)]
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019), fused, with weight decay on matrices alone.
 
     Decay pulls weights towards zero, which means something for matrices and embeddings; biases
-    and layer-norm gains (one dimension) are left free.
+    and norms' gains (one dimension) are left free.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -26,22 +45,90 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of update number `step`; the first update is number 0.
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al., 2024): every direction of a matrix learns at one rate.
 
-    Linear warm-up, then a cosine (Loshchilov & Hutter, 2017) that reaches config.min_lr times the
-    highest rate at config.max_iters.
+    Matrices of equal shape are stacked and orthogonalised in one batch of products; wide ones
+    are treated as their transposes, so that the two layers of an MLP share a batch.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], config: TrainConfig, momentum: float = 0.95) -> None:
+        super().__init__(
+            matrices, {"lr": config.muon_lr, "momentum": momentum, "weight_decay": config.weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every matrix that has a gradient."""
+        for group in self.param_groups:
+            stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    momentum = self.momentum(parameter, group["momentum"])
+                    shape = (max(parameter.shape), min(parameter.shape))
+                    stacks.setdefault(shape, []).append((parameter, momentum))
+            for pairs in stacks.values():
+                self.update(pairs, group)
+
+    def momentum(self, parameter: Tensor, decay: float) -> Tensor:
+        """Nesterov's average of the gradients, the matrix stood upright."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(gradient)
+        average: Tensor = state["momentum"].lerp_(gradient, 1 - decay)
+        ahead = gradient.lerp(average, decay)
+        return ahead if ahead.shape[0] >= ahead.shape[1] else ahead.T
+
+    def update(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        """Move the matrices of one shape along their orthogonalised momenta."""
+        directions = orthogonalize(torch.stack([momentum for _, momentum in pairs]))
+        for (parameter, _), direction in zip(pairs, directions, strict=True):
+            rows, columns = parameter.shape
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+            parameter.add_(direction if rows >= columns else direction.T, alpha=-scale)
+
+
+def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
+    """Bring the singular values of each matrix near 1 by Newton-Schulz. (N, R, C), R >= C, likewise.
+
+    In bfloat16: the result need not be exact, and the products are fast.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16().transpose(1, 2)  # (N, C, R)
+    x = nn.functional.normalize(x.flatten(1)).view_as(x)  # to Frobenius norm 1
+    for _ in range(rounds):
+        gram = x @ x.transpose(1, 2)  # (N, C, C)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2).to(matrices.dtype)
+
+
+def relative_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of update number `step`, as a fraction of the highest; the first is 0.
+
+    Linear warm-up, then a cosine (Loshchilov & Hutter, 2017) or a trapezoid (constant, then
+    linear) that reaches config.min_lr at config.max_iters.
     """
     if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
+        return (step + 1) / config.warmup_iters
     if step >= config.max_iters:
-        return config.learning_rate * config.min_lr
-    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # 1 -> 0
-    return config.learning_rate * (config.min_lr + (1 - config.min_lr) * cosine)
+        return config.min_lr
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+        height = 0.5 * (1 + math.cos(math.pi * progress))  # 1 -> 0
+    else:
+        height = min(1.0, (config.max_iters - step) / max(1.0, config.cooldown * config.max_iters))
+    return config.min_lr + (1 - config.min_lr) * height
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the learning rate `rate`."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """AdamW's learning rate in update number `step`."""
+    return config.learning_rate * relative_rate(step, config)
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], relative: float) -> None:
+    """Give every parameter group this fraction of its highest learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = relative * optimizer.defaults["lr"]

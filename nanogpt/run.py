@@ -64,7 +64,7 @@ class Run:
     model: GPT
     forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
     """The model, compiled or not."""
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     console: ConsoleReader
     metrics: Metrics
@@ -100,7 +100,7 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     dtype = pick_dtype(config, place, saved)
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
-    optimizer = optim.adamw(model, config)
+    optimizers = optim.build(model, config)
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
     if not saved:
         make_room(config, folder)
@@ -108,7 +108,7 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     console, metrics = open_metrics(config, folder, progress)
     run = Run(
         config, folder, dataset, batches, place, dtype,
-        model, model, optimizer, scaler, console, metrics, progress,
+        model, model, optimizers, scaler, console, metrics, progress,
     )  # fmt: skip
     if saved:
         restore(run, saved)
@@ -132,7 +132,7 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: data.Dataset) 
         if old == new or item.name in RUN_BY_RUN:
             continue
         require(
-            item.name not in (*SHAPE_FIELDS, "preset"),
+            item.name not in (*SHAPE_FIELDS, "preset", "optimizer"),
             f"--{item.name} {new} contradicts the checkpoint, which has {item.name} {old}: leave it out, "
             "or start without --resume",
         )
@@ -179,7 +179,7 @@ def snapshot(run: Run) -> Checkpoint:
         vocab_size=run.model.config.vocab_size,
         progress=asdict(run.progress),
         model=run.model.state_dict(),
-        optimizer=run.optimizer.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
         scaler=run.scaler.state_dict(),
         arithmetic={"device": run.device.type, "dtype": name_of(run.dtype)},
         tokenizer=run.dataset.tokenizer.to_dict(),
@@ -190,8 +190,9 @@ def snapshot(run: Run) -> Checkpoint:
 def restore(run: Run, saved: Checkpoint) -> None:
     """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
     run.model.load_state_dict(saved.model)
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": saved.optimizer["state"], "param_groups": groups})
+    for optimizer, state in zip(run.optimizers, saved.optimizers, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     if saved.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(saved.scaler)
     run.progress = Progress(**saved.progress)

@@ -16,11 +16,13 @@ FLOAT_BYTES = 4
 """Weights, gradients and AdamW's two moments are float32."""
 
 PARTS = {
-    "token embedding (tied to the output)": ("wte.",),
+    "token embedding": ("wte.",),
     "position embedding": ("wpe.",),
+    "tables of pairs and triples": ("ngrams.",),
     "attention": (".attn.",),
     "MLP": (".mlp.",),
-    "layer norms": (".ln_1.", ".ln_2.", "ln_f."),
+    "norms": (".ln_1.", ".ln_2.", "ln_f."),
+    "output layer": ("head.",),
 }
 """Part of the model -> what the names of its parameters contain."""
 
@@ -38,6 +40,8 @@ def main(config: SummaryConfig) -> int:
     for column in table.columns[1:]:
         column.justify = "right"
     for part, count in counts.items():
+        if not count:
+            continue
         table.add_row(part, f"{count:,}", f"{count / total:.1%}")
     table.add_section()
     table.add_row("total", f"{total:,}", "")

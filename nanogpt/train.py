@@ -126,7 +126,7 @@ def compile_model(run: Run) -> None:
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warn(f"torch.compile failed, going on without it: {why}")
         run.forward = run.model
-    run.optimizer.zero_grad()
+    run.model.zero_grad()
 
 
 # --- step ---
@@ -162,14 +162,19 @@ def train_step(run: Run) -> dict[str, float]:
     Returns train_loss (nats per token, mean of the batch), grad_norm (before clipping) and lr.
     """
     config, progress = run.config, run.progress
-    rate = optim.learning_rate(progress.step, config)
-    optim.set_learning_rate(run.optimizer, rate)
+    optim.set_learning_rate(run.optimizers, optim.relative_rate(progress.step, config))
     loss = forward_backward(run, *next_batch(run))
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    numbers = {"train_loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
+    numbers = {
+        "train_loss": loss.item(),
+        "grad_norm": norm.item(),
+        "lr": optim.learning_rate(progress.step, config),
+    }
     if math.isfinite(numbers["train_loss"]) and math.isfinite(numbers["grad_norm"]):
-        run.scaler.step(run.optimizer)
+        for optimizer in run.optimizers:
+            run.scaler.step(optimizer)
         run.broken = 0
     elif math.isfinite(numbers["train_loss"]) and run.scaler.get_scale() > 1:
         pass  # float16 overflowed: the scaler lowers its scale, as it does in every run
@@ -178,7 +183,7 @@ def train_step(run: Run) -> dict[str, float]:
         warn(f"step {progress.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
     if run.scaler.is_enabled():
         run.scaler.update()
-    run.optimizer.zero_grad()
+    run.model.zero_grad()
     progress.step += 1
     return numbers
 

@@ -43,7 +43,7 @@ def model_and_optimizer(seed=1):
     shape = {field.name: getattr(CONFIG, field.name) for field in fields(CONFIG)}
     names = {field.name for field in fields(GPTConfig)} - {"vocab_size"}
     model = GPT(GPTConfig(**{name: shape[name] for name in names}, vocab_size=len(CHARS)))
-    return model, adamw(model, CONFIG)
+    return model, adamw(model.parameters(), CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def original():
         vocab_size=len(CHARS),
         progress=asdict(Progress(step=1, best_val_loss=1.0 / 3.0, elapsed_s=0.1)),
         model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
+        optimizers=[optimizer.state_dict()],
         scaler={"scale": 65536.0, "growth_factor": 2.0},
         arithmetic={"device": "cpu", "dtype": "float32"},
         tokenizer=CharTokenizer.train(CHARS).to_dict(),
@@ -129,7 +129,7 @@ def test_the_comparison_sees_a_difference(original):
 
 
 def test_infinite_loss_and_empty_parts_survive(tmp_path, original):
-    bare = replace(original, progress=asdict(Progress()), optimizer={}, scaler={})
+    bare = replace(original, progress=asdict(Progress()), optimizers=[], scaler={})
     save(tmp_path / "bare.pt", bare)
     assert same(load(tmp_path / "bare.pt"), bare)
 
@@ -141,7 +141,7 @@ def test_training_goes_on_from_it_bit_for_bit(path):
     loaded = load(path)
     other, other_optimizer = model_and_optimizer(seed=2)
     other.load_state_dict(loaded.model)
-    other_optimizer.load_state_dict(loaded.optimizer)
+    other_optimizer.load_state_dict(loaded.optimizers[0])
     for seed in (2, 3):
         train_a_step(model, optimizer, seed)
         train_a_step(other, other_optimizer, seed)
@@ -249,7 +249,7 @@ def test_a_flipped_bit_in_the_table_of_contents(tmp_path, raw, original):
 def test_a_flipped_bit_in_what_the_table_of_contents_says_of_a_tensor(tmp_path, original):
     """Every bit of the entry: none of them is under a checksum."""
     path = tmp_path / "flip.pt"
-    small = replace(original, model={"weight": torch.arange(1.0, 9.0)}, optimizer={})
+    small = replace(original, model={"weight": torch.arange(1.0, 9.0)}, optimizers=[])
     save(path, small)
     raw = path.read_bytes()
     end = raw.rindex(b"archive/data/0") + len("archive/data/0")

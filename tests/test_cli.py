@@ -198,8 +198,8 @@ def test_spellings_of_flags() -> None:
 
 def test_defaults_then_preset_then_flags() -> None:
     config = parse(TrainConfig, "--n_head 8 --preset cpu")
-    assert (config.preset, config.n_embd, config.n_head) == ("cpu", 128, 8)
-    assert config.weight_decay == TrainConfig().weight_decay
+    assert (config.preset, config.n_embd, config.n_head) == ("cpu", 192, 8)
+    assert config.grad_clip == TrainConfig().grad_clip
 
 
 def test_resume_starts_from_the_saved_settings(project: Path) -> None:

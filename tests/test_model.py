@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import nanogpt.model
 from nanogpt.config import GPTConfig
-from nanogpt.model import GPT, flash_attention, flops_per_token, plain_attention
+from nanogpt.model import GPT, Dropout, flash_attention, flops_per_token, plain_attention
 
 TINY = GPTConfig(block_size=16, n_layer=3, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
 GPT2 = GPTConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, vocab_size=50257)
@@ -306,7 +306,7 @@ def test_every_place_of_dropout_is_used(flash):
     """On the embeddings, and where each branch ends; inside the attention, see below."""
     model = make(replace(TINY, dropout=0.5, flash_attn=flash)).train()
     used = []
-    places = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    places = [module for module in model.modules() if isinstance(module, Dropout)]
     for place in places:
         assert place.p == 0.5
         place.register_forward_hook(lambda module, _args, _out: used.append(module))

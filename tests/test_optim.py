@@ -10,7 +10,7 @@ from torch import nn
 
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model import GPT
-from nanogpt.optim import adamw, learning_rate, set_learning_rate
+from nanogpt.optim import Muon, adamw, build, learning_rate, orthogonalize, relative_rate, set_learning_rate
 
 CONFIG = TrainConfig(learning_rate=1e-2, warmup_iters=10, max_iters=110, min_lr=0.1, weight_decay=0.3)
 TINY = GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0, vocab_size=20)
@@ -34,7 +34,7 @@ def schedule(config, steps=None):
 
 def test_matrices_and_embeddings_decay_and_vectors_do_not():
     model = GPT(TINY)
-    groups = adamw(model, CONFIG).param_groups
+    groups = adamw(model.parameters(), CONFIG).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         vector = name.endswith("bias") or "ln_" in name
@@ -43,7 +43,7 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
 
 def test_every_parameter_is_there_once():
     model = GPT(TINY)
-    held = [id(p) for group in adamw(model, CONFIG).param_groups for p in group["params"]]
+    held = [id(p) for group in adamw(model.parameters(), CONFIG).param_groups for p in group["params"]]
     assert len(held) == len(set(held))  # the tied embedding too
     assert set(held) == {id(p) for p in model.parameters()}
 
@@ -51,21 +51,23 @@ def test_every_parameter_is_there_once():
 def test_frozen_parameters_are_left_out():
     model = GPT(TINY)
     model.wpe.weight.requires_grad_(False)
-    held = {id(p) for group in adamw(model, CONFIG).param_groups for p in group["params"]}
-    assert held == {id(p) for p in model.parameters() if p is not model.wpe.weight}
+    for config in (CONFIG, replace(CONFIG, optimizer="muon")):
+        groups = [group for optimizer in build(model, config) for group in optimizer.param_groups]
+        held = {id(p) for group in groups for p in group["params"]}
+        assert held == {id(p) for p in model.parameters() if p is not model.wpe.weight}
 
 
 def test_the_settings_arrive():
     config = replace(CONFIG, beta1=0.8, beta2=0.7)
-    for group in adamw(GPT(TINY), config).param_groups:
+    for group in adamw(GPT(TINY).parameters(), config).param_groups:
         assert group["betas"] == (0.8, 0.7)
         assert group["lr"] == 1e-2
 
 
 def test_set_learning_rate_reaches_every_group():
-    optimizer = adamw(GPT(TINY), CONFIG)
-    set_learning_rate(optimizer, 0.125)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    optimizer = adamw(GPT(TINY).parameters(), CONFIG)
+    set_learning_rate([optimizer], 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125 * CONFIG.learning_rate] * 2
 
 
 # The update
@@ -83,13 +85,13 @@ def test_steps_are_those_of_the_paper(config):
     """Algorithm 2 of Loshchilov & Hutter (2019), written out in float64, over five steps."""
     torch.manual_seed(1)
     layer = nn.Linear(5, 3)
-    optimizer = adamw(layer, config)
+    optimizer = adamw(layer.parameters(), config)
     expected = {name: p.detach().double() for name, p in layer.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
     for t in range(1, 6):
         rate = learning_rate(t - 1, config)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate([optimizer], relative_rate(t - 1, config))
         for name, parameter in layer.named_parameters():
             g = torch.randn_like(parameter)
             parameter.grad = g
@@ -152,3 +154,76 @@ def test_max_iters_alone_decides_where_the_cosine_ends():
     """The rate at a step depends on nothing but the step and the settings: resuming needs no state."""
     assert schedule(CONFIG) == schedule(replace(CONFIG, seed=7, batch_size=3, eval_interval=1))
     assert learning_rate(60, replace(CONFIG, max_iters=210)) > learning_rate(60, CONFIG)
+
+
+# Muon and the trapezoid
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (1, 48, 16), (3, 40, 40)])
+def test_orthogonalize_brings_the_singular_values_near_1(shape):
+    torch.manual_seed(1)
+    matrices = torch.randn(shape).view(-1, *shape[-2:]) * 7
+    singular = torch.linalg.svdvals(orthogonalize(matrices))
+    large = torch.linalg.svdvals(matrices) > 0.1 * torch.linalg.matrix_norm(matrices, 2)[:, None]
+    assert singular[large].min() > 0.6
+    assert singular.max() < 1.3
+
+
+def test_orthogonalize_keeps_the_singular_vectors():
+    torch.manual_seed(1)
+    matrix = torch.randn(1, 48, 32)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    turned = u.mT @ orthogonalize(matrix) @ v.mT  # diagonal if the vectors are the same
+    off = turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < 0.05
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = GPT(TINY)
+    rest, muon = build(model, replace(CONFIG, optimizer="muon"))
+    assert isinstance(muon, Muon)
+    matrices = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+    assert {id(p) for group in muon.param_groups for p in group["params"]} == matrices
+    others = {id(p) for p in model.parameters()} - matrices
+    assert {id(p) for group in rest.param_groups for p in group["params"]} == others
+
+
+def test_stacked_updates_are_those_of_each_matrix_alone():
+    torch.manual_seed(1)
+    shapes = [(32, 32), (64, 32), (32, 64), (32, 32), (64, 32)]
+    config = replace(CONFIG, optimizer="muon", weight_decay=0.2)
+    together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon(together, config), *(Muon([p], config) for p in alone)]
+    for _ in range(3):
+        for a, b in zip(together, alone, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)  # bfloat16 products inside
+
+
+def test_a_muon_step_has_the_length_and_decay_it_should():
+    torch.manual_seed(1)
+    config = replace(CONFIG, optimizer="muon", weight_decay=0.5, muon_lr=0.1)
+    weight = nn.Parameter(torch.randn(64, 16))
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight)
+    Muon([weight], config).step()
+    step = before * (1 - 0.1 * 0.5) - weight.detach()
+    singular = torch.linalg.svdvals(step) / (0.1 * 2.0)  # the square root of 64 / 16
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+    assert (step * weight.grad).sum() > 0  # against the gradient
+
+
+def test_the_trapezoid_is_flat_and_then_straight():
+    config = replace(CONFIG, schedule="trapezoid", warmup_iters=10, max_iters=110, cooldown=0.5, min_lr=0.1)
+    rates = [relative_rate(step, config) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10:56] == pytest.approx([1.0] * 46)
+    falls = [a - b for a, b in pairwise(rates[55:])]
+    assert falls == pytest.approx([0.9 / 55] * len(falls))
+    assert rates[110] == pytest.approx(0.1)

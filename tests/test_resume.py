@@ -89,7 +89,7 @@ def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
     for a, b in zip(files_one, files_other, strict=True):
         assert a.progress | {"elapsed_s": 0} == b.progress | {"elapsed_s": 0}
         assert_equal(a.model, b.model)
-        assert_equal(a.optimizer, b.optimizer)
+        assert_equal(a.optimizers, b.optimizers)
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -110,16 +110,26 @@ def assert_equal(a: object, b: object) -> None:
         assert a == b
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: Path, dtype) -> None:
+MODERN = {
+    "optimizer": "muon", "schedule": "trapezoid", "norm": "rmsnorm", "positions": "rope", "mlp": "relu2",
+    "bias": False, "qk_norm": True, "tied": False, "zero_init": True, "logit_cap": 15.0, "ngram_vocab": 97,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", **MODERN}],
+    ids=["float32", "bfloat16", "modern-muon-bfloat16"],
+)
+def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: Path, options) -> None:
     """SIGKILL at random moments, every third one half-way through writing a checkpoint."""
-    config = replace(config, dtype=dtype, max_iters=500, eval_interval=40, log_interval=3, save_seconds=0.03)
+    config = replace(config, **options, max_iters=500, eval_interval=40, log_interval=3, save_seconds=0.03)
     never = replace(config, out_dir=str(tmp_path / "never"))
     process = live(never)
     process.join(120)
     assert process.exitcode == 0
 
-    chance = random.Random(dtype)
+    chance = random.Random(str(options))
     for kill in range(KILLS):
         life = replace(config, resume=kill > 0)
         before = steps_logged(config)
@@ -175,7 +185,7 @@ def test_evaluating_and_logging_change_no_weight(config: TrainConfig, tmp_path: 
         train.main(run)
     one, other = (checkpoint.load(Path(run.out_dir) / "last.pt") for run in (often, seldom))
     assert_equal(one.model, other.model)
-    assert_equal(one.optimizer, other.optimizer)
+    assert_equal(one.optimizers, other.optimizers)
 
 
 def test_a_damaged_last_checkpoint_falls_back_to_the_other(

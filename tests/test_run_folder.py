@@ -24,7 +24,7 @@ def put(path, step, **settings):
         vocab_size=5,
         progress=vars(Progress(step=step)),
         model={"weight": torch.full((3,), float(step))},
-        optimizer={},
+        optimizers=[],
         scaler={},
         arithmetic={"device": "cpu", "dtype": "float32"},
         tokenizer={"kind": "char", "chars": "abcde"},

@@ -132,7 +132,7 @@ def test_resume_without_a_checkpoint(config: TrainConfig) -> None:
 def test_resume_takes_new_hyperparameters(config: TrainConfig) -> None:
     fit(config)
     fit(replace(config, resume=True, max_iters=31, weight_decay=0.5))
-    assert last(config).optimizer["param_groups"][0]["weight_decay"] == 0.5
+    assert last(config).optimizers[0]["param_groups"][0]["weight_decay"] == 0.5
 
 
 def test_out_dir_that_is_a_file(config: TrainConfig, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_broken_step_is_skipped(config: TrainConfig, monkeypatch, capsys) -> N
     assert fit(config).reason == "finished"
     assert "step 8: loss nan" in capsys.readouterr().err
     assert [row["step"] for row in rows(config) if "train_loss" in row] == [n for n in range(1, 31) if n != 8]
-    steps = {state["step"].item() for state in last(config).optimizer["state"].values()}
+    steps = {state["step"].item() for state in last(config).optimizers[0]["state"].values()}
     assert steps == {29}
 
 
