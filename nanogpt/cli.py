@@ -76,6 +76,9 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
 
     A mistake of the user's ends in one line on standard error; a bug keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that cannot be shown is no reason to end
+            stream.reconfigure(errors="replace")
     try:
         config = parse(COMMANDS[name].config, arguments, prog)
         os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
@@ -84,6 +87,14 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader of a pipe has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a folder that is a file, a read-only disk, ...
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
     except ModuleNotFoundError as error:
         if (error.name or "nanogpt").partition(".")[0] == "nanogpt":
             raise
@@ -91,9 +102,6 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPT
-    except BrokenPipeError:  # the reader of a pipe has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:

@@ -221,6 +221,7 @@ class TrainConfig(Architecture):
             at_least(self, name, 1)
         for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds"):
             at_least(self, name, 0)
+        small_seed(self.seed)
         require(
             not (self.resume and self.overwrite),
             "--overwrite would delete the run that --resume continues: give one of them",
@@ -274,6 +275,7 @@ class SampleConfig:
         for name in ("num_samples", "top_k"):
             at_least(self, name, 1)
         at_least(self, "seed", 0)
+        small_seed(self.seed)
         require(
             0 <= self.temperature < float("inf"),
             f"--temperature {self.temperature} is not 0 or a positive number: try 0.8",
@@ -293,6 +295,11 @@ def at_least(config: object, name: str, least: int) -> None:
         value is None or value >= least,
         f"--{name} {value} is too small: it must be at least {least}",
     )
+
+
+def small_seed(seed: int | None) -> None:
+    """Raise UserError if a seed is too large for the random-number generators."""
+    require(seed is None or seed < 2**62, f"--seed {seed} is too large: it must be below 2**62")
 
 
 Config = TypeVar("Config", GPTConfig, TrainConfig)

@@ -3,10 +3,12 @@
 On a terminal, colours and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
 """
 
+import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -28,7 +30,7 @@ def terminal() -> Console:
 
 def say(line: str = "", style: str | None = None) -> None:
     """Print a line on standard output, above a progress bar if one is shown."""
-    with going_on():
+    with going_on(sys.stdout):
         if terminal().is_terminal:
             terminal().print(line, style=style, markup=False, emoji=False)
         else:
@@ -37,7 +39,7 @@ def say(line: str = "", style: str | None = None) -> None:
 
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
-    with going_on():
+    with going_on(sys.stderr):
         if terminal().is_terminal and sys.stderr.isatty():
             terminal().print(line, style="yellow", markup=False, emoji=False)
         else:
@@ -45,14 +47,19 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def going_on() -> Generator[None]:
-    """Let no full disk behind a redirected output end a training; a pipe that is closed does end it."""
+def going_on(stream: TextIO) -> Generator[None]:
+    """Let neither a full disk behind redirected output nor a closed pipe end a training."""
     try:
         yield
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the reader has left, as `| head` does: talk to nobody from here on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except OSError:
         pass
+
+
+def command(name: str) -> list[str]:
+    """How to call a command the way this program was called: by its script, or as `nanogpt NAME`."""
+    return ["python", f"{name}.py"] if sys.argv[0].endswith(".py") else ["nanogpt", name]
 
 
 def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:

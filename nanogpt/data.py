@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nanogpt import tokenizer as tokenizers
 from nanogpt.config import DataConfig, UserError, require
-from nanogpt.console import progress_bar, say
+from nanogpt.console import command, progress_bar, say
 from nanogpt.corpus import TINY_SHAKESPEARE, Source, read_text, tiny_shakespeare
 from nanogpt.files import replacing
 from nanogpt.tokenizer import CharTokenizer
@@ -89,6 +89,7 @@ def prepare(source: Source, config: DataConfig) -> None:
         "fingerprint": fingerprint,
         "source": source.name,
         "train_split": config.train_split,
+        "tokens": sizes,
     }
     save_plain(folder / "vocab.pt", vocabulary)
     say(f"Characters: {len(text):,}")
@@ -141,17 +142,21 @@ def load(folder: Path) -> Dataset:
         f"{folder} was prepared by another version of NanoGPT: {advice} --overwrite",
     )
     train, val = (load_tokens(folder / f"{name}.pt", advice) for name in SPLITS)
+    require(
+        vocabulary.get("tokens") == {"train": len(train), "val": len(val)},
+        f"the files in {folder} do not belong together: {advice} --overwrite",
+    )
     return Dataset(train, val, tokenizers.from_dict(vocabulary["tokenizer"]), vocabulary["fingerprint"])
 
 
 def how_to_prepare(folder: Path, source: object = None) -> str:
     """The command that prepares a folder (again), from `source` if that is known."""
-    command = ["python", "data.py"]
+    words = command("data")
     if source != TINY_SHAKESPEARE and (source or str(folder) != DataConfig.data_dir):
-        command += ["--input_file", str(source or "YOUR_TEXT")]
+        words += ["--input_file", str(source or "YOUR_TEXT")]
     if str(folder) != DataConfig.data_dir:
-        command += ["--data_dir", str(folder)]
-    return f"prepare it with: {shlex.join(command)}"
+        words += ["--data_dir", str(folder)]
+    return f"prepare it with: {shlex.join(words)}"
 
 
 def load_tokens(path: Path, advice: str) -> NDArray[Any]:

@@ -74,6 +74,10 @@ def pick_dtype(name: Dtype, device: torch.device, width: int) -> torch.dtype:
     with bfloat16 instructions, if a trial at this `width` shows that it pays), float16 on older
     CUDA devices, else float32.
     """
+    require(
+        not (name == "float16" and device.type == "mps"),
+        "--dtype float16 does not train on Apple GPUs: use float32 or bfloat16",
+    )
     if name != "auto":
         return cast(torch.dtype, getattr(torch, name))
     if device.type == "cuda":

@@ -14,9 +14,11 @@ or sampling more often changes nothing.
 """
 
 import math
+import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +30,7 @@ from torch import Tensor
 from nanogpt import data, device, optim
 from nanogpt.checkpoint import load as load_checkpoint
 from nanogpt.config import TrainConfig, UserError, require
-from nanogpt.console import say, warn
+from nanogpt.console import command, say, warn
 from nanogpt.generate import generate
 from nanogpt.metrics import duration, forget_after
 from nanogpt.plot import plot_losses
@@ -72,23 +74,42 @@ def main(config: TrainConfig) -> int:
 def fit(config: TrainConfig) -> Result:
     """Train as `config` says, from the start or (config.resume) from where the run stopped.
 
+    A resumed run takes all settings from `config` too: RunFolder(path).saved_config() has those it had.
     Errors: UserError for everything the user can mend.
     """
     folder = RunFolder(Path(config.out_dir))
-    with folder.locked(), StopRequest() as stop:
+    require(
+        not config.resume or folder.path.is_dir(),
+        f"no checkpoint to resume in {folder.path}: start without --resume, or check --out_dir",
+    )
+    if not config.resume:
+        data.load(Path(config.data_dir))  # before a folder is made for a run that cannot begin
+    with enough_memory(config), folder.locked(), StopRequest() as stop:
         run = set_up(config, folder)
         try:
             start(run)
             reason = loop(run, stop)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory on {run.device}: give --gradient_accumulation_steps "
-                f"{2 * config.gradient_accumulation_steps}, which computes the same in smaller pieces"
-            ) from error
         finally:
             run.metrics.close()
         conclude(run, reason)
     return Result(reason, run.progress.step, run.progress.best_val_loss, run.progress.elapsed_s)
+
+
+@contextmanager
+def enough_memory(config: TrainConfig) -> Generator[None]:
+    """Turn running out of memory, on whatever device, into a UserError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
+        if not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        pieces = min(2 * config.gradient_accumulation_steps, config.batch_size)
+        fix = (
+            f"give --gradient_accumulation_steps {pieces}, which computes the same in smaller pieces"
+            if pieces > config.gradient_accumulation_steps
+            else "give a smaller --block_size or --n_embd"
+        )
+        raise UserError(f"out of memory: {fix} (or end other programs that use the device)") from error
 
 
 def start(run: Run) -> None:
@@ -138,9 +159,11 @@ def next_batch(run: Run) -> tuple[Tensor, Tensor]:
     seeds = np.random.SeedSequence([run.config.seed, progress.order, progress.step])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     x, y = run.batches(progress.step, progress.order)
-    if run.device.type == "cuda":
+    cuda = run.device.type == "cuda"
+    if cuda:
         x, y = x.pin_memory(), y.pin_memory()
-    return x.to(run.device, non_blocking=True), y.to(run.device, non_blocking=True)
+    # Only from pinned memory: elsewhere the source may be gone before it is copied (MPS).
+    return x.to(run.device, non_blocking=cuda), y.to(run.device, non_blocking=cuda)
 
 
 def forward_backward(run: Run, x: Tensor, y: Tensor) -> Tensor:
@@ -285,7 +308,7 @@ def loop(run: Run, stop: StopRequest) -> str:
         reason = reason_to_stop(run, stop)
         if evaluation_is_due(run, reason):
             evaluate_and_record(run, stop)
-            reason = reason_to_stop(run, stop)
+            progress, reason = run.progress, reason_to_stop(run, stop)
         if reason:
             save_at_the_end(run)
             return reason
@@ -384,14 +407,17 @@ def conclude(run: Run, reason: str) -> None:
     }
     say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")
     say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")
-    plot_losses(folder.metrics, folder.plot)
-    say(f"Loss curve: {folder.plot}")
+    try:
+        plot_losses(folder.metrics, folder.plot)
+        say(f"Loss curve: {folder.plot}")
+    except Exception as error:  # everything is saved: a picture must not make a failure of it
+        warn(f"No loss curve: {error}")
     checkpoint = [] if config.out_dir == TrainConfig.out_dir else ["--checkpoint", str(folder.best)]
-    say(f"Now try: {shlex.join(['python', 'sample.py', *checkpoint])}")
+    say(f"Now try: {shlex.join([*command('sample'), *checkpoint])}")
 
 
 def resume_command(run: Run) -> str:
     """The command that continues the run."""
     given = run.config.out_dir
     folder = [] if given == TrainConfig.out_dir else ["--out_dir", given]
-    return shlex.join(["python", "train.py", "--resume", *folder])
+    return shlex.join([*command("train"), "--resume", *folder])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import cli, corpus
+from nanogpt import cli, console, corpus
 from nanogpt.config import SampleConfig, TrainConfig, UserError
 
 ROOT = Path(__file__).parent.parent
@@ -100,16 +100,20 @@ def test_the_scripts_in_the_root_folder_are_the_commands(project: Path) -> None:
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_is_instant_and_does_not_import_torch(name: str) -> None:
-    """Under 0.3 s, the best of a few tries: this machine may be busy. The import is checked exactly."""
-    seconds = []
-    for _ in range(5):
+def test_help_is_instant(name: str) -> None:
+    """Under 0.3 s in the best of up to 20 tries: it is the command that is judged, not the machine."""
+    for _ in range(20):
         start = time.perf_counter()
-        command = [sys.executable, "-X", "importtime", "-m", "nanogpt.cli", name, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < 0.3:
-            break
+        subprocess.run([sys.executable, "-m", "nanogpt.cli", name, "--help"], capture_output=True, check=True)
+        if time.perf_counter() - start < 0.3:
+            return
+    pytest.fail("--help took more than 0.3 s every time")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_imports_nothing_heavy(name: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "nanogpt.cli", name, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "usage:" in done.stdout
     assert not re.search(r"\| +(torch|numpy|matplotlib|requests)$", done.stderr, re.MULTILINE)
 
@@ -143,6 +147,8 @@ MISTAKES = {
     "python sample.py": "out/ckpt.pt does not exist",
     "python sample.py --temperature=-1": "--temperature -1.0",
     "python sample.py --checkpoint my_corpus.txt": "is not a NanoGPT checkpoint",
+    "python data.py --input_file my_corpus.txt --data_dir my_corpus.txt": "my_corpus.txt",
+    "python train.py --seed 18446744073709551616": "is too large",
     "python model.py --n_head 5": "--n_embd 384 is not a multiple of --n_head 5",
 }
 
@@ -155,6 +161,48 @@ def test_a_mistake_is_one_line_and_exit_code_2(project: Path, capsys, command: s
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
     assert MISTAKES[command] in err
+
+
+def test_a_closed_pipe_does_not_end_a_training(project: Path) -> None:
+    """`| head -1`: the training goes on to its end, talking to nobody."""
+    run("python data.py --input_file my_corpus.txt")
+    command = [
+        sys.executable,
+        "-m",
+        "nanogpt.cli",
+        "train",
+        *SMALL,
+        "--max_iters",
+        "400",
+        "--log_interval",
+        "1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert '"step": 400' in Path("out/metrics.jsonl").read_text()
+
+
+def test_output_that_cannot_show_a_character_does_not_end_the_program(project: Path) -> None:
+    Path("my.txt").write_text("Мороз и солнце; день чудесный!\n" * 40, encoding="utf-8")
+    run("python data.py --input_file my.txt --data_dir my")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for arguments in (["train", "--data_dir", "my", *SMALL], ["sample", "--num_tokens", "20"]):
+        command = [sys.executable, "-m", "nanogpt.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_hints_name_the_command_as_it_was_called(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/nanogpt", "train"])
+    assert console.command("sample") == ["nanogpt", "sample"]
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert console.command("sample") == ["python", "sample.py"]
 
 
 def test_a_bug_keeps_its_traceback(project: Path, monkeypatch) -> None:

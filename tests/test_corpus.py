@@ -435,3 +435,17 @@ def test_pip_that_fails_ends_in_one_line(monkeypatch, act):
     assert "\n" not in str(raised.value)
     if act is fails:
         assert "ERROR: No matching distribution" in str(raised.value)
+
+
+# Almost UTF-8
+
+
+def test_a_text_cut_inside_a_character_loses_no_more_than_that(tmp_path):
+    source = read_text(written(tmp_path, (RUSSIAN * 3).encode()[:-2] + "ж".encode()[:1]))
+    assert source.text == (RUSSIAN * 3).encode()[:-2].decode()
+    assert source.notes == ("ends inside a character: 1 bytes left out",)
+
+
+def test_one_bad_byte_is_named_and_not_taken_for_another_encoding(tmp_path):
+    raw = (FRENCH * 3).encode()
+    assert "is UTF-8 but for the byte 0xFF at 60" in refusal(written(tmp_path, raw[:60] + b"\xff" + raw[60:]))

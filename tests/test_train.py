@@ -211,6 +211,22 @@ def test_a_ruined_newest_checkpoint_gives_way_to_the_best(config: TrainConfig, m
     assert [int(line.split()[3].rstrip(",")) for line in said] == [12, 10]
 
 
+def test_a_rollback_in_an_evaluation_leaves_no_gap_and_no_double(config: TrainConfig, monkeypatch) -> None:
+    really, failed = train.evaluate, []
+
+    def evaluate(run, stop):
+        if run.progress.step == 20 and not failed:
+            failed.append(20)
+            return math.nan
+        return really(run, stop)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    fit(replace(config, log_interval=5))
+    assert failed
+    assert [row["step"] for row in rows(config) if "train_loss" in row] == [5, 10, 15, 20, 25, 30]
+    assert [row["step"] for row in rows(config) if "val_loss" in row] == [10, 20, 30]
+
+
 # --- arithmetic and compilation ---
 
 
@@ -265,6 +281,35 @@ def test_out_of_memory_says_what_to_do(config: TrainConfig, monkeypatch) -> None
     monkeypatch.setattr(train, "forward_backward", full)
     with pytest.raises(UserError, match="--gradient_accumulation_steps 2"):
         fit(config)
+    with pytest.raises(UserError, match="smaller --block_size"):
+        fit(replace(config, gradient_accumulation_steps=config.batch_size))
+
+
+def test_out_of_memory_while_the_model_is_built(config: TrainConfig) -> None:
+    with pytest.raises(UserError, match="out of memory"):
+        fit(replace(config, n_embd=10_000_000, n_head=1))
+
+
+def test_a_failing_picture_does_not_fail_the_run(config: TrainConfig, monkeypatch, capsys) -> None:
+    def broken(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(train, "plot_losses", broken)
+    assert fit(replace(config, max_iters=2)).reason == "finished"
+    assert "No loss curve: no fonts" in capsys.readouterr().err
+
+
+def test_only_pinned_memory_is_copied_in_the_background(config: TrainConfig, tmp_path, monkeypatch) -> None:
+    run = set_up(config, RunFolder(tmp_path / "run"))
+    asked = []
+    really = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, _, non_blocking: asked.append(non_blocking) or self)
+    for place in ("cpu", "mps", "cuda"):
+        run.device = torch.device(place)
+        train.next_batch(run)
+    monkeypatch.setattr(torch.Tensor, "to", really)
+    assert asked == [False, False, False, False, True, True]
 
 
 # --- what is shown ---
