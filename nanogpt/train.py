@@ -15,7 +15,6 @@ or sampling more often changes nothing.
 
 import math
 import re
-import shlex
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -30,11 +29,11 @@ from torch import Tensor
 from nanogpt import data, device, optim
 from nanogpt.checkpoint import load as load_checkpoint
 from nanogpt.config import TrainConfig, UserError, require
-from nanogpt.console import command, say, warn
+from nanogpt.console import say, warn
 from nanogpt.generate import generate
-from nanogpt.metrics import duration, forget_after
-from nanogpt.plot import plot_losses
-from nanogpt.run import Run, name_of, restore, save, set_up, try_save
+from nanogpt.metrics import forget_after
+from nanogpt.report import conclude, forecast, plan, resume_command
+from nanogpt.run import Run, restore, save, set_up, try_save
 from nanogpt.run_folder import RunFolder
 from nanogpt.stopping import EXIT_CODES, StopRequest
 
@@ -46,11 +45,6 @@ ROLLBACKS = 3
 
 SAMPLE_TOKENS = 120
 """Length of the sample shown at an evaluation."""
-
-FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
-"""Training after which the time to come is foretold: this long, and at least so many steps."""
-
-ONE_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
@@ -117,21 +111,10 @@ def start(run: Run) -> None:
 
     That first save finds a folder that cannot be written before hours of work, not after.
     """
-    config, progress = run.config, run.progress
-    tokens = config.batch_size * config.block_size
-    say(f"Starting training on {run.device.type.upper()}...")
-    say(
-        f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
-        f"vocabulary of {run.dataset.tokenizer.vocab_size}"
-    )
-    say(
-        f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
-        f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
-        + (f", from step {progress.step:,}" * config.resume)
-    )
-    if device.pick_compile(config.compile, run.device):
+    plan(run)
+    if device.pick_compile(run.config.compile, run.device):
         compile_model(run)
-    if not config.resume:
+    if not run.config.resume:
         save(run, run.folder.last)
 
 
@@ -377,47 +360,3 @@ def record_step(run: Run, numbers: dict[str, float]) -> None:
     tokens = run.config.batch_size * run.config.block_size
     left = pace * (run.config.max_iters - run.progress.step)
     record(run, numbers | {"tokens_per_s": round(tokens / pace, 1), "left_s": left})
-
-
-def forecast(run: Run) -> None:
-    """Once, after the first measured steps: say how long the training will take."""
-    pace, config = run.pace, run.config
-    if run.forecast_done or pace.steps < FORECAST_STEPS or pace.seconds < FORECAST_SECONDS:
-        return
-    run.forecast_done = True
-    a_step = pace.seconds / pace.steps
-    expected = a_step * (config.max_iters - run.progress.step)
-    if config.max_seconds is not None:
-        expected = min(expected, config.max_seconds - run.progress.elapsed_s)
-    say(f"Expected: {duration(expected)} more ({a_step * 1000:,.0f} ms a step, evaluation not counted)")
-    if expected > ONE_HOUR and run.device.type == "cpu" and config.preset != "cpu":
-        say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
-
-
-def conclude(run: Run, reason: str) -> None:
-    """Say how the run ended and what to do next; draw the loss curve unless interrupted."""
-    config, progress, folder = run.config, run.progress, run.folder
-    if reason in ("SIGINT", "SIGTERM"):
-        say(f"Stopped at step {progress.step} and saved. To continue: {resume_command(run)}")
-        return
-    why = {
-        "finished": f"{progress.step:,} steps done",
-        "time": f"--max_seconds {config.max_seconds:g} reached" if config.max_seconds else "",
-        "patience": f"no better for {config.patience} evaluations",
-    }
-    say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")
-    say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")
-    try:
-        plot_losses(folder.metrics, folder.plot)
-        say(f"Loss curve: {folder.plot}")
-    except Exception as error:  # everything is saved: a picture must not make a failure of it
-        warn(f"No loss curve: {error}")
-    checkpoint = [] if config.out_dir == TrainConfig.out_dir else ["--checkpoint", str(folder.best)]
-    say(f"Now try: {shlex.join([*command('sample'), *checkpoint])}")
-
-
-def resume_command(run: Run) -> str:
-    """The command that continues the run."""
-    given = run.config.out_dir
-    folder = [] if given == TrainConfig.out_dir else ["--out_dir", given]
-    return shlex.join([*command("train"), "--resume", *folder])

@@ -15,6 +15,7 @@ LAYERS = (
         "checkpoint",
         "metrics",
         "plot",
+        "report",
         "stopping",
         "run_folder",
         "run",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt import checkpoint, train
+from nanogpt import checkpoint, report, train
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import DataConfig, TrainConfig, UserError
 from nanogpt.corpus import Source
@@ -294,7 +294,7 @@ def test_a_failing_picture_does_not_fail_the_run(config: TrainConfig, monkeypatc
     def broken(*_):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(train, "plot_losses", broken)
+    monkeypatch.setattr(report, "plot_losses", broken)
     assert fit(replace(config, max_iters=2)).reason == "finished"
     assert "No loss curve: no fonts" in capsys.readouterr().err
 
@@ -327,8 +327,8 @@ def test_tensorboard_has_the_numbers_the_samples_and_the_settings(config: TrainC
 
 
 def test_a_long_training_on_a_cpu_names_the_preset(config: TrainConfig, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(train, "FORECAST_SECONDS", 0.0)
-    monkeypatch.setattr(train, "ONE_HOUR", 0.0)
+    monkeypatch.setattr(report, "FORECAST_SECONDS", 0.0)
+    monkeypatch.setattr(report, "ONE_HOUR", 0.0)
     fit(config)
     printed = capsys.readouterr().out
     assert re.search(r"Expected: \d+ s more \([\d,]+ ms a step", printed)
