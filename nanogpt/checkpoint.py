@@ -58,6 +58,9 @@ class Checkpoint:
     progress: dict[str, Any]
     """The fields of Progress."""
     model: dict[str, torch.Tensor]
+    """The weights that are trained."""
+    average: dict[str, torch.Tensor]
+    """Their moving average; empty if the run keeps none."""
     optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
     """The float16 gradient scaler; empty in other dtypes."""
@@ -67,6 +70,11 @@ class Checkpoint:
     fingerprint: str
     """Fingerprint of the training data."""
     format: int = FORMAT
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights to use: the average if there is one."""
+        return self.average or self.model
 
     @property
     def train_config(self) -> TrainConfig:

@@ -190,6 +190,8 @@ class TrainConfig(Architecture):
     """AdamW decay of the second moment."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 for no limit."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, which is evaluated and sampled in their place; 0: none."""
 
     eval_interval: int = 250
     """Updates between evaluations."""
@@ -236,9 +238,9 @@ class TrainConfig(Architecture):
             f"--learning_rate {self.learning_rate} is not positive: try 3e-4",
         )
         require(0 <= self.min_lr <= 1, f"--min_lr {self.min_lr} is outside [0, 1]: try 0.1")
-        for name in ("beta1", "beta2"):
+        for name, usual in (("beta1", 0.9), ("beta2", 0.99), ("ema_decay", 0.99)):
             value = getattr(self, name)
-            require(0 <= value < 1, f"--{name} {value} is outside [0, 1): try 0.9")
+            require(0 <= value < 1, f"--{name} {value} is outside [0, 1): try {usual}")
         require(
             self.max_seconds is None or self.max_seconds > 0,
             f"--max_seconds {self.max_seconds} is not positive: leave it out for no limit",

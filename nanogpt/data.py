@@ -5,8 +5,8 @@ Run:    python data.py                              Tiny Shakespeare into data/
 Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer
         and a fingerprint of the text).
 Use:    data = load(Path("data")); batches = Batches(data.train, block_size=256, batch_size=64, seed=1)
-        x, y = batches(step)
-Does not know the model or the device.
+        windows = Windows(data.train, device); x, y = windows(batches(step), 256)
+Does not know the model.
 
 # B batch, T block_size, N tokens in the split, W windows in an epoch
 """
@@ -34,6 +34,9 @@ FORMAT = 1
 """Version of the data folder's format."""
 
 SPLITS = ("train", "val")
+
+RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
+"""Share of a GPU's free memory that a split may take, and the most that a token takes there."""
 
 
 @dataclass(frozen=True)
@@ -205,15 +208,15 @@ class Batches:
         """Steps in which every window is seen once."""
         return self.windows / self.batch_size
 
-    def __call__(self, step: int, order: int = 0) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step, (B, T) int64 each; targets are inputs shifted by one."""
+    def __call__(self, step: int, order: int = 0) -> NDArray[np.int64]:
+        """Where the windows of a step begin, (B,)."""
         numbers = step * self.batch_size + np.arange(self.batch_size)
         starts = np.empty(self.batch_size, dtype=np.int64)
         epochs = numbers // self.windows
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
             starts[inside] = self.starts(epoch, order)[numbers[inside] % self.windows]
-        return gather(self.tokens, starts, self.block_size)
+        return starts
 
     def starts(self, epoch: int, order: int) -> NDArray[np.int64]:
         """Where the windows of an epoch begin, in the order of visiting, (W,)."""
@@ -229,6 +232,46 @@ def gather(tokens: NDArray[Any], starts: NDArray[np.int64], length: int) -> tupl
     windows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
     joined = torch.from_numpy(windows)
     return joined[:, :-1], joined[:, 1:]
+
+
+class Windows:
+    """Cuts windows out of a split, on the device where they are needed.
+
+    A split that takes no more than RESIDENT_SHARE of a GPU's free memory lives there: a batch is
+    then the numbers of its windows and nothing more. Otherwise windows travel, in the background
+    where the memory they leave is pinned.
+    """
+
+    def __init__(self, tokens: NDArray[Any], device: torch.device) -> None:
+        self.tokens, self.device = tokens, device
+        self.resident: Tensor | None = None
+        if device.type == "cuda" and RESIDENT_BYTES * len(tokens) <= free_memory(device) * RESIDENT_SHARE:
+            self.make_resident()
+
+    def make_resident(self) -> None:
+        """Copy the split to the device."""
+        wide = self.tokens if self.tokens.dtype == np.uint8 else self.tokens.astype(np.int32)
+        self.resident = torch.tensor(wide, device=self.device)
+
+    def __call__(self, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
+        """The inputs and targets that `gather` gives, on the device."""
+        if self.resident is None:
+            x, y = gather(self.tokens, starts, length)
+            return self.send(x), self.send(y)
+        places = self.send(torch.from_numpy(starts))[:, None] + torch.arange(length + 1, device=self.device)
+        windows = self.resident[places].long()  # (B, T + 1)
+        return windows[:, :-1], windows[:, 1:]
+
+    def send(self, values: Tensor) -> Tensor:
+        """Values on the device. Only pinned memory is copied in the background: other may be gone by then."""
+        if self.device.type == "cuda":
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def evaluation_batches(

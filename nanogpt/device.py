@@ -117,6 +117,11 @@ def pick_compile(switch: Switch, device: torch.device) -> bool:
     return switch == "on"
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the device is given work without waiting for it: then no step may ask for a number."""
+    return device.type == "cuda"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given, so that clocks tell the truth."""
     if device.type == "cuda":

@@ -6,10 +6,11 @@ Does not know the data, the loop or the device.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
 
@@ -52,6 +53,8 @@ class Muon(torch.optim.Optimizer):
     are treated as their transposes, so that the two layers of an MLP share a batch.
     """
 
+    found_inf: Tensor | None = None
+
     def __init__(self, matrices: Iterable[nn.Parameter], config: TrainConfig, momentum: float = 0.95) -> None:
         super().__init__(
             matrices, {"lr": config.muon_lr, "momentum": momentum, "weight_decay": config.weight_decay}
@@ -59,7 +62,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every matrix that has a gradient."""
+        """Update every matrix that has a gradient.
+
+        If `found_inf`, a scalar on the device, is set and 1, all stays as it is (as in torch's fused AdamW).
+        """
         for group in self.param_groups:
             stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
@@ -76,6 +82,8 @@ class Muon(torch.optim.Optimizer):
         assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
+        if self.found_inf is not None:
+            gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
         average: Tensor = state["momentum"].lerp_(gradient, 1 - decay)
         ahead = gradient.lerp(average, decay)
         return ahead if ahead.shape[0] >= ahead.shape[1] else ahead.T
@@ -83,9 +91,12 @@ class Muon(torch.optim.Optimizer):
     def update(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
         """Move the matrices of one shape along their orthogonalised momenta."""
         directions = orthogonalize(torch.stack([momentum for _, momentum in pairs]))
+        decay = group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
         for (parameter, _), direction in zip(pairs, directions, strict=True):
             rows, columns = parameter.shape
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.mul_(1 - decay)
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5
             parameter.add_(direction if rows >= columns else direction.T, alpha=-scale)
 
@@ -102,6 +113,17 @@ def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
         gram = x @ x.transpose(1, 2)  # (N, C, C)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2).to(matrices.dtype)
+
+
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the weights of `average` towards those of `model`, by 1 - decay of the way."""
+    update = cast(Callable[[list[Tensor], list[Tensor], int], None], get_ema_multi_avg_fn(decay))
+    update(list(average.parameters()), list(model.parameters()), 0)
+
+
+def ema_decay(step: int, config: TrainConfig) -> float:
+    """The decay of the average at update number `step`: it begins short, to forget the first weights."""
+    return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 def relative_rate(step: int, config: TrainConfig) -> float:

@@ -5,7 +5,9 @@ The training itself is in train.py.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import cast
@@ -37,11 +39,11 @@ class Pace:
     window_steps: int = 0
     window_seconds: float = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Count one step."""
-        self.steps += 1
-        self.seconds += seconds if self.steps else 0.0
-        self.window_steps += 1
+    def add(self, seconds: float, steps: int = 1) -> None:
+        """Count time, and the steps that ended with it."""
+        self.seconds += seconds if self.steps >= 0 else 0.0
+        self.steps += steps
+        self.window_steps += steps
         self.window_seconds += seconds
 
     def take_window(self) -> float:
@@ -49,6 +51,19 @@ class Pace:
         pace = self.window_seconds / self.window_steps if self.window_steps else float("nan")
         self.window_steps, self.window_seconds = 0, 0.0
         return pace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The numbers of an update, which the device may still be computing."""
+
+    step: int
+    """Updates done, this one included."""
+    lr: float
+    values: Tensor
+    """Loss and gradient norm, (2,), on the CPU; valid once `ready`."""
+    ready: torch.cuda.Event | None
+    """None: already."""
 
 
 @dataclass
@@ -61,7 +76,11 @@ class Run:
     batches: data.Batches
     device: torch.device
     dtype: torch.dtype
+    train_windows: data.Windows
+    val_windows: data.Windows
     model: GPT
+    average: GPT | None
+    """The moving average of the model's weights, if config.ema_decay asks for one."""
     forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
     """The model, compiled or not."""
     optimizers: list[torch.optim.Optimizer]
@@ -69,6 +88,8 @@ class Run:
     console: ConsoleReader
     metrics: Metrics
     progress: Progress
+    pending: deque[Outcome] = field(default_factory=deque[Outcome])
+    """Updates given to the device whose numbers have not been read (at most two, the oldest first)."""
     pace: Pace = field(default_factory=Pace)
     started: float = field(default_factory=time.perf_counter)
     saved_at: float = field(default_factory=time.perf_counter)
@@ -80,6 +101,11 @@ class Run:
     """Times the run went back without getting past `broken_at`."""
     broken_at: int = -1
     forecast_done: bool = False
+
+    @property
+    def final_model(self) -> GPT:
+        """What the run is for, evaluated and sampled from: the average if there is one."""
+        return self.average or self.model
 
 
 def set_up(config: TrainConfig, folder: RunFolder) -> Run:
@@ -100,6 +126,7 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     dtype = pick_dtype(config, place, saved)
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
+    average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
     optimizers = optim.build(model, config)
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
     if not saved:
@@ -108,7 +135,8 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     console, metrics = open_metrics(config, folder, progress)
     run = Run(
         config, folder, dataset, batches, place, dtype,
-        model, model, optimizers, scaler, console, metrics, progress,
+        data.Windows(dataset.train, place), data.Windows(dataset.val, place),
+        model, average, model, optimizers, scaler, console, metrics, progress,
     )  # fmt: skip
     if saved:
         restore(run, saved)
@@ -179,6 +207,7 @@ def snapshot(run: Run) -> Checkpoint:
         vocab_size=run.model.config.vocab_size,
         progress=asdict(run.progress),
         model=run.model.state_dict(),
+        average=run.average.state_dict() if run.average else {},
         optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
         scaler=run.scaler.state_dict(),
         arithmetic={"device": run.device.type, "dtype": name_of(run.dtype)},
@@ -190,6 +219,8 @@ def snapshot(run: Run) -> Checkpoint:
 def restore(run: Run, saved: Checkpoint) -> None:
     """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
     run.model.load_state_dict(saved.model)
+    if run.average:
+        run.average.load_state_dict(saved.weights)
     for optimizer, state in zip(run.optimizers, saved.optimizers, strict=True):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

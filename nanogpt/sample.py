@@ -50,7 +50,7 @@ def load(path: Path, device_name: str) -> tuple[GPT, CharTokenizer]:
     place = device.pick_device(device_name)
     saved = checkpoint.load(path)
     model = GPT(saved.model_config)
-    model.load_state_dict(saved.model)
+    model.load_state_dict(saved.weights)
     return model.to(place).eval(), tokenizer.from_dict(saved.tokenizer)
 
 

@@ -3,7 +3,7 @@
 Run:    python train.py --max_iters 1000            then: python train.py --resume
 Use:    result = fit(TrainConfig(data_dir="data", out_dir="out", max_iters=1000))
 Reads the data folder; writes the run folder (run_folder.py says what is in it). How a run is set
-up and saved is in run.py.
+up and saved is in run.py, an update in step.py.
 
 The loop is `loop`, below. Everything a step does is a function of the weights, the optimizer and
 (seed, order, step): batches and dropout are drawn anew from these at every step. So a run that is
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt import data, device, optim
+from nanogpt import data, device
 from nanogpt.checkpoint import load as load_checkpoint
 from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
@@ -35,6 +35,7 @@ from nanogpt.metrics import forget_after
 from nanogpt.report import conclude, forecast, plan, resume_command
 from nanogpt.run import Run, restore, save, set_up, try_save
 from nanogpt.run_folder import RunFolder
+from nanogpt.step import forward_backward, next_batch, settle, train_step
 from nanogpt.stopping import EXIT_CODES, StopRequest
 
 BROKEN_STEPS = 3
@@ -136,62 +137,38 @@ def compile_model(run: Run) -> None:
 # --- step ---
 
 
-def next_batch(run: Run) -> tuple[Tensor, Tensor]:
-    """The batch of the coming step on the device, (B, T) each; also seeds its random numbers."""
-    progress = run.progress
-    seeds = np.random.SeedSequence([run.config.seed, progress.order, progress.step])
-    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-    x, y = run.batches(progress.step, progress.order)
-    cuda = run.device.type == "cuda"
-    if cuda:
-        x, y = x.pin_memory(), y.pin_memory()
-    # Only from pinned memory: elsewhere the source may be gone before it is copied (MPS).
-    return x.to(run.device, non_blocking=cuda), y.to(run.device, non_blocking=cuda)
+@contextmanager
+def clocked(run: Run, steps: int = 0) -> Generator[None]:
+    """Count what is done inside as training time, with which so many steps are done."""
+    begin = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - begin
+    run.progress.elapsed_s += seconds
+    run.pace.add(seconds, steps)
 
 
-def forward_backward(run: Run, x: Tensor, y: Tensor) -> Tensor:
-    """Add up the gradients of the batch's mean loss, micro-batch by micro-batch. Returns that loss."""
-    total = torch.zeros((), device=run.device)
-    pieces = run.config.gradient_accumulation_steps
-    for x_piece, y_piece in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
-        with device.autocast(run.device, run.dtype):
-            _, loss = run.forward(x_piece, y_piece)
-        share = cast(Tensor, loss) * (len(x_piece) / len(x))
-        run.scaler.scale(share).backward()
-        total += share.detach()
-    return total
+def advance(run: Run) -> None:
+    """Do one update; a device that runs ahead does it while the numbers of the one before are read."""
+    with clocked(run):
+        run.pending.append(train_step(run))
+    read_outcomes(run, ahead=1 if device.runs_ahead(run.device) else 0)
+    run.console.advance(run.progress.step)
+    forecast(run)
 
 
-def train_step(run: Run) -> dict[str, float]:
-    """One update; if the loss or the gradient is not finite, the weights stay as they are.
+def read_outcomes(run: Run, ahead: int = 0) -> None:
+    """Log the updates that were given to the device, but for the last `ahead` ones.
 
-    Returns train_loss (nats per token, mean of the batch), grad_norm (before clipping) and lr.
+    Goes back to a checkpoint if too many in a row were broken.
     """
-    config, progress = run.config, run.progress
-    optim.set_learning_rate(run.optimizers, optim.relative_rate(progress.step, config))
-    loss = forward_backward(run, *next_batch(run))
-    for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    numbers = {
-        "train_loss": loss.item(),
-        "grad_norm": norm.item(),
-        "lr": optim.learning_rate(progress.step, config),
-    }
-    if math.isfinite(numbers["train_loss"]) and math.isfinite(numbers["grad_norm"]):
-        for optimizer in run.optimizers:
-            run.scaler.step(optimizer)
-        run.broken = 0
-    elif math.isfinite(numbers["train_loss"]) and run.scaler.get_scale() > 1:
-        pass  # float16 overflowed: the scaler lowers its scale, as it does in every run
-    else:
-        run.broken += 1
-        warn(f"step {progress.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
-    if run.scaler.is_enabled():
-        run.scaler.update()
-    run.model.zero_grad()
-    progress.step += 1
-    return numbers
+    while len(run.pending) > ahead:
+        outcome = run.pending.popleft()
+        with clocked(run, steps=1):
+            numbers = settle(run, outcome)
+        if run.broken >= BROKEN_STEPS:
+            roll_back(run)
+        elif not run.broken and outcome.step % run.config.log_interval == 0:
+            record_step(run, outcome.step, numbers)
 
 
 def roll_back(run: Run) -> None:
@@ -214,6 +191,7 @@ def roll_back(run: Run) -> None:
     order = run.progress.order + 1
     restore(run, saved)
     run.progress.order, run.broken = order, 0
+    run.pending.clear()
     forget_after(run.folder.metrics, good, run.progress.evaluated_at)
     warn(f"Back to step {good}, with the data in another order from there on")
 
@@ -228,33 +206,33 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
         run.dataset.val, block_size=config.block_size, batch_size=config.batch_size, most=config.eval_iters
     )
     micro = math.ceil(config.batch_size / config.gradient_accumulation_steps)
-    total, count = 0.0, 0
-    run.model.eval()
-    with torch.inference_mode(), run.console.evaluating(len(batches)) as advance:
+    losses: list[Tensor] = []  # on the device: nothing waits for them before the end
+    count = 0
+    model = run.final_model.eval()
+    with torch.inference_mode(), run.console.evaluating(len(batches)) as tick:
         for starts, length in batches:
-            x, y = data.gather(run.dataset.val, starts, length)
-            for first in range(0, len(x), micro):
-                x_piece, y_piece = x[first : first + micro], y[first : first + micro]
+            x, y = run.val_windows(starts, length)
+            for x_piece, y_piece in zip(torch.split(x, micro), torch.split(y, micro), strict=True):
                 with device.autocast(run.device, run.dtype):
-                    _, loss = run.model(x_piece.to(run.device), y_piece.to(run.device))
-                total += cast(Tensor, loss).item() * y_piece.numel()
+                    _, loss = model(x_piece, y_piece)
+                losses.append(cast(Tensor, loss) * y_piece.numel())
             count += y.numel()
-            advance()
+            tick()
             if stop.signal:
                 break
-    run.model.train()
-    return None if stop.signal else total / count
+    model.train()
+    return None if stop.signal else torch.stack(losses).cpu().double().sum().item() / count
 
 
 def sample_text(run: Run) -> str:
     """A short text in the model's present style, always from the same seed."""
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     prompt = torch.from_numpy(run.dataset.val[None, :1].astype(np.int64)).to(run.device)  # (1, 1)
-    run.model.eval()
+    model = run.final_model.eval()
     with device.autocast(run.device, run.dtype):
-        tokens = generate(run.model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
+        tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = run.dataset.tokenizer.decode(int(token) for token in tokens)
-    run.model.train()
+    model.train()
     return text
 
 
@@ -272,7 +250,7 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
     best = loss < before
     progress.evaluated_at = progress.step
     progress.worse_evaluations = 0 if best else progress.worse_evaluations + 1
-    record(run, {"val_loss": loss, "best": best, "sample": sample_text(run)})
+    record(run, progress.step, {"val_loss": loss, "best": best, "sample": sample_text(run)})
     if best:
         progress.best_val_loss = loss
         if not try_save(run, run.folder.best):
@@ -285,31 +263,22 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
 
 def loop(run: Run, stop: StopRequest) -> str:
     """Step until there is a reason to stop, and return it (see Result)."""
-    config = run.config
     while True:
-        progress = run.progress
         reason = reason_to_stop(run, stop)
-        if evaluation_is_due(run, reason):
+        evaluation_due = evaluation_is_due(run, reason)
+        save_is_due = time.perf_counter() - run.saved_at >= run.config.save_seconds
+        if run.pending and (reason or evaluation_due or save_is_due):
+            read_outcomes(run)  # which may go back to a checkpoint: look again
+            continue
+        if evaluation_due:
             evaluate_and_record(run, stop)
-            progress, reason = run.progress, reason_to_stop(run, stop)
+            reason, save_is_due = reason_to_stop(run, stop), False
         if reason:
             save_at_the_end(run)
             return reason
-        begin = time.perf_counter()
-        numbers = train_step(run)
-        seconds = time.perf_counter() - begin
-        progress.elapsed_s += seconds
-        run.pace.add(seconds)
-        run.console.advance(progress.step)
-        forecast(run)
-        if run.broken:  # neither a loss to log nor a state to save
-            if run.broken >= BROKEN_STEPS:
-                roll_back(run)
-            continue
-        if progress.step % config.log_interval == 0:
-            record_step(run, numbers)
-        if time.perf_counter() - run.saved_at >= config.save_seconds:
+        if save_is_due and not run.broken:
             try_save(run, run.folder.last)
+        advance(run)
 
 
 def save_at_the_end(run: Run) -> None:
@@ -344,19 +313,19 @@ def evaluation_is_due(run: Run, reason: str) -> bool:
     return step % run.config.eval_interval == 0 or reason in ("finished", "time")
 
 
-def record(run: Run, numbers: dict[str, Any]) -> None:
-    """Send numbers to the readers, with the step and the clocks."""
+def record(run: Run, step: int, numbers: dict[str, Any]) -> None:
+    """Send the numbers of a step to the readers, with the clocks."""
     clocks = {
-        "step": run.progress.step,
+        "step": step,
         "elapsed_s": round(run.progress.elapsed_s, 3),
         "wall_s": round(time.perf_counter() - run.started, 3),
     }
     run.metrics.write(clocks | numbers)
 
 
-def record_step(run: Run, numbers: dict[str, float]) -> None:
-    """Send a step's numbers to the readers, with the pace since the last ones."""
+def record_step(run: Run, step: int, numbers: dict[str, float]) -> None:
+    """Send an update's numbers to the readers, with the pace since the last ones."""
     pace = run.pace.take_window()
     tokens = run.config.batch_size * run.config.block_size
-    left = pace * (run.config.max_iters - run.progress.step)
-    record(run, numbers | {"tokens_per_s": round(tokens / pace, 1), "left_s": left})
+    left = pace * (run.config.max_iters - step)
+    record(run, step, numbers | {"tokens_per_s": round(tokens / pace, 1), "left_s": left})

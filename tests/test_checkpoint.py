@@ -56,6 +56,7 @@ def original():
         vocab_size=len(CHARS),
         progress=asdict(Progress(step=1, best_val_loss=1.0 / 3.0, elapsed_s=0.1)),
         model=model.state_dict(),
+        average={},
         optimizers=[optimizer.state_dict()],
         scaler={"scale": 65536.0, "growth_factor": 2.0},
         arithmetic={"device": "cpu", "dtype": "float32"},

@@ -19,6 +19,7 @@ LAYERS = (
         "stopping",
         "run_folder",
         "run",
+        "step",
         "train",
         "sample",
         "summary",

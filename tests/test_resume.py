@@ -113,6 +113,7 @@ def assert_equal(a: object, b: object) -> None:
 MODERN = {
     "optimizer": "muon", "schedule": "trapezoid", "norm": "rmsnorm", "positions": "rope", "mlp": "relu2",
     "bias": False, "qk_norm": True, "tied": False, "zero_init": True, "logit_cap": 15.0, "ngram_vocab": 97,
+    "ema_decay": 0.9,
 }  # fmt: skip
 
 

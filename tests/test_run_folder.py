@@ -24,6 +24,7 @@ def put(path, step, **settings):
         vocab_size=5,
         progress=vars(Progress(step=step)),
         model={"weight": torch.full((3,), float(step))},
+        average={},
         optimizers=[],
         scaler={},
         arithmetic={"device": "cpu", "dtype": "float32"},

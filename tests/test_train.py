@@ -6,11 +6,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt import checkpoint, report, train
+from nanogpt import checkpoint, data, report, step, train
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import DataConfig, TrainConfig, UserError
 from nanogpt.corpus import Source
@@ -155,13 +156,13 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(config: TrainConfig) ->
 
 def poison(monkeypatch, bad_at) -> None:
     """Make the loss NaN in every step for which bad_at(run) holds."""
-    really = train.forward_backward
+    really = step.forward_backward
 
     def forward_backward(run, x, y):
         loss = really(run, x, y)
         return loss * float("nan") if bad_at(run) else loss
 
-    monkeypatch.setattr(train, "forward_backward", forward_backward)
+    monkeypatch.setattr(step, "forward_backward", forward_backward)
 
 
 def test_a_broken_step_is_skipped(config: TrainConfig, monkeypatch, capsys) -> None:
@@ -278,7 +279,7 @@ def test_out_of_memory_says_what_to_do(config: TrainConfig, monkeypatch) -> None
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "forward_backward", full)
+    monkeypatch.setattr(step, "forward_backward", full)
     with pytest.raises(UserError, match="--gradient_accumulation_steps 2"):
         fit(config)
     with pytest.raises(UserError, match="smaller --block_size"):
@@ -299,16 +300,114 @@ def test_a_failing_picture_does_not_fail_the_run(config: TrainConfig, monkeypatc
     assert "No loss curve: no fonts" in capsys.readouterr().err
 
 
-def test_only_pinned_memory_is_copied_in_the_background(config: TrainConfig, tmp_path, monkeypatch) -> None:
-    run = set_up(config, RunFolder(tmp_path / "run"))
+# --- the average ---
+
+
+def test_the_average_follows_the_weights_and_is_what_counts(config: TrainConfig, monkeypatch) -> None:
+    """Against the recursion computed from the weights of every step."""
+    config = replace(config, ema_decay=0.8, max_iters=12, eval_interval=12)
+    trail = []
+    really = train.train_step
+
+    def train_step(run):
+        before = [p.detach().clone() for p in (run.average.parameters() if not trail else trail[-1])]
+        outcome = really(run)
+        decay = min(0.8, run.progress.step / (9 + run.progress.step))
+        trail.append([old * decay + new * (1 - decay) for old, new in zip(before, run.model.parameters())])  # noqa: B905
+        return outcome
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    result = fit(config)
+    saved = last(config)
+    model = GPT(saved.model_config).eval()
+    model.load_state_dict(saved.weights)
+    for expected, parameter in zip(trail[-1], model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), expected.detach())
+    assert not torch.equal(saved.average["wte.weight"], saved.model["wte.weight"])
+    val = load(Path(config.data_dir)).val
+    x, y = data.gather(val, np.arange(0, len(val) - 17, 16), 16)
+    with torch.no_grad():
+        assert model(x, y)[1].item() == pytest.approx(result.best_val_loss, rel=0.1)
+
+
+def test_an_average_may_begin_or_end_at_a_resume(config: TrainConfig, capsys) -> None:
+    fit(replace(config, max_iters=10))
+    start = last(config).model
+    fit(replace(config, resume=True, max_iters=11, ema_decay=0.999))
+    moved = last(config)
+    for name, weight in moved.average.items():
+        decay = min(0.999, 11 / 20)
+        torch.testing.assert_close(weight, decay * start[name] + (1 - decay) * moved.model[name])
+    fit(replace(config, resume=True, max_iters=12, ema_decay=0.0))
+    assert last(config).average == {}
+
+
+# --- devices that run ahead ---
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypatch, optimizer) -> None:
+    """A GPU's order of events, on a CPU: numbers are read a step late, the guard undoes broken updates."""
+    poison(monkeypatch, lambda run: run.progress.step in (4, 7, 20))
+    config = replace(config, optimizer=optimizer, weight_decay=0.0, log_interval=3)
+    fit(config)
+    ahead = replace(config, out_dir=str(tmp_path / "ahead"))
+    monkeypatch.setattr("nanogpt.device.runs_ahead", lambda _: True)
+    most = []
+    really = train.settle
+    monkeypatch.setattr(
+        train,
+        "settle",
+        lambda run, outcome: most.append(run.progress.step - outcome.step) or really(run, outcome),
+    )
+    fit(ahead)
+    assert set(most) == {0, 1}  # 0: before an evaluation
+    for name, weight in last(config).model.items():
+        assert torch.equal(last(ahead).model[name], weight)
+    for one, other in zip(last(config).optimizers, last(ahead).optimizers, strict=True):
+        for key, state in one["state"].items():
+            assert all(torch.equal(state[name], other["state"][key][name]) for name in state)
+    shown = [(row["step"], row.get("train_loss"), row.get("val_loss")) for row in rows(config)]
+    assert shown == [(row["step"], row.get("train_loss"), row.get("val_loss")) for row in rows(ahead)]
+
+
+def test_running_ahead_goes_back_too(config: TrainConfig, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("nanogpt.device.runs_ahead", lambda _: True)
+    poison(monkeypatch, lambda run: run.progress.order == 0 and run.progress.step >= 15)
+    assert fit(config).reason == "finished"
+    assert "Back to step 10, with the data in another order" in capsys.readouterr().err
+    assert [row["step"] for row in rows(config) if "train_loss" in row] == list(range(1, 31))
+
+
+def test_a_split_on_the_device_gives_the_same_windows() -> None:
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        tokens = np.random.default_rng(1).integers(0, 200, 1000).astype(dtype)
+        away, resident = (data.Windows(tokens, torch.device("cpu")) for _ in range(2))
+        resident.make_resident()
+        starts = np.array([0, 5, 800])
+        for one, other in zip(away(starts, 199), resident(starts, 199), strict=True):
+            assert one.dtype == other.dtype == torch.int64
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("free", "there"), [(32 * 1000, True), (31 * 1000, False)])
+def test_a_split_lives_on_a_gpu_if_it_fits(monkeypatch, free: int, there: bool) -> None:
+    made = []
+    monkeypatch.setattr(data, "free_memory", lambda _: free)
+    monkeypatch.setattr(data.Windows, "make_resident", lambda self: made.append(1))
+    data.Windows(np.zeros(1000, np.uint8), torch.device("cuda"))
+    assert bool(made) == there
+
+
+def test_only_pinned_memory_is_copied_in_the_background(monkeypatch) -> None:
     asked = []
-    really = torch.Tensor.to
+    monkeypatch.setattr(data, "free_memory", lambda _: 0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, _, non_blocking: asked.append(non_blocking) or self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, _, non_blocking=False: asked.append(non_blocking) or self
+    )
     for place in ("cpu", "mps", "cuda"):
-        run.device = torch.device(place)
-        train.next_batch(run)
-    monkeypatch.setattr(torch.Tensor, "to", really)
+        data.Windows(np.arange(100), torch.device(place))(np.array([3]), 5)
     assert asked == [False, False, False, False, True, True]
 
 

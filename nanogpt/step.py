@@ -1,0 +1,99 @@
+"""One update: batch, gradient, guard, optimizers, average.
+
+Use:    outcome = train_step(run); numbers = settle(run, outcome)
+A GPU is given work and not waited for: train_step queues an update, and settle, one step later,
+reads its numbers. So the guard against numbers that are not finite is computed on the device.
+When to evaluate, save and stop is in train.py.
+
+# B batch_size, T block_size
+"""
+
+import math
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt import device, optim
+from nanogpt.console import warn
+from nanogpt.run import Outcome, Run
+
+
+def next_batch(run: Run) -> tuple[Tensor, Tensor]:
+    """The batch of the coming step on the device, (B, T) each; also seeds its random numbers."""
+    progress = run.progress
+    seeds = np.random.SeedSequence([run.config.seed, progress.order, progress.step])
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    return run.train_windows(run.batches(progress.step, progress.order), run.config.block_size)
+
+
+def forward_backward(run: Run, x: Tensor, y: Tensor) -> Tensor:
+    """Add up the gradients of the batch's mean loss, micro-batch by micro-batch. Returns that loss."""
+    total = torch.zeros((), device=run.device)
+    pieces = run.config.gradient_accumulation_steps
+    for x_piece, y_piece in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
+        with device.autocast(run.device, run.dtype):
+            _, loss = run.forward(x_piece, y_piece)
+        share = cast(Tensor, loss) * (len(x_piece) / len(x))
+        run.scaler.scale(share).backward()
+        total += share.detach()
+    return total
+
+
+def train_step(run: Run) -> Outcome:
+    """One update; if the loss or the gradient is not finite, the weights stay as they are."""
+    config, progress = run.config, run.progress
+    optim.set_learning_rate(run.optimizers, optim.relative_rate(progress.step, config))
+    loss = forward_backward(run, *next_batch(run))
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    values = torch.stack((loss, norm))
+    update(run, ~values.isfinite().all())
+    if run.scaler.is_enabled():
+        run.scaler.update()
+    if run.average:
+        optim.follow(run.average, run.model, optim.ema_decay(progress.step, config))
+    run.model.zero_grad()
+    rate = optim.learning_rate(progress.step, config)
+    progress.step += 1
+    return Outcome(progress.step, rate, *to_cpu(values))
+
+
+def update(run: Run, broken: Tensor) -> None:
+    """Let the optimizers change the weights unless `broken`, a scalar of bool on the device."""
+    if device.runs_ahead(run.device):
+        for optimizer in run.optimizers:
+            optimizer.found_inf = broken.float()  # pyright: ignore[reportAttributeAccessIssue]
+    elif broken:
+        return
+    for optimizer in run.optimizers:
+        optimizer.step()
+
+
+def to_cpu(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The values on the CPU, and when they are there; waits for nothing but what never runs ahead."""
+    if values.device.type != "cuda":
+        return values.cpu(), None
+    copy, ready = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(values.device))
+    return copy, ready
+
+
+def settle(run: Run, outcome: Outcome) -> dict[str, float]:
+    """Wait for the numbers of an update, and count it in run.broken if they are not finite.
+
+    Returns train_loss (nats per token, mean of the batch), grad_norm (before clipping) and lr.
+    """
+    if outcome.ready:
+        outcome.ready.synchronize()
+    loss, norm = (value.item() for value in outcome.values)
+    if math.isfinite(loss) and math.isfinite(norm):
+        run.broken = 0
+    elif math.isfinite(loss) and run.scaler.get_scale() > 1:
+        pass  # float16 overflowed: the scaler lowers its scale, as it does in every run
+    else:
+        run.broken += 1
+        warn(f"step {outcome.step}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
+    return {"train_loss": loss, "grad_norm": norm, "lr": outcome.lr}
