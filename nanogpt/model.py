@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanogpt.config import GPTConfig
+from nanogpt.loss import chunked_cross_entropy
 
 __all__ = ["GPT", "GPTConfig"]
 
 PLAIN_ON_CPU = 512
 """Longest sequence for which a CPU does bfloat16 attention in plain products."""
+
+LARGE_VOCAB = 4096
+"""Vocabulary from which the loss is computed a few positions at a time."""
 
 
 def norm_of(config: GPTConfig, width: int) -> nn.Module:
@@ -227,6 +231,23 @@ class GPT(nn.Module):
         idx, targets: (B, T) int64, T <= block_size. Returns logits (B, T, V) and the
         cross-entropy in nats per token, a scalar, or None.
         """
+        x = self.hidden(idx)
+        logits = cast(Tensor, self.head(x))  # (B, T, V)
+        if self.config.logit_cap:
+            logits = self.config.logit_cap * torch.tanh(logits.float() / self.config.logit_cap)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The loss of forward alone, with less memory where the vocabulary is large."""
+        if self.config.vocab_size < LARGE_VOCAB:
+            return cast(Tensor, self(idx, targets)[1])
+        x = self.hidden(idx).flatten(0, 1)
+        return chunked_cross_entropy(x, self.head.weight, targets.flatten(), self.config.logit_cap)
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """What the output layer reads, (B, T) -> (B, T, C)."""
         T = idx.shape[1]
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens are more than the model's block_size {self.config.block_size}")
@@ -239,12 +260,7 @@ class GPT(nn.Module):
         rotation = None if self.rotation is None else self.rotation[:, :T]
         for block in self.blocks:
             x = block(x, rotation)
-        logits = cast(Tensor, self.head(self.ln_f(x)))  # (B, T, V)
-        if self.config.logit_cap:
-            logits = self.config.logit_cap * torch.tanh(logits.float() / self.config.logit_cap)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return cast(Tensor, self.ln_f(x))
 
     def num_parameters(self) -> int:
         """Number of different parameters (the tied embedding counts once)."""

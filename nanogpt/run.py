@@ -81,8 +81,8 @@ class Run:
     model: GPT
     average: GPT | None
     """The moving average of the model's weights, if config.ema_decay asks for one."""
-    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
-    """The model, compiled or not."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """The model's loss, compiled or not."""
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     console: ConsoleReader
@@ -136,7 +136,7 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     run = Run(
         config, folder, dataset, batches, place, dtype,
         data.Windows(dataset.train, place), data.Windows(dataset.val, place),
-        model, average, model, optimizers, scaler, console, metrics, progress,
+        model, average, model.loss, optimizers, scaler, console, metrics, progress,
     )  # fmt: skip
     if saved:
         restore(run, saved)

@@ -9,7 +9,6 @@ When to evaluate, save and stop is in train.py.
 """
 
 import math
-from typing import cast
 
 import numpy as np
 import torch
@@ -34,8 +33,8 @@ def forward_backward(run: Run, x: Tensor, y: Tensor) -> Tensor:
     pieces = run.config.gradient_accumulation_steps
     for x_piece, y_piece in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
         with device.autocast(run.device, run.dtype):
-            _, loss = run.forward(x_piece, y_piece)
-        share = cast(Tensor, loss) * (len(x_piece) / len(x))
+            loss = run.loss(x_piece, y_piece)
+        share = loss * (len(x_piece) / len(x))
         run.scaler.scale(share).backward()
         total += share.detach()
     return total

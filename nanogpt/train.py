@@ -122,7 +122,7 @@ def start(run: Run) -> None:
 def compile_model(run: Run) -> None:
     """torch.compile the model and try it on a batch; if that fails, say why and go on without."""
     say("Compiling the model (about a minute the first time)...")
-    run.forward = cast(Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], torch.compile(run.model))
+    run.loss = cast(Callable[[Tensor, Tensor], Tensor], torch.compile(run.model.loss))
     try:
         forward_backward(run, *next_batch(run))
     except torch.OutOfMemoryError:
@@ -130,7 +130,7 @@ def compile_model(run: Run) -> None:
     except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warn(f"torch.compile failed, going on without it: {why}")
-        run.forward = run.model
+        run.loss = run.model.loss
     run.model.zero_grad()
 
 
@@ -214,8 +214,8 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
             x, y = run.val_windows(starts, length)
             for x_piece, y_piece in zip(torch.split(x, micro), torch.split(y, micro), strict=True):
                 with device.autocast(run.device, run.dtype):
-                    _, loss = model(x_piece, y_piece)
-                losses.append(cast(Tensor, loss) * y_piece.numel())
+                    loss = model.loss(x_piece, y_piece)
+                losses.append(loss * y_piece.numel())
             count += y.numel()
             tick()
             if stop.signal:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 LAYERS = (
     {"config", "presets", "files", "console", "tokenizer", "corpus"},
-    {"model", "optim", "generate", "device"},
+    {"loss", "model", "optim", "generate", "device"},
     {
         "data",
         "checkpoint",

@@ -89,6 +89,7 @@ def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
     for a, b in zip(files_one, files_other, strict=True):
         assert a.progress | {"elapsed_s": 0} == b.progress | {"elapsed_s": 0}
         assert_equal(a.model, b.model)
+        assert_equal(a.average, b.average)
         assert_equal(a.optimizers, b.optimizers)
 
 

@@ -1,0 +1,77 @@
+"""The loss in pieces equals the loss in one."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nanogpt import loss, model
+from nanogpt.loss import chunked_cross_entropy
+from nanogpt.model import GPT, GPTConfig
+
+
+def plain(x, weight, targets, cap):
+    logits = x @ weight.T
+    logits = cap * torch.tanh(logits.float() / cap) if cap else logits.float()
+    return F.cross_entropy(logits, targets)
+
+
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+@pytest.mark.parametrize("rows", [1, 5, 23, 1000])
+def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, cap, rows):
+    torch.manual_seed(1)
+    x, weight = torch.randn(23, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
+    targets = torch.randint(50, (23,))
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": rows * 50})
+    results = []
+    for function in (plain, chunked_cross_entropy):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        value = function(*leaves, targets, cap)
+        (3 * value).backward()  # a scaled loss, as float16 has it
+        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_it_takes_the_dtype_of_autocast_and_gives_gradients_in_that_of_the_weights():
+    torch.manual_seed(1)
+    x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(99, 32, requires_grad=True)
+    targets = torch.randint(99, (64,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = chunked_cross_entropy(x, weight, targets, 0.0)
+    value.backward()
+    assert value.dtype == x.grad.dtype == weight.grad.dtype == torch.float32
+    exact = plain(x, weight, targets, 0.0)
+    assert value.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert value.item() != exact.item()
+
+
+def test_without_gradients_nothing_is_kept():
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    with torch.inference_mode():
+        value = chunked_cross_entropy(x, weight, torch.arange(4), 0.0)
+    assert not value.requires_grad
+    assert value.item() == pytest.approx(plain(x, weight, torch.arange(4), 0.0).item())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_vocabulary_trains_the_same(monkeypatch, tied):
+    """The whole model's gradients, a tied embedding's two among them."""
+    torch.manual_seed(1)
+    config = GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0, tied=tied)
+    network = GPT(config)
+    x, y = torch.randint(70, (2, 3, 8))
+    gradients = []
+    for limit in (71, 70):
+        monkeypatch.setattr(model, "LARGE_VOCAB", limit)
+        value = network.loss(x, y)
+        gradients.append([value, *torch.autograd.grad(value, list(network.parameters()))])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_no_tensor_of_all_logits_is_made():
+    """Counted: the largest tensor that the loss makes."""
+    x, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        chunked_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64), 0.0).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 4 * 4096 * 8192 / 2
