@@ -13,7 +13,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto", "on", "off"]
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
-MLPKind = Literal["gelu", "relu2", "swiglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 
@@ -57,7 +57,7 @@ class Architecture:
     positions: Positions = "learned"
     """How the model knows where a token is: learned vectors (GPT-2) or rotation (rope)."""
     mlp: MLPKind = "gelu"
-    """MLP: gelu (GPT-2), relu2 (squared ReLU) or swiglu (gated)."""
+    """MLP: gelu, gelu_tanh (GPT-2's approximation of it), relu2 (squared ReLU) or swiglu (gated)."""
     mlp_width: int | None = None
     """Width inside the MLP; None: 4 n_embd, or 8/3 n_embd rounded up to 64 for swiglu, as costly."""
     bias: bool = True

@@ -144,7 +144,9 @@ class MLP(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         hidden = self.fc(x)  # (B, T, width)
         if self.kind == "gelu":
-            hidden = F.gelu(hidden, approximate="tanh")  # tanh as in GPT-2
+            hidden = F.gelu(hidden)  # Hendrycks & Gimpel, 2016
+        elif self.kind == "gelu_tanh":
+            hidden = F.gelu(hidden, approximate="tanh")  # GPT-2's approximation; slower on a CPU
         elif self.kind == "relu2":
             hidden = hidden.relu().square()  # So et al., Primer, 2021
         else:

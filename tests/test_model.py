@@ -69,9 +69,11 @@ def gpt2_names(n_layer):
     return names
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    """transformers' GPT-2 in the shape of TINY, all parameters random."""
+@pytest.fixture(
+    scope="module", params=[("gelu", "gelu"), ("gelu_tanh", "gelu_new")], ids=lambda pair: pair[0]
+)
+def gpt2(request):
+    """transformers' GPT-2 in the shape of TINY, all parameters random; .mlp_kind is our name for its MLP."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(3)
@@ -82,7 +84,7 @@ def gpt2():
             n_embd=TINY.n_embd,
             n_layer=TINY.n_layer,
             n_head=TINY.n_head,
-            activation_function="gelu_new",
+            activation_function=request.param[1],
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -93,13 +95,14 @@ def gpt2():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    model.mlp_kind = request.param[0]
     return model
 
 
 @both_kernels
 @pytest.mark.parametrize("T", [16, 5, 1])
 def test_equals_gpt2_of_transformers(gpt2, flash, T):
-    model = GPT(replace(TINY, flash_attn=flash))
+    model = GPT(replace(TINY, flash_attn=flash, mlp=gpt2.mlp_kind))
     ours, theirs = dict(model.named_parameters()), dict(gpt2.named_parameters())
     names = gpt2_names(TINY.n_layer)
     assert {name for name, _, _ in names} == set(ours)
