@@ -1,7 +1,7 @@
 # make demo    prepare Tiny Shakespeare, train a small model (about two minutes), print a sample
 # make test    run the tests
 # make check   lint, format, types, layers
-# make bench   measure what bench/ claims
+# make bench   measure what bench/ claims (about ten minutes; let nothing else run beside it)
 # Each sets up .venv by itself. PYTHON=python3.12 make ... picks another interpreter (3.10 or newer).
 
 PYTHON ?= python3
@@ -29,6 +29,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/test_layers.py
 
 bench: $(VENV)/installed-dev
+	$(BIN)/python data.py
+	$(BIN)/python bench/step.py
+	$(BIN)/python bench/step.py --small --compile
+	$(BIN)/python bench/race.py
+	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/prepare.py
 
 format: $(VENV)/installed-dev

@@ -1,53 +1,39 @@
 """A training step of ours against the plain loop around transformers' GPT-2.
 
-Run:    python bench/step.py                                            the default model, batch 64 x 256
-        python bench/step.py --n_layer 4 --n_head 4 --n_embd 128 --block_size 64 --batch_size 12
-Ours: bfloat16 on a CPU, our attention, dropout and fused optimizer. Theirs: float32, AdamW, gradient
-clipping, dropout on the same probability (as nanoGPT's loop has it). The two in turn, medians.
-MFU is against a matrix product of bfloat16 measured in the same run.
+Run:    python bench/step.py                       the default model, batch 64 x 256, dropout 0.2
+        python bench/step.py --small --compile     nanoGPT's laptop model, batch 12 x 64, no dropout
+Ours: bfloat16 on a CPU, our attention, dropout and fused optimizer; with --compile, compiled too.
+Theirs: float32, AdamW, gradient clipping, dropout on the same probability (as nanoGPT's loop has
+it). All in turn, medians; peak memory of each in a process of its own. MFU is against a matrix
+product of bfloat16 measured in the same run. Writes bench/step.json (step-small.json).
 """
 
 import argparse
-import os
-import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands do
-
+import common
 import torch
+from common import Step
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
 
-from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.device import autocast
+from nanogpt.config import GPTConfig
 from nanogpt.model import GPT, flops_per_token
-from nanogpt.optim import build
 
-CPU = torch.device("cpu")
-
-
-def our_step(config: GPTConfig, batch_size: int) -> Callable[[Tensor, Tensor], None]:
-    """One update of ours as a function of a batch."""
-    model = GPT(config)
-    optimizers = build(model, TrainConfig(batch_size=batch_size))
-
-    def step(x: Tensor, y: Tensor) -> None:
-        with autocast(CPU, torch.bfloat16):
-            _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-
-    return step
+DEFAULT = GPTConfig()
+SMALL = replace(DEFAULT, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0)
 
 
-def their_step(config: GPTConfig) -> Callable[[Tensor, Tensor], None]:
-    """The same with transformers' model and a plain loop."""
+def their_step(config: GPTConfig) -> Step:
+    """The update that a plain loop around transformers' model does."""
+    logging.set_verbosity_error()
     p = config.dropout
     shape = GPT2Config(
         vocab_size=config.vocab_size,
@@ -58,6 +44,8 @@ def their_step(config: GPTConfig) -> Callable[[Tensor, Tensor], None]:
         resid_pdrop=p,
         embd_pdrop=p,
         attn_pdrop=p,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = GPT2LMHeadModel(shape).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -73,47 +61,74 @@ def their_step(config: GPTConfig) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long it takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def ceiling() -> float:
-    """Floating-point operations a second of a large bfloat16 matrix product, median of 5."""
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
-    a @ b
-    return 2 * 2048**3 / statistics.median(seconds(lambda: a @ b) for _ in range(5))
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    default = GPTConfig()
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name))
-    parser.add_argument("--dropout", type=float, default=default.dropout)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = vars(parser.parse_args())
-    batch_size, rounds = options.pop("batch_size"), options.pop("rounds")
-    config = GPTConfig(**options)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--memory_of", help="run one of them twice and print its peak memory")
+    options = parser.parse_args()
+    config, batch_size = (SMALL, 12) if options.small else (DEFAULT, 64)
+    makers: dict[str, Callable[[], Step]] = {
+        "ours": lambda: common.our_step(config, torch.bfloat16),
+        "ours, compiled": lambda: common.our_step(config, torch.bfloat16, compiled="default"),
+        "transformers, float32": lambda: their_step(config),
+    }
+    if not options.compile:
+        del makers["ours, compiled"]
     x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size))
-    ours, theirs = our_step(config, batch_size), their_step(config)
-    ours(x, y)
-    theirs(x, y)
-    pairs = [(seconds(lambda: ours(x, y)), seconds(lambda: theirs(x, y))) for _ in range(rounds)]
-    peak = ceiling()
+    if options.memory_of:
+        step = makers[options.memory_of]()
+        step(x, y)
+        step(x, y)
+        print(common.peak_memory())
+        return
+
+    memory = {name: memory_of(name) for name in makers}
+    steps = {name: make() for name, make in makers.items()}
+    for step in steps.values():
+        for _ in range(2):  # compiles, allocates
+            step(x, y)
+    rounds = options.rounds or (40 if options.small else 3)
+    actions = {name: lambda step=step: step(x, y) for name, step in steps.items()}
+    times = common.in_turn(actions, rounds)
+    peaks = {
+        name: common.ceiling(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    }
     flops = flops_per_token(config, GPT(config).num_parameters()) * x.numel()
-    ratio = statistics.median(theirs / ours for ours, theirs in pairs)
-    table = Table("step", "ms", "tokens/s", "of the bf16 ceiling", title=f"{options}, batch {batch_size}")
-    for name, column in zip(("ours", "transformers, float32"), zip(*pairs, strict=True), strict=True):
-        median = statistics.median(column)
-        share = f"{flops / median / peak:.0%}"
-        table.add_row(name, f"{1000 * median:,.0f}", f"{x.numel() / median:,.0f}", share)
+
+    shape = f"{config.n_layer} layers of {config.n_embd}, {batch_size} x {config.block_size}"
+    table = Table("step", "ms", "tokens/s", "of bf16 ceiling", "peak MiB", "faster", title=shape)
+    results = {}
+    for name, column in times.items():
+        ratio = median(b / a for a, b in zip(column, times["transformers, float32"], strict=True))
+        results[name] = {
+            "ms": 1000 * median(column),
+            "tokens_per_s": x.numel() / median(column),
+            "mfu": flops / median(column) / peaks["bf16"],
+            "peak_mib": memory[name],
+            "ratio": ratio,
+        }
+        row = results[name]
+        table.add_row(
+            name,
+            f"{row['ms']:,.1f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['mfu']:.0%}",
+            f"{memory[name]:,.0f}",
+            f"{ratio:.2f} x",
+        )
     Console().print(table)
-    print(f"ratio {ratio:.2f}; ceiling {peak / 1e9:.0f} GFLOP/s; torch {torch.__version__}")
+    print(f"Matrix products: {peaks['bf16'] / 1e9:.0f} GFLOP/s in bf16, {peaks['fp32'] / 1e9:.0f} in fp32")
+    common.write_json("step-small" if options.small else "step", {"ceilings": peaks, "steps": results})
+
+
+def memory_of(name: str) -> float:
+    """Peak memory of two steps in a process that does nothing else, in MiB."""
+    command = [sys.executable, *sys.argv, "--memory_of", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from nanogpt.config import DataConfig, SampleConfig, SummaryConfig, TrainConfig, UserError
+from nanogpt.config import DataConfig, PresetsConfig, SampleConfig, SummaryConfig, TrainConfig, UserError
 
 EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
 
@@ -27,8 +27,8 @@ class Command:
 
     config: type[Any]
     module: str
-    script: str
-    """The file in the root folder that runs it too."""
+    script: str = ""
+    """The file in the root folder that runs it too, if there is one."""
 
 
 COMMANDS = {
@@ -36,6 +36,7 @@ COMMANDS = {
     "model": Command(SummaryConfig, "nanogpt.summary", "model.py"),
     "train": Command(TrainConfig, "nanogpt.train", "train.py"),
     "sample": Command(SampleConfig, "nanogpt.sample", "sample.py"),
+    "presets": Command(PresetsConfig, "nanogpt.show_presets"),
 }
 
 IDLE_SPINS = "1000"

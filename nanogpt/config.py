@@ -122,7 +122,12 @@ class SummaryConfig(GPTConfig):
     """Print what a model of this shape costs: parameters, memory, arithmetic."""
 
     preset: str | None = None
-    """Start from a preset's shape: cpu, shakespeare or speedrun."""
+    """Start from a preset's shape (`nanogpt presets` lists them)."""
+
+
+@dataclass(frozen=True)
+class PresetsConfig:
+    """List the presets: size, expected loss and measured time of each."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class TrainConfig(Architecture):
     """Train a GPT on a prepared data folder."""
 
     preset: str | None = None
-    """A complete recipe to start from (cpu, shakespeare or speedrun); other flags change it."""
+    """A complete recipe to start from (`nanogpt presets` lists them); other flags change it."""
     data_dir: str = "data"
     """Folder that `python data.py` prepared."""
     out_dir: str = "out"

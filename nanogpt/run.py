@@ -123,6 +123,8 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     place = device.pick_device(config.device)
     for line in device.describe(place):
         say(line)
+    if place.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
     dtype = pick_dtype(config, place, saved)
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device

@@ -23,6 +23,7 @@ LAYERS = (
         "train",
         "sample",
         "summary",
+        "show_presets",
     },
     {"cli"},
 )

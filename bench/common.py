@@ -1,0 +1,106 @@
+"""What the measurements share: clocks, the ceiling of the machine, one training step of ours, JSON.
+
+Knows nothing of what is compared with what.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands do, before PyTorch is imported
+
+import torch
+from torch import Tensor
+
+from nanogpt import device as devices
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.model import GPT
+from nanogpt.optim import build
+
+FOLDER = Path(__file__).parent
+CPU = torch.device("cpu")
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def seconds(action: Callable[[], object], place: torch.device = CPU) -> float:
+    """How long an action takes, until the device has done it."""
+    devices.synchronize(place)
+    start = time.perf_counter()
+    action()
+    devices.synchronize(place)
+    return time.perf_counter() - start
+
+
+def in_turn(
+    actions: dict[str, Callable[[], object]], rounds: int, place: torch.device = CPU
+) -> dict[str, Any]:
+    """Seconds of each action in each round: one after the other, so that a busy moment slows all."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            times[name].append(seconds(action, place))
+    return times
+
+
+def ceiling(dtype: torch.dtype, place: torch.device = CPU, size: int | None = None) -> float:
+    """Floating-point operations a second of a large square matrix product, median of 9."""
+    size = size or (8192 if place.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, dtype=dtype, device=place) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * size**3 / statistics.median(seconds(lambda: a @ b, place) for _ in range(9))
+
+
+def our_step(
+    config: GPTConfig,
+    dtype: torch.dtype,
+    place: torch.device = CPU,
+    compiled: str = "",
+    settings: TrainConfig | None = None,
+) -> Step:
+    """One update of ours as a function of a batch. compiled: a mode of torch.compile, or "" for none."""
+    model = GPT(config).to(place)
+    optimizers = build(model, settings or TrainConfig())
+    loss_of = torch.compile(model.loss, mode=compiled) if compiled else model.loss
+
+    def step(x: Tensor, y: Tensor) -> None:
+        with devices.autocast(place, dtype):
+            loss = loss_of(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+    return step
+
+
+def peak_memory() -> float:
+    """Most memory that this process has held so far, in MiB; NaN where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def write_json(name: str, results: object) -> None:
+    """Leave the results in bench/NAME.json, with the machine they belong to."""
+    cuda = torch.cuda.is_available()
+    record = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "command": " ".join(sys.argv),
+        "results": results,
+    }
+    (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Training steps a second on a GPU: the default model and GPT-2 124 M, compiled in several ways.
+
+Run:    python bench/gpu/throughput.py
+Synthetic tokens, bfloat16, the update of the training loop (gradient clipping, fused AdamW; and Muon).
+MFU is against a large matrix product of bfloat16 measured in the same run. Prints a table, writes
+bench/gpu-throughput.json. Needs a CUDA GPU with about 40 GiB for GPT-2 at batch 32 x 1024
+(give --gpt2_batch 8 to a smaller one).
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.model import GPT, flops_per_token
+
+DEFAULT = GPTConfig()
+GPT2 = GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0)
+
+MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
+"""Ways to compile; the first is not at all."""
+
+UPDATES = 20
+"""Updates in one timing: the clock waits for the device once."""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--gpt2_batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--modes", nargs="+", default=MODES)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench/gpu needs a CUDA GPU")
+    place = torch.device("cuda")
+    torch.set_float32_matmul_precision("high")
+    peak = common.ceiling(torch.bfloat16, place)
+    table = Table("model", "optimizer", "compiled", "ms a step", "tokens/s", "MFU", "peak GiB")
+    results = []
+    cases = [
+        ("default, 64 x 256", DEFAULT, 64, "adamw"),
+        ("default, 64 x 256", DEFAULT, 64, "muon"),
+        ("default without dropout", replace(DEFAULT, dropout=0.0), 64, "muon"),
+        (f"GPT-2 124 M, {options.gpt2_batch} x 1024", GPT2, options.gpt2_batch, "adamw"),
+    ]
+    for name, config, batch_size, optimizer in cases:
+        for mode in options.modes:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.compiler.reset()
+            settings = TrainConfig(optimizer=optimizer)
+            step = common.our_step(config, torch.bfloat16, place, mode, settings)
+            x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size), device=place)
+
+            def many(step: common.Step = step, x: torch.Tensor = x, y: torch.Tensor = y) -> None:
+                for _ in range(UPDATES):
+                    step(x, y)
+
+            many()  # compiles
+            pace = median(common.seconds(many, place) for _ in range(options.rounds)) / UPDATES
+            flops = flops_per_token(config, GPT(config).num_parameters()) * x.numel()
+            row = {
+                "model": name,
+                "optimizer": optimizer,
+                "compiled": mode or "no",
+                "ms": 1000 * pace,
+                "tokens_per_s": x.numel() / pace,
+                "mfu": flops / pace / peak,
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            }
+            results.append(row)
+            table.add_row(
+                name,
+                optimizer,
+                row["compiled"],
+                f"{row['ms']:,.2f}",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['mfu']:.0%}",
+                f"{row['peak_gib']:.1f}",
+            )
+    Console().print(table)
+    print(f"Matrix products in bf16: {peak / 1e12:.0f} TFLOP/s on {torch.cuda.get_device_name()}")
+    common.write_json("gpu-throughput", {"ceiling": peak, "steps": results})
+
+
+if __name__ == "__main__":
+    main()
