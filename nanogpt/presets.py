@@ -115,8 +115,63 @@ def qwen3() -> TrainConfig:
 
 
 def shakespeare() -> TrainConfig:
-    """The default model on Tiny Shakespeare."""
-    return TrainConfig(preset="shakespeare")
+    """The default model, unchanged, with Muon, a schedule that ends at nothing, and averaged weights."""
+    return TrainConfig(
+        preset="shakespeare",
+        max_iters=1000,
+        optimizer="muon",
+        learning_rate=3e-3,
+        muon_lr=0.02,
+        schedule="trapezoid",
+        cooldown=0.7,
+        warmup_iters=20,
+        min_lr=0.0,
+        beta2=0.95,
+        ema_decay=0.98,
+        eval_interval=100,
+    )
+
+
+def best() -> TrainConfig:
+    """The lowest loss on Tiny Shakespeare from at most 11 million parameters.
+
+    Eight epochs, against which dropout, weight decay and averaged weights help.
+    """
+    return replace(
+        cpu(),
+        preset="best",
+        block_size=256,
+        n_layer=5,
+        n_embd=256,
+        ngram_vocab=13_000,
+        dropout=0.2,
+        weight_decay=0.1,
+        ema_decay=0.99,
+        max_iters=1960,
+        eval_interval=245,
+    )
+
+
+def gpt2() -> TrainConfig:
+    """GPT-2 124 M to the letter, for 10 billion tokens; made for a vocabulary of 50,257 and a large GPU."""
+    return TrainConfig(
+        preset="gpt2",
+        block_size=1024,
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        dropout=0.0,
+        mlp="gelu_tanh",
+        batch_size=480,
+        gradient_accumulation_steps=15,
+        max_iters=20_000,
+        learning_rate=6e-4,
+        warmup_iters=700,
+        min_lr=0.1,
+        beta2=0.95,
+        eval_interval=500,
+        eval_iters=20,
+    )
 
 
 @dataclass(frozen=True)
@@ -140,7 +195,9 @@ PRESETS = {
     "classic": Preset(classic, "nanoGPT's laptop model, GPT-2's blocks"),
     "cpu": Preset(cpu, "a coffee's worth of training on a laptop"),
     "qwen3": Preset(qwen3, "blocks that other programs can run"),
-    "shakespeare": Preset(shakespeare, "the default model: minutes on a GPU"),
+    "best": Preset(best, "the lowest loss from at most 11 million parameters"),
+    "shakespeare": Preset(shakespeare, "the default model, made for a GPU"),
+    "gpt2": Preset(gpt2, "GPT-2 124 M, made for a large GPU and a text of gigabytes", vocab_size=50_257),
 }
 
 

@@ -32,7 +32,8 @@ def main(_: PresetsConfig) -> int:
     for name, preset in PRESETS.items():
         say(f"  {name:12} {preset.purpose}")
     say()
-    say("steps: updates x tokens in each. loss: nats a character of Tiny Shakespeare, the whole")
-    say(f"validation split. training: time in updates, on {MACHINE}. -: not measured yet.")
+    say("steps: updates x tokens in each. loss: nats a character over Tiny Shakespeare's whole")
+    say(f"validation split. training: time in updates on {MACHINE}.")
+    say("-: not measured yet.")
     say("Use one with: nanogpt train --preset NAME (other flags change what it says)")
     return 0

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nanogpt import presets
 from nanogpt.config import Architecture, GPTConfig, UserError
 from nanogpt.model import GPT, Dropout, NgramEmbedding, rotate, rotation_table
+from nanogpt.run import model_config
 from nanogpt.summary import count_parameters
 
 TINY = GPTConfig(block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
@@ -49,10 +51,16 @@ def tokens(T: int = 16) -> torch.Tensor:
     return torch.randint(50, (2, T), generator=torch.Generator().manual_seed(2))
 
 
-def test_equals_qwen3_of_transformers() -> None:
+PRESET = replace(
+    model_config(presets.get("qwen3"), 50), block_size=16, n_layer=2, n_embd=32, n_head=4, n_kv_head=2
+)
+
+
+@pytest.mark.parametrize("config", [QWEN3, PRESET], ids=["options", "preset"])
+def test_equals_qwen3_of_transformers(config: GPTConfig) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    ours = make(QWEN3)
+    ours = make(config).eval()
     width = ours.blocks[0].mlp.proj.weight.shape[1]
     theirs = Qwen3ForCausalLM(
         Qwen3Config(

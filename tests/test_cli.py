@@ -137,7 +137,7 @@ MISTAKES = {
     "python train.py --n_embd 100": "--n_embd 100 is not a multiple of --n_head 6: try --n_embd 102",
     "python train.py --dropout 1": "--dropout 1.0 is outside [0, 1)",
     "python train.py --dtype int8": "int8",
-    "python train.py --preset huge": "--preset huge does not exist: choose one of cpu",
+    "python train.py --preset huge": "--preset huge does not exist: choose one of speedrun, classic, cpu",
     "python train.py --resume": "no checkpoint to resume in out",
     "python train.py --gradient_accumulation_steps 65": "more than --batch_size 64",
     "python train.py --max_seconds 0": "--max_seconds 0.0 is not positive",
