@@ -35,7 +35,7 @@ def test_every_command_parses(page: Path, tmp_path, monkeypatch) -> None:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {name for name, _ in commands(ROOT / "README.md")} == {"data", "train", "sample"}
+    assert {name for name, _ in commands(ROOT / "README.md")} == {"data", "train", "sample", "presets"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
