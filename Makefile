@@ -33,6 +33,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python bench/step.py
 	$(BIN)/python bench/step.py --small --compile
 	$(BIN)/python bench/race.py
+	$(BIN)/python bench/loss.py
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/prepare.py
 

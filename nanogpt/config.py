@@ -5,6 +5,7 @@ Flags:  cli.py turns each field into a flag of the same name; the text under a f
 Knows nothing of torch, of files, or of how a flag is typed.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
@@ -222,6 +223,7 @@ class TrainConfig(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        all_finite(self)
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters"):
             at_least(self, name, 1)
         for name in ("eval_interval", "eval_iters", "patience", "log_interval"):
@@ -302,6 +304,16 @@ def at_least(config: object, name: str, least: int) -> None:
         value is None or value >= least,
         f"--{name} {value} is too small: it must be at least {least}",
     )
+
+
+def all_finite(config: TrainConfig) -> None:
+    """Raise UserError if a number in `config` is infinite or not a number."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        require(
+            not isinstance(value, float) or math.isfinite(value),
+            f"--{item.name} {value} is not a finite number: leave it out for the default",
+        )
 
 
 def small_seed(seed: int | None) -> None:

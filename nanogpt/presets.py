@@ -65,9 +65,9 @@ def classic() -> TrainConfig:
         n_embd=128,
         dropout=0.0,
         batch_size=24,
-        max_iters=300,
+        max_iters=290,
         optimizer="muon",
-        learning_rate=1e-2,
+        learning_rate=3e-2,
         muon_lr=0.03,
         schedule="trapezoid",
         cooldown=0.7,
@@ -76,7 +76,7 @@ def classic() -> TrainConfig:
         weight_decay=0.0,
         beta1=0.8,
         beta2=0.95,
-        eval_interval=100,
+        eval_interval=145,
     )
 
 
