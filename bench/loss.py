@@ -57,8 +57,9 @@ def main() -> None:
     def memory(name: str) -> float:
         if place.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
             run(name)
-            return torch.cuda.max_memory_allocated() / 2**20
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
         command = [sys.executable, *sys.argv, "--memory_of", name]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -3,7 +3,7 @@
 Run:    python bench/race.py                              presets speedrun and classic, 3 seeds each
         python bench/race.py --presets cpu --seeds 1 --target 1.6
 The plain recipe: transformers' GPT-2, 4 layers of 128, context 64, batch 12, float32, AdamW 1e-3
-with warm-up and cosine over 2,000 updates, evaluated every 100. Each run is a process of its own,
+with warm-up and cosine over 2,000 updates, evaluated every 100. Each run of a preset is a process of its own,
 one after the other. Losses are nats a character over the whole validation split; seconds are those
 of the updates. Writes bench/race.json. Needs `python data.py` first.
 """
@@ -114,7 +114,7 @@ def main() -> None:
             for rows in histories
         ]
         results[name] = {"losses": losses, "seconds": totals, "seconds_to_target": reached}
-        times = [time for time in reached if time is not None]
+        times = [moment for moment in reached if moment is not None]
         to_target = f"{median(times):.2f} ({len(times)} of {len(reached)})" if times else "not reached"
         shown = ", ".join(f"{loss:.4f}" for loss in losses)
         table.add_row(name, str(len(histories)), shown, f"{median(totals):.2f}", to_target)

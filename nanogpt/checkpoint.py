@@ -17,7 +17,7 @@ import torch
 from nanogpt.config import GPTConfig, TrainConfig, UserError, from_dict, require
 from nanogpt.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint format."""
 
 FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
@@ -42,6 +42,12 @@ class Progress:
     """Seconds spent in training steps."""
     order: int = 0
     """Number of the data order: how often the run went back to step around a broken batch."""
+    broken: int = 0
+    """Steps in a row whose loss or gradient was not finite."""
+    rollbacks: int = 0
+    """Times the run went back without getting past `broken_at`."""
+    broken_at: int = -1
+    """Furthest step at which the training broke down."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,9 @@ def load(path: Path) -> Checkpoint:
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     version = content.get("format")
     require(version is not None, f"{path} {FOREIGN}")
-    require(version == FORMAT, f"checkpoint {path} has format {version}, this is {FORMAT}: update NanoGPT")
+    older = isinstance(version, int) and version < FORMAT
+    fix = "use the version of NanoGPT that saved it" if older else "update NanoGPT"
+    require(version == FORMAT, f"checkpoint {path} has format {version}, this is {FORMAT}: {fix}")
     parts = {field.name for field in fields(Checkpoint)}
     require(set(content) == parts, f"checkpoint {path} was saved by another version: update NanoGPT")
     return Checkpoint(**content)

@@ -162,8 +162,12 @@ def starting_point(cls: type[Any], early: Early) -> Any:
     from nanogpt import presets
 
     preset = presets.get(early.preset)
-    common = {field.name for field in fields(cls)} & {field.name for field in fields(preset)}
-    return cls(**{name: getattr(preset, name) for name in common})
+    names = {field.name for field in fields(cls)}
+    common = names & {field.name for field in fields(preset)}
+    values = {name: getattr(preset, name) for name in common}
+    if "vocab_size" in names:
+        values["vocab_size"] = presets.PRESETS[early.preset].vocab_size
+    return cls(**values)
 
 
 def expand_switches(arguments: Sequence[str]) -> list[str]:

@@ -38,6 +38,9 @@ SPLITS = ("train", "val")
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
 """Share of a GPU's free memory that a split may take, and the most that a token takes there."""
 
+PIECE = 2**24
+"""Tokens copied to a GPU at a time."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -229,9 +232,13 @@ class Batches:
 
 def gather(tokens: NDArray[Any], starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
     """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
-    windows = tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
-    joined = torch.from_numpy(windows)
-    return joined[:, :-1], joined[:, 1:]
+    windows = cut(tokens, starts, length)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def cut(tokens: NDArray[Any], starts: NDArray[np.int64], length: int) -> Tensor:
+    """The length + 1 tokens from each start, (len(starts), length + 1) int64."""
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
 
 
 class Windows:
@@ -250,20 +257,26 @@ class Windows:
 
     def make_resident(self) -> None:
         """Copy the split to the device."""
-        wide = self.tokens if self.tokens.dtype == np.uint8 else self.tokens.astype(np.int32)
-        self.resident = torch.tensor(wide, device=self.device)
+        dtype = torch.uint8 if self.tokens.dtype == np.uint8 else torch.int32
+        self.resident = torch.empty(len(self.tokens), dtype=dtype, device=self.device)
+        for first in range(0, len(self.tokens), PIECE):  # the host need not hold it all
+            piece = self.tokens[first : first + PIECE].astype(np.int32)
+            self.resident[first : first + PIECE] = torch.from_numpy(piece).to(self.device)
 
     def __call__(self, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
         """The inputs and targets that `gather` gives, on the device."""
         if self.resident is None:
-            x, y = gather(self.tokens, starts, length)
-            return self.send(x), self.send(y)
-        places = self.send(torch.from_numpy(starts))[:, None] + torch.arange(length + 1, device=self.device)
-        windows = self.resident[places].long()  # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+            windows = self.send(cut(self.tokens, starts, length))
+        else:
+            offsets = torch.arange(length + 1, device=self.device)
+            windows = self.resident[self.send(torch.from_numpy(starts))[:, None] + offsets].long()
+        return windows[:, :-1], windows[:, 1:]  # of (B, T + 1)
 
     def send(self, values: Tensor) -> Tensor:
-        """Values on the device. Only pinned memory is copied in the background: other may be gone by then."""
+        """Contiguous values on the device.
+
+        Only what is pinned is copied in the background: other memory may be gone by then.
+        """
         if self.device.type == "cuda":
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)

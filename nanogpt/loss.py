@@ -51,17 +51,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     continue
                 slope = log_probabilities.exp_()  # to the softmax; less 1 at the target: the gradient
                 slope[torch.arange(len(wanted), device=x.device), wanted] -= 1
-                slope = (slope * cap_slope / len(x)).to(dtype)  # (rows, V)
+                slope = (slope * cap_slope).to(dtype)  # (rows, V); divided by N later: float16 would lose it
                 x_grad[first : first + rows] = slope @ narrow
                 weight_grad += slope.T @ piece
         ctx.save_for_backward(x_grad, weight_grad)
+        ctx.positions = len(x)
         return total / len(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale the gradients that are there."""
         x_grad, weight_grad = ctx.saved_tensors
-        (scale,) = grad_outputs
+        scale = grad_outputs[0] / ctx.positions
         return x_grad * scale, weight_grad * scale, None, None, None
 
 

@@ -101,7 +101,7 @@ def cpu() -> TrainConfig:
 
 
 def qwen3() -> TrainConfig:
-    """The blocks of Qwen3 to the letter, which other programs can run; no larger than `cpu`."""
+    """The blocks of Qwen3 (with a RoPE base of 10,000), which other programs can run; layers as in `cpu`."""
     return replace(
         cpu(),
         preset="qwen3",

@@ -39,11 +39,11 @@ class Pace:
     window_steps: int = 0
     window_seconds: float = 0.0
 
-    def add(self, seconds: float, steps: int = 1) -> None:
-        """Count time, and the steps that ended with it."""
-        self.seconds += seconds if self.steps >= 0 else 0.0
-        self.steps += steps
-        self.window_steps += steps
+    def add(self, seconds: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.seconds += seconds if self.steps else 0.0
+        self.window_steps += 1
         self.window_seconds += seconds
 
     def take_window(self) -> float:
@@ -90,16 +90,13 @@ class Run:
     progress: Progress
     pending: deque[Outcome] = field(default_factory=deque[Outcome])
     """Updates given to the device whose numbers have not been read (at most two, the oldest first)."""
+    clock: float = 0.0
+    """Since when the updates in `pending` have been computed, on the clock of time.perf_counter."""
     pace: Pace = field(default_factory=Pace)
     started: float = field(default_factory=time.perf_counter)
     saved_at: float = field(default_factory=time.perf_counter)
     saved_step: int | None = None
     """Step of the newest checkpoint that this process has written or read."""
-    broken: int = 0
-    """Steps in a row whose loss or gradient was not finite."""
-    rollbacks: int = 0
-    """Times the run went back without getting past `broken_at`."""
-    broken_at: int = -1
     forecast_done: bool = False
 
     @property
@@ -123,9 +120,9 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     place = device.pick_device(config.device)
     for line in device.describe(place):
         say(line)
-    if place.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where a product stays in float32
     dtype = pick_dtype(config, place, saved)
+    if place.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves alone
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
     average = deepcopy(model).requires_grad_(False) if config.ema_decay else None

@@ -72,7 +72,7 @@ def update(run: Run, broken: Tensor) -> None:
 
 
 def to_cpu(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The values on the CPU, and when they are there; waits for nothing but what never runs ahead."""
+    """The values on the CPU, and the event after which they are there. Does not wait for a CUDA device."""
     if values.device.type != "cuda":
         return values.cpu(), None
     copy, ready = values.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -81,7 +81,7 @@ def to_cpu(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def settle(run: Run, outcome: Outcome) -> dict[str, float]:
-    """Wait for the numbers of an update, and count it in run.broken if they are not finite.
+    """Wait for the numbers of an update, and count it as broken if they are not finite.
 
     Returns train_loss (nats per token, mean of the batch), grad_norm (before clipping) and lr.
     """
@@ -89,10 +89,10 @@ def settle(run: Run, outcome: Outcome) -> dict[str, float]:
         outcome.ready.synchronize()
     loss, norm = (value.item() for value in outcome.values)
     if math.isfinite(loss) and math.isfinite(norm):
-        run.broken = 0
+        run.progress.broken = 0
     elif math.isfinite(loss) and run.scaler.get_scale() > 1:
         pass  # float16 overflowed: the scaler lowers its scale, as it does in every run
     else:
-        run.broken += 1
+        run.progress.broken += 1
         warn(f"step {outcome.step}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
     return {"train_loss": loss, "grad_norm": norm, "lr": outcome.lr}

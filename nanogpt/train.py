@@ -1,4 +1,4 @@
-"""Training: step, evaluate, fit.
+"""Training: evaluate, fit.
 
 Run:    python train.py --max_iters 1000            then: python train.py --resume
 Use:    result = fit(TrainConfig(data_dir="data", out_dir="out", max_iters=1000))
@@ -9,8 +9,6 @@ The loop is `loop`, below. Everything a step does is a function of the weights, 
 (seed, order, step): batches and dropout are drawn anew from these at every step. So a run that is
 killed and resumed ends with the same weights as one that never stopped, and evaluating, logging
 or sampling more often changes nothing.
-
-# B batch_size, T block_size
 """
 
 import math
@@ -137,20 +135,11 @@ def compile_model(run: Run) -> None:
 # --- step ---
 
 
-@contextmanager
-def clocked(run: Run, steps: int = 0) -> Generator[None]:
-    """Count what is done inside as training time, with which so many steps are done."""
-    begin = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - begin
-    run.progress.elapsed_s += seconds
-    run.pace.add(seconds, steps)
-
-
 def advance(run: Run) -> None:
     """Do one update; a device that runs ahead does it while the numbers of the one before are read."""
-    with clocked(run):
-        run.pending.append(train_step(run))
+    if not run.pending:
+        run.clock = time.perf_counter()
+    run.pending.append(train_step(run))
     read_outcomes(run, ahead=1 if device.runs_ahead(run.device) else 0)
     run.console.advance(run.progress.step)
     forecast(run)
@@ -159,15 +148,19 @@ def advance(run: Run) -> None:
 def read_outcomes(run: Run, ahead: int = 0) -> None:
     """Log the updates that were given to the device, but for the last `ahead` ones.
 
-    Goes back to a checkpoint if too many in a row were broken.
+    The training time of an update ends when its numbers are there, and begins where that of the one
+    before ended, if the device had both. Goes back to a checkpoint if too many in a row were broken.
     """
     while len(run.pending) > ahead:
         outcome = run.pending.popleft()
-        with clocked(run, steps=1):
-            numbers = settle(run, outcome)
-        if run.broken >= BROKEN_STEPS:
+        numbers = settle(run, outcome)
+        seconds = time.perf_counter() - run.clock
+        run.clock += seconds
+        run.progress.elapsed_s += seconds
+        run.pace.add(seconds)
+        if run.progress.broken >= BROKEN_STEPS:
             roll_back(run)
-        elif not run.broken and outcome.step % run.config.log_interval == 0:
+        elif not run.progress.broken and outcome.step % run.config.log_interval == 0:
             record_step(run, outcome.step, numbers)
 
 
@@ -178,19 +171,19 @@ def roll_back(run: Run) -> None:
     Errors: UserError if that has been tried ROLLBACKS times at the same place.
     """
     saved = run.folder.newest(warn)
-    if int(saved.progress["step"]) <= run.broken_at and run.folder.best.is_file():
+    if int(saved.progress["step"]) <= run.progress.broken_at and run.folder.best.is_file():
         saved = load_checkpoint(run.folder.best)
-    good, here = int(saved.progress["step"]), run.progress.step
-    run.rollbacks = 1 if good > run.broken_at else run.rollbacks + 1
-    run.broken_at = max(here, run.broken_at)
+    good, before = int(saved.progress["step"]), run.progress
+    rollbacks = 1 if good > before.broken_at else before.rollbacks + 1
     require(
-        run.rollbacks <= ROLLBACKS,
-        f"the training breaks down near step {here} in every data order tried; step {good} is saved. Try "
-        f"half the learning rate: {resume_command(run)} --learning_rate {run.config.learning_rate / 2:g}",
+        rollbacks <= ROLLBACKS,
+        f"the training breaks down near step {before.step} in every data order tried; step {good} is saved. "
+        f"Try half the learning rate: {resume_command(run)} --learning_rate {run.config.learning_rate / 2:g}",
     )
-    order = run.progress.order + 1
     restore(run, saved)
-    run.progress.order, run.broken = order, 0
+    run.progress.order = before.order + 1
+    run.progress.broken, run.progress.rollbacks = 0, rollbacks
+    run.progress.broken_at = max(before.step, before.broken_at)
     run.pending.clear()
     forget_after(run.folder.metrics, good, run.progress.evaluated_at)
     warn(f"Back to step {good}, with the data in another order from there on")
@@ -276,7 +269,7 @@ def loop(run: Run, stop: StopRequest) -> str:
         if reason:
             save_at_the_end(run)
             return reason
-        if save_is_due and not run.broken:
+        if save_is_due and not run.progress.broken:
             try_save(run, run.folder.last)
         advance(run)
 

@@ -93,6 +93,7 @@ def test_the_scripts_in_the_root_folder_are_the_commands(project: Path) -> None:
     assert "Finished: 4 steps" in python("train.py", "--data_dir", "my_data", *SMALL)
     assert python("sample.py", "--num_tokens", "20", "--prompt", "From").startswith("From")
     assert "parameters" in python("model.py", "--preset", "cpu")
+    assert "vocabulary 50257" in python("model.py", "--preset", "gpt2")
     code = (
         "import model, nanogpt.model as ours; print(model.GPT is ours.GPT, model.GPTConfig is ours.GPTConfig)"
     )

@@ -45,6 +45,37 @@ def test_it_takes_the_dtype_of_autocast_and_gives_gradients_in_that_of_the_weigh
     assert value.item() != exact.item()
 
 
+def test_float16_does_not_lose_the_gradient_of_unlikely_tokens():
+    """As the gradient scaler uses it. 4,096 positions x 5,000 tokens: p / N is nothing in float16."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(4096, 8), torch.randn(5000, 8) * 0.02
+    targets = torch.zeros(4096, dtype=torch.int64)
+    gradients = []
+    for function in (plain, chunked_cross_entropy):
+        leaf = weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16):
+            value = function(x, leaf, targets, 0.0)
+        (2**16 * value).backward()
+        gradients.append(leaf.grad[1:] / 2**16)  # the tokens that are never right
+    torch.testing.assert_close(*gradients[::-1], rtol=0.02, atol=2e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch.compile itself
+def test_it_can_be_compiled(monkeypatch):
+    """Whole: fullgraph refuses to fall back to PyTorch as it is."""
+    torch.manual_seed(1)
+    monkeypatch.setattr(model, "LARGE_VOCAB", 50)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 10 * 70})
+    network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
+    x, y = torch.randint(70, (2, 3, 8))
+    gradients = []
+    for function in (network.loss, torch.compile(network.loss, fullgraph=True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = function(x, y)
+        gradients.append([value, *torch.autograd.grad(value, list(network.parameters()))])
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=2e-3)
+
+
 def test_without_gradients_nothing_is_kept():
     x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
     with torch.inference_mode():

@@ -1,13 +1,14 @@
 """Training steps a second on a GPU: the default model and GPT-2 124 M, compiled in several ways.
 
 Run:    python bench/gpu/throughput.py
-Synthetic tokens, bfloat16, the update of the training loop (gradient clipping, fused AdamW; and Muon).
+Synthetic tokens, bfloat16, an update without the guard against numbers that are not finite (AdamW, or Muon).
 MFU is against a large matrix product of bfloat16 measured in the same run. Prints a table, writes
 bench/gpu-throughput.json. Needs a CUDA GPU with about 40 GiB for GPT-2 at batch 32 x 1024
 (give --gpt2_batch 8 to a smaller one).
 """
 
 import argparse
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,32 @@ GPT2 = GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_emb
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 """Ways to compile; the first is not at all."""
 
+PLACE = torch.device("cuda")
+
 UPDATES = 20
 """Updates in one timing: the clock waits for the device once."""
+
+
+def measure(config: GPTConfig, batch_size: int, optimizer: str, mode: str, rounds: int) -> dict[str, float]:
+    """Pace, speed and memory of one model, optimizer and way to compile."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+    step = common.our_step(config, torch.bfloat16, PLACE, mode, TrainConfig(optimizer=optimizer))
+    x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size), device=PLACE)
+
+    def many() -> None:
+        for _ in range(UPDATES):
+            step(x, y)
+
+    many()  # compiles
+    pace = median(common.seconds(many, PLACE) for _ in range(rounds)) / UPDATES
+    return {
+        "ms": 1000 * pace,
+        "tokens_per_s": x.numel() / pace,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def main() -> None:
@@ -42,9 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/gpu needs a CUDA GPU")
-    place = torch.device("cuda")
     torch.set_float32_matmul_precision("high")
-    peak = common.ceiling(torch.bfloat16, place)
+    peak = common.ceiling(torch.bfloat16, PLACE)
     table = Table("model", "optimizer", "compiled", "ms a step", "tokens/s", "MFU", "peak GiB")
     results = []
     cases = [
@@ -55,29 +79,9 @@ def main() -> None:
     ]
     for name, config, batch_size, optimizer in cases:
         for mode in options.modes:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.compiler.reset()
-            settings = TrainConfig(optimizer=optimizer)
-            step = common.our_step(config, torch.bfloat16, place, mode, settings)
-            x, y = torch.randint(config.vocab_size, (2, batch_size, config.block_size), device=place)
-
-            def many(step: common.Step = step, x: torch.Tensor = x, y: torch.Tensor = y) -> None:
-                for _ in range(UPDATES):
-                    step(x, y)
-
-            many()  # compiles
-            pace = median(common.seconds(many, place) for _ in range(options.rounds)) / UPDATES
-            flops = flops_per_token(config, GPT(config).num_parameters()) * x.numel()
-            row = {
-                "model": name,
-                "optimizer": optimizer,
-                "compiled": mode or "no",
-                "ms": 1000 * pace,
-                "tokens_per_s": x.numel() / pace,
-                "mfu": flops / pace / peak,
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-            }
+            row = {"model": name, "optimizer": optimizer, "compiled": mode or "no"}
+            row |= measure(config, batch_size, optimizer, mode, options.rounds)
+            row["mfu"] = row["tokens_per_s"] * flops_per_token(config, GPT(config).num_parameters()) / peak
             results.append(row)
             table.add_row(
                 name,
