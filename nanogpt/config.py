@@ -128,7 +128,7 @@ class SummaryConfig(GPTConfig):
 
 @dataclass(frozen=True)
 class PresetsConfig:
-    """List the presets: size, expected loss and measured time of each."""
+    """List the presets: size, measured loss and training time of each."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27, "mps": 2**25}
+CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
 """Logits held at a time on each kind of device: enough to keep its matrix products busy."""
 
 
