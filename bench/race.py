@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -21,9 +22,8 @@ import common
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import SMALL
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging
+from step import SMALL, their_model, their_update
+from transformers import GPT2LMHeadModel
 
 from nanogpt import data
 from nanogpt.config import TrainConfig
@@ -34,22 +34,9 @@ PLAIN = TrainConfig(learning_rate=1e-3, max_iters=2000, warmup_iters=100, block_
 
 def plain_run(seed: int, folder: Path) -> list[dict[str, float]]:
     """Train the plain recipe. Returns a row for each evaluation: elapsed_s, val_loss."""
-    logging.set_verbosity_error()
     torch.manual_seed(seed)
     dataset = data.load(folder)
-    shape = GPT2Config(
-        vocab_size=dataset.tokenizer.vocab_size,
-        n_positions=SMALL.block_size,
-        n_embd=SMALL.n_embd,
-        n_layer=SMALL.n_layer,
-        n_head=SMALL.n_head,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(shape)
+    model = their_model(replace(SMALL, vocab_size=dataset.tokenizer.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     random, rows, elapsed = torch.Generator().manual_seed(seed), [], 0.0
     for step in range(PLAIN.max_iters):
@@ -58,11 +45,7 @@ def plain_run(seed: int, folder: Path) -> list[dict[str, float]]:
         x, y = data.gather(dataset.train, starts.numpy(), PLAIN.block_size)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, PLAIN)
-        loss = torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        their_update(model, optimizer, x, y)
         elapsed += time.perf_counter() - start
         if (step + 1) % 100 == 0:
             rows.append({"elapsed_s": elapsed, "val_loss": plain_loss(model, dataset)})

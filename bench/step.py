@@ -25,14 +25,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from nanogpt.config import GPTConfig
-from nanogpt.model import GPT, flops_per_token
+from nanogpt.model import flops_per_token
+from nanogpt.summary import count_parameters
 
 DEFAULT = GPTConfig()
 SMALL = replace(DEFAULT, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0)
 
 
-def their_step(config: GPTConfig) -> Step:
-    """The update that a plain loop around transformers' model does."""
+def their_model(config: GPTConfig) -> GPT2LMHeadModel:
+    """The GPT-2 of transformers in our shape."""
     logging.set_verbosity_error()
     p = config.dropout
     shape = GPT2Config(
@@ -47,18 +48,24 @@ def their_step(config: GPTConfig) -> Step:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPT2LMHeadModel(shape).train()
+    return GPT2LMHeadModel(shape).train()
+
+
+def their_update(model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    """What a plain loop does with a batch."""
+    logits = model(x).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def their_step(config: GPTConfig) -> Step:
+    """One update of theirs as a function of a batch."""
+    model = their_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        logits = model(x).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
+    return lambda x, y: their_update(model, optimizer, x, y)
 
 
 def main() -> None:
@@ -96,7 +103,7 @@ def main() -> None:
     peaks = {
         name: common.ceiling(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     }
-    flops = flops_per_token(config, GPT(config).num_parameters()) * x.numel()
+    flops = flops_per_token(config, sum(count_parameters(config).values())) * x.numel()
 
     shape = f"{config.n_layer} layers of {config.n_embd}, {batch_size} x {config.block_size}"
     table = Table("step", "ms", "tokens/s", "of bf16 ceiling", "peak MiB", "faster", title=shape)

@@ -21,11 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nanogpt import presets
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.model import GPT, flops_per_token
+from nanogpt.model import flops_per_token
+from nanogpt.run import model_config
+from nanogpt.summary import count_parameters
 
 DEFAULT = GPTConfig()
-GPT2 = GPTConfig(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0)
+GPT2 = model_config(presets.get("gpt2"), vocab_size=50_304)
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 """Ways to compile; the first is not at all."""
@@ -81,7 +84,9 @@ def main() -> None:
         for mode in options.modes:
             row = {"model": name, "optimizer": optimizer, "compiled": mode or "no"}
             row |= measure(config, batch_size, optimizer, mode, options.rounds)
-            row["mfu"] = row["tokens_per_s"] * flops_per_token(config, GPT(config).num_parameters()) / peak
+            row["mfu"] = (
+                row["tokens_per_s"] * flops_per_token(config, sum(count_parameters(config).values())) / peak
+            )
             results.append(row)
             table.add_row(
                 name,
