@@ -36,6 +36,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python bench/loss.py
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/prepare.py
+	$(BIN)/python bench/bpe.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -16,7 +16,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from nanogpt.config import DataConfig, PresetsConfig, SampleConfig, SummaryConfig, TrainConfig, UserError
+from nanogpt.config import (
+    DataConfig,
+    InfoConfig,
+    PresetsConfig,
+    SampleConfig,
+    SummaryConfig,
+    TrainConfig,
+    UserError,
+)
 
 EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
 
@@ -32,7 +40,8 @@ class Command:
 
 
 COMMANDS = {
-    "data": Command(DataConfig, "nanogpt.data", "data.py"),
+    "data": Command(DataConfig, "nanogpt.prepare", "data.py"),
+    "data info": Command(InfoConfig, "nanogpt.data_info"),
     "model": Command(SummaryConfig, "nanogpt.summary", "model.py"),
     "train": Command(TrainConfig, "nanogpt.train", "train.py"),
     "sample": Command(SampleConfig, "nanogpt.sample", "sample.py"),
@@ -42,6 +51,9 @@ COMMANDS = {
 IDLE_SPINS = "1000"
 """How long an idle thread of PyTorch's OpenMP spins before it sleeps. With the library's own 300,000 a
 training crawls as soon as anything else wants a core (bench/RESULTS.md)."""
+
+SEVERAL = ("--input_file", "--input-file", "--val_file", "--val-file")
+"""Flags that take several values, written after one another."""
 
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
 """Bare forms of a flag with the values auto, on and off."""
@@ -68,7 +80,7 @@ def usage() -> str:
     """The list of commands."""
     lines = ["usage: nanogpt COMMAND [OPTIONS]", ""]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:8} {(command.config.__doc__ or '').strip().splitlines()[0]}")
+        lines.append(f"  {name:9} {(command.config.__doc__ or '').strip().splitlines()[0]}")
     return "\n".join([*lines, "", "nanogpt COMMAND --help lists its options."])
 
 
@@ -80,6 +92,7 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that cannot be shown is no reason to end
             stream.reconfigure(errors="replace")
+    name, arguments, prog = subcommand(name, arguments, prog)
     try:
         config = parse(COMMANDS[name].config, arguments, prog)
         os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
@@ -112,7 +125,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
     """
     import tyro
 
-    arguments = expand_switches(arguments)
+    arguments = repeat_flags(expand_switches(arguments))
     names = {field.name for field in fields(cls)}
     early = Early()
     if names & {"preset", "resume"}:
@@ -177,6 +190,35 @@ def expand_switches(arguments: Sequence[str]) -> list[str]:
         bare = argument in SWITCHES and following not in ("auto", "on", "off")
         expanded += ["--compile", SWITCHES[argument]] if bare else [argument]
     return expanded
+
+
+def repeat_flags(arguments: Sequence[str]) -> list[str]:
+    """Write lists out: --input_file a b as --input_file=a --input_file=b, which takes a bare - too."""
+    expanded: list[str] = []
+    flag = ""
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument in SEVERAL and following is not None and is_value(following):
+            flag = argument
+        elif flag and is_value(argument):
+            expanded.append(f"{flag}={argument}")
+        else:
+            expanded.append(argument)
+            flag = ""
+    return expanded
+
+
+def is_value(argument: str) -> bool:
+    """Whether an argument is no flag: a bare - is standard input."""
+    return argument == "-" or not argument.startswith("-")
+
+
+def subcommand(name: str, arguments: Sequence[str], prog: str) -> tuple[str, Sequence[str], str]:
+    """Take `data info DIR` for what it means: the command "data info" with --data_dir DIR."""
+    if name != "data" or arguments[:1] != ["info"]:
+        return name, arguments, prog
+    rest = arguments[1:]
+    bare = bool(rest) and not rest[0].startswith("-")
+    return "data info", ["--data_dir", *rest] if bare else rest, f"{prog} info"
 
 
 def flatten(box: str) -> str:

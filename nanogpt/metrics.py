@@ -21,6 +21,7 @@ JSON_FIELDS = (
     "step",
     "train_loss",
     "val_loss",
+    "val_bits_per_byte",
     "lr",
     "grad_norm",
     "tokens_per_s",
@@ -134,6 +135,7 @@ def forget_after(path: Path, step: int, evaluated_at: int) -> None:
 TENSORBOARD_NAMES = {
     "train_loss": "loss/train",
     "val_loss": "loss/val",
+    "val_bits_per_byte": "bits_per_byte/val",
     "lr": "learning_rate",
     "grad_norm": "gradient_norm",
     "tokens_per_s": "tokens_per_s",
@@ -219,7 +221,8 @@ class ConsoleReader:
             self.bar.update(self.task, completed=record["step"], detail=detail)
         if "val_loss" in record:
             mark = "  best so far" if record["best"] else ""
-            say(f"step {record['step']}: validation loss {record['val_loss']:.4f}{mark}", style="bold")
+            bits = f", {record['val_bits_per_byte']:.4f} bits a byte" if "val_bits_per_byte" in record else ""
+            say(f"step {record['step']}: validation loss {record['val_loss']:.4f}{bits}{mark}", style="bold")
             say("    " + record["sample"].strip("\n").replace("\n", "\n    "), style="dim")
 
     def flush(self) -> None:

@@ -154,6 +154,17 @@ def best() -> TrainConfig:
     )
 
 
+def bpe() -> TrainConfig:
+    """A modern model for pieces of words: a vocabulary of some thousands, ten megabytes of text or more."""
+    return replace(
+        cpu(),
+        preset="bpe",
+        block_size=256,
+        n_embd=256,
+        max_iters=600,
+    )
+
+
 def gpt2() -> TrainConfig:
     """GPT-2 124 M to the letter, for 10 billion tokens; made for a vocabulary of 50,257 and a large GPU."""
     return TrainConfig(
@@ -198,6 +209,7 @@ PRESETS = {
     "cpu": Preset(cpu, "a coffee's worth of training on a laptop", "1.54", "95 s"),
     "qwen3": Preset(qwen3, "blocks that other programs can run", "1.59", "86 s"),
     "best": Preset(best, "the lowest loss from at most 11 million parameters"),
+    "bpe": Preset(bpe, "a text of megabytes, --tokenizer bpe", vocab_size=4096),
     "shakespeare": Preset(shakespeare, "the default model, made for a GPU"),
     "gpt2": Preset(gpt2, "GPT-2 124 M, made for a large GPU and a text of gigabytes", vocab_size=50_257),
 }

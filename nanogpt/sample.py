@@ -7,16 +7,18 @@ checkpoint and nothing else: the tokenizer is inside it.
 
 import secrets
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, device, tokenizer
-from nanogpt.config import SampleConfig, UserError
+from nanogpt import checkpoint, device
+from nanogpt.config import SampleConfig, UserError, require
 from nanogpt.generate import generate
 from nanogpt.model import GPT
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.tokenizer import CharTokenizer, Tokenizer
+from nanogpt.vocabulary import from_dict
 
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 """What can be typed in a shell, and what it stands for."""
@@ -26,7 +28,7 @@ def main(config: SampleConfig) -> int:
     """Print config.num_samples texts. Returns the exit code."""
     model, tokens = load(Path(config.checkpoint), config.device)
     prompt, stops = unescape(config.prompt), [unescape(stop) for stop in config.stop]
-    ids = encode_prompt(tokens, prompt)
+    ids = encode_prompt(tokens, prompt, skip=config.unknown == "skip")
     seed = secrets.randbits(32) if config.seed is None else config.seed
     for number in range(config.num_samples):
         if number:
@@ -39,7 +41,7 @@ def main(config: SampleConfig) -> int:
     return 0
 
 
-def load(path: Path, device_name: str) -> tuple[GPT, CharTokenizer]:
+def load(path: Path, device_name: str) -> tuple[GPT, Tokenizer]:
     """The model of a checkpoint on a device, ready to generate, and its tokenizer.
 
     Errors: UserError if the checkpoint is missing or damaged, or there is no such device.
@@ -51,7 +53,7 @@ def load(path: Path, device_name: str) -> tuple[GPT, CharTokenizer]:
     saved = checkpoint.load(path)
     model = GPT(saved.model_config)
     model.load_state_dict(saved.weights)
-    return model.to(place).eval(), tokenizer.from_dict(saved.tokenizer)
+    return model.to(place).eval(), from_dict(saved.tokenizer)
 
 
 def unescape(text: str) -> str:
@@ -64,32 +66,44 @@ def unescape(text: str) -> str:
     return result
 
 
-def encode_prompt(tokens: CharTokenizer, prompt: str) -> torch.Tensor:
-    """The ids of a prompt, (1, T) int64. Errors: UserError naming a character the model never saw."""
+def encode_prompt(tokens: Tokenizer, prompt: str, *, skip: bool) -> torch.Tensor:
+    """The ids of a prompt, (1, T) int64. skip: leave out characters that the model never saw.
+
+    Errors: UserError naming them, unless they are skipped; or if nothing is left.
+    """
+    asked = prompt != unescape(SampleConfig.prompt)
+    if skip and isinstance(tokens, CharTokenizer):
+        unknown = set(tokens.unknown(prompt))
+        prompt = "".join(char for char in prompt if char not in unknown)
+        require(
+            bool(prompt) or not asked, "--prompt: the model has seen none of its characters: give another"
+        )
     try:
         ids = tokens.encode(prompt)
+        require(len(ids) > 0, f"this tokenizer makes no token of {prompt!r}: give another one")
     except UserError as error:
-        raise UserError(f"--prompt: {error}") from error
+        if not asked:  # a vocabulary without line feeds: begin as a document does
+            return torch.tensor([[tokens.end_of_text or 0]])
+        advice = ", or give --unknown skip" if isinstance(tokens, CharTokenizer) else ""
+        raise UserError(f"--prompt: {error}{advice}") from error
     return torch.from_numpy(ids.astype(np.int64))[None]
 
 
 def stream(
-    model: GPT, tokens: CharTokenizer, ids: torch.Tensor, config: SampleConfig, seed: int
+    model: GPT, tokens: Tokenizer, ids: torch.Tensor, config: SampleConfig, seed: int
 ) -> Iterator[str]:
-    """The generated text, token by token."""
+    """The generated text, as it is made, up to where the model ends it."""
     place = next(model.parameters()).device
-    ids = ids.to(place)
-    generator = torch.Generator(place).manual_seed(seed)
-    for token in generate(
+    generated = generate(
         model,
-        ids,
+        ids.to(place),
         num_tokens=config.num_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        generator=generator,
-    ):
-        yield tokens.decode([int(token)])
+        generator=torch.Generator(place).manual_seed(seed),
+    )
+    yield from tokens.stream(takewhile(lambda token: token != tokens.end_of_text, map(int, generated)))
 
 
 def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:

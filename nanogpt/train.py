@@ -220,7 +220,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
 def sample_text(run: Run) -> str:
     """A short text in the model's present style, always from the same seed."""
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
-    prompt = torch.from_numpy(run.dataset.val[None, :1].astype(np.int64)).to(run.device)  # (1, 1)
+    prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
     model = run.final_model.eval()
     with device.autocast(run.device, run.dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
@@ -243,7 +243,11 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
     best = loss < before
     progress.evaluated_at = progress.step
     progress.worse_evaluations = 0 if best else progress.worse_evaluations + 1
-    record(run, progress.step, {"val_loss": loss, "best": best, "sample": sample_text(run)})
+    numbers: dict[str, Any] = {"val_loss": loss, "best": best, "sample": sample_text(run)}
+    bits = run.dataset.bits_per_byte(loss)
+    if bits is not None:
+        numbers["val_bits_per_byte"] = bits
+    record(run, progress.step, numbers)
     if best:
         progress.best_val_loss = loss
         if not try_save(run, run.folder.best):

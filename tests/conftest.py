@@ -1,5 +1,6 @@
 """What several tests share: a small text, a prepared data folder, a tiny configuration."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from nanogpt.config import DataConfig, TrainConfig
-from nanogpt.corpus import Source
-from nanogpt.data import prepare
+from nanogpt.data import Dataset, load
+from nanogpt.prepare import main as prepare
 
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die,\n"
 
@@ -31,9 +32,23 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
+def called_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advice names commands as this program was called, which is not to depend on how pytest was."""
+    monkeypatch.setattr(sys, "argv", ["test.py"])
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Models this small are slower on two, and very slow where another process wants a core too."""
     torch.set_num_threads(1)
+
+
+def prepared(folder: Path, text: str, **settings: Any) -> Dataset:
+    """Write a text to a file beside `folder`, prepare the folder from it, and open it."""
+    path = folder.with_name(f"{folder.name}.txt")
+    path.write_bytes(text.encode("utf-8"))
+    prepare(DataConfig(input_file=(str(path),), data_dir=str(folder), **settings))
+    return load(folder)
 
 
 @pytest.fixture
@@ -46,7 +61,7 @@ def text() -> str:
 def data_dir(tmp_path: Path, text: str) -> Path:
     """A prepared data folder."""
     folder = tmp_path / "data"
-    prepare(Source(text, "sonnet"), DataConfig(data_dir=str(folder)))
+    prepared(folder, text)
     return folder
 
 

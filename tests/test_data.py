@@ -1,21 +1,22 @@
-"""The data folder is written whole or not at all; batches are pure, and repeat nothing within an epoch."""
+"""A data folder loads whole or not at all; batches are pure, and repeat nothing within an epoch."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import data
-from nanogpt.config import DataConfig, UserError
-from nanogpt.corpus import Source
-from nanogpt.data import Batches, evaluation_batches, gather, load, prepare
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt import checkpoint, data, sample
+from nanogpt.config import SampleConfig, TrainConfig, UserError
+from nanogpt.data import Batches, Dataset, evaluation_batches, gather, load
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
+from nanogpt.train import fit
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
@@ -23,19 +24,10 @@ FILES = ["train.pt", "val.pt", "vocab.pt"]
 
 
 @pytest.fixture
-def config(tmp_path):
-    return DataConfig(data_dir=str(tmp_path / "data"))
-
-
-@pytest.fixture
-def folder(config, tmp_path):
+def folder(tmp_path):
     """A prepared data folder."""
-    prepare(Source(TEXT, "times"), config)
+    prepared(tmp_path / "data", TEXT)
     return tmp_path / "data"
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def one_line(raised):
@@ -47,7 +39,7 @@ def one_line(raised):
 
 
 def test_the_files_and_what_they_hold(folder):
-    assert sorted(contents(folder)) == FILES
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == set(FILES)
     train, val = (torch.load(folder / f"{name}.pt", mmap=True, weights_only=True) for name in data.SPLITS)
     vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
     assert train.dim() == val.dim() == 1
@@ -57,119 +49,10 @@ def test_the_files_and_what_they_hold(folder):
     assert vocabulary["format"] == data.FORMAT
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(256, torch.uint8), (257, torch.uint16), (65537, torch.uint32)])
-def test_tokens_have_the_narrowest_type(config, size, dtype):
-    text = "".join(map(chr, range(size)))
-    prepare(Source(text, "all"), config)
-    data_dir = Path(config.data_dir)
-    loaded = load(data_dir)
-    for name, ids in (("train", loaded.train), ("val", loaded.val)):
-        tensor = torch.load(data_dir / f"{name}.pt", mmap=True, weights_only=True)
-        assert tensor.dtype == dtype
-        assert np.array_equal(tensor.numpy(), ids)
-    assert np.array_equal(np.concatenate((loaded.train, loaded.val)), np.arange(size))
-    x, y = gather(loaded.train, np.array([0, 7, 9]), 4)
-    assert x.dtype == y.dtype == torch.int64
-    assert torch.equal(x + 1, y)
-
-
 def test_load_gives_back_the_text(folder):
     loaded = load(folder)
     ids = np.concatenate((loaded.train, loaded.val))
     assert loaded.tokenizer.decode(ids) == TEXT
-
-
-@pytest.mark.parametrize("split", [0.5, 0.9, 0.99, 1 / 3])
-def test_sizes_of_the_splits_and_what_is_said(config, capsys, split):
-    prepare(Source(TEXT, "times"), replace(config, train_split=split))
-    loaded = load(Path(config.data_dir))
-    assert len(loaded.train) == math.floor(len(TEXT) * split)
-    assert len(loaded.train) + len(loaded.val) == len(TEXT)
-    said = capsys.readouterr().out
-    assert f"Characters: {len(TEXT):,}" in said
-    assert f"Vocabulary: {len(set(TEXT))} " in said
-    assert f"train.pt: {len(loaded.train):,} tokens" in said
-    assert f"val.pt: {len(loaded.val):,} tokens" in said
-
-
-@pytest.mark.parametrize(
-    ("length", "split", "enough"),
-    [
-        (3, 0.5, False),
-        (4, 0.5, True),
-        (19, 0.9, True),
-        (10, 0.9, False),
-        (1000, 0.0015, False),
-        (4, 0.9, False),
-    ],
-)
-def test_both_splits_need_two_characters(config, length, split, enough):
-    source, config = Source(TEXT[:length], "short"), replace(config, train_split=split)
-    if enough:
-        prepare(source, config)
-        loaded = load(Path(config.data_dir))
-        assert min(len(loaded.train), len(loaded.val)) >= 2
-    else:
-        with pytest.raises(UserError, match=f"{length} characters: too short") as raised:
-            prepare(source, config)
-        one_line(raised)
-        assert not Path(config.data_dir).exists()
-
-
-def test_the_same_text_again_is_recognised_and_not_rewritten(folder, config, capsys):
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    capsys.readouterr()
-    prepare(Source(TEXT, "under another name"), config)
-    assert "already prepared" in capsys.readouterr().out
-    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("change", ["text", "split"])
-def test_another_data_set_is_not_overwritten_unless_told(folder, config, change):
-    text = TEXT[:-1] + "!" if change == "text" else TEXT
-    config = replace(config, train_split=0.8) if change == "split" else config
-    before = contents(folder)
-    with pytest.raises(UserError, match="--overwrite") as raised:
-        prepare(Source(text, "other"), config)
-    one_line(raised)
-    assert contents(folder) == before
-
-    prepare(Source(text, "other"), replace(config, overwrite=True))
-    loaded = load(folder)
-    assert loaded.tokenizer.decode(np.concatenate((loaded.train, loaded.val))) == text
-    assert len(loaded.train) == int(len(text) * config.train_split)
-
-
-@pytest.mark.parametrize("done", [0, 1, 2])
-@pytest.mark.parametrize("over_another", [False, True])
-def test_a_preparation_cut_short_is_seen_and_done_again(config, monkeypatch, done, over_another):
-    folder = Path(config.data_dir)
-    if over_another:
-        prepare(Source("quite another text " * 9, "other"), config)
-        config = replace(config, overwrite=True)
-    save, count = data.save_plain, iter(range(3))
-
-    def save_some(path, value):
-        if next(count) == done:
-            raise KeyboardInterrupt
-        save(path, value)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "save_plain", save_some)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(Source(TEXT, "times"), config)
-    with pytest.raises(UserError, match=r"vocab.pt is missing"):
-        load(folder)
-    prepare(Source(TEXT, "times"), replace(config, overwrite=False))
-    loaded = load(folder)
-    assert loaded.tokenizer.decode(np.concatenate((loaded.train, loaded.val))) == TEXT
-
-
-def test_the_fingerprint_depends_on_text_and_split_alone():
-    same = data.fingerprint_of(TEXT, 0.9)
-    assert data.fingerprint_of(TEXT, 0.9) == same
-    assert len({same, data.fingerprint_of(TEXT + " ", 0.9), data.fingerprint_of(TEXT, 0.8)}) == 3
-    assert data.fingerprint_of("\ud800", 0.9)  # half a surrogate pair is a character too
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -177,7 +60,7 @@ def test_a_missing_file(folder, name):
     (folder / name).unlink()
     with pytest.raises(UserError) as raised:
         load(folder)
-    source = "YOUR_TEXT" if name == "vocab.pt" else "times"  # vocab.pt knows the text it was made from
+    source = "YOUR_TEXT" if name == "vocab.pt" else f"{folder}.txt"  # vocab.pt knows how it was made
     command = f"python data.py --input_file {source} --data_dir {folder}"
     assert f"{name} is missing: prepare it with: {command}" in one_line(raised)
 
@@ -189,16 +72,16 @@ def test_a_missing_folder(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 1, 30, 0.3, 0.9, -1])
 @pytest.mark.parametrize("name", FILES)
-def test_a_truncated_file(folder, config, name, keep):
+def test_a_truncated_file(folder, name, keep):
+    before = load(folder).fingerprint
     raw = (folder / name).read_bytes()
     (folder / name).write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
     with pytest.raises(UserError, match=rf"{name} is damaged: .*--overwrite") as raised:
         load(folder)
     one_line(raised)
     with pytest.raises(UserError, match="damaged data set: give --overwrite"):
-        prepare(Source(TEXT, "times"), config)
-    prepare(Source(TEXT, "times"), replace(config, overwrite=True))
-    assert load(folder).fingerprint == data.fingerprint_of(TEXT, 0.9)
+        prepared(folder, TEXT)
+    assert prepared(folder, TEXT, overwrite=True).fingerprint == before
 
 
 FOREIGN = {
@@ -236,13 +119,99 @@ def test_a_folder_of_another_version(folder):
     one_line(raised)
 
 
-def test_main_reads_a_file_and_says_what_it_did(tmp_path, capsys):
-    path = tmp_path / "text.txt"
-    path.write_bytes(TEXT.replace("\n", "\r\n").encode())
-    config = DataConfig(input_file=str(path), data_dir=str(tmp_path / "data"))
-    assert data.main(config) == 0
-    assert "20 Windows line ends" in capsys.readouterr().out
-    assert load(tmp_path / "data").fingerprint == data.fingerprint_of(TEXT, 0.9)
+# Format 1: what the first release wrote, letter by letter
+
+
+@pytest.fixture
+def old_folder(tmp_path):
+    """A data folder of format 1."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    chars = "".join(sorted(set(TEXT)))
+    ids = np.array([chars.index(char) for char in TEXT], dtype=np.uint8)
+    boundary = int(len(TEXT) * 0.9)
+    parts = {"train": ids[:boundary], "val": ids[boundary:]}
+    for name, part in parts.items():
+        torch.save(torch.from_numpy(part), folder / f"{name}.pt")
+    vocabulary = {
+        "format": 1,
+        "tokenizer": {"kind": "char", "chars": chars},
+        "fingerprint": "f" * 64,
+        "source": "times.txt",
+        "train_split": 0.9,
+        "tokens": {name: len(part) for name, part in parts.items()},
+    }
+    torch.save(vocabulary, folder / "vocab.pt")
+    return folder
+
+
+def test_a_folder_of_format_1_loads(old_folder):
+    loaded = load(old_folder)
+    assert loaded.tokenizer.decode(np.concatenate((loaded.train, loaded.val))) == TEXT
+    assert loaded.fingerprint == "f" * 64
+    assert loaded.tokenizer.end_of_text is None
+    assert loaded.bits_per_byte(1.0) is None  # bytes were not counted
+
+
+def test_a_folder_of_format_1_says_how_it_was_prepared(old_folder):
+    (old_folder / "val.pt").unlink()
+    with pytest.raises(UserError, match=r"--input_file times\.txt --data_dir"):
+        load(old_folder)
+
+
+def test_a_folder_of_format_1_is_not_overwritten_unless_told(old_folder):
+    with pytest.raises(UserError, match="--overwrite"):
+        prepared(old_folder, TEXT)
+    assert load(old_folder).fingerprint == "f" * 64
+    assert prepared(old_folder, TEXT, overwrite=True).fingerprint != "f" * 64
+
+
+def test_training_on_a_folder_of_format_1_and_sampling_from_its_checkpoint(old_folder, tmp_path, capsys):
+    config = TrainConfig(**TINY, data_dir=str(old_folder), out_dir=str(tmp_path / "out"))
+    assert fit(config).reason == "finished"
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert any("val_loss" in json.loads(line) for line in lines)
+    assert not any("val_bits_per_byte" in json.loads(line) for line in lines)
+    path = tmp_path / "out/ckpt.pt"
+    saved = checkpoint.load(path)
+    checkpoint.save(path, replace(saved, tokenizer={"kind": "char", "chars": saved.tokenizer["chars"]}))
+    capsys.readouterr()
+    sample.main(SampleConfig(checkpoint=str(path), prompt="It", num_tokens=20, seed=1, device="cpu"))
+    printed = capsys.readouterr().out
+    assert len(printed) == len("It") + 20 + len("\n")
+
+
+# Bits a byte
+
+
+def dataset(tokenizer, text, **values):
+    ids = tokenizer.encode(text)
+    return Dataset(**{"train": ids, "val": ids, "tokenizer": tokenizer, "fingerprint": "", **values})
+
+
+def test_bits_a_byte_of_a_known_loss():
+    """A model of bytes that gives each of 4 the probability 1/4 needs 2 bits a byte, whatever a token is."""
+    text = "häuser"
+    size = len(text.encode())
+    bytes_alone = dataset(ByteTokenizer(), text, val_bytes=size)
+    assert bytes_alone.bits_per_byte(math.log(4)) == pytest.approx(2)
+    # Six characters: the first of one byte is not predicted, five tokens stand for the other six bytes.
+    chars = dataset(CharTokenizer.train(text), text, val_bytes=size)
+    assert chars.bits_per_byte(math.log(4)) == pytest.approx(2 * 5 / 6)
+    # If the first is the one of two bytes, five remain.
+    chars = dataset(CharTokenizer.train(text), "ä" + text[2:], val_bytes=6)
+    assert chars.bits_per_byte(math.log(4)) == pytest.approx(2 * 4 / 4)
+
+
+def test_a_first_token_that_ends_a_document_stands_for_no_bytes():
+    tokenizer = ByteTokenizer()
+    val = np.array([255, *b"abcd"], np.uint8)
+    loaded = dataset(tokenizer, "abcd", val=val, val_bytes=4)
+    assert loaded.bits_per_byte(math.log(2)) == pytest.approx(1)
+
+
+def test_bits_a_byte_without_a_count():
+    assert dataset(ByteTokenizer(), "abcd").bits_per_byte(1.0) is None
 
 
 # Training batches

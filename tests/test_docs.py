@@ -20,9 +20,9 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if len(words) > 1 and words[0] in ("python", "nanogpt"):
-                name = SCRIPTS.get(words[1], words[1])
+                name, arguments, _ = cli.subcommand(SCRIPTS.get(words[1], words[1]), words[2:], "")
                 if name in cli.COMMANDS:
-                    found.append((name, words[2:]))
+                    found.append((name, list(arguments)))
     return found
 
 
@@ -35,7 +35,13 @@ def test_every_command_parses(page: Path, tmp_path, monkeypatch) -> None:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {name for name, _ in commands(ROOT / "README.md")} == {"data", "train", "sample", "presets"}
+    assert {name for name, _ in commands(ROOT / "README.md")} == {
+        "data",
+        "data info",
+        "train",
+        "sample",
+        "presets",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,10 +8,28 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 LAYERS = (
-    {"config", "presets", "files", "console", "tokenizer", "corpus"},
+    {
+        "config",
+        "presets",
+        "files",
+        "console",
+        "tokenizer",
+        "bpe",
+        "vocabulary",
+        "encoding",
+        "documents",
+        "records",
+        "corpus",
+        "shakespeare",
+    },
     {"loss", "model", "optim", "generate", "device"},
     {
+        "shards",
         "data",
+        "survey",
+        "token_files",
+        "prepare",
+        "data_info",
         "checkpoint",
         "metrics",
         "plot",

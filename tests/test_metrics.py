@@ -77,8 +77,9 @@ def test_what_is_there_is_appended_to(path):
 
 
 def test_only_the_numbers_of_the_contract_are_kept(path):
-    JsonLines(path, 0, 0).write(evaluation(1, sample="To be,\nor not", best=True, left_s=3.0))
-    assert rows(path) == [evaluation(1)]
+    written = evaluation(1, val_bits_per_byte=1.5)
+    JsonLines(path, 0, 0).write({**written, "sample": "To be,\nor not", "best": True, "left_s": 3.0})
+    assert rows(path) == [written]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -219,11 +220,12 @@ def test_tensorboard_can_read_it(tmp_path):
         board.write(
             train(step, train_loss=3.0 / step, lr=0.1 * step, grad_norm=0.5, tokens_per_s=1000 * step)
         )
-    board.write(evaluation(2, val_loss=1.25, best=True, sample="To be,\nor not"))
+    board.write(evaluation(2, val_loss=1.25, val_bits_per_byte=0.75, best=True, sample="To be,\nor not"))
     board.close()
     reader = events(tmp_path / "runs")
     assert points(reader, "loss/train") == [(1, 3.0), (2, 1.5)]
     assert points(reader, "loss/val") == [(2, 1.25)]
+    assert points(reader, "bits_per_byte/val") == [(2, 0.75)]
     assert points(reader, "learning_rate") == [(1, 0.1), (2, 0.2)]
     assert points(reader, "gradient_norm") == [(1, 0.5), (2, 0.5)]
     assert points(reader, "tokens_per_s") == [(1, 1000), (2, 2000)]
@@ -320,7 +322,8 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     with reader.evaluating(3) as advance:
         for _ in range(3):
             advance()
-    reader.write(evaluation(10, val_loss=2.0, best=True, sample="\nTo be,\n[b]or[/b] not :heart:\n"))
+    sample = "\nTo be,\n[b]or[/b] not :heart:\n"
+    reader.write(evaluation(10, val_loss=2.0, val_bits_per_byte=1.23451, best=True, sample=sample))
     reader.write(evaluation(20, val_loss=2.5, best=False, sample="x"))
     reader.advance(20)
     reader.flush()
@@ -331,7 +334,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert "\r" not in seen.out
     assert [line for line in seen.out.split("\n") if line] == [
         "step 10/200  loss 2.3457  lr 3.0e-04  12,346 tok/s  left 2 min 5 s",
-        "step 10: validation loss 2.0000  best so far",
+        "step 10: validation loss 2.0000, 1.2345 bits a byte  best so far",
         "    To be,",
         "    [b]or[/b] not :heart:",
         "step 20: validation loss 2.5000",

@@ -9,10 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.config import SampleConfig, TrainConfig, UserError
+from nanogpt.config import DataConfig, SampleConfig, TrainConfig, UserError
+from nanogpt.prepare import main as prepare
 from nanogpt.sample import main, unescape, until
 from nanogpt.train import fit
 
@@ -115,6 +117,63 @@ def test_until_equals_cutting_the_whole_text(text: str, stops: list[str], data: 
     else:  # a piece may complete several stop strings at once: the leftmost counts
         found = [text.index(stop) for stop in stops if stop in text]
         assert (result == text) if not found else not any(stop in result for stop in stops)
+
+
+def test_unknown_prompt_characters_are_skipped_when_told(sampling: SampleConfig, capsys) -> None:
+    main(replace(sampling, prompt="From", temperature=0.0))
+    without = capsys.readouterr().out
+    main(replace(sampling, prompt="éFro中m", temperature=0.0, unknown="skip"))
+    assert capsys.readouterr().out.removeprefix("éFro中m") == without.removeprefix("From")
+    with pytest.raises(UserError, match="seen none of its characters"):
+        main(replace(sampling, prompt="é中", unknown="skip"))
+
+
+def test_several_unknown_prompt_characters_are_named_with_what_to_do(sampling: SampleConfig) -> None:
+    with pytest.raises(UserError, match=r"'é' \(U\+00E9\), '中' \(U\+4E2D\) .*--unknown skip") as raised:
+        main(replace(sampling, prompt="Fromé中é"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_a_sample_ends_where_the_document_does(config: TrainConfig, tmp_path: Path, capsys, kind) -> None:
+    """A model of one short document, over and over, knows where it ends."""
+    (tmp_path / "short.jsonl").write_text('"Ä tiny end."\n' * 150)
+    folder = str(tmp_path / kind)
+    prepare(
+        DataConfig(
+            input_file=(str(tmp_path / "short.jsonl"),), data_dir=folder, tokenizer=kind, vocab_size=260
+        )
+    )
+    fit(replace(config, data_dir=folder, max_iters=300, eval_interval=300, dropout=0.0))
+    checkpoint = str(Path(config.out_dir) / "ckpt.pt")
+    capsys.readouterr()
+    main(SampleConfig(checkpoint=checkpoint, prompt="Ä", temperature=0.0, num_tokens=100, device="cpu"))
+    assert capsys.readouterr().out == "Ä tiny end.\n"
+
+
+def test_training_and_sampling_with_somebody_elses_tokenizer(
+    config: TrainConfig, tmp_path: Path, capsys
+) -> None:
+    """Also from the default prompt, a line feed, of which this tokenizer makes no token at all."""
+    vocabulary = {token: i for i, token in enumerate(["[UNK]", "from", "fair", "##est", "we", "rose", ","])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("From fairest creatures we desire increase, rose\n" * 60)
+    folder = str(tmp_path / "foreign")
+    tokenizer = str(tmp_path / "tokenizer.json")
+    prepare(DataConfig(input_file=(str(tmp_path / "text.txt"),), data_dir=folder, tokenizer=tokenizer))
+    fit(replace(config, data_dir=folder))
+    checkpoint = str(Path(config.out_dir) / "ckpt.pt")
+    capsys.readouterr()
+    main(SampleConfig(checkpoint=checkpoint, prompt="from", num_tokens=8, seed=1, device="cpu"))
+    assert "fair" in capsys.readouterr().out
+    try:
+        main(SampleConfig(checkpoint=checkpoint, num_tokens=8, seed=1, device="cpu"))
+    except UserError as error:
+        assert "--prompt" in str(error)  # noqa: PT017 - a text is right too
 
 
 def test_text_appears_token_by_token(sampling: SampleConfig) -> None:

@@ -1,6 +1,7 @@
-"""The tokenizer loses nothing: any text comes back, ids are narrow, and what is unknown is named."""
+"""Characters and bytes lose nothing: any text comes back, ids are narrow, and what is unknown is named."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from nanogpt import tokenizer
 from nanogpt.config import UserError
-from nanogpt.tokenizer import CharTokenizer, code_points, from_dict, narrowest
+from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, code_points, narrowest, utf8
+from nanogpt.vocabulary import from_dict
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 texts = st.text(st.characters(), max_size=60)  # surrogates and NUL too
@@ -116,12 +118,21 @@ def test_the_position_counts_from_the_start_of_the_text_not_of_the_chunk(monkeyp
     monkeypatch.setattr(tokenizer, "CHUNK", 4)
     coder = CharTokenizer.train("ab")
     with pytest.raises(UserError, match=r"'x' \(U\+0078\) at position 9 "):
-        coder.encode("abababab" + "bx" + "y")
+        coder.encode("abababab" + "bx" + "x")
 
 
-def test_an_unknown_character_does_not_shadow_an_earlier_one():
-    with pytest.raises(UserError, match=r"'x' \(U\+0078\) at position 1 "):
-        CharTokenizer.train("a").encode("axyz")
+def test_several_unknown_characters_are_named_in_the_order_they_come():
+    coder = CharTokenizer.train("ab")
+    with pytest.raises(UserError) as raised:
+        coder.encode("axyxzab")
+    message = str(raised.value)
+    assert "characters 'x' (U+0078), 'y' (U+0079), 'z' (U+007A) (the first at position 1)" in message
+    assert "vocabulary of 2 characters" in message
+    assert coder.unknown("axyxzab") == ["x", "y", "z"]
+    with pytest.raises(UserError, match=r"\), \.\.\. \(the first at position 0\)") as raised:
+        coder.encode("0123456789")
+    assert str(raised.value).count("U+") == 5
+    assert "\n" not in str(raised.value)
 
 
 def test_saved_and_back():
@@ -133,7 +144,81 @@ def test_saved_and_back():
     assert again.encode(text).tolist() == coder.encode(text).tolist()
 
 
-@pytest.mark.parametrize("saved", [{"kind": "bpe"}, {}, {"kind": None, "chars": "ab"}])
+@pytest.mark.parametrize("saved", [{"kind": "words"}, {}, {"kind": None, "chars": "ab"}])
 def test_an_unknown_kind_is_refused(saved):
     with pytest.raises(UserError, match="unknown tokenizer"):
         from_dict(saved)
+
+
+@quick
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters()), st.booleans())
+def test_the_fast_way_for_ascii_equals_the_general_one(text, more, end_of_text):
+    """Also where a vocabulary has so many characters, or one less, that an id needs another type."""
+    for size in (0, 255, 256, 300):
+        letters = "".join(map(chr, range(0x400, 0x400 + size)))
+        known = text + more
+        coder = CharTokenizer.train(
+            known + letters[: max(0, size - len(set(known)))], end_of_text=end_of_text
+        )
+        ids = coder.encode(text)
+        assert ids.dtype == coder.dtype
+        assert ids.tolist() == [coder.chars.index(char) for char in text]
+
+
+def test_unknown_ascii_is_named_the_fast_way_too():
+    for text in ("ab", "abé", "ab" + "".join(map(chr, range(0x400, 0x600)))):
+        with pytest.raises(UserError, match=r"character 'x' \(U\+0078\) at position 2 "):
+            CharTokenizer.train(text).encode("abxa")
+
+
+@pytest.mark.parametrize("size", [3, 255, 256, 300])
+def test_the_end_of_a_document_is_an_id_behind_all_characters(size):
+    text = "".join(map(chr, range(size)))
+    coder = CharTokenizer.train(text, end_of_text=True)
+    assert coder.end_of_text == size
+    assert coder.vocab_size == size + 1
+    assert coder.dtype is narrowest(size + 1)
+    assert coder.encode(text).tolist() == list(range(size))
+    assert coder.decode([0, size]) == text[0] + END_OF_TEXT
+    assert from_dict(coder.to_dict()).end_of_text == size
+    assert CharTokenizer.train(text).end_of_text is None
+
+
+def test_characters_keep_half_a_surrogate_pair():
+    text = "a\ud800b\udc00"
+    coder = CharTokenizer.train(text)
+    assert coder.decode(coder.encode(text)) == text
+    assert "".join(coder.stream(coder.encode(text).tolist())) == text
+
+
+# Bytes
+
+
+@quick
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bytes_are_those_of_utf8(text):
+    coder = ByteTokenizer()
+    assert bytes(coder.encode(text)) == text.encode()
+    assert coder.decode(coder.encode(text)) == text
+    assert coder.end_of_text not in coder.encode(text)
+
+
+def test_bytes_have_no_half_a_surrogate_pair():
+    coder = ByteTokenizer()
+    assert coder.decode(coder.encode("a\ud800b\udc00")) == "a\ufffdb\ufffd"
+    assert coder.decode(coder.encode("\ud83d\ude42")) == "\U0001f642"  # two halves that belong together
+
+
+def test_bytes_that_are_no_text_are_shown_all_the_same():
+    coder = ByteTokenizer()
+    assert coder.decode([0x61, 0xC3, 0x62]) == "a\ufffdb"
+    assert "".join(coder.stream([0x61, 0xC3, 0xA4, 0xC3])) == "aä\ufffd"
+    assert coder.decode([0x61, 0xFF]) == "a" + END_OF_TEXT
+
+
+@quick
+@given(texts)
+def test_half_pairs_become_the_replacement_character_and_whole_ones_what_they_stand_for(text):
+    pair = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+    whole = pair.sub(lambda two: two[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+    assert utf8(text).decode() == re.sub("[\ud800-\udfff]", "\ufffd", whole)

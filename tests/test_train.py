@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nanogpt import checkpoint, data, report, step, train
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.config import DataConfig, TrainConfig, UserError
-from nanogpt.corpus import Source
-from nanogpt.data import load, prepare
+from nanogpt.config import TrainConfig, UserError
+from nanogpt.data import load
 from nanogpt.model import GPT
 from nanogpt.run import set_up
 from nanogpt.run_folder import RunFolder
@@ -119,10 +119,9 @@ def test_resume_refuses_another_architecture(config: TrainConfig, name, value) -
 
 def test_resume_refuses_other_data(config: TrainConfig, tmp_path: Path, text: str) -> None:
     fit(replace(config, max_iters=1))
-    other = str(tmp_path / "other")
-    prepare(Source(text[::-1], "reversed"), DataConfig(data_dir=other))
+    prepared(tmp_path / "other", text[::-1])
     with pytest.raises(UserError, match="not the data this run was trained on"):
-        fit(replace(config, resume=True, data_dir=other))
+        fit(replace(config, resume=True, data_dir=str(tmp_path / "other")))
 
 
 def test_resume_without_a_checkpoint(config: TrainConfig) -> None:
@@ -149,6 +148,21 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(config: TrainConfig) ->
         pytest.raises(UserError, match="another training is writing"),
     ):
         fit(config)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_the_validation_loss_is_logged_in_bits_a_byte_too(config: TrainConfig, tmp_path: Path, kind) -> None:
+    folder = tmp_path / kind
+    dataset = prepared(folder, "naïve words, näive wörds\n" * 60, tokenizer=kind, vocab_size=270)
+    fit(replace(config, data_dir=str(folder)))
+    evaluations = [row for row in rows(config) if "val_loss" in row]
+    assert len(evaluations) == 3
+    bits_per_token = (len(dataset.val) - 1) / math.log(2)
+    first = dataset.tokenizer.tokens[int(dataset.val[0])]
+    text = ("naïve words, näive wörds\n" * 60)[int(25 * 60 * 0.9) :]
+    for row in evaluations:
+        expected = row["val_loss"] * bits_per_token / (len(text.encode()) - len(first))
+        assert row["val_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
 # --- numbers that are not finite ---

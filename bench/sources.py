@@ -1,0 +1,48 @@
+"""Real text that every machine has: the sources of Python and of the packages installed with it.
+
+Use:    documents = collect(20_000_000); write(Path("text.txt"), 2_000_000_000)
+"""
+
+import sysconfig
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+
+
+def files() -> Iterator[Path]:
+    """Python files, the standard library's first, each folder by name."""
+    for name in ("stdlib", "purelib"):
+        folder = Path(sysconfig.get_paths()[name])
+        yield from (path for path in sorted(folder.rglob("*.py")) if name != "stdlib" or own(path, folder))
+
+
+def own(path: Path, folder: Path) -> bool:
+    """Whether a file in the standard library's folder is the library's own."""
+    return not {"site-packages", "dist-packages"} & set(path.relative_to(folder).parts)
+
+
+def collect(size: int) -> list[str]:
+    """Documents of `size` bytes of UTF-8 in all, or all there are."""
+    documents: list[str] = []
+    total = 0
+    for path in files():
+        try:
+            documents.append(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError):
+            continue
+        total += len(documents[-1].encode())
+        if total >= size:
+            break
+    return documents
+
+
+def write(path: Path, size: int) -> None:
+    """A text file of `size` bytes: the documents one after the other, again if they run out."""
+    left = size
+    with open(path, "wb") as file:
+        for document in cycle(collect(400_000_000)):
+            raw = document.encode()[:left].decode("utf-8", "ignore").encode()
+            file.write(raw)
+            left -= len(raw)
+            if left <= 3:  # a character cut at the end
+                return

@@ -1,0 +1,41 @@
+"""Several token files that read as one array.
+
+Use:    tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
+Nothing is copied until it is asked for: the parts may be maps of files larger than memory.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Shards:
+    """The parts one after the other, (N,), of one type; an int, a slice or an array of ints selects."""
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        self.parts: list[NDArray[Any]] = list(parts)
+        self.ends = np.cumsum([len(part) for part in parts])  # (S,)
+        self.dtype: np.dtype[Any] = parts[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int | slice | NDArray[np.int64]) -> NDArray[Any]:
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            index = np.arange(start, stop)
+        places = np.asarray(index, np.int64)
+        places = np.where(places < 0, places + len(self), places)
+        shards = np.searchsorted(self.ends, places, side="right")
+        tokens = np.empty(places.shape, self.dtype)
+        for shard in map(int, np.unique(shards)):
+            here = shards == shard
+            part: NDArray[Any] = self.parts[shard]
+            tokens[here] = part[places[here] - (self.ends[shard] - len(part))]
+        return tokens
+
+
+Tokens = NDArray[Any] | Shards
+"""The tokens of a split, (N,)."""

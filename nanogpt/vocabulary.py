@@ -1,0 +1,52 @@
+"""Which tokenizer: the one that was saved, or the one in a tokenizer.json.
+
+Use:    tokenizer = from_dict(saved); tokenizer = from_file(Path("tokenizer.json"))
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanogpt.bpe import BPETokenizer, ForeignTokenizer, is_byte_level
+from nanogpt.config import UserError
+from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+
+PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 \u00a0 x==y;{}\n\u200bЁё 'll ''s   \x00 end  "
+"""Text with one of everything, on which two implementations of a tokenizer must agree."""
+
+
+def from_dict(saved: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that to_dict described. Errors: UserError if its kind is unknown."""
+    match saved.get("kind"):
+        case "char":
+            return CharTokenizer(saved["chars"], end_of_text=saved.get("end_of_text", False))
+        case "byte":
+            return ByteTokenizer()
+        case "bpe":
+            return BPETokenizer(saved["tokenizer.json"])
+        case "tokenizer.json":
+            return ForeignTokenizer(saved["tokenizer.json"])
+        case kind:
+            raise UserError(f"unknown tokenizer {kind!r}: update NanoGPT")
+
+
+def from_file(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json. Errors: UserError if it is missing or is none."""
+    try:
+        source = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"--tokenizer {path} cannot be read: {reason}") from error
+    try:
+        foreign = ForeignTokenizer(source)
+    except Exception as error:  # the library raises Exception itself
+        raise UserError(f"--tokenizer {path} is not a tokenizer.json: {error}") from error
+    if not is_byte_level(json.loads(source)):
+        return foreign
+    try:
+        fast = BPETokenizer(source)
+    except Exception:  # a pre-tokenizer that gigatoken does not know
+        return foreign
+    same = fast.encode(PROBE).tolist() == foreign.encode(PROBE).tolist()
+    return fast if same else foreign

@@ -1,0 +1,97 @@
+"""Cutting a document into pieces loses nothing, changes no token, and leaves white space alone out."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt import documents
+from nanogpt.config import UserError
+from nanogpt.documents import Piece, Report, cut, strings
+
+quick = settings(deadline=None, derandomize=True, max_examples=150)
+prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categories=["Cs"]), max_size=80)
+
+
+def pieces_of(*texts):
+    """The pieces of a document that comes in these blocks, as text."""
+    return [raw.decode() for raw, _ in cut([text.encode() for text in texts])]
+
+
+@quick
+@given(st.lists(prose, max_size=5), st.integers(4, 30), st.integers(0, 30))
+def test_the_pieces_of_a_document_are_the_document(texts, piece, margin):
+    """Each of whole characters, and no longer than asked but for the rest of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE", piece)
+        patch.setattr(documents, "MARGIN", max(margin, 1))
+        pieces = list(cut([text.encode() for text in texts]))
+    whole = "".join(texts)
+    if whole.strip():
+        assert "".join(raw.decode() for raw, _ in pieces) == whole
+        assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert all(len(raw) <= piece + 3 for raw, _ in pieces)
+        assert all(raw for raw, ends in pieces if not ends)
+
+
+@quick
+@given(st.lists(prose, max_size=5), st.integers(10, 30))
+def test_how_the_text_comes_does_not_matter(texts, piece):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE", piece)
+        assert pieces_of(*texts) == pieces_of("".join(texts))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_characters_are_counted(text):
+    assert Piece(text.encode(), True).characters == len(text)
+
+
+def test_a_cut_is_before_a_space_behind_a_word(monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 10)
+    assert pieces_of("a word or two  and on") == ["a word or", " two  and", " on"]
+    assert pieces_of("abc   \n   defghijk") == ["abc", "   \n   def", "ghijk"]
+    assert pieces_of("x" * 25) == ["x" * 10, "x" * 10, "x" * 5]
+    assert pieces_of("日" * 7) == ["日" * 4, "日" * 3]
+
+
+def test_no_cut_far_from_the_end(monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 10)
+    monkeypatch.setattr(documents, "MARGIN", 4)
+    assert pieces_of("ab cdefghijkl") == ["ab cdefghi", "jkl"]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t\r\n  ", "\u2003\n"])
+def test_white_space_alone_is_no_document(text):
+    assert pieces_of(text) == pieces_of(text, text) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "found"),
+    [
+        ("x", "text", ["x"]),
+        ({"text": "x"}, "text", ["x"]),
+        ({"a": {"b": "x"}}, "a.b", ["x"]),
+        ({"a": [{"b": "x"}, {"b": "y"}]}, "a.b", ["x", "y"]),
+        ({"a": ["x", "y"]}, "a", ["x", "y"]),
+        (["x", {"text": "y"}], "text", ["x", "y"]),
+        ({"text": "x"}, "body", [None]),
+        ({"a": {"b": "x"}}, "a", [{"b": "x"}]),
+        ({"a": {"b": "x"}}, "a.b.c", ["x"]),
+        ({"a": {}}, "a.b", [None]),
+        ([], "text", []),
+        (3, "text", [3]),
+    ],
+)
+def test_what_a_field_leads_to(value, path, found):
+    assert list(strings(value, path.split("."))) == found
+
+
+def test_broken_records_are_counted_and_so_many_are_kept(monkeypatch):
+    monkeypatch.setattr(documents, "KEPT", 3)
+    report = Report()
+    for number in range(5):
+        report.reject(f"a.jsonl:{number}", "not JSON")
+    assert report.broken_count == 5
+    assert report.broken == ["a.jsonl:0: not JSON", "a.jsonl:1: not JSON", "a.jsonl:2: not JSON"]
+    with pytest.raises(UserError, match=r"a\.jsonl:7: not JSON .*--strict"):
+        Report(strict=True).reject("a.jsonl:7", "not JSON")

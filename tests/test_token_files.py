@@ -1,0 +1,124 @@
+"""Bare tokens become what torch.save would have written; a preparation's state is its own or nothing."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt.config import DataConfig, UserError
+from nanogpt.survey import Survey
+from nanogpt.token_files import Work, write_tokens
+from nanogpt.tokenizer import ByteTokenizer
+
+DTYPES = {np.uint8: torch.uint8, np.uint16: torch.uint16, np.uint32: torch.uint32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 1000, 5_000_001])
+def test_the_file_is_the_tensor_that_torch_saves(tmp_path, dtype, count):
+    ids = np.random.default_rng(1).integers(0, np.iinfo(dtype).max, count, dtype, endpoint=True)
+    ids.tofile(tmp_path / "train.tokens")
+    write_tokens(tmp_path / "train.tokens", tmp_path / "train.pt", dtype, 0, count)
+    for mmap in (True, False):
+        tensor = torch.load(tmp_path / "train.pt", mmap=mmap, weights_only=True)
+        assert tensor.dtype == DTYPES[dtype]
+        assert tensor.shape == (count,)
+        assert np.array_equal(tensor.numpy(), ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_of_the_tokens_is_a_file_too(tmp_path, dtype):
+    ids = np.arange(200, dtype=dtype)
+    ids.tofile(tmp_path / "train.tokens")
+    for first, count in ((0, 1), (30, 70), (199, 1)):
+        write_tokens(tmp_path / "train.tokens", tmp_path / "part.pt", dtype, first, count)
+        tensor = torch.load(tmp_path / "part.pt", mmap=True, weights_only=True)
+        assert np.array_equal(tensor.numpy(), ids[first : first + count])
+
+
+def test_the_file_that_was_there_is_whole_until_the_new_one_is(tmp_path, monkeypatch):
+    (tmp_path / "train.pt").write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    np.arange(10, dtype=np.uint8).tofile(tmp_path / "train.tokens")
+    monkeypatch.setattr("nanogpt.token_files.torch.save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_tokens(tmp_path / "train.tokens", tmp_path / "train.pt", np.uint8, 0, 10)
+    assert (tmp_path / "train.pt").read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {"train.pt", "train.tokens"}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("text")
+    return path
+
+
+def begun(folder, config, text):
+    """A preparation that has encoded seven tokens, and saved five of them."""
+    work = Work(folder, config, [text])
+    survey = Survey(first_val=1)
+    survey.characters.extend([3, 4])
+    survey.digests.extend([2**64 - 1, 5])
+    work.begin(survey, ByteTokenizer())
+    with work.writing() as files:
+        for file, values, count in ((files[0], b"abcd", 3), (files[1], b"xyz", 2)):
+            file.write(values)
+            work.tokens[files.index(file)] = count
+        work.bytes, work.batches = [3, 2], 1
+        work.save(files)
+    return work
+
+
+def test_a_preparation_goes_on_from_what_was_saved(tmp_path, text):
+    config = DataConfig(data_dir=str(tmp_path))
+    begun(tmp_path / "preparing", config, text)
+    again = Work(tmp_path / "preparing", config, [text])
+    assert again.survey is not None
+    assert (again.tokens, again.bytes, again.batches) == ([3, 2], [3, 2], 1)
+    assert list(again.survey.characters) == [3, 4]
+    assert list(again.survey.digests) == [2**64 - 1, 5]
+    assert again.survey.first_val == 1
+    with again.writing() as files:
+        files[0].write(b"!")
+    assert again.tokens_file("train").read_bytes() == b"abc!"
+    assert again.tokens_file("val").read_bytes() == b"xy"
+    again.remove()
+    assert not (tmp_path / "preparing").exists()
+
+
+def test_whether_to_overwrite_makes_no_difference(tmp_path, text):
+    config = DataConfig(data_dir=str(tmp_path))
+    begun(tmp_path / "preparing", config, text)
+    again = Work(tmp_path / "preparing", DataConfig(data_dir=str(tmp_path), overwrite=True), [text])
+    assert again.tokens == [3, 2]
+
+
+@pytest.mark.parametrize("change", ["settings", "files", "size", "time", "state", "tokens", "missing"])
+def test_what_is_of_another_preparation_or_damaged_is_thrown_away(tmp_path, text, change):
+    config, files = DataConfig(data_dir=str(tmp_path)), [text]
+    folder = tmp_path / "preparing"
+    begun(folder, config, text)
+    if change == "settings":
+        config = DataConfig(data_dir=str(tmp_path), train_split=0.8)
+    elif change == "files":
+        files = [text, text]
+    elif change == "size":
+        text.write_text("texts")
+    elif change == "time":
+        os.utime(text, ns=(0, 0))
+    elif change == "state":
+        (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-100])
+    elif change == "tokens":
+        (folder / "val.tokens").write_bytes(b"x")
+    else:
+        (folder / "val.tokens").unlink()
+    again = Work(folder, config, files)
+    assert again.survey is None
+    assert again.tokens == [0, 0]
+    assert not Path(folder, "train.tokens").exists()
