@@ -30,7 +30,7 @@ DETECTION_BYTES = 1 << 20
 BEGINNING = 1 << 24
 """How much of a file decides its encoding, in bytes: most files are shorter."""
 
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 18
 """How much of a longer file is decoded at a time."""
 
 
@@ -121,23 +121,34 @@ def encoding_of(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[s
     for mark, encoding in BYTE_ORDER_MARKS:
         if raw.startswith(mark):  # whose codec takes the mark away
             return encoding, (f"read as {encoding.upper()}, by its byte order mark",)
-    try:
-        raw.decode("utf-8")
+    valid, cut_off = valid_utf8(raw)
+    if valid == len(raw) or (cut_off and not whole) or (in_records and is_mostly_utf8(raw)):
         return "utf-8", ()
-    except UnicodeDecodeError as error:
-        cut_off = len(raw) - error.start if error.reason == "unexpected end of data" else 0
-        if (cut_off and not whole) or (in_records and is_mostly_utf8(raw)):
-            return "utf-8", ()
-        if cut_off and is_mostly_utf8(raw[: error.start]):
-            return "utf-8", (f"ends inside a character: {cut_off} bytes left out",)
-        require(
-            not is_mostly_utf8(raw),
-            f"is UTF-8 but for the byte 0x{raw[error.start]:02X} at {error.start:,}: remove or repair it",
-        )
+    if cut_off and is_mostly_utf8(raw[:valid]):
+        return "utf-8", (f"ends inside a character: {cut_off} bytes left out",)
+    require(
+        not is_mostly_utf8(raw),
+        f"is UTF-8 but for the byte 0x{raw[valid]:02X} at {valid:,}: remove or repair it",
+    )
     encoding = detect(raw, whole=whole)
     if encoding is None:
         raise UserError(NOT_TEXT)
     return encoding, (f"not UTF-8: read as {encoding}, as detected",)
+
+
+def valid_utf8(raw: bytes) -> tuple[int, int]:
+    """How many bytes of `raw` are UTF-8, from its start; and how many follow, of a character cut off."""
+    if raw.isascii():
+        return len(raw), 0
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(raw), READ_BYTES):  # the whole text at once would take four times its bytes
+        held = len(decoder.getstate()[0])
+        try:
+            decoder.decode(raw[start : start + READ_BYTES])
+        except UnicodeDecodeError as error:
+            return start - held + error.start, 0
+    held = len(decoder.getstate()[0])
+    return len(raw) - held, held
 
 
 def is_mostly_utf8(raw: bytes) -> bool:
