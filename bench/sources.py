@@ -3,9 +3,9 @@
 Use:    documents = collect(20_000_000); write(Path("text.txt"), 2_000_000_000)
 """
 
+import contextlib
 import sysconfig
 from collections.abc import Iterator
-from itertools import cycle
 from pathlib import Path
 
 
@@ -21,28 +21,33 @@ def own(path: Path, folder: Path) -> bool:
     return not {"site-packages", "dist-packages"} & set(path.relative_to(folder).parts)
 
 
+def documents() -> Iterator[str]:
+    """Their texts, one at a time."""
+    for path in files():
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            yield path.read_text("utf-8")
+
+
 def collect(size: int) -> list[str]:
     """Documents of `size` bytes of UTF-8 in all, or all there are."""
-    documents: list[str] = []
+    found: list[str] = []
     total = 0
-    for path in files():
-        try:
-            documents.append(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError):
-            continue
-        total += len(documents[-1].encode())
+    for document in documents():
+        found.append(document)
+        total += len(document.encode())
         if total >= size:
             break
-    return documents
+    return found
 
 
 def write(path: Path, size: int) -> None:
     """A text file of `size` bytes: the documents one after the other, again if they run out."""
     left = size
     with open(path, "wb") as file:
-        for document in cycle(collect(400_000_000)):
-            raw = document.encode()[:left].decode("utf-8", "ignore").encode()
-            file.write(raw)
-            left -= len(raw)
-            if left <= 3:  # a character cut at the end
-                return
+        while True:
+            for document in documents():
+                raw = document.encode()[:left].decode("utf-8", "ignore").encode()
+                file.write(raw)
+                left -= len(raw)
+                if left <= 3:  # a character cut at the end
+                    return

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 from nanogpt.config import require
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """Bytes in a piece: longer documents come in several."""
 
 MARGIN = 1 << 12

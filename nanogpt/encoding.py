@@ -30,7 +30,7 @@ DETECTION_BYTES = 1 << 20
 BEGINNING = 1 << 24
 """How much of a file decides its encoding, in bytes: most files are shorter."""
 
-READ_BYTES = 1 << 18
+READ_BYTES = 1 << 17
 """How much of a longer file is decoded at a time."""
 
 

@@ -27,7 +27,7 @@ from nanogpt.data import FORMAT
 from nanogpt.documents import Piece, Report
 from nanogpt.shakespeare import TINY_SHAKESPEARE
 
-BATCH_BYTES, BATCH_DOCUMENTS = 1 << 20, 1 << 13
+BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
 """What a thread works on at a time: this many bytes of text, of no more documents than that."""
 
 Item = TypeVar("Item")
