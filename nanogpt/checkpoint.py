@@ -170,10 +170,10 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(**content)
 
 
-def peek_config(path: Path) -> TrainConfig:
-    """The settings in a checkpoint, without reading its tensors or verifying anything.
+def peek(path: Path) -> tuple[TrainConfig, int]:
+    """The settings in a checkpoint and its step, without reading its tensors or verifying anything.
 
     Errors: whatever a missing or damaged file raises.
     """
     content = cast(dict[str, Any], torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    return from_dict(TrainConfig, content["config"])
+    return from_dict(TrainConfig, content["config"]), int(content["progress"]["step"])

@@ -99,23 +99,32 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
         command = cast(Callable[[Any], int], importlib.import_module(COMMANDS[name].module).main)
         return command(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return complain(str(error))
     except BrokenPipeError:  # the reader of a pipe has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a folder that is a file, a read-only disk, ...
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return complain(f"{error.filename}: {error.strerror}")
     except ModuleNotFoundError as error:
         if (error.name or "nanogpt").partition(".")[0] == "nanogpt":
             raise
-        print(f"error: {error.name} is not installed: pip install -c constraints.txt -e .", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return complain(f"{error.name} is not installed: pip install -c constraints.txt -e .")
     except KeyboardInterrupt:
         return EXIT_INTERRUPT
+
+
+def complain(message: str) -> int:
+    """Say what is wrong, in one line, even if several processes made the same mistake.
+
+    Returns the exit code.
+    """
+    from nanogpt.console import speaks
+
+    if speaks():
+        print(f"error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:

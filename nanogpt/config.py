@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto", "on", "off"]
+GradCheckpoint = Literal["off", "blocks", "selective"]
+MicroBatch = int | Literal["auto"]
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
 MLPKind = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
@@ -230,7 +232,11 @@ class TrainConfig(Architecture):
     batch_size: int = 64
     """Sequences in one update, over all its micro-batches."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches the batch is cut into, to fit in memory; the update stays the same."""
+    """Micro-batches the batch is cut into, over all processes, to fit in memory; the update is the same."""
+    micro_batch: MicroBatch = "auto"
+    """Sequences that a process takes at once; auto: as many as fit, found out in the first updates."""
+    grad_checkpoint: GradCheckpoint = "off"
+    """Compute activations twice instead of keeping them: in whole blocks, or selective, all but products."""
     max_iters: int = 5000
     """Number of updates."""
     max_seconds: float | None = None
@@ -287,6 +293,8 @@ class TrainConfig(Architecture):
         all_finite(self)
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters"):
             at_least(self, name, 1)
+        if self.micro_batch != "auto":
+            at_least(self, "micro_batch", 1)
         for name in ("eval_interval", "eval_iters", "patience", "log_interval"):
             at_least(self, name, 1)
         for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds"):

@@ -28,8 +28,15 @@ def terminal() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def speaks() -> bool:
+    """Whether this process is the one that talks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str = "", style: str | None = None) -> None:
     """Print a line on standard output, above a progress bar if one is shown."""
+    if not speaks():
+        return
     with going_on(sys.stdout):
         if terminal().is_terminal:
             terminal().print(line, style=style, markup=False, emoji=False)
@@ -39,6 +46,8 @@ def say(line: str = "", style: str | None = None) -> None:
 
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
+    if not speaks():
+        return
     with going_on(sys.stderr):
         if terminal().is_terminal and sys.stderr.isatty():
             terminal().print(line, style="yellow", markup=False, emoji=False)
@@ -80,5 +89,5 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
         TimeRemainingColumn(),
         console=terminal(),
         refresh_per_second=5,
-        disable=not terminal().is_terminal,
+        disable=not (terminal().is_terminal and speaks()),
     )

@@ -4,6 +4,7 @@ Use:    device = pick_device("auto"); describe(device); dtype = pick_dtype("auto
 Returns its findings as values; it prints nothing and reads no files.
 """
 
+import re
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -120,6 +121,19 @@ def pick_compile(switch: Switch, device: torch.device) -> bool:
 def runs_ahead(device: torch.device) -> bool:
     """Whether the device is given work without waiting for it: then no step may ask for a number."""
     return device.type == "cuda"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says so: torch.OutOfMemoryError is a RuntimeError; MPS and CPU raise that itself."""
+    return bool(re.search(r"out of memory|can't allocate memory", str(error)))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what PyTorch keeps of the device's memory without using it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:

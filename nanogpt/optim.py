@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -18,8 +19,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
 
 
-def build(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of config.optimizer, each for its own parameters.
+def build(model: nn.Module, config: TrainConfig, rank: int = 0, size: int = 1) -> list[torch.optim.Optimizer]:
+    """The optimizers of config.optimizer, each for its own parameters, on process `rank` of `size`.
 
     adamw: one for everything. muon: Muon for the matrices inside the blocks, AdamW for
     embeddings, the head and whatever has one dimension.
@@ -29,7 +30,7 @@ def build(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
         return [adamw([p for _, p in named], config)]
     matrices = [p for name, p in named if name.startswith("blocks.") and p.dim() == 2]
     chosen = set(map(id, matrices))
-    return [adamw([p for _, p in named if id(p) not in chosen], config), Muon(matrices, config)]
+    return [adamw([p for _, p in named if id(p) not in chosen], config), Muon(matrices, config, rank, size)]
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -55,10 +56,18 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, matrices: Iterable[nn.Parameter], config: TrainConfig, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        config: TrainConfig,
+        rank: int = 0,
+        size: int = 1,
+        momentum: float = 0.95,
+    ) -> None:
         super().__init__(
             matrices, {"lr": config.muon_lr, "momentum": momentum, "weight_decay": config.weight_decay}
         )
+        self.rank, self.size = rank, size
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -90,7 +99,8 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
         """Move the matrices of one shape along their orthogonalised momenta."""
-        directions = orthogonalize(torch.stack([momentum for _, momentum in pairs]))
+        momenta = torch.stack([momentum for _, momentum in pairs])  # (N, R, C), R >= C
+        directions = orthogonalize(momenta) if self.size == 1 else self.share_out(momenta)
         decay = group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
@@ -99,6 +109,17 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - decay)
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5
             parameter.add_(direction if rows >= columns else direction.T, alpha=-scale)
+
+    def share_out(self, momenta: Tensor) -> Tensor:
+        """orthogonalize, each process its part of the matrices, (N, R, C)."""
+        each = -(-len(momenta) // self.size)
+        mine = momenta[self.rank * each :][:each]
+        part = momenta.new_zeros(each, *momenta.shape[1:])
+        if len(mine):
+            part[: len(mine)] = orthogonalize(mine)
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)[: len(momenta)]
 
 
 def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:

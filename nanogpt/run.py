@@ -15,16 +15,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nanogpt import checkpoint, data, device, optim
+from nanogpt import checkpoint, data, device, optim, parallel
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, UserError, require, to_dict
 from nanogpt.console import say, warn
 from nanogpt.metrics import ConsoleReader, JsonLines, Metrics, Reader, TensorBoard
 from nanogpt.model import GPT
-from nanogpt.run_folder import RunFolder
+from nanogpt.parallel import World
+from nanogpt.run_folder import RUN_BY_RUN, RunFolder
 
-RUN_BY_RUN = ("resume", "overwrite", "out_dir", "data_dir")
-"""Settings of one invocation: a resumed run may have others, and nobody need be told."""
+ALONE = World()
 
 
 @dataclass
@@ -71,6 +71,7 @@ class Run:
     """Everything a training needs: set_up makes it, train.py moves it."""
 
     config: TrainConfig
+    world: World
     folder: RunFolder
     dataset: data.Dataset
     batches: data.Batches
@@ -82,12 +83,16 @@ class Run:
     average: GPT | None
     """The moving average of the model's weights, if config.ema_decay asks for one."""
     loss: Callable[[Tensor, Tensor], Tensor]
-    """The model's loss, compiled or not."""
+    """The model's loss, wrapped for several processes, compiled or not."""
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     console: ConsoleReader
     metrics: Metrics
     progress: Progress
+    pieces: int = 1
+    """Micro-batches that this process cuts its share of a batch into."""
+    first_step: int = 0
+    """The step at which this process began."""
     pending: deque[Outcome] = field(default_factory=deque[Outcome])
     """Updates given to the device whose numbers have not been read (at most two, the oldest first)."""
     clock: float = 0.0
@@ -105,7 +110,7 @@ class Run:
         return self.average or self.model
 
 
-def set_up(config: TrainConfig, folder: RunFolder) -> Run:
+def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     """Build a run, new or resumed. Touches the run folder only once all else is in order.
 
     Errors: UserError if the data, the device or the checkpoint do not fit the settings.
@@ -114,10 +119,13 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     dataset = data.load(Path(config.data_dir))
     if saved:
         check_resume(config, saved, dataset)
+    parallel.check_batch(config.batch_size, world)
     batches = data.Batches(
         dataset.train, block_size=config.block_size, batch_size=config.batch_size, seed=config.seed
     )
-    place = device.pick_device(config.device)
+    place = device.pick_device(parallel.local_device(config.device, world))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     for line in device.describe(place):
         say(line)
     dtype = pick_dtype(config, place, saved)
@@ -126,20 +134,31 @@ def set_up(config: TrainConfig, folder: RunFolder) -> Run:
     torch.manual_seed(config.seed)
     model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
     average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
-    optimizers = optim.build(model, config)
+    parallel.checkpoint_activations(model, config.grad_checkpoint)
+    optimizers = optim.build(model, config, world.rank, world.size)
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
-    if not saved:
+    if not saved and world.is_first:
         make_room(config, folder)
     progress = Progress(**saved.progress) if saved else Progress()
-    console, metrics = open_metrics(config, folder, progress)
+    console, metrics = open_metrics(config, folder, progress, world)
+    loss = parallel.shared_loss(model, world, place)
     run = Run(
-        config, folder, dataset, batches, place, dtype,
+        config, world, folder, dataset, batches, place, dtype,
         data.Windows(dataset.train, place), data.Windows(dataset.val, place),
-        model, average, model.loss, optimizers, scaler, console, metrics, progress,
+        model, average, loss, optimizers, scaler, console, metrics, progress,
+        pieces=micro_batches(config, world), first_step=progress.step,
     )  # fmt: skip
     if saved:
         restore(run, saved)
     return run
+
+
+def micro_batches(config: TrainConfig, world: World) -> int:
+    """How many micro-batches a process cuts its share of the batch into, to begin with."""
+    share = -(-config.batch_size // world.size)
+    if config.micro_batch == "auto":
+        return min(share, -(-config.gradient_accumulation_steps // world.size))
+    return -(-share // config.micro_batch)
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -185,9 +204,13 @@ def make_room(config: TrainConfig, folder: RunFolder) -> None:
         say(f"{folder.path} held an earlier run: moved to {previous}")
 
 
-def open_metrics(config: TrainConfig, folder: RunFolder, progress: Progress) -> tuple[ConsoleReader, Metrics]:
-    """The readers of the run's numbers, each continuing where the checkpoint is."""
+def open_metrics(
+    config: TrainConfig, folder: RunFolder, progress: Progress, world: World
+) -> tuple[ConsoleReader, Metrics]:
+    """The readers of the run's numbers, each continuing where the checkpoint is; the first process's only."""
     console = ConsoleReader(progress.step, config.max_iters)
+    if not world.is_first:
+        return console, Metrics([console])
     readers: list[Reader] = [console, JsonLines(folder.metrics, progress.step, progress.evaluated_at)]
     if config.tensorboard:
         readers.append(TensorBoard(folder.runs, progress.step, to_dict(config)))
@@ -230,18 +253,22 @@ def restore(run: Run, saved: Checkpoint) -> None:
 
 
 def save(run: Run, path: Path) -> None:
-    """Write a checkpoint of the run. Errors: UserError if it cannot be written."""
+    """Write a checkpoint of the run, on the first process. Errors: UserError if it cannot be written."""
     run.saved_at = time.perf_counter()
-    run.metrics.flush()
-    checkpoint.save(path, snapshot(run))
+    if run.world.is_first:
+        run.metrics.flush()
+        if run.world.job and not run.saved_step:
+            run.folder.job.write_text(run.world.job)
+        checkpoint.save(path, snapshot(run))
     run.saved_step = run.progress.step
 
 
 def try_save(run: Run, path: Path) -> bool:
     """Like save, but a failure is reported and the training goes on. Returns whether it worked."""
+    failed = False
     try:
         save(run, path)
     except UserError as error:
         warn(f"{error} (training goes on; what was saved before is whole; the next save tries again)")
-        return False
-    return True
+        failed = True
+    return not run.world.agree(failed)[0]

@@ -8,12 +8,16 @@ Holds:  ckpt.pt (best), last.pt (newest), metrics.jsonl, loss.png, runs/ (Tensor
 import contextlib
 import shutil
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanogpt.checkpoint import Checkpoint, load, peek_config
+from nanogpt.checkpoint import Checkpoint, load, peek
 from nanogpt.config import TrainConfig, UserError, require
+
+RUN_BY_RUN = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
+"""Settings of one invocation: a run that goes on may have others, and nobody need be told."""
 
 
 class RunFolder:
@@ -26,6 +30,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.plot = path / "loss.png"
         self.runs = path / "runs"
+        self.job = path / ".job"
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
@@ -68,8 +73,21 @@ class RunFolder:
         """The settings of the run, read quickly and unverified; None if there is none to read."""
         for path in (self.last, self.best):
             with contextlib.suppress(Exception):  # a damaged file is reported by `newest`
-                return peek_config(path)
+                return peek(path)[0]
         return None
+
+    def holds(self, config: TrainConfig, job: str, *, restarted: bool) -> bool:
+        """Whether the folder has a checkpoint of this very training, which a cluster has started again.
+
+        That is one with the same settings, left by this job unfinished; or, if the job says that it has been
+        restarted, by whomever. job: its name, "" if it has none.
+        """
+        try:
+            saved, step = peek(self.last)
+            own = bool(job) and self.job.read_text() == job and step < config.max_iters
+        except Exception:  # none, or damaged: `newest` looks more closely if asked to resume
+            return False
+        return (own or restarted) and replace(saved, **RUN_BY_RUN) == replace(config, **RUN_BY_RUN)
 
     def set_aside(self, *, delete: bool = False) -> Path | None:
         """Make room for a new run: move an earlier one to previous/<number>, or delete it.

@@ -5,7 +5,7 @@ A GPU is given work and not waited for: train_step queues an update, and settle,
 reads its numbers. So the guard against numbers that are not finite is computed on the device.
 When to evaluate, save and stop is in train.py.
 
-# B batch_size, T block_size
+# B this process's share of batch_size, T block_size
 """
 
 import math
@@ -14,28 +14,84 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt import device, optim
+from nanogpt import device, optim, parallel
 from nanogpt.console import warn
 from nanogpt.run import Outcome, Run
+
+CAREFUL_STEPS = 2
+"""Updates after which memory does not grow any more: the optimizers have made their moments."""
 
 
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
     """The batch of the coming step on the device, (B, T) each; also seeds its random numbers."""
     progress = run.progress
-    seeds = np.random.SeedSequence([run.config.seed, progress.order, progress.step])
+    other_masks = [run.world.rank] if run.world.rank else []
+    seeds = np.random.SeedSequence([run.config.seed, progress.order, progress.step, *other_masks])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-    return run.train_windows(run.batches(progress.step, progress.order), run.config.block_size)
+    starts = run.world.mine(run.batches(progress.step, progress.order))
+    return run.train_windows(starts, run.config.block_size)
 
 
-def forward_backward(run: Run, x: Tensor, y: Tensor) -> Tensor:
-    """Add up the gradients of the batch's mean loss, micro-batch by micro-batch. Returns that loss."""
+def gradient(run: Run) -> Tensor:
+    """Compute the gradient of the whole batch's mean loss, on every process. Returns that loss.
+
+    If the device runs out of memory, the micro-batches are halved, as often as that helps. Of several
+    processes all must halve theirs: so at first, when memory grows, they add up their gradients only
+    after they have asked each other.
+    """
+    careful = run.world.size > 1 and run.progress.step < run.first_step + CAREFUL_STEPS
+    while True:
+        loss, failed = torch.zeros(()), False
+        try:
+            loss = forward_backward(run, *next_batch(run), sync=not careful)
+        except RuntimeError as error:
+            if (
+                not device.is_out_of_memory(error)
+                or not can_halve(run)
+                or (run.world.size > 1 and not careful)
+            ):
+                raise
+            failed = True  # go on outside: the error holds on to the memory
+        if careful:
+            failed = bool(run.world.agree(failed)[0])
+        if not failed:
+            if careful:
+                average_gradients(run)
+            return run.world.total(loss)
+        run.model.zero_grad()
+        device.release_memory(run.device)
+        run.pieces = min(2 * run.pieces, len(run.world.mine(np.arange(run.config.batch_size))))
+        warn(f"out of memory: going on with {run.pieces} micro-batches, which compute the same")
+
+
+def can_halve(run: Run) -> bool:
+    """Whether there are smaller micro-batches, and the user did not ask for these."""
+    smallest = run.config.batch_size // run.world.size
+    return run.config.micro_batch == "auto" and run.pieces < smallest
+
+
+def average_gradients(run: Run) -> None:
+    """What DDP does during the backward pass, after it."""
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            run.world.total(parameter.grad).div_(run.world.size)
+
+
+def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Tensor:
+    """Add up the gradients of a batch, micro-batch by micro-batch. Returns its share of the mean loss.
+
+    sync: average the gradients over all processes. x, y: this process's share of the batch.
+    """
     total = torch.zeros((), device=run.device)
-    pieces = run.config.gradient_accumulation_steps
-    for x_piece, y_piece in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
-        with device.autocast(run.device, run.dtype):
-            loss = run.loss(x_piece, y_piece)
-        share = loss * (len(x_piece) / len(x))
-        run.scaler.scale(share).backward()
+    pieces = min(run.pieces, len(x))
+    for number, (x_piece, y_piece) in enumerate(
+        zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True), 1
+    ):
+        with parallel.without_sync(run.loss, last=sync and number == pieces):
+            with device.autocast(run.device, run.dtype):
+                loss = run.loss(x_piece, y_piece)
+            share = loss * (len(x_piece) / run.config.batch_size)
+            run.scaler.scale(share * run.world.size).backward()  # of which the processes take the mean
         total += share.detach()
     return total
 
@@ -44,7 +100,7 @@ def train_step(run: Run) -> Outcome:
     """One update; if the loss or the gradient is not finite, the weights stay as they are."""
     config, progress = run.config, run.progress
     optim.set_learning_rate(run.optimizers, optim.relative_rate(progress.step, config))
-    loss = forward_backward(run, *next_batch(run))
+    loss = gradient(run)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)

@@ -12,11 +12,10 @@ or sampling more often changes nothing.
 """
 
 import math
-import re
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +29,11 @@ from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
 from nanogpt.generate import generate
 from nanogpt.metrics import forget_after
+from nanogpt.parallel import joined
 from nanogpt.report import conclude, forecast, plan, resume_command
 from nanogpt.run import Run, restore, save, set_up, try_save
 from nanogpt.run_folder import RunFolder
-from nanogpt.step import forward_backward, next_batch, settle, train_step
+from nanogpt.step import gradient, settle, train_step
 from nanogpt.stopping import EXIT_CODES, StopRequest
 
 BROKEN_STEPS = 3
@@ -41,6 +41,9 @@ BROKEN_STEPS = 3
 
 ROLLBACKS = 3
 """Times it may go back without getting past the place before the training is given up."""
+
+REASONS = ("", "patience", "time", "finished", "SIGINT", "SIGTERM")
+"""Why a training stops, the weightier last."""
 
 SAMPLE_TOKENS = 120
 """Length of the sample shown at an evaluation."""
@@ -77,14 +80,19 @@ def fit(config: TrainConfig) -> Result:
     )
     if not config.resume:
         data.load(Path(config.data_dir))  # before a folder is made for a run that cannot begin
-    with enough_memory(config), folder.locked(), StopRequest() as stop:
-        run = set_up(config, folder)
+    with joined() as world, enough_memory(config), StopRequest() as stop, ExitStack() as stack:
+        if world.is_first:
+            stack.enter_context(folder.locked())
+        if world.decide(lambda: folder.holds(config, world.job, restarted=world.restarted)):
+            config = replace(config, resume=True, overwrite=False)
+        run = set_up(config, folder, world)
         try:
             start(run)
             reason = loop(run, stop)
         finally:
             run.metrics.close()
-        conclude(run, reason)
+        if world.is_first:
+            conclude(run, reason)
     return Result(reason, run.progress.step, run.progress.best_val_loss, run.progress.elapsed_s)
 
 
@@ -94,14 +102,14 @@ def enough_memory(config: TrainConfig) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
-        if not re.search(r"out of memory|can't allocate memory", str(error)):
+        if not device.is_out_of_memory(error):
             raise
-        pieces = min(2 * config.gradient_accumulation_steps, config.batch_size)
-        fix = (
-            f"give --gradient_accumulation_steps {pieces}, which computes the same in smaller pieces"
-            if pieces > config.gradient_accumulation_steps
-            else "give a smaller --block_size or --n_embd"
-        )
+        if config.micro_batch not in ("auto", 1):
+            fix = "give --micro_batch auto, which computes the same in pieces that fit"
+        elif config.grad_checkpoint != "blocks":
+            fix = "give --grad_checkpoint blocks, which computes the same in less memory"
+        else:
+            fix = "give a smaller --block_size or --n_embd"
         raise UserError(f"out of memory: {fix} (or end other programs that use the device)") from error
 
 
@@ -120,15 +128,16 @@ def start(run: Run) -> None:
 def compile_model(run: Run) -> None:
     """torch.compile the model and try it on a batch; if that fails, say why and go on without."""
     say("Compiling the model (about a minute the first time)...")
-    run.loss = cast(Callable[[Tensor, Tensor], Tensor], torch.compile(run.model.loss))
+    plain = run.loss
+    run.loss = torch.compile(plain)
     try:
-        forward_backward(run, *next_batch(run))
+        gradient(run)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warn(f"torch.compile failed, going on without it: {why}")
-        run.loss = run.model.loss
+        run.loss = plain
     run.model.zero_grad()
 
 
@@ -185,7 +194,8 @@ def roll_back(run: Run) -> None:
     run.progress.broken, run.progress.rollbacks = 0, rollbacks
     run.progress.broken_at = max(before.step, before.broken_at)
     run.pending.clear()
-    forget_after(run.folder.metrics, good, run.progress.evaluated_at)
+    if run.world.is_first:
+        forget_after(run.folder.metrics, good, run.progress.evaluated_at)
     warn(f"Back to step {good}, with the data in another order from there on")
 
 
@@ -198,23 +208,26 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     batches = data.evaluation_batches(
         run.dataset.val, block_size=config.block_size, batch_size=config.batch_size, most=config.eval_iters
     )
-    micro = math.ceil(config.batch_size / config.gradient_accumulation_steps)
+    micro = math.ceil(config.batch_size / (run.pieces * run.world.size))
     losses: list[Tensor] = []  # on the device: nothing waits for them before the end
-    count = 0
+    mine = batches[run.world.rank :: run.world.size]
     model = run.final_model.eval()
-    with torch.inference_mode(), run.console.evaluating(len(batches)) as tick:
-        for starts, length in batches:
+    with torch.inference_mode(), run.console.evaluating(len(mine)) as tick:
+        for starts, length in mine:
             x, y = run.val_windows(starts, length)
             for x_piece, y_piece in zip(torch.split(x, micro), torch.split(y, micro), strict=True):
                 with device.autocast(run.device, run.dtype):
                     loss = model.loss(x_piece, y_piece)
                 losses.append(loss * y_piece.numel())
-            count += y.numel()
             tick()
             if stop.signal:
                 break
     model.train()
-    return None if stop.signal else torch.stack(losses).cpu().double().sum().item() / count
+    if run.world.agree(bool(stop.signal))[0]:
+        return None
+    sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
+    tokens = sum(len(starts) * length for starts, length in batches)
+    return math.fsum(run.world.gather(sums)) / tokens  # the same in whatever order they come
 
 
 def sample_text(run: Run) -> str:
@@ -261,21 +274,27 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
 def loop(run: Run, stop: StopRequest) -> str:
     """Step until there is a reason to stop, and return it (see Result)."""
     while True:
-        reason = reason_to_stop(run, stop)
+        reason, save_is_due = agreed(run, stop)
         evaluation_due = evaluation_is_due(run, reason)
-        save_is_due = time.perf_counter() - run.saved_at >= run.config.save_seconds
         if run.pending and (reason or evaluation_due or save_is_due):
             read_outcomes(run)  # which may go back to a checkpoint: look again
             continue
         if evaluation_due:
             evaluate_and_record(run, stop)
-            reason, save_is_due = reason_to_stop(run, stop), False
+            reason, save_is_due = agreed(run, stop)[0], False
         if reason:
             save_at_the_end(run)
             return reason
         if save_is_due and not run.progress.broken:
             try_save(run, run.folder.last)
         advance(run)
+
+
+def agreed(run: Run, stop: StopRequest) -> tuple[str, bool]:
+    """Why to stop, and whether to save: what one process wants, all do, after the same step."""
+    save_is_due = time.perf_counter() - run.saved_at >= run.config.save_seconds
+    reason, save = run.world.agree(REASONS.index(reason_to_stop(run, stop)), save_is_due)
+    return REASONS[reason], bool(save)
 
 
 def save_at_the_end(run: Run) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanogpt import checkpoint as checkpoints
-from nanogpt.checkpoint import FORMAT, Checkpoint, Progress, load, peek_config, save, write_sealed
+from nanogpt.checkpoint import FORMAT, Checkpoint, Progress, load, peek, save, write_sealed
 from nanogpt.config import GPTConfig, TrainConfig, UserError, to_dict
 from nanogpt.model import GPT
 from nanogpt.optim import adamw
@@ -170,7 +170,7 @@ def test_saving_over_another_replaces_it(path, original):
 
 
 def test_a_quick_look_at_the_settings(path):
-    assert peek_config(path) == CONFIG
+    assert peek(path) == (CONFIG, 1)
 
 
 def test_settings_of_a_later_version(tmp_path, original):
@@ -416,7 +416,7 @@ def test_a_file_that_would_run_code(tmp_path, original, write, where, call):
     write(content, path)
     assert str(path) in refusal(path)
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever it is, the caller expects it
-        peek_config(path)
+        peek(path)
     assert not marker.exists()
     if write is bare_pickle:
         pickle.loads(path.read_bytes())
@@ -431,5 +431,5 @@ def test_weights_only_is_asked_for_whatever_the_environment_says(path, monkeypat
         checkpoints.torch, "load", lambda *args, **kwargs: (asked.append(kwargs), real(*args, **kwargs))[1]
     )
     load(path)
-    peek_config(path)
+    peek(path)
     assert [kwargs["weights_only"] for kwargs in asked] == [True, True]

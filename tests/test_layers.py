@@ -36,6 +36,7 @@ LAYERS = (
         "report",
         "stopping",
         "run_folder",
+        "parallel",
         "run",
         "step",
         "train",

@@ -172,8 +172,8 @@ def poison(monkeypatch, bad_at) -> None:
     """Make the loss NaN in every step for which bad_at(run) holds."""
     really = step.forward_backward
 
-    def forward_backward(run, x, y):
-        loss = really(run, x, y)
+    def forward_backward(run, x, y, **settings):
+        loss = really(run, x, y, **settings)
         return loss * float("nan") if bad_at(run) else loss
 
     monkeypatch.setattr(step, "forward_backward", forward_backward)
@@ -290,14 +290,14 @@ def test_a_failing_compiler_is_reported_and_done_without(config: TrainConfig, mo
 
 
 def test_out_of_memory_says_what_to_do(config: TrainConfig, monkeypatch) -> None:
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(step, "forward_backward", full)
-    with pytest.raises(UserError, match="--gradient_accumulation_steps 2"):
+    with pytest.raises(UserError, match="--grad_checkpoint blocks"):
         fit(config)
     with pytest.raises(UserError, match="smaller --block_size"):
-        fit(replace(config, gradient_accumulation_steps=config.batch_size))
+        fit(replace(config, grad_checkpoint="blocks"))
 
 
 def test_out_of_memory_while_the_model_is_built(config: TrainConfig) -> None:

@@ -55,8 +55,8 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
     """The guard on the device: weights and optimizer state stay finite, and the steps are reported."""
     really = step.forward_backward
 
-    def poisoned(run, x, y):
-        loss = really(run, x, y)
+    def poisoned(run, x, y, **settings):
+        loss = really(run, x, y, **settings)
         if run.progress.step in (4, 7):
             for parameter in run.model.parameters():
                 parameter.grad.fill_(float("nan"))

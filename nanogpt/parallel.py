@@ -1,0 +1,200 @@
+"""Several processes, one training: who does what, and how they agree.
+
+Run:    torchrun --nproc_per_node=2 train.py --preset cpu
+Use:    with joined() as world: ...; world.agree(flag); world.mine(starts); world.gather(losses)
+The engine is PyTorch's: torchrun starts the processes (one a device) and says through the environment
+who is who; torch.distributed connects them; DDP adds up their gradients. Every process goes through the
+same steps; the first one alone writes files. Here is also activation checkpointing, which like DDP wraps
+the model from outside. Does not know the training loop.
+
+# B batch_size, R processes ("ranks")
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import checkpoint as checkpointing
+
+from nanogpt.config import GradCheckpoint, UserError, require
+from nanogpt.model import GPT
+
+Item = TypeVar("Item")
+
+EXIT_ERROR = 2
+
+EXPENSIVE = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""What selective checkpointing keeps: products. All else is computed again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a training, and which of them this one is. Alone, every method is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Number of this process on its machine, and of the GPU that it uses."""
+    job: str = ""
+    """What torchrun calls the job (--rdzv_id), if it has a name."""
+    restarted: bool = False
+    """Whether torchrun has started these processes again, after one of them died."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def mine(self, items: NDArray[Any]) -> NDArray[Any]:
+        """The process's own share of a batch: the shares follow one another, and differ by one at most."""
+        return np.array_split(items, self.size)[self.rank]
+
+    def agree(self, *votes: int) -> list[int]:
+        """The highest vote of any process, for each question. All processes must ask at the same place."""
+        if self.size == 1:
+            return list(votes)
+        ballot = torch.tensor(votes, dtype=torch.int64)
+        dist.all_reduce(ballot, dist.ReduceOp.MAX)
+        return cast(list[int], ballot.tolist())
+
+    def gather(self, values: Sequence[Item]) -> list[Item]:
+        """The values of all processes, one process after the other."""
+        if self.size == 1:
+            return list(values)
+        lists: list[Any] = [None] * self.size
+        dist.all_gather_object(lists, list(values))
+        return [value for part in lists for value in part]
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def decide(self, choose: Callable[[], bool]) -> bool:
+        """What the first process chooses; the others need not see what it sees."""
+        return bool(self.agree(int(self.is_first and choose()))[0])
+
+
+@contextmanager
+def joined() -> Generator[World]:
+    """Meet the other processes that torchrun started; without torchrun, there are none.
+
+    If one of them fails, all end: that one says why, the others are silent.
+    """
+    if not dist.is_torchelastic_launched():
+        yield World()
+        return
+    store, rank, size = next(rendezvous("env://"))  # pyright: ignore[reportUnknownVariableType]
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    world = World(
+        rank,
+        size,
+        int(os.environ["LOCAL_RANK"]),
+        job="" if job == "none" else job,
+        restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
+    )
+    failures = PrefixStore("nanogpt", store)
+    dist.init_process_group(backend(), store=store, rank=rank, world_size=size)
+    try:
+        yield world
+    except Exception as error:
+        first = failures.add("failures", 1) == 1
+        if first and isinstance(error, UserError) and not world.is_first:
+            print(f"error (process {rank} of {size}): {error}", file=sys.stderr, flush=True)
+        if first and (world.is_first or not isinstance(error, UserError)):
+            raise
+        sys.stderr.flush()
+        os._exit(EXIT_ERROR)  # not by way of the other processes' ends of the connection: they may be gone
+    dist.destroy_process_group()
+
+
+def backend() -> str:
+    """Which libraries connect the processes: NCCL between GPUs, gloo for what lies in main memory."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def local_device(name: str, world: World) -> str:
+    """The device of this process: with several, each takes the GPU of its own number."""
+    return f"cuda:{world.local_rank}" if world.size > 1 and resolves_to_cuda(name) else name
+
+
+def resolves_to_cuda(name: str) -> bool:
+    """Whether `auto` or `cuda` means a GPU that each process may have one of."""
+    return name == "cuda" or (name == "auto" and torch.cuda.is_available())
+
+
+class Loss(nn.Module):
+    """The model's loss as a module, which is what DDP wraps."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss in nats per token, a scalar. idx, targets: (B, T)."""
+        return self.model.loss(idx, targets)
+
+
+def shared_loss(model: GPT, world: World, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model's loss; with several processes, its backward pass averages their gradients (DDP).
+
+    Gradients travel while the backward pass goes on (Li et al., "PyTorch Distributed", 2020).
+    """
+    if world.size == 1:
+        return model.loss
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(Loss(model), device_ids=ids, gradient_as_bucket_view=True)
+
+
+def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> AbstractContextManager[Any]:
+    """Keep gradients local, in a backward pass that is not the last of an update."""
+    module = getattr(loss, "_orig_mod", loss)  # torch.compile's wrapper
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return cast(AbstractContextManager[Any], module.no_sync())
+
+
+def checkpoint_activations(model: GPT, mode: GradCheckpoint) -> None:
+    """Trade time for memory: compute again in the backward pass what the forward pass would keep.
+
+    blocks: of each block only what goes in is kept (Chen et al., 2016). selective: and what its products
+    give, which are most of the time. The numbers stay the same, dropout included.
+    """
+    if mode == "off":
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        settings["context_fn"] = functools.partial(
+            checkpointing.create_selective_checkpoint_contexts, list(EXPENSIVE)
+        )
+    for block in model.blocks:
+        block.forward = functools.partial(checkpointing.checkpoint, block.forward, **settings)
+
+
+def check_batch(batch_size: int, world: World) -> None:
+    """Errors: UserError if there are more processes than sequences in a batch."""
+    require(
+        batch_size >= world.size,
+        f"--batch_size {batch_size} is too small for {world.size} processes: give at least {world.size}",
+    )

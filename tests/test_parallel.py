@@ -1,0 +1,401 @@
+"""Several processes train as one does; whatever dies, nothing is lost; less memory gives the same numbers.
+
+The processes are started by torchrun, as a user starts them, and meet over gloo.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanogpt import step
+from nanogpt.config import TrainConfig, UserError
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.parallel import World, checkpoint_activations
+from nanogpt.run import micro_batches, set_up
+from nanogpt.run_folder import RunFolder
+from nanogpt.train import fit
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
+
+CHILD = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from nanogpt import cli, run, train, step
+from nanogpt.config import UserError
+rank, life = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+plain = step.train_step
+def train_step(run):
+    at = run.progress.step
+    {fault}
+    return plain(run)
+train.train_step = train_step
+cli.script("train")
+"""
+
+NEVER = "pass"
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """The flags that differ from the defaults."""
+    plain = asdict(TrainConfig())
+    values = {name: value for name, value in asdict(config).items() if value != plain[name]}
+    return [word for name, value in values.items() for word in (f"--{name}", str(value)) if word != "True"]
+
+
+def start(tmp_path: Path, config: TrainConfig, *flags: str, fault: str = NEVER, extra: tuple[str, ...] = ()):
+    """torchrun on its way."""
+    script = tmp_path / f"child-{abs(hash(fault))}.py"
+    script.write_text(CHILD.format(fault=fault))
+    flags = flags or ("--standalone", "--nproc_per_node=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1", *flags, str(script)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a machine that comes back waits for ever
+    }
+    return subprocess.Popen(
+        [*command, *arguments(config), *extra],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def torchrun(tmp_path: Path, config: TrainConfig, *flags: str, fault: str = NEVER, extra=()):
+    """Exit code, standard output and standard error of a training under torchrun."""
+    process = start(tmp_path, config, *flags, fault=fault, extra=tuple(extra))
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def rows(config: TrainConfig, kind: str) -> dict[int, float]:
+    """The losses of a run by step, each step once and in order."""
+    lines = (Path(config.out_dir) / "metrics.jsonl").read_text().splitlines()
+    found = [(row["step"], row[kind]) for row in map(json.loads, lines) if kind in row]
+    assert found == sorted(set(found))
+    assert len({number for number, _ in found}) == len(found)
+    return dict(found)
+
+
+def same_course(one: TrainConfig, other: TrainConfig) -> None:
+    """Both runs logged the same steps and losses, and ended with the same weights, but for rounding."""
+    for kind in ("train_loss", "val_loss"):
+        ours, theirs = rows(one, kind), rows(other, kind)
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-3)
+    weights = [
+        torch.load(Path(config.out_dir) / "last.pt", weights_only=True)["model"] for config in (one, other)
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0.05, atol=1e-2)
+
+
+def last_step(config: TrainConfig) -> int:
+    return int(torch.load(Path(config.out_dir) / "last.pt", weights_only=True)["progress"]["step"])
+
+
+@pytest.fixture
+def plain(config: TrainConfig) -> TrainConfig:
+    """Without dropout, whose masks differ from one process to the other; a batch that does not divide."""
+    return replace(config, dropout=0.0, batch_size=9, learning_rate=3e-3)
+
+
+# As one
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {
+            "optimizer": "muon",
+            "ema_decay": 0.9,
+            "gradient_accumulation_steps": 5,
+            "grad_checkpoint": "blocks",
+            "eval_iters": 3,
+        },
+    ],
+)
+def test_two_processes_train_as_one_does(plain, tmp_path, settings):
+    alone = replace(plain, out_dir=str(tmp_path / "alone"), **settings)
+    both = replace(alone, out_dir=str(tmp_path / "both"))
+    fit(alone)
+    code, out, err = torchrun(tmp_path, both)
+    assert code == 0, err
+    assert out.count("Starting training") == out.count("Finished:") == out.count("Loss curve") == 1
+    same_course(alone, both)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(plain, tmp_path):
+    whole = replace(plain, out_dir=str(tmp_path / "whole"), max_iters=30)
+    parts = replace(whole, out_dir=str(tmp_path / "parts"), schedule="trapezoid", cooldown=0.0, min_lr=1.0)
+    whole = replace(parts, out_dir=whole.out_dir)
+    fit(whole)
+    fit(replace(parts, max_iters=10))
+    code, _, err = torchrun(tmp_path, replace(parts, max_iters=20, resume=True))
+    assert code == 0, err
+    fit(replace(parts, resume=True))
+    same_course(whole, parts)
+
+
+# What dies
+
+
+def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_since_the_last_save(
+    plain, tmp_path
+):
+    calm, hit = (replace(plain, out_dir=str(tmp_path / name), save_seconds=0.0) for name in ("calm", "hit"))
+    fit(calm)
+    kill = "if rank == 1 and life < 2 and at == 12 + 9 * life: os.kill(os.getpid(), signal.SIGKILL)"
+    code, out, err = torchrun(
+        tmp_path, hit, "--standalone", "--nproc_per_node=2", "--max_restarts=2", fault=kill
+    )
+    assert code == 0, err
+    assert last_step(hit) == 30
+    assert not (Path(hit.out_dir) / "previous").exists()
+    assert "from step 12" in out
+    same_course(calm, hit)
+
+
+def test_a_process_that_fails_ends_all_with_its_message(plain, tmp_path):
+    began = time.monotonic()
+    fault = 'if rank == 1 and at == 7: raise UserError("the disk is on fire: put it out")'
+    code, _, err = torchrun(tmp_path, plain, fault=fault)
+    assert time.monotonic() - began < 30
+    assert code != 0
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert lines == ["error (process 1 of 2): the disk is on fire: put it out"]
+
+
+def test_a_bug_in_one_process_keeps_its_traceback(plain, tmp_path):
+    code, _, err = torchrun(tmp_path, plain, fault="assert rank == 0 or at < 7, 'a bug of rank 1'")
+    assert code != 0
+    assert err.count("AssertionError: a bug of rank 1") == 1
+    assert "Connection closed" not in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1}, r"error.*: --batch_size 1 is too small for 2 processes: give at least 2"),
+        ({"data_dir": "nowhere"}, "error: nowhere/vocab.pt is missing"),
+        ({"max_iters": 0}, "error: --max_iters 0 is too small"),
+    ],
+)
+def test_a_mistake_is_said_once(plain, tmp_path, changes, message):
+    config = plain if "max_iters" in changes else replace(plain, **changes)
+    extra = ("--max_iters", "0") if "max_iters" in changes else ()
+    code, _, err = torchrun(tmp_path, config, extra=extra)
+    assert code != 0
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert re.match(message, lines[0])
+
+
+def test_a_signal_to_the_launcher_stops_all_after_the_same_step(plain, tmp_path):
+    config = replace(plain, max_iters=100_000, eval_interval=100_000)
+    process = start(tmp_path, config)
+    path = Path(config.out_dir) / "metrics.jsonl"
+    end = time.monotonic() + 60
+    while not (path.exists() and path.read_text().count("\n") > 20):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out.count("Stopped at step") == 1
+    assert last_step(config) == max(rows(config, "train_loss"))
+
+
+def test_of_two_machines_one_dies_and_comes_back(plain, tmp_path):
+    """Two agents, as on two machines: the second is killed, with its workers, and started again."""
+    calm = replace(plain, out_dir=str(tmp_path / "calm"), max_iters=60, save_seconds=0.0)
+    hit = replace(calm, out_dir=str(tmp_path / "hit"))
+    fit(calm)
+    port = free_port()
+    flags = (
+        "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_id=job-7",
+        f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
+    )  # fmt: skip
+    slowly = "import time; time.sleep(0.05)"
+    host, guest = (f"--rdzv_conf=keep_alive_interval=1,is_host={answer}" for answer in ("true", "false"))
+    first = start(tmp_path, hit, *flags, host, fault=slowly)
+    second = start(tmp_path, hit, *flags, guest, fault=slowly)
+    end = time.monotonic() + 90
+    path = Path(hit.out_dir) / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("train_loss") > 10):
+        assert time.monotonic() < end
+        assert first.poll() is None
+        time.sleep(0.05)
+    kill_tree(second.pid)
+    second.communicate()
+    again = start(tmp_path, hit, *flags, guest, fault=slowly)
+    _, err = first.communicate(timeout=100)
+    kill_tree(again.pid)
+    _, err_again = again.communicate()
+    assert first.returncode == 0, err + "==== AGAIN" + err_again
+    assert last_step(hit) == 60
+    assert not (Path(hit.out_dir) / "previous").exists()
+    same_course(calm, hit)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and its children, as when a machine loses its power."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
+    for number in [*map(int, listed.stdout.split()), pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def test_a_restarted_job_goes_on_with_its_own_run_alone(plain, tmp_path):
+    folder = RunFolder(Path(plain.out_dir))
+    assert not folder.holds(plain, "job", restarted=True)  # nothing there
+    fit(replace(plain, max_iters=5))
+    other = replace(plain, max_iters=5, learning_rate=1.0)
+    assert folder.holds(replace(plain, max_iters=5), "", restarted=True)
+    assert not folder.holds(other, "job", restarted=True)
+    assert not folder.holds(replace(plain, max_iters=5), "job", restarted=False)
+    folder.job.write_text("job")
+    assert not folder.holds(replace(plain, max_iters=5), "job", restarted=False)  # it is finished
+    folder.last.write_bytes(b"torn")
+    assert not folder.holds(replace(plain, max_iters=5), "job", restarted=True)
+
+
+# One process
+
+
+def test_the_shares_of_a_batch_are_the_batch():
+    items = np.arange(13)
+    for size in range(1, 14):
+        shares = [World(rank, size).mine(items) for rank in range(size)]
+        assert np.concatenate(shares).tolist() == items.tolist()
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_every_question_is_answered_at_once():
+    world = World()
+    assert world.agree(3, 0) == [3, 0]
+    assert world.gather([1.5]) == [1.5]
+    assert world.decide(lambda: True)
+    assert not world.decide(lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "expected"),
+    [
+        ({"batch_size": 64}, 1, 1),
+        ({"batch_size": 64, "gradient_accumulation_steps": 8}, 1, 8),
+        ({"batch_size": 64, "gradient_accumulation_steps": 8}, 2, 4),
+        ({"batch_size": 64, "gradient_accumulation_steps": 8}, 3, 3),
+        ({"batch_size": 64, "gradient_accumulation_steps": 64}, 32, 2),
+        ({"batch_size": 64, "micro_batch": 16}, 2, 2),
+        ({"batch_size": 9, "micro_batch": 2}, 2, 3),
+        ({"batch_size": 9, "micro_batch": 100}, 2, 1),
+    ],
+)
+def test_micro_batches_are_worked_out(settings, size, expected):
+    assert micro_batches(TrainConfig(**settings), World(0, size)) == expected
+
+
+@pytest.mark.parametrize("mode", ["blocks", "selective"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointed_activations_give_the_same_gradients(mode, dropout):
+    x, y = torch.randint(9, (2, 3, 8))
+    results = []
+    for kind in ("off", mode):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(vocab_size=9, block_size=8, n_layer=3, n_head=2, n_embd=16, dropout=dropout))
+        names = list(model.state_dict())
+        checkpoint_activations(model, kind)
+        assert list(model.state_dict()) == names
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.loss(x, y)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointed_activations_are_not_kept():
+    """What autograd holds on to between the passes, counted in bytes."""
+    sizes = {}
+    for mode in ("off", "selective", "blocks"):
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(vocab_size=9, block_size=64, n_layer=6, n_head=2, n_embd=64, dropout=0.1))
+        checkpoint_activations(model, mode)
+        held: dict[int, int] = {}
+
+        def keep(tensor, held=held):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.loss(*torch.randint(9, (2, 4, 64)))
+        sizes[mode] = sum(held.values())
+    assert sizes["blocks"] < sizes["off"] / 3
+    assert sizes["blocks"] < sizes["selective"] or sizes["selective"] < sizes["off"]
+
+
+def limited(run, most: int):
+    """The run's loss on a device where no more than `most` sequences fit."""
+    loss = run.loss
+
+    def loss_of_few(x, y):
+        if len(x) > most:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return loss(x, y)
+
+    run.loss = loss_of_few
+
+
+@pytest.mark.parametrize(("most", "pieces"), [(8, 1), (7, 2), (3, 4), (1, 8)])
+def test_micro_batches_shrink_until_they_fit(config, tmp_path, most, pieces, capsys):
+    config = replace(config, dropout=0.0, batch_size=8)
+    run, reference = (set_up(config, RunFolder(tmp_path / name)) for name in ("a", "b"))
+    limited(run, most)
+    loss, expected = step.gradient(run), step.gradient(reference)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(run.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert run.pieces == pieces
+    assert capsys.readouterr().err.count("out of memory: going on with") == {1: 0, 2: 1, 4: 2, 8: 3}[pieces]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ({}, "--grad_checkpoint blocks"),
+        ({"micro_batch": 4}, "--micro_batch auto"),
+        ({"grad_checkpoint": "blocks"}, "a smaller --block_size or --n_embd"),
+    ],
+)
+def test_what_never_fits_ends_in_one_line_with_the_fix(config, monkeypatch, settings, fix):
+    def loss(self, x, y):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    with pytest.raises(UserError, match="out of memory") as raised:
+        fit(replace(config, **settings))
+    assert fix in str(raised.value)
+    assert "\n" not in str(raised.value)
