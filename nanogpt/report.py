@@ -58,6 +58,7 @@ def conclude(run: Run, reason: str) -> None:
     why = {
         "finished": f"{progress.step:,} steps done",
         "time": f"--max_seconds {config.max_seconds:g} reached" if config.max_seconds else "",
+        "told": f"{progress.step:,} steps done, then told to stop",
         "patience": f"no better for {config.patience} evaluations",
     }
     say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")

@@ -103,6 +103,10 @@ class Run:
     saved_step: int | None = None
     """Step of the newest checkpoint that this process has written or read."""
     forecast_done: bool = False
+    keep_going: Callable[[int, float], bool] | None = None
+    """Asked after each evaluation, with the step and the validation loss, whether to go on."""
+    told_to_stop: bool = False
+    """Whether it said no."""
 
     @property
     def final_model(self) -> GPT:

@@ -13,7 +13,7 @@ or sampling more often changes nothing.
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ BROKEN_STEPS = 3
 ROLLBACKS = 3
 """Times it may go back without getting past the place before the training is given up."""
 
-REASONS = ("", "patience", "time", "finished", "SIGINT", "SIGTERM")
+REASONS = ("", "told", "patience", "time", "finished", "SIGINT", "SIGTERM")
 """Why a training stops, the weightier last."""
 
 SAMPLE_TOKENS = 120
@@ -51,7 +51,7 @@ SAMPLE_TOKENS = 120
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. reason: finished, time, patience, SIGINT or SIGTERM."""
+    """How a run ended. reason: finished, time, patience, told (by keep_going), SIGINT or SIGTERM."""
 
     reason: str
     step: int
@@ -67,9 +67,10 @@ def main(config: TrainConfig) -> int:
     return codes.get(result.reason, 0)
 
 
-def fit(config: TrainConfig) -> Result:
+def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = None) -> Result:
     """Train as `config` says, from the start or (config.resume) from where the run stopped.
 
+    keep_going: asked after each evaluation, with the step and the validation loss; False ends the run.
     A resumed run takes all settings from `config` too: RunFolder(path).saved_config() has those it had.
     Errors: UserError for everything the user can mend.
     """
@@ -86,6 +87,7 @@ def fit(config: TrainConfig) -> Result:
         if world.decide(lambda: folder.holds(config, world.job, restarted=world.restarted)):
             config = replace(config, resume=True, overwrite=False)
         run = set_up(config, folder, world)
+        run.keep_going = keep_going
         try:
             start(run)
             reason = loop(run, stop)
@@ -266,6 +268,8 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
         if not try_save(run, run.folder.best):
             progress.best_val_loss = before  # that of the ckpt.pt which is there
     try_save(run, run.folder.last)
+    if run.keep_going is not None:
+        run.told_to_stop = not run.keep_going(progress.step, loss)
 
 
 # --- fit ---
@@ -318,6 +322,8 @@ def reason_to_stop(run: Run, stop: StopRequest) -> str:
         return "time"
     if config.patience is not None and progress.worse_evaluations >= config.patience:
         return "patience"
+    if run.told_to_stop:
+        return "told"
     return ""
 
 

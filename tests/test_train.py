@@ -456,3 +456,17 @@ def test_the_same_seed_gives_the_same_start_on_any_settings_of_the_loop(
     other = set_up(replace(config, batch_size=3, max_iters=7), RunFolder(tmp_path / "other"))
     for name, weight in one.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], weight)
+
+
+def test_a_caller_can_end_a_run_after_an_evaluation(config: TrainConfig) -> None:
+    """As a search for settings does with a hopeless one; the run is whole and can go on."""
+    seen: list[int] = []
+
+    def keep_going(step: int, loss: float) -> bool:
+        assert loss > 0
+        seen.append(step)
+        return step < 20
+
+    result = fit(config, keep_going)
+    assert (result.reason, result.step, seen) == ("told", 20, [10, 20])
+    assert fit(replace(config, resume=True)).step == 30
