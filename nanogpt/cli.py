@@ -19,6 +19,7 @@ from typing import Any, cast
 from nanogpt.config import (
     DataConfig,
     InfoConfig,
+    PlanConfig,
     PresetsConfig,
     SampleConfig,
     SummaryConfig,
@@ -43,6 +44,7 @@ COMMANDS = {
     "data": Command(DataConfig, "nanogpt.prepare", "data.py"),
     "data info": Command(InfoConfig, "nanogpt.data_info"),
     "model": Command(SummaryConfig, "nanogpt.summary", "model.py"),
+    "plan": Command(PlanConfig, "nanogpt.plan"),
     "train": Command(TrainConfig, "nanogpt.train", "train.py"),
     "sample": Command(SampleConfig, "nanogpt.sample", "sample.py"),
     "presets": Command(PresetsConfig, "nanogpt.show_presets"),

@@ -324,6 +324,23 @@ class TrainConfig(Architecture):
 
 
 @dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Say what a training with these settings will take: memory, time, what fits."""
+
+    on: str = ""
+    """A device by name (h100, a100, rtx4090, ...); without it, this machine's."""
+    processes: int = 1
+    """How many of them."""
+    vocab_size: int | None = None
+    """Number of different tokens; None: that of the data folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "processes", 1)
+        at_least(self, "vocab_size", 1)
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """Generate text from a checkpoint."""
 

@@ -38,6 +38,7 @@ def test_the_readme_shows_every_command() -> None:
     assert {name for name, _ in commands(ROOT / "README.md")} == {
         "data",
         "data info",
+        "plan",
         "train",
         "sample",
         "presets",

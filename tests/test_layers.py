@@ -37,6 +37,7 @@ LAYERS = (
         "stopping",
         "run_folder",
         "parallel",
+        "plan",
         "run",
         "step",
         "train",
