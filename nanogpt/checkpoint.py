@@ -18,7 +18,7 @@ from nanogpt.config import GPTConfig, TrainConfig, UserError, from_dict, require
 from nanogpt.files import replacing
 
 FORMAT = 2
-"""Version of the checkpoint format."""
+"""Version of the checkpoint format. 1 is read too: see `upgraded`."""
 
 FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
 
@@ -162,12 +162,30 @@ def load(path: Path) -> Checkpoint:
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     version = content.get("format")
     require(version is not None, f"{path} {FOREIGN}")
-    older = isinstance(version, int) and version < FORMAT
-    fix = "use the version of NanoGPT that saved it" if older else "update NanoGPT"
-    require(version == FORMAT, f"checkpoint {path} has format {version}, this is {FORMAT}: {fix}")
+    content = upgraded(content)
+    require(
+        content["format"] == FORMAT,
+        f"checkpoint {path} has format {version}, this is {FORMAT}: update NanoGPT",
+    )
     parts = {field.name for field in fields(Checkpoint)}
     require(set(content) == parts, f"checkpoint {path} was saved by another version: update NanoGPT")
     return Checkpoint(**content)
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of format 1 is in format 2; any other is left alone.
+
+    Format 1 had no averaged weights, at first a single optimizer, and GPT-2's approximation of GELU only.
+    """
+    if content["format"] != 1 or not isinstance(content.get("config"), dict):
+        return content
+    content = {"average": {}, **content, "format": 2}
+    if "optimizer" in content:
+        content["optimizers"] = [content.pop("optimizer")]
+    settings: dict[str, Any] = content["config"]
+    approximate = settings.get("mlp", "gelu") == "gelu"
+    content["config"] = {**settings, "mlp": "gelu_tanh"} if approximate else settings
+    return content
 
 
 def peek(path: Path) -> tuple[TrainConfig, int]:
@@ -176,4 +194,5 @@ def peek(path: Path) -> tuple[TrainConfig, int]:
     Errors: whatever a missing or damaged file raises.
     """
     content = cast(dict[str, Any], torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    content = upgraded(content)
     return from_dict(TrainConfig, content["config"]), int(content["progress"]["step"])

@@ -433,3 +433,22 @@ def test_weights_only_is_asked_for_whatever_the_environment_says(path, monkeypat
     load(path)
     peek(path)
     assert [kwargs["weights_only"] for kwargs in asked] == [True, True]
+
+
+def test_a_checkpoint_of_format_1(tmp_path, original):
+    """What the first version wrote: one optimizer, no average, fewer settings, GELU by its approximation."""
+    new = ("average", "optimizers")
+    old = {name: value for name, value in vars(original).items() if name not in new}
+    first = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "flash_attn", "max_iters", "seed")
+    old |= {
+        "format": 1,
+        "optimizer": original.optimizers[0],
+        "config": {name: original.config[name] for name in first},
+        "progress": {"step": 3, "best_val_loss": 2.0, "evaluated_at": 2, "worse_evaluations": 0, "order": 0},
+    }
+    write_sealed(tmp_path / "ckpt.pt", old)
+    loaded = load(tmp_path / "ckpt.pt")
+    assert (loaded.format, loaded.average, len(loaded.optimizers)) == (FORMAT, {}, 1)
+    assert loaded.train_config.mlp == loaded.model_config.mlp == "gelu_tanh"
+    assert Progress(**loaded.progress).step == 3
+    assert peek(tmp_path / "ckpt.pt") == (loaded.train_config, 3)
