@@ -1,8 +1,8 @@
 """Weak scaling: as much work for each process, one process against several.
 
 Run:    python data.py && python bench/scaling.py --processes 2
-Each process is pinned to a core of its own (on GPUs: has one) and takes --per_process sequences of a batch. One
-process and several are measured in turn; efficiency is the ratio of the tokens a second of each process.
+Each process is pinned to a core of its own (on GPUs: has one) and takes --per_process sequences of a batch.
+One process and several are measured in turn; efficiency is the ratio of tokens a second of each process.
 By default the 10.65 M model, AdamW, no dropout.
 """
 
