@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto", "on", "off"]
 GradCheckpoint = Literal["off", "blocks", "selective"]
+ParallelKind = Literal["ddp", "fsdp"]
 MicroBatch = int | Literal["auto"]
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
@@ -237,6 +238,8 @@ class TrainConfig(Architecture):
     """Sequences that a process takes at once; auto: as many as fit, found out in the first updates."""
     grad_checkpoint: GradCheckpoint = "off"
     """Compute activations twice instead of keeping them: in whole blocks, or selective, all but products."""
+    parallel: ParallelKind = "ddp"
+    """What several processes share: the batch, or (fsdp) also weights, gradients and moments."""
     max_iters: int = 5000
     """Number of updates."""
     max_seconds: float | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
+from nanogpt.sharding import part_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
@@ -86,7 +87,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(pairs, group)
 
     def momentum(self, parameter: Tensor, decay: float) -> Tensor:
-        """Nesterov's average of the gradients, the matrix stood upright."""
+        """Nesterov's average of the gradients, whole, the matrix stood upright."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if "momentum" not in state:
@@ -94,7 +95,7 @@ class Muon(torch.optim.Optimizer):
         if self.found_inf is not None:
             gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
         average: Tensor = state["momentum"].lerp_(gradient, 1 - decay)
-        ahead = gradient.lerp(average, decay)
+        ahead = whole(gradient.lerp(average, decay))
         return ahead if ahead.shape[0] >= ahead.shape[1] else ahead.T
 
     def update(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
@@ -108,7 +109,8 @@ class Muon(torch.optim.Optimizer):
             rows, columns = parameter.shape
             parameter.mul_(1 - decay)
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-            parameter.add_(direction if rows >= columns else direction.T, alpha=-scale)
+            upright = direction if rows >= columns else direction.T
+            parameter.add_(part_like(upright, parameter), alpha=-scale)
 
     def share_out(self, momenta: Tensor) -> Tensor:
         """orthogonalize, each process its part of the matrices, (N, R, C)."""

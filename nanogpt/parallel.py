@@ -23,13 +23,21 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.rendezvous import rendezvous  # pyright: ignore[reportUnknownVariableType]
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint as checkpointing
 
 from nanogpt.config import GradCheckpoint, UserError, require
 from nanogpt.model import GPT
+from nanogpt.sharding import whole_state
 
 Item = TypeVar("Item")
 
@@ -129,6 +137,18 @@ def joined() -> Generator[World]:
     dist.destroy_process_group()
 
 
+def leave(code: int) -> None:
+    """End a process of torchrun's now; without torchrun, do nothing.
+
+    The threads of a connection can outlive it for a moment, and one that frees a tensor while the interpreter
+    is being taken down aborts the process: torchrun would report a finished training as failed.
+    """
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def backend() -> str:
     """Which libraries connect the processes: NCCL between GPUs, gloo for what lies in main memory."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -161,14 +181,46 @@ def shared_loss(model: GPT, world: World, device: torch.device) -> Callable[[Ten
 
     Gradients travel while the backward pass goes on (Li et al., "PyTorch Distributed", 2020).
     """
-    if world.size == 1:
+    if world.size == 1 or isinstance(model, FSDPModule):
         return model.loss
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(Loss(model), device_ids=ids, gradient_as_bucket_view=True)
 
 
+def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
+    """Leave each process a part of every weight, gradient and moment (FSDP2: Zhao et al., 2023).
+
+    A block's weights are put together for as long as it computes, in `dtype`; gradients are averaged in
+    float32.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    lower = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+
+
+def gathered(model: GPT) -> GPT:
+    """The model with all its weights on every process, each of which may compute with it what it likes."""
+    if not isinstance(model, FSDPModule):
+        return model
+    copy = GPT(model.config).to(next(model.parameters()).device)
+    copy.load_state_dict(whole_state(model.state_dict()))
+    return copy
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds parts of the weights only."""
+    return isinstance(model, FSDPModule)
+
+
 def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> AbstractContextManager[Any]:
     """Keep gradients local, in a backward pass that is not the last of an update."""
+    model = getattr(loss, "__self__", None)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
     module = getattr(loss, "_orig_mod", loss)  # torch.compile's wrapper
     if last or not isinstance(module, DistributedDataParallel):
         return nullcontext()

@@ -6,6 +6,8 @@ Changes nothing in the run but `forecast_done`; writes loss.png.
 
 import shlex
 
+import numpy as np
+
 from nanogpt.config import TrainConfig
 from nanogpt.console import command, say, warn
 from nanogpt.metrics import duration
@@ -32,6 +34,18 @@ def plan(run: Run) -> None:
         f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
         + (f", from step {progress.step:,}" * config.resume)
     )
+    if run.world.size > 1 or run.pieces > 1:
+        say(f"Batch: {shares(config.batch_size, run.world.size, run.pieces)}")
+
+
+def shares(batch_size: int, processes: int, pieces: int) -> str:
+    """How a batch is cut up, in words. pieces: micro-batches of each process."""
+    portions = [len(part) for part in np.array_split(np.arange(batch_size), processes)]
+    sizes = [len(cut) for part in portions for cut in np.array_split(np.arange(part), min(pieces, part))]
+    each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} or {max(sizes)}"
+    among = f"{processes} processes x " if processes > 1 else ""
+    count = min(pieces, max(portions))
+    return f"{batch_size} sequences = {among}{count} micro-batch{'es' * (count > 1)} of {each}"
 
 
 def forecast(run: Run) -> None:

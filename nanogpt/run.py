@@ -23,6 +23,7 @@ from nanogpt.metrics import ConsoleReader, JsonLines, Metrics, Reader, TensorBoa
 from nanogpt.model import GPT
 from nanogpt.parallel import World
 from nanogpt.run_folder import RUN_BY_RUN, RunFolder
+from nanogpt.sharding import load_whole, optimizer_parts, whole_state
 
 ALONE = World()
 
@@ -139,6 +140,10 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
     average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
     parallel.checkpoint_activations(model, config.grad_checkpoint)
+    if config.parallel == "fsdp" and world.size > 1:
+        require(dtype != torch.float16, "--parallel fsdp does not scale float16: give --dtype bfloat16")
+        for module in [model, average] if average else [model]:
+            parallel.shard(module, place, dtype)
     optimizers = optim.build(model, config, world.rank, world.size)
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
     if not saved and world.is_first:
@@ -227,14 +232,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def snapshot(run: Run) -> Checkpoint:
-    """The run as a checkpoint (its tensors are the run's own, not copies)."""
+    """The run as a checkpoint (its tensors are the run's own, not copies, unless they are in parts)."""
     return Checkpoint(
         config=to_dict(replace(run.config, resume=False, overwrite=False)),
         vocab_size=run.model.config.vocab_size,
         progress=asdict(run.progress),
-        model=run.model.state_dict(),
-        average=run.average.state_dict() if run.average else {},
-        optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
+        model=whole_state(run.model.state_dict()),
+        average=whole_state(run.average.state_dict()) if run.average else {},
+        optimizers=[whole_state(optimizer.state_dict()) for optimizer in run.optimizers],
         scaler=run.scaler.state_dict(),
         arithmetic={"device": run.device.type, "dtype": name_of(run.dtype)},
         tokenizer=run.dataset.tokenizer.to_dict(),
@@ -244,12 +249,13 @@ def snapshot(run: Run) -> Checkpoint:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
-    run.model.load_state_dict(saved.model)
+    load_whole(run.model, saved.model)
     if run.average:
-        run.average.load_state_dict(saved.weights)
+        load_whole(run.average, saved.weights)
     for optimizer, state in zip(run.optimizers, saved.optimizers, strict=True):
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        parts = optimizer_parts(optimizer, state["state"])
+        optimizer.load_state_dict({"state": parts, "param_groups": groups})
     if saved.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(saved.scaler)
     run.progress = Progress(**saved.progress)
@@ -259,11 +265,12 @@ def restore(run: Run, saved: Checkpoint) -> None:
 def save(run: Run, path: Path) -> None:
     """Write a checkpoint of the run, on the first process. Errors: UserError if it cannot be written."""
     run.saved_at = time.perf_counter()
+    saved = snapshot(run)
     if run.world.is_first:
         run.metrics.flush()
         if run.world.job and not run.saved_step:
             run.folder.job.write_text(run.world.job)
-        checkpoint.save(path, snapshot(run))
+        checkpoint.save(path, saved)
     run.saved_step = run.progress.step
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanogpt import device, optim, parallel
 from nanogpt.console import warn
 from nanogpt.run import Outcome, Run
+from nanogpt.sharding import whole
 
 CAREFUL_STEPS = 2
 """Updates after which memory does not grow any more: the optimizers have made their moments."""
@@ -39,7 +40,8 @@ def gradient(run: Run) -> Tensor:
     processes all must halve theirs: so at first, when memory grows, they add up their gradients only
     after they have asked each other.
     """
-    careful = run.world.size > 1 and run.progress.step < run.first_step + CAREFUL_STEPS
+    early = run.progress.step < run.first_step + CAREFUL_STEPS
+    careful = run.config.parallel == "ddp" and run.world.size > 1 and early
     while True:
         loss, failed = torch.zeros(()), False
         try:
@@ -103,7 +105,7 @@ def train_step(run: Run) -> Outcome:
     loss = gradient(run)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
     values = torch.stack((loss, norm))
     update(run, ~values.isfinite().all())
     if run.scaler.is_enabled():

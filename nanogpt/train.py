@@ -29,7 +29,7 @@ from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
 from nanogpt.generate import generate
 from nanogpt.metrics import forget_after
-from nanogpt.parallel import joined
+from nanogpt.parallel import gathered, is_sharded, joined, leave
 from nanogpt.report import conclude, forecast, plan, resume_command
 from nanogpt.run import Run, restore, save, set_up, try_save
 from nanogpt.run_folder import RunFolder
@@ -64,7 +64,9 @@ def main(config: TrainConfig) -> int:
     """Train, and return the exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM."""
     result = fit(config)
     codes = {number.name: code for number, code in EXIT_CODES.items()}
-    return codes.get(result.reason, 0)
+    code = codes.get(result.reason, 0)
+    leave(code)
+    return code
 
 
 def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = None) -> Result:
@@ -121,7 +123,7 @@ def start(run: Run) -> None:
     That first save finds a folder that cannot be written before hours of work, not after.
     """
     plan(run)
-    if device.pick_compile(run.config.compile, run.device):
+    if device.pick_compile(run.config.compile, run.device) and not is_sharded(run.model):
         compile_model(run)
     if not run.config.resume:
         save(run, run.folder.last)
@@ -213,7 +215,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     micro = math.ceil(config.batch_size / (run.pieces * run.world.size))
     losses: list[Tensor] = []  # on the device: nothing waits for them before the end
     mine = batches[run.world.rank :: run.world.size]
-    model = run.final_model.eval()
+    model = gathered(run.final_model).eval()
     with torch.inference_mode(), run.console.evaluating(len(mine)) as tick:
         for starts, length in mine:
             x, y = run.val_windows(starts, length)
@@ -236,7 +238,7 @@ def sample_text(run: Run) -> str:
     """A short text in the model's present style, always from the same seed."""
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
-    model = run.final_model.eval()
+    model = gathered(run.final_model).eval()
     with device.autocast(run.device, run.dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = run.dataset.tokenizer.decode(int(token) for token in tokens)

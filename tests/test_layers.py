@@ -22,7 +22,7 @@ LAYERS = (
         "corpus",
         "shakespeare",
     },
-    {"loss", "model", "optim", "generate", "device"},
+    {"loss", "sharding", "model", "optim", "generate", "device"},
     {
         "shards",
         "data",

@@ -22,6 +22,7 @@ from nanogpt import step
 from nanogpt.config import TrainConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.parallel import World, checkpoint_activations
+from nanogpt.report import shares
 from nanogpt.run import micro_batches, set_up
 from nanogpt.run_folder import RunFolder
 from nanogpt.train import fit
@@ -124,6 +125,14 @@ def plain(config: TrainConfig) -> TrainConfig:
             "grad_checkpoint": "blocks",
             "eval_iters": 3,
         },
+        {"parallel": "fsdp"},
+        {
+            "parallel": "fsdp",
+            "optimizer": "muon",
+            "ema_decay": 0.9,
+            "gradient_accumulation_steps": 5,
+            "grad_checkpoint": "blocks",
+        },
     ],
 )
 def test_two_processes_train_as_one_does(plain, tmp_path, settings):
@@ -136,8 +145,9 @@ def test_two_processes_train_as_one_does(plain, tmp_path, settings):
     same_course(alone, both)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(plain, tmp_path):
-    whole = replace(plain, out_dir=str(tmp_path / "whole"), max_iters=30)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_processes(plain, tmp_path, kind):
+    whole = replace(plain, out_dir=str(tmp_path / "whole"), max_iters=30, parallel=kind, ema_decay=0.9)
     parts = replace(whole, out_dir=str(tmp_path / "parts"), schedule="trapezoid", cooldown=0.0, min_lr=1.0)
     whole = replace(parts, out_dir=whole.out_dir)
     fit(whole)
@@ -148,13 +158,32 @@ def test_a_run_goes_on_with_another_number_of_processes(plain, tmp_path):
     same_course(whole, parts)
 
 
+def test_sharded_processes_compute_in_bfloat16_too(plain, tmp_path):
+    alone = replace(plain, out_dir=str(tmp_path / "alone"), dtype="bfloat16")
+    both = replace(alone, out_dir=str(tmp_path / "both"), parallel="fsdp")
+    fit(alone)
+    code, _, err = torchrun(tmp_path, both)
+    assert code == 0, err
+    ours, theirs = rows(alone, "val_loss"), rows(both, "val_loss")
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.01)
+
+
+def test_sharded_processes_refuse_float16(plain, tmp_path):
+    code, _, err = torchrun(tmp_path, replace(plain, parallel="fsdp", dtype="float16"))
+    assert code != 0
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]  # of whichever was the first
+    assert line.endswith(": --parallel fsdp does not scale float16: give --dtype bfloat16")
+
+
 # What dies
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_since_the_last_save(
-    plain, tmp_path
+    plain, tmp_path, kind
 ):
-    calm, hit = (replace(plain, out_dir=str(tmp_path / name), save_seconds=0.0) for name in ("calm", "hit"))
+    often = replace(plain, save_seconds=0.0, parallel=kind)
+    calm, hit = (replace(often, out_dir=str(tmp_path / name)) for name in ("calm", "hit"))
     fit(calm)
     kill = "if rank == 1 and life < 2 and at == 12 + 9 * life: os.kill(os.getpid(), signal.SIGKILL)"
     code, out, err = torchrun(
@@ -282,6 +311,37 @@ def test_a_restarted_job_goes_on_with_its_own_run_alone(plain, tmp_path):
 
 
 # One process
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"), [({}, "early\nlate\n"), ({"TORCHELASTIC_RUN_ID": "a"}, "early\n")]
+)
+def test_a_process_of_torchruns_leaves_without_taking_the_interpreter_down(environment, said):
+    script = (
+        "import atexit, sys; from nanogpt.parallel import leave; atexit.register(print, 'late');"
+        " print('early'); leave(3); sys.exit(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, said)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "pieces", "words"),
+    [
+        (64, 1, 4, "64 sequences = 4 micro-batches of 16"),
+        (64, 2, 1, "64 sequences = 2 processes x 1 micro-batch of 32"),
+        (9, 2, 2, "9 sequences = 2 processes x 2 micro-batches of 2 or 3"),
+        (3, 2, 8, "3 sequences = 2 processes x 2 micro-batches of 1"),
+    ],
+)
+def test_how_a_batch_is_cut_up_is_said(batch_size, processes, pieces, words):
+    assert shares(batch_size, processes, pieces) == words
 
 
 def test_the_shares_of_a_batch_are_the_batch():

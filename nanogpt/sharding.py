@@ -1,0 +1,50 @@
+"""Tensors of which each process holds a part (DTensor), and the whole tensors they stand for.
+
+Use:    whole(parameter.grad); part_like(direction, parameter)
+On an ordinary tensor every function is the identity. All processes have to call them together.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts, put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The part of a whole tensor, the same on every process, that `other` is of its own."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    tensor = tensor.to(other.device, other.dtype)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def whole_state(value: Any) -> Any:
+    """A state_dict with whole tensors."""
+    if isinstance(value, Tensor):
+        return whole(value)
+    if isinstance(value, dict):
+        return {key: whole_state(item) for key, item in cast(dict[Any, Any], value).items()}
+    if isinstance(value, list):
+        return [whole_state(item) for item in cast(list[Any], value)]
+    return value
+
+
+def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load whole weights into a module that may hold parts."""
+    own = module.state_dict()
+    module.load_state_dict({name: part_like(tensor, own[name]) for name, tensor in state.items()})
+
+
+def optimizer_parts(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> dict[int, Any]:
+    """The parts of an optimizer's whole state that belong to its parameters' parts."""
+    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        number: {name: part_like(value, parameters[number]) for name, value in values.items()}
+        for number, values in state.items()
+    }
