@@ -13,9 +13,11 @@ the model from outside. Does not know the training loop.
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -42,6 +44,9 @@ from nanogpt.sharding import whole_state
 Item = TypeVar("Item")
 
 EXIT_ERROR = 2
+
+PARTING = timedelta(seconds=60)
+"""How long finished processes wait for one another."""
 
 EXPENSIVE = (
     torch.ops.aten.mm.default,
@@ -134,7 +139,25 @@ def joined() -> Generator[World]:
             raise
         sys.stderr.flush()
         os._exit(EXIT_ERROR)  # not by way of the other processes' ends of the connection: they may be gone
+    part(world, failures)
     dist.destroy_process_group()
+
+
+def part(world: World, store: PrefixStore) -> None:
+    """Wait until every process is through: one that left early could break off what another still reads.
+
+    The first may be the one that keeps the store, so it leaves the store last.
+    """
+    arrived = store.add("through", 1)
+    with suppress(RuntimeError):  # somebody died: torchrun sees that, nothing here needs him any more
+        if not world.is_first:
+            store.wait(["all through"], PARTING)
+            return
+        end = time.monotonic() + PARTING.total_seconds()
+        while arrived < world.size and time.monotonic() < end:
+            time.sleep(0.01)
+            arrived = store.add("through", 0)
+        store.set("all through", "")
 
 
 def leave(code: int) -> None:

@@ -30,7 +30,8 @@ from nanogpt.train import fit
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
 
 CHILD = """
-import os, signal, sys
+import faulthandler, os, signal, sys
+faulthandler.dump_traceback_later(80)  # shows where, should it hang
 import torch
 torch.set_num_threads(1)
 from nanogpt import cli, run, train, step
@@ -75,8 +76,18 @@ def start(tmp_path: Path, config: TrainConfig, *flags: str, fault: str = NEVER, 
 def torchrun(tmp_path: Path, config: TrainConfig, *flags: str, fault: str = NEVER, extra=()):
     """Exit code, standard output and standard error of a training under torchrun."""
     process = start(tmp_path, config, *flags, fault=fault, extra=tuple(extra))
-    out, err = process.communicate(timeout=120)
+    out, err = ended(process, 120)
     return process.returncode, out, err
+
+
+def ended(process: "subprocess.Popen[str]", seconds: float) -> tuple[str, str]:
+    """Output of a process that must end in so many seconds; all that it said, if it does not."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        out, err = process.communicate()
+        pytest.fail(f"still running after {seconds} s\n==== OUT\n{out}\n==== ERR\n{err}")
 
 
 def rows(config: TrainConfig, kind: str) -> dict[int, float]:
@@ -268,9 +279,12 @@ def test_of_two_machines_one_dies_and_comes_back(plain, tmp_path):
     kill_tree(second.pid)
     second.communicate()
     again = start(tmp_path, hit, *flags, guest, fault=slowly)
-    _, err = first.communicate(timeout=100)
-    kill_tree(again.pid)
-    _, err_again = again.communicate()
+    try:
+        _, err = ended(first, 100)
+    finally:
+        kill_tree(again.pid)
+        _, err_again = again.communicate()
+        print(err_again)
     assert first.returncode == 0, err + "==== AGAIN" + err_again
     assert last_step(hit) == 60
     assert not (Path(hit.out_dir) / "previous").exists()
