@@ -4,16 +4,20 @@ Use:    save(path, checkpoint); checkpoint = load(path)
 A checkpoint is one self-contained file of plain types and tensors (torch.save, read back with
 weights_only=True, so a hostile file runs nothing), followed by a seal: the SHA-256 of all that
 stands before it. The seal is verified before anything is used. torch.load reads the file too.
-Which file is the best one and which is resumed: run_folder.py.
+The tensors of a model that several processes share (--parallel fsdp) lie beside it, in a folder that the
+file vouches for (parts.py); `load` puts them together. Which file is the best one and which is resumed:
+run_folder.py.
 """
 
 import hashlib
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 
+from nanogpt import parts
 from nanogpt.config import GPTConfig, TrainConfig, UserError, from_dict, require
 from nanogpt.files import replacing
 
@@ -76,6 +80,8 @@ class Checkpoint:
     fingerprint: str
     """Fingerprint of the training data."""
     format: int = FORMAT
+    parts: dict[str, str] = field(default_factory=dict[str, str])
+    """The files beside this one that hold the tensors, with their SHA-256; empty if they are here."""
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -144,9 +150,15 @@ def verify(path: Path) -> None:
     require(seal == SEAL + digest.digest(), f"checkpoint {path} is damaged (its checksum does not match)")
 
 
-def load(path: Path) -> Checkpoint:
+def parts_folder(path: Path, names: Iterable[str]) -> Path:
+    """The folder of the parts of a checkpoint at `path` that have these names."""
+    return (path.parent / next(iter(names))).parent
+
+
+def load(path: Path, *, whole: bool = True) -> Checkpoint:
     """Read a checkpoint onto the CPU, after verifying every bit of it.
 
+    whole: with all its tensors; else those that lie in parts stay where they are, unverified.
     Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
     try:
@@ -167,16 +179,31 @@ def load(path: Path) -> Checkpoint:
         content["format"] == FORMAT,
         f"checkpoint {path} has format {version}, this is {FORMAT}: update NanoGPT",
     )
-    parts = {field.name for field in fields(Checkpoint)}
-    require(set(content) == parts, f"checkpoint {path} was saved by another version: update NanoGPT")
-    return Checkpoint(**content)
+    names = {field.name for field in fields(Checkpoint)}
+    require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
+    found = Checkpoint(**content)
+    return put_together(path, found) if found.parts and whole else found
+
+
+def put_together(path: Path, head: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that lie beside it in parts.
+
+    Errors: UserError if one of the files is missing or damaged.
+    """
+    parts.verify(path.parent, head.parts)
+    tensors = parts.read_whole(parts_folder(path, head.parts))
+    model, average, states = parts.nested(tensors, len(head.optimizers))
+    optimizers = [saved | {"state": state} for saved, state in zip(head.optimizers, states, strict=True)]
+    return replace(head, model=model, average=average, optimizers=optimizers, parts={})
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint of format 1 is in format 2; any other is left alone.
 
     Format 1 had no averaged weights, at first a single optimizer, and GPT-2's approximation of GELU only.
+    Format 2 had at first no parts.
     """
+    content = {"parts": {}, **content}
     if content["format"] != 1 or not isinstance(content.get("config"), dict):
         return content
     content = {"average": {}, **content, "format": 2}

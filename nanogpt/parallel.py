@@ -39,7 +39,6 @@ from torch.utils import checkpoint as checkpointing
 
 from nanogpt.config import GradCheckpoint, UserError, require
 from nanogpt.model import GPT
-from nanogpt.sharding import whole_state
 
 Item = TypeVar("Item")
 
@@ -97,6 +96,17 @@ class World:
         lists: list[Any] = [None] * self.size
         dist.all_gather_object(lists, list(values))
         return [value for part in lists for value in part]
+
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """What one process cannot do, none has done. Errors: UserError on all, if one has that or OSError."""
+        problem: list[str] = []
+        try:
+            yield
+        except (UserError, OSError) as error:
+            problem = [str(error)]
+        problems = self.gather(problem)
+        require(not problems, "".join(problems[:1]))
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place."""
@@ -214,24 +224,16 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
     """Leave each process a part of every weight, gradient and moment (FSDP2: Zhao et al., 2023).
 
     A block's weights are put together for as long as it computes, in `dtype`; gradients are averaged in
-    float32.
+    float32. Those outside of the blocks stay together until the backward pass, if there will be one.
     """
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     lower = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
     register_fsdp_forward_method(model, "loss")
-
-
-def gathered(model: GPT) -> GPT:
-    """The model with all its weights on every process, each of which may compute with it what it likes."""
-    if not isinstance(model, FSDPModule):
-        return model
-    copy = GPT(model.config).to(next(model.parameters()).device)
-    copy.load_state_dict(whole_state(model.state_dict()))
-    return copy
 
 
 def is_sharded(model: nn.Module) -> bool:

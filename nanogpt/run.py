@@ -7,15 +7,17 @@ The training itself is in train.py.
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from nanogpt import checkpoint, data, device, optim, parallel
+from nanogpt import checkpoint, data, device, optim, parallel, parts
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, UserError, require, to_dict
 from nanogpt.console import say, warn
@@ -67,6 +69,17 @@ class Outcome:
     """None: already."""
 
 
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint in parts that is written while the training goes on."""
+
+    head: Checkpoint
+    """All but the tensors."""
+    folder: Path
+    digests: Future[dict[str, str]]
+    """The SHA-256 of each file that this process has written, once it has."""
+
+
 @dataclass
 class Run:
     """Everything a training needs: set_up makes it, train.py moves it."""
@@ -103,6 +116,9 @@ class Run:
     saved_at: float = field(default_factory=time.perf_counter)
     saved_step: int | None = None
     """Step of the newest checkpoint that this process has written or read."""
+    parts: Path | None = None
+    """Folder of the tensors of last.pt, if they lie in parts: it must not be written to."""
+    writing: Writing | None = None
     forecast_done: bool = False
     keep_going: Callable[[int, float], bool] | None = None
     """Asked after each evaluation, with the step and the validation loss, whether to go on."""
@@ -120,7 +136,8 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
 
     Errors: UserError if the data, the device or the checkpoint do not fit the settings.
     """
-    saved = folder.newest(warn) if config.resume else None
+    sharded = config.parallel == "fsdp" and world.size > 1
+    saved = folder.newest(warn, world, whole=not sharded) if config.resume else None
     dataset = data.load(Path(config.data_dir))
     if saved:
         check_resume(config, saved, dataset)
@@ -140,7 +157,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
     average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
     parallel.checkpoint_activations(model, config.grad_checkpoint)
-    if config.parallel == "fsdp" and world.size > 1:
+    if sharded:
         require(dtype != torch.float16, "--parallel fsdp does not scale float16: give --dtype bfloat16")
         for module in [model, average] if average else [model]:
             parallel.shard(module, place, dtype)
@@ -232,14 +249,28 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def snapshot(run: Run) -> Checkpoint:
-    """The run as a checkpoint (its tensors are the run's own, not copies, unless they are in parts)."""
+    """The run as a checkpoint. Its tensors are the run's own, not copies, unless they had to be put together.
+
+    Then they are on the first process alone.
+    """
+    keep = run.world.is_first
+    return replace(
+        head(run),
+        model=whole_state(run.model.state_dict(), keep=keep),
+        average=whole_state(run.average.state_dict(), keep=keep) if run.average else {},
+        optimizers=[whole_state(optimizer.state_dict(), keep=keep) for optimizer in run.optimizers],
+    )
+
+
+def head(run: Run) -> Checkpoint:
+    """The run as a checkpoint, without its tensors."""
     return Checkpoint(
         config=to_dict(replace(run.config, resume=False, overwrite=False)),
         vocab_size=run.model.config.vocab_size,
         progress=asdict(run.progress),
-        model=whole_state(run.model.state_dict()),
-        average=whole_state(run.average.state_dict()) if run.average else {},
-        optimizers=[whole_state(optimizer.state_dict()) for optimizer in run.optimizers],
+        model={},
+        average={},
+        optimizers=[optimizer.state_dict() | {"state": {}} for optimizer in run.optimizers],
         scaler=run.scaler.state_dict(),
         arithmetic={"device": run.device.type, "dtype": name_of(run.dtype)},
         tokenizer=run.dataset.tokenizer.to_dict(),
@@ -249,37 +280,120 @@ def snapshot(run: Run) -> Checkpoint:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
-    load_whole(run.model, saved.model)
-    if run.average:
-        load_whole(run.average, saved.weights)
-    for optimizer, state in zip(run.optimizers, saved.optimizers, strict=True):
-        groups = optimizer.state_dict()["param_groups"]
-        parts = optimizer_parts(optimizer, state["state"])
-        optimizer.load_state_dict({"state": parts, "param_groups": groups})
+    if saved.parts:
+        run.parts = checkpoint.parts_folder(run.folder.last, saved.parts)
+        states = read_parts(run, run.parts)
+    else:
+        load_whole(run.model, saved.model)
+        if run.average:
+            load_whole(run.average, saved.weights)
+        pairs = zip(run.optimizers, saved.optimizers, strict=True)
+        states = [optimizer_parts(optimizer, state["state"]) for optimizer, state in pairs]
+    for optimizer, state in zip(run.optimizers, states, strict=True):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     if saved.scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(saved.scaler)
     run.progress = Progress(**saved.progress)
     run.saved_step = run.progress.step
 
 
+def read_parts(run: Run, folder: Path) -> list[dict[int, Any]]:
+    """Fill weights and average from a checkpoint in parts. Returns the states of the optimizers."""
+    saved = parts.shapes(folder)
+    states = parts.room(saved, run.optimizers)
+    average = run.average.state_dict() if run.average else {}
+    if any(name.startswith("average.") for name in saved) or not average:
+        parts.read(folder, parts.flat(run.model.state_dict(), average, states))
+        return states
+    parts.read(folder, parts.flat(run.model.state_dict(), {}, states))
+    parts.read(folder, parts.flat(average, {}, []))  # a run that begins to average
+    return states
+
+
 def save(run: Run, path: Path) -> None:
-    """Write a checkpoint of the run, on the first process. Errors: UserError if it cannot be written."""
+    """Write a checkpoint of the run. Errors: UserError if it cannot be written."""
+    begin_save(run, path)
+    finish_save(run)
+
+
+def begin_save(run: Run, path: Path) -> None:
+    """Write a checkpoint of the run, on the first process; or let each begin to write its part of it.
+
+    In parts is what is resumed, of a model in parts. What is sampled from is one ordinary file.
+    Errors: UserError if it cannot be written, or if the one before could not.
+    """
+    finish_save(run)
     run.saved_at = time.perf_counter()
-    saved = snapshot(run)
     if run.world.is_first:
         run.metrics.flush()
         if run.world.job and not run.saved_step:
             run.folder.job.write_text(run.world.job)
-        checkpoint.save(path, saved)
+    if parallel.is_sharded(run.model) and path == run.folder.last:
+        average = run.average.state_dict() if run.average else {}
+        states = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
+        tensors = parts.flat(run.model.state_dict(), average, states)
+        folder = run.folder.parts / str(run.progress.step)
+        if folder == run.parts:
+            folder = folder.with_name(f"{folder.name}-again")
+        if run.world.is_first:
+            run.folder.drop_parts(but=run.parts)  # what a killed process left: nobody writes before this one
+        run.writing = Writing(head(run), folder, parts.begin(folder, tensors))
+        return
+    saved = snapshot(run)
+    with run.world.together():
+        if run.world.is_first:
+            checkpoint.save(path, saved)
     run.saved_step = run.progress.step
 
 
+def finish_save(run: Run) -> None:
+    """Wait until the checkpoint is there that is being written in parts, if there is one.
+
+    It counts from the moment at which the file that names its parts is in place.
+    Errors: UserError if one process could not write its part, or the first one the file.
+    """
+    writing, run.writing = run.writing, None
+    if writing is None:
+        return
+    digests = dict[str, str]()
+    with run.world.together():
+        try:
+            digests = writing.digests.result()
+        except Exception as error:
+            raise UserError(f"cannot write {writing.folder}: {cause_of(error)}") from error
+    files = run.world.gather(list(digests.items()))
+    with run.world.together():
+        if run.world.is_first:
+            inside = writing.folder.relative_to(run.folder.path)
+            named = {(inside / name).as_posix(): digest for name, digest in files}
+            checkpoint.save(run.folder.last, replace(writing.head, parts=named))
+            run.folder.drop_parts(but=writing.folder)
+    run.parts = writing.folder
+    run.saved_step = int(writing.head.progress["step"])
+
+
+def cause_of(error: BaseException) -> str:
+    """Why a part could not be written, in a line."""
+    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else [(error, None)]
+    first = failures[0][0]
+    return (isinstance(first, OSError) and first.strerror) or (str(first).splitlines() or [repr(first)])[-1]
+
+
 def try_save(run: Run, path: Path) -> bool:
-    """Like save, but a failure is reported and the training goes on. Returns whether it worked."""
-    failed = False
+    """Like begin_save, but a failure is reported and the training goes on. Returns whether it worked."""
+    return attempt(run, lambda: begin_save(run, path))
+
+
+def try_finish_save(run: Run) -> bool:
+    """Like finish_save, but a failure is reported and the training goes on. Returns whether it worked."""
+    return attempt(run, lambda: finish_save(run))
+
+
+def attempt(run: Run, write: Callable[[], None]) -> bool:
+    """Whether writing worked; if not, say why not."""
     try:
-        save(run, path)
+        write()
     except UserError as error:
         warn(f"{error} (training goes on; what was saved before is whole; the next save tries again)")
-        failed = True
-    return not run.world.agree(failed)[0]
+        return False
+    return True

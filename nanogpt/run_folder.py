@@ -1,7 +1,8 @@
 """The folder of a run: what is in it, who may write to it, and how an earlier run is kept.
 
 Use:    folder = RunFolder(Path("out")); with folder.locked(): folder.set_aside(); ...
-Holds:  ckpt.pt (best), last.pt (newest), metrics.jsonl, loss.png, runs/ (TensorBoard),
+Holds:  ckpt.pt (best), last.pt (newest; with --parallel fsdp its tensors are in parts/),
+        metrics.jsonl, loss.png, runs/ (TensorBoard),
         previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
 """
 
@@ -13,11 +14,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nanogpt import parts
 from nanogpt.checkpoint import Checkpoint, load, peek
 from nanogpt.config import TrainConfig, UserError, require
+from nanogpt.parallel import World
 
 RUN_BY_RUN = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
 """Settings of one invocation: a run that goes on may have others, and nobody need be told."""
+
+
+ALONE = World()
 
 
 class RunFolder:
@@ -27,6 +33,7 @@ class RunFolder:
         self.path = path
         self.best = path / "ckpt.pt"
         self.last = path / "last.pt"
+        self.parts = path / "parts"
         self.metrics = path / "metrics.jsonl"
         self.plot = path / "loss.png"
         self.runs = path / "runs"
@@ -51,17 +58,24 @@ class RunFolder:
         finally:
             lock.release()
 
-    def newest(self, report: Callable[[str], None]) -> Checkpoint:
+    def newest(
+        self, report: Callable[[str], None], world: World = ALONE, *, whole: bool = True
+    ) -> Checkpoint:
         """The valid checkpoint with the most steps; damaged ones are reported and passed over.
 
+        whole: with all its tensors. Else those that lie in parts are only verified, by all processes
+        together.
         Errors: UserError if there is none.
         """
         found: list[Checkpoint] = []
         for path in (self.last, self.best):
             if path.is_file():
                 try:
-                    found.append(load(path))
+                    found.append(load(path, whole=whole))
+                    if found[-1].parts:
+                        verify_parts(path, found[-1], world)
                 except UserError as error:
+                    found = [checkpoint for checkpoint in found if not checkpoint.parts]
                     report(f"{error}: passing it over")
         require(
             bool(found),
@@ -89,12 +103,18 @@ class RunFolder:
             return False
         return (own or restarted) and replace(saved, **RUN_BY_RUN) == replace(config, **RUN_BY_RUN)
 
+    def drop_parts(self, *, but: Path | None) -> None:
+        """Delete the parts of all checkpoints but the one that has its own in the folder `but`."""
+        for path in self.parts.glob("*"):
+            if path != but:
+                shutil.rmtree(path, ignore_errors=True)
+
     def set_aside(self, *, delete: bool = False) -> Path | None:
         """Make room for a new run: move an earlier one to previous/<number>, or delete it.
 
         Returns where it went, None if there was none or it was deleted.
         """
-        belongings = (self.last, self.best, self.metrics, self.plot, self.runs)
+        belongings = (self.last, self.best, self.parts, self.metrics, self.plot, self.runs)
         present = [path for path in belongings if path.exists()]
         if delete:
             for path in present:
@@ -109,3 +129,13 @@ class RunFolder:
         for path in present:
             path.rename(target / path.name)
         return target
+
+
+def verify_parts(path: Path, saved: Checkpoint, world: World) -> None:
+    """Verify the parts of the checkpoint at `path`, each process a share of them.
+
+    Errors: UserError, on all processes, if one of them is damaged.
+    """
+    names = sorted(saved.parts)[world.rank :: world.size]
+    with world.together():
+        parts.verify(path.parent, {name: saved.parts[name] for name in names})

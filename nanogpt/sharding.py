@@ -24,14 +24,18 @@ def part_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def whole_state(value: Any) -> Any:
-    """A state_dict with whole tensors."""
-    if isinstance(value, Tensor):
-        return whole(value)
+def whole_state(value: Any, *, keep: bool = True) -> Any:
+    """A state_dict with whole tensors; those put together from parts are on the CPU.
+
+    keep: whether this process wants them. Else they are empty, so that one process alone has to have room.
+    """
+    if isinstance(value, DTensor):
+        together = whole(value)
+        return together.cpu() if keep else torch.empty(0)
     if isinstance(value, dict):
-        return {key: whole_state(item) for key, item in cast(dict[Any, Any], value).items()}
+        return {key: whole_state(item, keep=keep) for key, item in cast(dict[Any, Any], value).items()}
     if isinstance(value, list):
-        return [whole_state(item) for item in cast(list[Any], value)]
+        return [whole_state(item, keep=keep) for item in cast(list[Any], value)]
     return value
 
 

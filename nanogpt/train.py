@@ -29,9 +29,9 @@ from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
 from nanogpt.generate import generate
 from nanogpt.metrics import forget_after
-from nanogpt.parallel import gathered, is_sharded, joined, leave
+from nanogpt.parallel import is_sharded, joined, leave
 from nanogpt.report import conclude, forecast, plan, resume_command
-from nanogpt.run import Run, restore, save, set_up, try_save
+from nanogpt.run import Run, restore, save, set_up, try_finish_save, try_save
 from nanogpt.run_folder import RunFolder
 from nanogpt.step import gradient, settle, train_step
 from nanogpt.stopping import EXIT_CODES, StopRequest
@@ -123,17 +123,24 @@ def start(run: Run) -> None:
     That first save finds a folder that cannot be written before hours of work, not after.
     """
     plan(run)
-    if device.pick_compile(run.config.compile, run.device) and not is_sharded(run.model):
+    if device.pick_compile(run.config.compile, run.device):
         compile_model(run)
     if not run.config.resume:
         save(run, run.folder.last)
 
 
 def compile_model(run: Run) -> None:
-    """torch.compile the model and try it on a batch; if that fails, say why and go on without."""
+    """torch.compile the model and try it on a batch; if that fails, say why and go on without.
+
+    Of a model in parts the blocks are compiled: between them its weights come and go.
+    """
     say("Compiling the model (about a minute the first time)...")
-    plain = run.loss
-    run.loss = torch.compile(plain)
+    loss, forwards = run.loss, [block.forward for block in run.model.blocks]
+    if is_sharded(run.model):
+        for block, forward in zip(run.model.blocks, forwards, strict=True):
+            block.forward = torch.compile(forward)
+    else:
+        run.loss = torch.compile(loss)
     try:
         gradient(run)
     except torch.OutOfMemoryError:
@@ -141,7 +148,9 @@ def compile_model(run: Run) -> None:
     except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
         why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warn(f"torch.compile failed, going on without it: {why}")
-        run.loss = plain
+        run.loss = loss
+        for block, forward in zip(run.model.blocks, forwards, strict=True):
+            block.forward = forward
     run.model.zero_grad()
 
 
@@ -183,7 +192,8 @@ def roll_back(run: Run) -> None:
     That is the newest; or, if the training broke again after going back to it, the best one.
     Errors: UserError if that has been tried ROLLBACKS times at the same place.
     """
-    saved = run.folder.newest(warn)
+    try_finish_save(run)
+    saved = run.folder.newest(warn, run.world, whole=not is_sharded(run.model))
     if int(saved.progress["step"]) <= run.progress.broken_at and run.folder.best.is_file():
         saved = load_checkpoint(run.folder.best)
     good, before = int(saved.progress["step"]), run.progress
@@ -214,20 +224,27 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     )
     micro = math.ceil(config.batch_size / (run.pieces * run.world.size))
     losses: list[Tensor] = []  # on the device: nothing waits for them before the end
-    mine = batches[run.world.rank :: run.world.size]
-    model = gathered(run.final_model).eval()
-    with torch.inference_mode(), run.console.evaluating(len(mine)) as tick:
-        for starts, length in mine:
-            x, y = run.val_windows(starts, length)
-            for x_piece, y_piece in zip(torch.split(x, micro), torch.split(y, micro), strict=True):
-                with device.autocast(run.device, run.dtype):
-                    loss = model.loss(x_piece, y_piece)
-                losses.append(loss * y_piece.numel())
+    pieces = [
+        (starts[first : first + micro], length)
+        for starts, length in batches
+        for first in range(0, len(starts), micro)
+    ]
+    rounds = math.ceil(len(pieces) / run.world.size)
+    model, interrupted = run.final_model.eval(), False
+    with torch.no_grad(), run.console.evaluating(rounds) as tick:
+        for first in range(0, len(pieces), run.world.size):
+            number = first + run.world.rank
+            x, y = run.val_windows(*pieces[min(number, len(pieces) - 1)])
+            with device.autocast(run.device, run.dtype):
+                loss = model.loss(x, y)  # all processes: a model in parts takes them all
+            if number < len(pieces):
+                losses.append(loss * y.numel())
             tick()
-            if stop.signal:
+            interrupted = bool(run.world.agree(bool(stop.signal))[0])
+            if interrupted:
                 break
     model.train()
-    if run.world.agree(bool(stop.signal))[0]:
+    if interrupted:
         return None
     sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
     tokens = sum(len(starts) * length for starts, length in batches)
@@ -238,7 +255,7 @@ def sample_text(run: Run) -> str:
     """A short text in the model's present style, always from the same seed."""
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
-    model = gathered(run.final_model).eval()
+    model = run.final_model.eval()
     with device.autocast(run.device, run.dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = run.dataset.tokenizer.decode(int(token) for token in tokens)
@@ -299,7 +316,10 @@ def loop(run: Run, stop: StopRequest) -> str:
 def agreed(run: Run, stop: StopRequest) -> tuple[str, bool]:
     """Why to stop, and whether to save: what one process wants, all do, after the same step."""
     save_is_due = time.perf_counter() - run.saved_at >= run.config.save_seconds
-    reason, save = run.world.agree(REASONS.index(reason_to_stop(run, stop)), save_is_due)
+    is_writing = run.writing is not None and not run.writing.digests.done()
+    reason, save, writes = run.world.agree(REASONS.index(reason_to_stop(run, stop)), save_is_due, is_writing)
+    if run.writing and not writes:
+        try_finish_save(run)
     return REASONS[reason], bool(save)
 
 

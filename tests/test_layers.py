@@ -25,6 +25,7 @@ LAYERS = (
     {"loss", "sharding", "model", "optim", "generate", "device"},
     {
         "shards",
+        "parts",
         "data",
         "survey",
         "token_files",

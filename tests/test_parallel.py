@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import step
+from nanogpt import checkpoint, step
 from nanogpt.config import TrainConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.parallel import World, checkpoint_activations
@@ -105,9 +105,7 @@ def same_course(one: TrainConfig, other: TrainConfig) -> None:
         ours, theirs = rows(one, kind), rows(other, kind)
         assert ours.keys() == theirs.keys()
         assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-3)
-    weights = [
-        torch.load(Path(config.out_dir) / "last.pt", weights_only=True)["model"] for config in (one, other)
-    ]
+    weights = [checkpoint.load(Path(config.out_dir) / "last.pt").model for config in (one, other)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=0.05, atol=1e-2)
 
@@ -203,7 +201,7 @@ def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_s
     assert code == 0, err
     assert last_step(hit) == 30
     assert not (Path(hit.out_dir) / "previous").exists()
-    assert "from step 12" in out
+    assert re.search("from step 12" if kind == "ddp" else "from step 1[12]", out)  # or while it was written
     same_course(calm, hit)
 
 
