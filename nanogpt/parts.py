@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType]
@@ -88,7 +89,7 @@ def connection() -> dist.ProcessGroup:
 def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
     """Copy the tensors, then write them into the folder in the background; all processes together.
 
-    The result is the SHA-256 of each file that this process has written; or the exception.
+    The result is the SHA-256 of each file that this process has written, or a UserError why it has not.
     """
     digests: Future[dict[str, str]] = Future()
     rank = dist.get_rank()
@@ -98,13 +99,20 @@ def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
             saved.result()
             own = [*folder.glob(f"__{rank}_*"), *([folder / INDEX] if rank == 0 else [])]
             digests.set_result({path.name: sha256(path) for path in own})
-        except BaseException as error:
-            digests.set_exception(error)
+        except (Exception, CheckpointException) as error:
+            digests.set_exception(UserError(f"cannot write {folder}: {cause_of(error)}"))
 
     writer = FileSystemWriter(folder)
     saving = cast("Future[Any]", async_save(tensors, storage_writer=writer, process_group=connection()))
     saving.add_done_callback(sum_up)
     return digests
+
+
+def cause_of(error: BaseException) -> str:
+    """Why a part could not be written or read, in a line."""
+    if isinstance(error, CheckpointException):  # the first of the processes' own
+        error = next(iter(error.failures.values()))[0]
+    return (isinstance(error, OSError) and error.strerror) or (str(error).splitlines() or [repr(error)])[-1]
 
 
 def sha256(path: Path) -> str:
@@ -159,17 +167,23 @@ def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (item.size, item.properties.dtype) for name, item in items.items()}
 
 
-def read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, or parts of them, with what the folder holds; all processes together."""
-    load(cast(dict[str, Any], tensors), storage_reader=Reader(folder))
+def read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fill tensors, or parts of them, with what the folder holds; all processes together, or this one alone.
+
+    Errors: UserError if it does not hold them, or cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said when alone
+            load(cast(dict[str, Any], tensors), storage_reader=Reader(folder), no_dist=alone)
+    except CheckpointException as error:
+        raise UserError(f"cannot read {folder}: {cause_of(error)}") from error
 
 
 def read_whole(folder: Path) -> dict[str, Tensor]:
-    """All tensors in the folder, whole and on the CPU, for this process alone."""
+    """All tensors in the folder, whole and on the CPU, for this process alone. Errors: as `read`."""
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes(folder).items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is wanted
-        load(cast(dict[str, Any], tensors), storage_reader=Reader(folder), no_dist=True)
+    read(folder, tensors, alone=True)
     return tensors
 
 

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from nanogpt import checkpoint, data, device, optim, parallel, parts
 from nanogpt.checkpoint import Checkpoint, Progress
@@ -77,7 +76,7 @@ class Writing:
     """All but the tensors."""
     folder: Path
     digests: Future[dict[str, str]]
-    """The SHA-256 of each file that this process has written, once it has."""
+    """The SHA-256 of each file that this process has written, or a UserError, once it has."""
 
 
 @dataclass
@@ -357,10 +356,7 @@ def finish_save(run: Run) -> None:
         return
     digests = dict[str, str]()
     with run.world.together():
-        try:
-            digests = writing.digests.result()
-        except Exception as error:
-            raise UserError(f"cannot write {writing.folder}: {cause_of(error)}") from error
+        digests = writing.digests.result()
     files = run.world.gather(list(digests.items()))
     with run.world.together():
         if run.world.is_first:
@@ -370,13 +366,6 @@ def finish_save(run: Run) -> None:
             run.folder.drop_parts(but=writing.folder)
     run.parts = writing.folder
     run.saved_step = int(writing.head.progress["step"])
-
-
-def cause_of(error: BaseException) -> str:
-    """Why a part could not be written, in a line."""
-    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else [(error, None)]
-    first = failures[0][0]
-    return (isinstance(first, OSError) and first.strerror) or (str(first).splitlines() or [repr(first)])[-1]
 
 
 def try_save(run: Run, path: Path) -> bool:
