@@ -1,7 +1,7 @@
 # make demo    prepare Tiny Shakespeare, train a small model (about two minutes), print a sample
 # make test    run the tests
 # make check   lint, format, types, layers
-# make bench   measure what bench/ claims (about ten minutes; let nothing else run beside it)
+# make bench   measure what bench/ claims (about a quarter of an hour; let nothing else run beside it)
 # Each sets up .venv by itself. PYTHON=python3.12 make ... picks another interpreter (3.10 or newer).
 
 PYTHON ?= python3
@@ -37,6 +37,9 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/prepare.py
 	$(BIN)/python bench/bpe.py
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/plan.py
+	$(BIN)/python bench/scaling.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

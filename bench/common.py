@@ -22,6 +22,7 @@ from nanogpt import device as devices
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model import GPT
 from nanogpt.optim import build
+from nanogpt.parallel import checkpoint_activations
 
 FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -67,7 +68,9 @@ def our_step(
 ) -> Step:
     """One update of ours as a function of a batch. compiled: a mode of torch.compile, or "" for none."""
     model = GPT(config).to(place)
-    optimizers = build(model, settings or TrainConfig())
+    settings = settings or TrainConfig()
+    checkpoint_activations(model, settings.grad_checkpoint)
+    optimizers = build(model, settings)
     loss_of = torch.compile(model.loss, mode=compiled) if compiled else model.loss
 
     def step(x: Tensor, y: Tensor) -> None:

@@ -95,6 +95,7 @@ def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
     rank = dist.get_rank()
 
     def sum_up(saved: "Future[Any]") -> None:
+        """Settle `digests`."""
         try:
             saved.result()
             own = [*folder.glob(f"__{rank}_*"), *([folder / INDEX] if rank == 0 else [])]

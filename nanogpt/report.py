@@ -11,6 +11,8 @@ import numpy as np
 from nanogpt.config import TrainConfig
 from nanogpt.console import command, say, warn
 from nanogpt.metrics import duration
+from nanogpt.model import flops_per_token
+from nanogpt.parallel import is_sharded
 from nanogpt.plot import plot_losses
 from nanogpt.run import Run, name_of
 
@@ -18,6 +20,8 @@ FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
 """Training after which the time to come is foretold: this long, and at least so many steps."""
 
 ONE_HOUR = 3600.0
+
+MIB = 2**20
 
 
 def plan(run: Run) -> None:
@@ -34,8 +38,26 @@ def plan(run: Run) -> None:
         f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
         + (f", from step {progress.step:,}" * config.resume)
     )
+    work = flops_per_token(run.model.config, run.model.num_parameters()) * tokens
+    say(
+        f"A step: {work / 1e9:,.1f} GFLOP; {held(run) / MIB:,.1f} MiB for weights, gradients and moments, "
+        "and activations (nanogpt plan counts them)"
+    )
     if run.world.size > 1 or run.pieces > 1:
         say(f"Batch: {shares(config.batch_size, run.world.size, run.pieces)}")
+
+
+def held(run: Run) -> float:
+    """Bytes that this process holds all the time, of its weights, their average, gradients and moments."""
+    weights = sum(parameter.nbytes for parameter in run.model.parameters())
+    moments = sum(
+        parameter.nbytes * (2 if "betas" in optimizer.defaults else 1)
+        for optimizer in run.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    total = weights * (3 if run.average else 2) + moments
+    return total / (run.world.size if is_sharded(run.model) else 1)
 
 
 def shares(batch_size: int, processes: int, pieces: int) -> str:

@@ -29,9 +29,9 @@ from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
 from nanogpt.generate import generate
 from nanogpt.metrics import forget_after
-from nanogpt.parallel import is_sharded, joined, leave
+from nanogpt.parallel import World, is_sharded, joined, leave
 from nanogpt.report import conclude, forecast, plan, resume_command
-from nanogpt.run import Run, restore, save, set_up, try_finish_save, try_save
+from nanogpt.run import Run, micro_batches, restore, save, set_up, try_finish_save, try_save
 from nanogpt.run_folder import RunFolder
 from nanogpt.step import gradient, settle, train_step
 from nanogpt.stopping import EXIT_CODES, StopRequest
@@ -83,7 +83,7 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = N
     )
     if not config.resume:
         data.load(Path(config.data_dir))  # before a folder is made for a run that cannot begin
-    with joined() as world, enough_memory(config), StopRequest() as stop, ExitStack() as stack:
+    with joined() as world, enough_memory(config, world), StopRequest() as stop, ExitStack() as stack:
         if world.is_first:
             stack.enter_context(folder.locked())
         if world.decide(lambda: folder.holds(config, world.job, restarted=world.restarted)):
@@ -101,14 +101,17 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = N
 
 
 @contextmanager
-def enough_memory(config: TrainConfig) -> Generator[None]:
+def enough_memory(config: TrainConfig, world: World) -> Generator[None]:
     """Turn running out of memory, on whatever device, into a UserError that says what to change."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
         if not device.is_out_of_memory(error):
             raise
-        if config.micro_batch not in ("auto", 1):
+        micro_batch = math.ceil(config.batch_size / world.size / micro_batches(config, world))
+        if config.parallel == "fsdp" and world.size > 1 and micro_batch > 1:
+            fix = f"give --micro_batch {micro_batch // 2}, which computes the same in smaller pieces"
+        elif config.micro_batch not in ("auto", 1):
             fix = "give --micro_batch auto, which computes the same in pieces that fit"
         elif config.grad_checkpoint != "blocks":
             fix = "give --grad_checkpoint blocks, which computes the same in less memory"

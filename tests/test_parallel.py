@@ -25,7 +25,7 @@ from nanogpt.parallel import World, checkpoint_activations
 from nanogpt.report import shares
 from nanogpt.run import micro_batches, set_up
 from nanogpt.run_folder import RunFolder
-from nanogpt.train import fit
+from nanogpt.train import enough_memory, fit
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
 
@@ -175,6 +175,33 @@ def test_sharded_processes_compute_in_bfloat16_too(plain, tmp_path):
     assert code == 0, err
     ours, theirs = rows(alone, "val_loss"), rows(both, "val_loss")
     assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.01)
+
+
+def test_sharded_processes_compile_their_blocks(plain, tmp_path):
+    alone = replace(plain, out_dir=str(tmp_path / "alone"), max_iters=10)
+    both = replace(alone, out_dir=str(tmp_path / "both"), parallel="fsdp", compile="on")
+    fit(alone)
+    code, _, err = torchrun(tmp_path, both)
+    assert code == 0, err
+    assert "torch.compile failed" not in err
+    same_course(alone, both)
+
+
+def test_parts_that_cannot_be_written_do_not_end_the_training(plain, tmp_path):
+    calm, hit = (replace(plain, out_dir=str(tmp_path / name), parallel="fsdp") for name in ("calm", "hit"))
+    fit(calm)
+    full = (
+        "from nanogpt import parts; parts.really = getattr(parts, 'really', parts.sha256);"
+        " parts.sha256 = (lambda path: open('/dev/full', 'w', 1).write(chr(10)))"
+        " if rank == 1 and 5 < at < 15 else parts.really"
+    )
+    code, _, err = torchrun(tmp_path, hit, fault=full)
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if "training goes on" in line]
+    assert len(lines) == 1
+    assert "parts/10: No space left on device" in lines[0]
+    assert last_step(hit) == 30
+    same_course(calm, hit)
 
 
 def test_sharded_processes_refuse_float16(plain, tmp_path):
@@ -471,3 +498,11 @@ def test_what_never_fits_ends_in_one_line_with_the_fix(config, monkeypatch, sett
         fit(replace(config, **settings))
     assert fix in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch", "fix"), [(9, "auto", 2), (64, "auto", 16), (64, 8, 4)])
+def test_sharded_processes_are_told_the_size_to_try(batch_size, micro_batch, fix):
+    config = TrainConfig(batch_size=batch_size, micro_batch=micro_batch, parallel="fsdp")
+    expected = pytest.raises(UserError, match=f"out of memory: give --micro_batch {fix},")
+    with expected, enough_memory(config, World(0, 2)):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
