@@ -2,7 +2,8 @@
 
 Run:    python bench/gpu/memory.py
 Synthetic tokens, bfloat16, AdamW; each way of checkpointing compiled and not. Peak: the most that PyTorch's
-allocator held during an update, weights, gradients and moments included. Prints a table, writes bench/gpu-memory.json. Needs a CUDA GPU.
+allocator held during an update, weights, gradients and moments included.
+Prints a table, writes bench/gpu-memory.json. Needs a CUDA GPU.
 """
 
 import argparse
