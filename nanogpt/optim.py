@@ -19,6 +19,9 @@ from nanogpt.sharding import part_like, whole
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
 
+NEWTON_SCHULZ_DTYPE = torch.bfloat16
+"""Its arithmetic: the result need not be exact, and the products are fast."""
+
 
 def build(model: nn.Module, config: TrainConfig, rank: int = 0, size: int = 1) -> list[torch.optim.Optimizer]:
     """The optimizers of config.optimizer, each for its own parameters, on process `rank` of `size`.
@@ -125,12 +128,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """Bring the singular values of each matrix near 1 by Newton-Schulz. (N, R, C), R >= C, likewise.
-
-    In bfloat16: the result need not be exact, and the products are fast.
-    """
+    """Bring the singular values of each matrix near 1 by Newton-Schulz. (N, R, C), R >= C, likewise."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16().transpose(1, 2)  # (N, C, R)
+    x = matrices.to(NEWTON_SCHULZ_DTYPE).transpose(1, 2)  # (N, C, R)
     x = nn.functional.normalize(x.flatten(1)).view_as(x)  # to Frobenius norm 1
     for _ in range(rounds):
         gram = x @ x.transpose(1, 2)  # (N, C, C)

@@ -1,6 +1,7 @@
 """The house stands: every file imports from its own layer or below, and never in a circle."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ LAYERS = (
 NO_TORCH, NO_EDGE_LIBRARIES = LAYERS[0], LAYERS[1]
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     return {
         path.stem: ast.parse(path.read_text("utf-8"))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import checkpoint, step
+from nanogpt import checkpoint, optim, step
 from nanogpt.config import TrainConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.parallel import World, checkpoint_activations
@@ -47,6 +47,9 @@ cli.script("train")
 """
 
 NEVER = "pass"
+
+EXACT_MUON = "from nanogpt import optim; optim.NEWTON_SCHULZ_DTYPE = torch.float32"
+"""In bfloat16, differences of one rounding grow with every update, and would hide others."""
 
 
 def arguments(config: TrainConfig) -> list[str]:
@@ -104,10 +107,10 @@ def same_course(one: TrainConfig, other: TrainConfig) -> None:
     for kind in ("train_loss", "val_loss"):
         ours, theirs = rows(one, kind), rows(other, kind)
         assert ours.keys() == theirs.keys()
-        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-3)
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
     weights = [checkpoint.load(Path(config.out_dir) / "last.pt").model for config in (one, other)]
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=0.05, atol=1e-2)
+        assert (weights[1][name] - tensor).norm() < 5e-3 * tensor.norm(), name
 
 
 def last_step(config: TrainConfig) -> int:
@@ -144,11 +147,12 @@ def plain(config: TrainConfig) -> TrainConfig:
         },
     ],
 )
-def test_two_processes_train_as_one_does(plain, tmp_path, settings):
+def test_two_processes_train_as_one_does(plain, tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(optim, "NEWTON_SCHULZ_DTYPE", torch.float32)
     alone = replace(plain, out_dir=str(tmp_path / "alone"), **settings)
     both = replace(alone, out_dir=str(tmp_path / "both"))
     fit(alone)
-    code, out, err = torchrun(tmp_path, both)
+    code, out, err = torchrun(tmp_path, both, fault=EXACT_MUON)
     assert code == 0, err
     assert out.count("Starting training") == out.count("Finished:") == out.count("Loss curve") == 1
     same_course(alone, both)
