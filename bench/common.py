@@ -27,6 +27,9 @@ from nanogpt.parallel import checkpoint_activations
 FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")
 
+EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""Settings with which glibc gives back at once what is freed: then resident memory is memory in use."""
+
 Step = Callable[[Tensor, Tensor], None]
 
 

@@ -1,10 +1,10 @@
 """Whether `nanogpt plan` foretells the memory of a training.
 
 Run:    python bench/plan.py
-For each shape and way of checkpointing: what plan.py predicts, and what two real updates take, each in a
-process of its own. On a GPU that is the peak of the allocator. On a CPU it is resident memory above that
-of the imports, with the C library told to give back at once what is freed (else it keeps up to half as much
-again for later).
+For each shape and way of checkpointing: what is predicted, and what two real updates of two micro-batches
+take, each in a process of its own; with --parallel fsdp, in two processes, of which the larger one counts. On
+a GPU that is the peak of the allocator. On a CPU it is resident memory above that of the imports, with the C
+library told to give back at once what is freed (else it keeps up to half as much again for later).
 """
 
 import argparse
@@ -21,49 +21,64 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device, optim, parallel, plan
-from nanogpt.config import PlanConfig
+from nanogpt import device, memory, optim, parallel
+from nanogpt.config import TrainConfig, model_config
 from nanogpt.model import GPT
-from nanogpt.run import model_config
+from nanogpt.plan import MODES
 
 SHAPES = {
-    "6 layers of 384, 16 x 256": PlanConfig(batch_size=16, vocab_size=65),
-    "12 layers of 256, 8 x 512, qwen3": PlanConfig(
-        n_layer=12, n_embd=256, n_head=4, n_kv_head=2, batch_size=8, block_size=512, vocab_size=4096,
-        positions="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False, optimizer="muon",
-        dropout=0.0,
+    "6 layers of 384, 16 x 256": (65, TrainConfig(batch_size=16)),
+    "12 layers of 256, 8 x 512, qwen3": (
+        4096,
+        TrainConfig(
+            n_layer=12, n_embd=256, n_head=4, n_kv_head=2, batch_size=8, block_size=512,
+            positions="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, bias=False, optimizer="muon",
+            dropout=0.0,
+        ),
     ),
-    "6 layers of 768, 2 x 1024, GPT-2's vocabulary": PlanConfig(
-        n_layer=6, n_embd=768, n_head=12, batch_size=2, block_size=1024, vocab_size=50_257, dropout=0.0
+    "6 layers of 768, 2 x 1024, GPT-2's vocabulary": (
+        50_257,
+        TrainConfig(n_layer=6, n_embd=768, n_head=12, batch_size=2, block_size=1024, dropout=0.0),
+    ),
+    "8 layers of 768, 2 x 256": (
+        65, TrainConfig(n_layer=8, n_embd=768, n_head=12, batch_size=2, dropout=0.0)
     ),
 }  # fmt: skip
 
-EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-"""Settings of glibc."""
+SHARDED = "8 layers of 768, 2 x 256"
+"""What is measured in two processes too."""
 
 
-def measure(config: PlanConfig) -> float:
+def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
     """Bytes that two updates take at their peak, in this process."""
     place = device.pick_device("auto")
-    warm_up(place)
-    before = used(place)
-    torch.manual_seed(1)
-    model = GPT(model_config(config, config.vocab_size or 0)).to(place)
-    parallel.checkpoint_activations(model, config.grad_checkpoint)
-    optimizers = optim.build(model, config)
-    x, y = torch.randint(config.vocab_size or 0, (2, config.batch_size, config.block_size), device=place)
-    for _ in range(2):
+    warm_up(place, dtype)
+    with parallel.joined() as world:
+        place = device.pick_device(parallel.local_device("auto", world))
+        before = used(place)
+        torch.manual_seed(1)
+        model = GPT(model_config(config, vocab_size)).to(place)
+        parallel.checkpoint_activations(model, config.grad_checkpoint)
+        if config.parallel == "fsdp":
+            parallel.shard(model, place, dtype)
+        optimizers = optim.build(model, config, world.rank, world.size)
+        x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
         for _ in range(2):
-            model.loss(x, y).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    return used(place) - before
+            for _ in range(2):
+                with device.autocast(place, dtype):
+                    loss = model.loss(x, y)
+                loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        return max(world.gather([used(place) - before]))
 
 
-def warm_up(place: torch.device) -> None:
+def warm_up(place: torch.device, dtype: torch.dtype) -> None:
     """Let the libraries allocate what they keep."""
     layer = torch.nn.Linear(64, 64).to(place)
-    layer(torch.ones(64, 64, device=place)).sum().backward()
+    with device.autocast(place, dtype):
+        loss = layer(torch.ones(64, 64, device=place)).sum()
+    loss.backward()
     torch.optim.AdamW(layer.parameters(), fused=True).step()
 
 
@@ -74,29 +89,47 @@ def used(place: torch.device) -> float:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def in_a_process(*words: str, processes: int) -> float:
+    """Bytes that `measure` finds in a process of its own, or in several."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher * (processes > 1), str(Path(__file__).resolve()), "--child", *words]
+    answer = subprocess.run(
+        command, env=os.environ | common.EXACT_MALLOC, check=True, capture_output=True, text=True
+    )
+    return float(json.loads(answer.stdout.splitlines()[0]))
+
+
 def main() -> None:
     """Measure, predict and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--child", nargs=2, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--child", nargs=4, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        shape, mode = options.child
-        print(measure(replace(SHAPES[shape], grad_checkpoint=mode)))
+        shape, mode, kind, dtype = options.child
+        vocab_size, config = SHAPES[shape]
+        config = replace(config, grad_checkpoint=mode, parallel=kind)
+        most = measure(vocab_size, config, getattr(torch, dtype))
+        if os.environ.get("RANK", "0") == "0":
+            print(most)
         return
-    place = device.pick_device("auto")
-    machine = plan.Machine(place, torch.float32, float("inf"))
-    table = Table("shape", "mode", "predicted, MiB", "measured, MiB", "ratio")
+    place, dtype = device.pick_device("auto"), getattr(torch, options.dtype)
+    table = Table("shape", "mode", "predicted, MiB", "measured, MiB", "ratio", title=options.dtype)
     rows: list[dict[str, object]] = []
-    for shape, config in SHAPES.items():
-        for mode in plan.MODES:
-            predicted = plan.predict(config, machine, mode, config.batch_size).total / 2**20
-            words = [sys.executable, str(Path(__file__).resolve()), "--child", shape, mode]
-            answer = subprocess.run(words, env=os.environ | EXACT, check=True, capture_output=True, text=True)
-            measured = float(json.loads(answer.stdout)) / 2**20
-            table.add_row(shape, mode, f"{predicted:,.0f}", f"{measured:,.0f}", f"{predicted / measured:.3f}")
-            rows.append({"shape": shape, "mode": mode, "predicted": predicted, "measured": measured})
+    cases = [(shape, mode, "ddp") for shape in SHAPES for mode in MODES]
+    cases += [(SHARDED, mode, "fsdp") for mode in MODES]
+    for shape, mode, kind in cases:
+        vocab_size, config = SHAPES[shape]
+        config = replace(config, grad_checkpoint=mode, parallel=kind)
+        model, processes = model_config(config, vocab_size), 2 if kind == "fsdp" else 1
+        plan = memory.predict(model, config, place, dtype, config.batch_size, processes)
+        predicted = plan.total / 2**20
+        measured = in_a_process(shape, mode, kind, options.dtype, processes=processes) / 2**20
+        name = shape + ", fsdp on 2" * (kind == "fsdp")
+        table.add_row(name, mode, f"{predicted:,.0f}", f"{measured:,.0f}", f"{predicted / measured:.3f}")
+        rows.append({"shape": name, "mode": mode, "predicted": predicted, "measured": measured})
     Console().print(table)
-    common.write_json("plan", {"rows": rows})
+    common.write_json("plan", {"dtype": options.dtype, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Checkpoint:
     scaler: dict[str, Any]
     """The float16 gradient scaler; empty in other dtypes."""
     arithmetic: dict[str, str]
-    """device and dtype the run used: what "auto" stood for."""
+    """What "auto" stood for: the device, the dtype, and pieces, the micro-batches of all processes."""
     tokenizer: dict[str, Any]
     fingerprint: str
     """Fingerprint of the training data."""

@@ -388,6 +388,12 @@ class SampleConfig:
         require("" not in self.stop, '--stop "" would stop at once: give at least one character')
 
 
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The architecture in `config`, for a vocabulary of `vocab_size`."""
+    names = {item.name for item in fields(GPTConfig)} - {"vocab_size"}
+    return GPTConfig(**{name: getattr(config, name) for name in names}, vocab_size=vocab_size)
+
+
 def at_least(config: object, name: str, least: int) -> None:
     """Raise UserError if the field `name` of `config` is a number below `least` (None passes)."""
     value = getattr(config, name)

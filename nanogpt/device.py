@@ -89,6 +89,11 @@ def pick_dtype(name: Dtype, device: torch.device, width: int) -> torch.dtype:
     return torch.float32
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """float32, bfloat16 or float16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def bfloat16_pays(width: int) -> bool:
     """Time an MLP of this width, forward and backward, in both dtypes, and compare."""
     layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))

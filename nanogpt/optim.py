@@ -22,6 +22,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_DTYPE = torch.bfloat16
 """Its arithmetic: the result need not be exact, and the products are fast."""
 
+STACK = 2**24
+"""Elements that a process orthogonalises at once: enough to be fast, and little beside the activations."""
+
 
 def build(model: nn.Module, config: TrainConfig, rank: int = 0, size: int = 1) -> list[torch.optim.Optimizer]:
     """The optimizers of config.optimizer, each for its own parameters, on process `rank` of `size`.
@@ -80,14 +83,15 @@ class Muon(torch.optim.Optimizer):
         If `found_inf`, a scalar on the device, is set and 1, all stays as it is (as in torch's fused AdamW).
         """
         for group in self.param_groups:
-            stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            stacks: dict[tuple[int, int], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    momentum = self.momentum(parameter, group["momentum"])
                     shape = (max(parameter.shape), min(parameter.shape))
-                    stacks.setdefault(shape, []).append((parameter, momentum))
-            for pairs in stacks.values():
-                self.update(pairs, group)
+                    stacks.setdefault(shape, []).append(parameter)
+            for (rows, columns), matrices in stacks.items():
+                most = max(1, STACK // (rows * columns)) * self.size
+                for first in range(0, len(matrices), most):
+                    self.update(matrices[first : first + most], group)
 
     def momentum(self, parameter: Tensor, decay: float) -> Tensor:
         """Nesterov's average of the gradients, whole, the matrix stood upright."""
@@ -101,14 +105,14 @@ class Muon(torch.optim.Optimizer):
         ahead = whole(gradient.lerp(average, decay))
         return ahead if ahead.shape[0] >= ahead.shape[1] else ahead.T
 
-    def update(self, pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
-        """Move the matrices of one shape along their orthogonalised momenta."""
-        momenta = torch.stack([momentum for _, momentum in pairs])  # (N, R, C), R >= C
+    def update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Move matrices of one shape along their orthogonalised momenta."""
+        momenta = torch.stack([self.momentum(p, group["momentum"]) for p in matrices])  # (N, R, C), R >= C
         directions = orthogonalize(momenta) if self.size == 1 else self.share_out(momenta)
         decay = group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
-        for (parameter, _), direction in zip(pairs, directions, strict=True):
+        for parameter, direction in zip(matrices, directions, strict=True):
             rows, columns = parameter.shape
             parameter.mul_(1 - decay)
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint as checkpointing
 
 from nanogpt.config import GradCheckpoint, UserError, require
-from nanogpt.model import GPT
+from nanogpt.model import GPT, LARGE_VOCAB
 
 Item = TypeVar("Item")
 
@@ -67,6 +67,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Number of this process on its machine, and of the GPU that it uses."""
+    local_size: int = 1
+    """How many processes are on its machine."""
     job: str = ""
     """What torchrun calls the job (--rdzv_id), if it has a name."""
     restarted: bool = False
@@ -134,6 +136,7 @@ def joined() -> Generator[World]:
         rank,
         size,
         int(os.environ["LOCAL_RANK"]),
+        int(os.environ["LOCAL_WORLD_SIZE"]),
         job="" if job == "none" else job,
         restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
     )
@@ -242,10 +245,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> AbstractContextManager[Any]:
-    """Keep gradients local, in a backward pass that is not the last of an update."""
-    model = getattr(loss, "__self__", None)
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+    """Keep DDP's gradients local, in a backward pass that is not the last of an update.
+
+    FSDP's are averaged in each: whole gradients would take the memory that it saves.
+    """
     module = getattr(loss, "_orig_mod", loss)  # torch.compile's wrapper
     if last or not isinstance(module, DistributedDataParallel):
         return nullcontext()
@@ -257,6 +260,8 @@ def checkpoint_activations(model: GPT, mode: GradCheckpoint) -> None:
 
     blocks: of each block only what goes in is kept (Chen et al., 2016). selective: and what its products
     give, which are most of the time. The numbers stay the same, dropout included.
+    The last block keeps its activations, which are wanted at once; not so if the loss of a large vocabulary,
+    which takes much memory for a moment, comes between.
     """
     if mode == "off":
         return
@@ -265,7 +270,7 @@ def checkpoint_activations(model: GPT, mode: GradCheckpoint) -> None:
         settings["context_fn"] = functools.partial(
             checkpointing.create_selective_checkpoint_contexts, list(EXPENSIVE)
         )
-    for block in model.blocks:
+    for block in model.blocks if model.config.vocab_size >= LARGE_VOCAB else model.blocks[:-1]:
         block.forward = functools.partial(checkpointing.checkpoint, block.forward, **settings)
 
 

@@ -2,35 +2,28 @@
 
 Run:    nanogpt plan --preset gpt2 --on h100 --processes 8
         nanogpt plan --n_layer 12 --n_embd 768 --batch_size 32
-Memory is not estimated by formula: PyTorch runs two updates on tensors that have shapes but no content
-(FakeTensorMode) and counts what would be allocated (MemTracker), in seconds and whatever the size. Time is
-that of real updates on this device or, for a named one, arithmetic at UTILIZATION of its published peak.
+Memory is counted, not estimated (memory.py). Time is that of real updates on this device or, for a named
+one, arithmetic at UTILIZATION of its published peak.
 """
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
-from nanogpt import data, device, optim, parallel
-from nanogpt.config import GradCheckpoint, PlanConfig, UserError
+from nanogpt import data, device, memory, optim, parallel
+from nanogpt.config import GPTConfig, GradCheckpoint, PlanConfig, UserError, model_config
 from nanogpt.console import progress_bar, say, terminal
+from nanogpt.memory import GIB, HEADROOM, MIB, Memory
 from nanogpt.metrics import duration
+from nanogpt.micro_batch import micro_batches
 from nanogpt.model import GPT, flops_per_token
-from nanogpt.run import micro_batches, model_config, name_of
-
-GIB, MIB = 2**30, 2**20
+from nanogpt.parallel import World
 
 UTILIZATION = 0.4
 """Share of the published peak that a well-fed GPU reaches (Chowdhery et al., PaLM, 2022, table 3: 0.46)."""
-
-HEADROOM = 0.9
-"""Share of the free memory to plan with: the rest goes to the device's own libraries and to fragments."""
 
 MODES: tuple[GradCheckpoint, ...] = ("off", "selective", "blocks")
 
@@ -61,24 +54,8 @@ ACCELERATORS = {
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of a process at the peak of an update."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    """What is kept for the backward pass, and what is needed for a moment."""
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-@dataclass(frozen=True)
 class Machine:
-    """The device to plan for. free: bytes; peak: FLOP/s by its data sheet, 0 if it can be measured."""
+    """The device of a process. free: bytes; peak: FLOP/s by its data sheet, 0 if it can be measured."""
 
     place: torch.device
     dtype: torch.dtype
@@ -89,15 +66,16 @@ class Machine:
 def main(config: PlanConfig) -> int:
     """Print the plan. Returns the exit code."""
     machine = machine_of(config)
-    world = parallel.World(0, config.processes)
+    world = World(0, config.processes)
     parallel.check_batch(config.batch_size, world)
-    vocab_size = vocabulary(config)
-    config = replace(config, vocab_size=vocab_size)
+    config = replace(config, vocab_size=vocabulary(config))
+    model = shape(config)
     with torch.device("meta"):
-        parameters = GPT(model_config(config, vocab_size)).num_parameters()
+        parameters = GPT(model).num_parameters()
     share = -(-config.batch_size // config.processes)
     micro = -(-share // micro_batches(config, world))
-    say(f"Model: {parameters:,} parameters, {name_of(machine.dtype)}, vocabulary of {vocab_size:,}")
+    dtype = device.name_of(machine.dtype)
+    say(f"Model: {parameters:,} parameters, {dtype}, vocabulary of {model.vocab_size:,}")
     say(
         f"Batch: {config.batch_size} sequences of {config.block_size:,} tokens"
         + f" on {config.processes} processes" * (config.processes > 1)
@@ -106,11 +84,24 @@ def main(config: PlanConfig) -> int:
     plans: dict[GradCheckpoint, Memory] = {}
     with progress_bar("Counting") as bar:
         for mode in bar.track(MODES):
-            plans[mode] = predict(config, machine, mode, micro)
+            plans[mode] = predict(replace(config, grad_checkpoint=mode), machine, micro)
     show_memory(plans, machine.free)
-    say(advice(config, machine, plans, micro))
-    show_time(config, machine, flops_per_token(model_config(config, vocab_size), parameters))
+    say(advice(config, machine, plans[config.grad_checkpoint], micro))
+    if config.processes > 1:
+        show_traffic(config, machine.dtype, parameters, -(-share // micro))
+    show_time(config, machine, flops_per_token(model, parameters))
     return 0
+
+
+def show_traffic(config: PlanConfig, dtype: torch.dtype, parameters: int, pieces: int) -> None:
+    """Print what each process sends, and receives, in an update. See docs/scaling.md for the formulae."""
+    others = (config.processes - 1) / config.processes
+    gradients = 4 * parameters
+    if config.parallel == "fsdp":
+        volume = others * pieces * (2 * dtype.itemsize * parameters + gradients)
+    else:
+        volume = 2 * others * gradients
+    say(f"Traffic: {volume / 1e6:,.1f} MB sent and received by each process in an update ({config.parallel})")
 
 
 def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
@@ -128,12 +119,16 @@ def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
 
 
 def machine_of(config: PlanConfig) -> Machine:
-    """The device that is named, or the one that is here. Errors: UserError if it is unknown."""
+    """The device of a process: that is named, or is here. Errors: UserError if it is unknown."""
     if not config.on:
         place = device.pick_device(config.device)
         for line in device.describe(place):
             say(line)
-        return Machine(place, device.pick_dtype(config.dtype, place, config.n_embd), free_memory(place))
+        dtype, room = device.pick_dtype(config.dtype, place, config.n_embd), memory.free(place)
+        if place.type == "cpu":  # which all processes share
+            torch.set_num_threads(max(1, torch.get_num_threads() // config.processes))
+            room /= config.processes
+        return Machine(place, dtype, room)
     if config.on not in ACCELERATORS:
         raise UserError(f"--on {config.on} is unknown: use one of {', '.join(ACCELERATORS)}")
     named = ACCELERATORS[config.on]
@@ -141,21 +136,6 @@ def machine_of(config: PlanConfig) -> Machine:
     say(f"For one {config.on.upper()}, {named.memory / 1e9:.0f} GB")
     stand_in = "cuda" if torch.backends.cuda.is_built() else "cpu"
     return Machine(torch.device(stand_in), dtype, named.memory, named.peak)
-
-
-def free_memory(place: torch.device) -> float:
-    """Bytes that are free on a device, as far as it tells."""
-    if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
-    if place.type == "mps":
-        return torch.mps.recommended_max_memory()
-    available = Path("/proc/meminfo")
-    if available.exists():
-        lines = dict(line.split(":") for line in available.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
-    )
 
 
 def vocabulary(config: PlanConfig) -> int:
@@ -168,37 +148,15 @@ def vocabulary(config: PlanConfig) -> int:
         return 65
 
 
-def predict(config: PlanConfig, machine: Machine, mode: GradCheckpoint, micro: int) -> Memory:
-    """What an update takes at its peak, in micro-batches of `micro` sequences."""
-    with FakeTensorMode():
-        with machine.place:
-            model = GPT(model_config(config, config.vocab_size or 0))
-            x, y = (torch.zeros(micro, config.block_size, dtype=torch.int64) for _ in range(2))
-        parallel.checkpoint_activations(model, mode)
-        optimizers = optim.build(model, config)
-        for parameter in model.parameters():  # as after an update, with the gradients of a micro-batch
-            parameter.grad = torch.zeros_like(parameter)
-        for optimizer in optimizers:
-            optimizer.step()
-        tracker = MemTracker()
-        tracker.track_external(model, *optimizers)
-        with tracker:
-            with device.autocast(machine.place, machine.dtype):
-                loss = model.loss(x, y)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-        peak = sum(sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    moments = sum(
-        value.nbytes
-        for optimizer in optimizers
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-    averages = weights if config.ema_decay else 0
-    return Memory(weights + averages, weights, moments, max(0, peak - 2 * weights - moments))
+def shape(config: PlanConfig) -> GPTConfig:
+    """The model."""
+    return model_config(config, config.vocab_size or 0)
+
+
+def predict(config: PlanConfig, machine: Machine, micro: int) -> Memory:
+    """What an update takes at its peak on each device, in micro-batches of `micro` sequences."""
+    place, dtype = machine.place, machine.dtype
+    return memory.predict(shape(config), config, place, dtype, micro, config.processes)
 
 
 def show_memory(plans: dict[GradCheckpoint, Memory], free: float) -> None:
@@ -207,39 +165,45 @@ def show_memory(plans: dict[GradCheckpoint, Memory], free: float) -> None:
     table = Table("checkpoint", *columns, title="MiB on each device, at the peak of an update")
     for column in table.columns[1:]:
         column.justify = "right"
-    for mode, memory in plans.items():
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        fits = "yes" if memory.total < HEADROOM * free else "no"
+    for mode, plan in plans.items():
+        parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total)
+        fits = "yes" if plan.total < HEADROOM * free else "no"
         table.add_row(mode, *(f"{part / MIB:,.0f}" for part in parts), fits)
     terminal().print(table)
 
 
-def advice(config: PlanConfig, machine: Machine, plans: dict[GradCheckpoint, Memory], micro: int) -> str:
+def advice(config: PlanConfig, machine: Machine, as_told: Memory, micro: int) -> str:
     """Which flags make it fit: smaller micro-batches first, since they cost the least."""
     room = HEADROOM * machine.free
-    if plans[config.grad_checkpoint].total < room:
+    if as_told.total < room:
         return f"It fits as it is, in {machine.free / GIB:,.1f} GiB"
-    for mode in MODES:
-        size = micro
-        while size >= 1:
-            memory = plans[mode] if size == micro else predict(config, machine, mode, size)
-            if memory.total < room:
-                flags = [f"--micro_batch {size}"] * (size < micro)
-                flags += [f"--grad_checkpoint {mode}"] * (mode != "off")
-                return f"It fits with {' '.join(flags)}: {memory.total / MIB:,.0f} MiB"
-            size //= 2
-    return "It does not fit: a smaller --n_layer, --n_embd or --block_size"
+    ways = [replace(config, grad_checkpoint=mode) for mode in MODES]
+    if config.processes > 1 and config.parallel == "ddp":
+        ways += [replace(way, parallel="fsdp") for way in ways]
+    with progress_bar("Trying") as bar:
+        for way in bar.track(ways):
+            if predict(way, machine, 1).total >= room:
+                continue
+            size = micro
+            while (plan := predict(way, machine, size)).total >= room:
+                size //= 2
+            flags = [f"--micro_batch {size}"] * (size < micro)
+            flags += [f"--grad_checkpoint {way.grad_checkpoint}"] * (way.grad_checkpoint != "off")
+            flags += ["--parallel fsdp"] * (way.parallel != config.parallel)
+            return f"It fits with {' '.join(flags)}: {plan.total / MIB:,.0f} MiB"
+    more = "" if config.processes > 1 else ", or several devices (--processes 8 --parallel fsdp)"
+    return f"It does not fit: a smaller --n_layer, --n_embd or --block_size{more}"
 
 
 def measured(config: PlanConfig, machine: Machine) -> float:
     """Seconds of an update on this device: forward and backward passes of a few sequences, scaled up."""
-    place, vocab_size = machine.place, config.vocab_size or 0
-    model = GPT(model_config(config, vocab_size)).to(place)
+    place = machine.place
+    model = GPT(shape(config)).to(place)
     parallel.checkpoint_activations(model, config.grad_checkpoint)
     optimizers = optim.build(model, config)
     share = -(-config.batch_size // config.processes)
     few = min(share, max(1, 2048 // config.block_size))
-    x, y = torch.randint(vocab_size, (2, few, config.block_size), device=place)
+    x, y = torch.randint(model.config.vocab_size, (2, few, config.block_size), device=place)
     passes: list[float] = []
     while len(passes) < 3 or sum(passes) < TRIAL_SECONDS:
         start = time.perf_counter()

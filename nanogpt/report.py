@@ -10,18 +10,18 @@ import numpy as np
 
 from nanogpt.config import TrainConfig
 from nanogpt.console import command, say, warn
+from nanogpt.device import name_of
+from nanogpt.memory import MIB
 from nanogpt.metrics import duration
 from nanogpt.model import flops_per_token
 from nanogpt.parallel import is_sharded
 from nanogpt.plot import plot_losses
-from nanogpt.run import Run, name_of
+from nanogpt.run import Run
 
 FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
 """Training after which the time to come is foretold: this long, and at least so many steps."""
 
 ONE_HOUR = 3600.0
-
-MIB = 2**20
 
 
 def plan(run: Run) -> None:
@@ -39,9 +39,10 @@ def plan(run: Run) -> None:
         + (f", from step {progress.step:,}" * config.resume)
     )
     work = flops_per_token(run.model.config, run.model.num_parameters()) * tokens
+    activations = f"{run.memory.activations / MIB:,.1f} MiB for" if run.memory else "besides"
     say(
         f"A step: {work / 1e9:,.1f} GFLOP; {held(run) / MIB:,.1f} MiB for weights, gradients and moments, "
-        "and activations (nanogpt plan counts them)"
+        f"{activations} activations"
     )
     if run.world.size > 1 or run.pieces > 1:
         say(f"Batch: {shares(config.batch_size, run.world.size, run.pieces)}")

@@ -5,10 +5,9 @@ Run:    nanogpt presets
 
 from rich.table import Table
 
-from nanogpt.config import PresetsConfig
+from nanogpt.config import PresetsConfig, model_config
 from nanogpt.console import say, terminal
 from nanogpt.presets import MACHINE, PRESETS
-from nanogpt.run import model_config
 from nanogpt.summary import count_parameters
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanogpt import device, optim, parallel
 from nanogpt.console import warn
+from nanogpt.micro_batch import can_halve, halve
 from nanogpt.run import Outcome, Run
 from nanogpt.sharding import whole
 
@@ -60,16 +61,7 @@ def gradient(run: Run) -> Tensor:
             if careful:
                 average_gradients(run)
             return run.world.total(loss)
-        run.model.zero_grad()
-        device.release_memory(run.device)
-        run.pieces = min(2 * run.pieces, len(run.world.mine(np.arange(run.config.batch_size))))
-        warn(f"out of memory: going on with {run.pieces} micro-batches, which compute the same")
-
-
-def can_halve(run: Run) -> bool:
-    """Whether there are smaller micro-batches, and the user did not ask for these."""
-    smallest = run.config.batch_size // run.world.size
-    return run.config.micro_batch == "auto" and run.pieces < smallest
+        halve(run)
 
 
 def average_gradients(run: Run) -> None:

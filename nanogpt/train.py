@@ -3,7 +3,7 @@
 Run:    python train.py --max_iters 1000            then: python train.py --resume
 Use:    result = fit(TrainConfig(data_dir="data", out_dir="out", max_iters=1000))
 Reads the data folder; writes the run folder (run_folder.py says what is in it). How a run is set
-up and saved is in run.py, an update in step.py.
+up is in set_up.py, how it is saved in saving.py, an update in step.py.
 
 The loop is `loop`, below. Everything a step does is a function of the weights, the optimizer and
 (seed, order, step): batches and dropout are drawn anew from these at every step. So a run that is
@@ -29,10 +29,13 @@ from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
 from nanogpt.generate import generate
 from nanogpt.metrics import forget_after
+from nanogpt.micro_batch import foresee, micro_batches
 from nanogpt.parallel import World, is_sharded, joined, leave
 from nanogpt.report import conclude, forecast, plan, resume_command
-from nanogpt.run import Run, micro_batches, restore, save, set_up, try_finish_save, try_save
+from nanogpt.run import Run
 from nanogpt.run_folder import RunFolder
+from nanogpt.saving import restore, save, save_at_the_end, try_finish_save, try_save
+from nanogpt.set_up import set_up
 from nanogpt.step import gradient, settle, train_step
 from nanogpt.stopping import EXIT_CODES, StopRequest
 
@@ -125,6 +128,7 @@ def start(run: Run) -> None:
 
     That first save finds a folder that cannot be written before hours of work, not after.
     """
+    foresee(run)
     plan(run)
     if device.pick_compile(run.config.compile, run.device):
         compile_model(run)
@@ -309,7 +313,7 @@ def loop(run: Run, stop: StopRequest) -> str:
             evaluate_and_record(run, stop)
             reason, save_is_due = agreed(run, stop)[0], False
         if reason:
-            save_at_the_end(run)
+            keep(run)
             return reason
         if save_is_due and not run.progress.broken:
             try_save(run, run.folder.last)
@@ -326,10 +330,10 @@ def agreed(run: Run, stop: StopRequest) -> tuple[str, bool]:
     return REASONS[reason], bool(save)
 
 
-def save_at_the_end(run: Run) -> None:
-    """Save last.pt. Errors: UserError saying from where the run can be continued."""
+def keep(run: Run) -> None:
+    """Save the end of the training. Errors: UserError saying from where the run can be continued."""
     try:
-        save(run, run.folder.last)
+        save_at_the_end(run)
     except UserError as error:
         raise UserError(
             f"{error}: step {run.saved_step} is saved and whole: make room, then {resume_command(run)}"

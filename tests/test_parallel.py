@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import checkpoint, optim, step
+from nanogpt import checkpoint, optim
 from nanogpt.config import TrainConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.parallel import World, checkpoint_activations
 from nanogpt.report import shares
-from nanogpt.run import micro_batches, set_up
 from nanogpt.run_folder import RunFolder
 from nanogpt.train import enough_memory, fit
 
@@ -34,7 +33,7 @@ import faulthandler, os, signal, sys
 faulthandler.dump_traceback_later(80)  # shows where, should it hang
 import torch
 torch.set_num_threads(1)
-from nanogpt import cli, run, train, step
+from nanogpt import cli, train, step
 from nanogpt.config import UserError
 rank, life = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 plain = step.train_step
@@ -155,6 +154,8 @@ def test_two_processes_train_as_one_does(plain, tmp_path, settings, monkeypatch)
     code, out, err = torchrun(tmp_path, both, fault=EXACT_MUON)
     assert code == 0, err
     assert out.count("Starting training") == out.count("Finished:") == out.count("Loss curve") == 1
+    written = [path.name for path in RunFolder(Path(both.out_dir)).parts.glob("*")]
+    assert written == (["30"] if both.parallel == "fsdp" else [])  # once
     same_course(alone, both)
 
 
@@ -403,23 +404,6 @@ def test_alone_every_question_is_answered_at_once():
     assert not world.decide(lambda: False)
 
 
-@pytest.mark.parametrize(
-    ("settings", "size", "expected"),
-    [
-        ({"batch_size": 64}, 1, 1),
-        ({"batch_size": 64, "gradient_accumulation_steps": 8}, 1, 8),
-        ({"batch_size": 64, "gradient_accumulation_steps": 8}, 2, 4),
-        ({"batch_size": 64, "gradient_accumulation_steps": 8}, 3, 3),
-        ({"batch_size": 64, "gradient_accumulation_steps": 64}, 32, 2),
-        ({"batch_size": 64, "micro_batch": 16}, 2, 2),
-        ({"batch_size": 9, "micro_batch": 2}, 2, 3),
-        ({"batch_size": 9, "micro_batch": 100}, 2, 1),
-    ],
-)
-def test_micro_batches_are_worked_out(settings, size, expected):
-    assert micro_batches(TrainConfig(**settings), World(0, size)) == expected
-
-
 @pytest.mark.parametrize("mode", ["blocks", "selective"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_checkpointed_activations_give_the_same_gradients(mode, dropout):
@@ -458,31 +442,6 @@ def test_checkpointed_activations_are_not_kept():
         sizes[mode] = sum(held.values())
     assert sizes["blocks"] < sizes["off"] / 3
     assert sizes["blocks"] < sizes["selective"] or sizes["selective"] < sizes["off"]
-
-
-def limited(run, most: int):
-    """The run's loss on a device where no more than `most` sequences fit."""
-    loss = run.loss
-
-    def loss_of_few(x, y):
-        if len(x) > most:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return loss(x, y)
-
-    run.loss = loss_of_few
-
-
-@pytest.mark.parametrize(("most", "pieces"), [(8, 1), (7, 2), (3, 4), (1, 8)])
-def test_micro_batches_shrink_until_they_fit(config, tmp_path, most, pieces, capsys):
-    config = replace(config, dropout=0.0, batch_size=8)
-    run, reference = (set_up(config, RunFolder(tmp_path / name)) for name in ("a", "b"))
-    limited(run, most)
-    loss, expected = step.gradient(run), step.gradient(reference)
-    torch.testing.assert_close(loss, expected)
-    for a, b in zip(run.model.parameters(), reference.model.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-    assert run.pieces == pieces
-    assert capsys.readouterr().err.count("out of memory: going on with") == {1: 0, 2: 1, 4: 2, 8: 3}[pieces]
 
 
 @pytest.mark.parametrize(

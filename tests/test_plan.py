@@ -1,65 +1,18 @@
 """The plan counts what a training really allocates, for devices that are here and for those that are not."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from nanogpt import optim, plan
+from nanogpt import plan
 from nanogpt.config import PlanConfig, UserError
-from nanogpt.model import GPT
-from nanogpt.plan import Machine, main, predict
-from nanogpt.run import model_config
+from nanogpt.memory import HEADROOM
+from nanogpt.plan import Machine, main
 
 SMALL = PlanConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, vocab_size=65, device="cpu")
 HERE = Machine(torch.device("cpu"), torch.float32, 2.0**40)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weights_gradients_and_moments_are_those_of_a_real_update(optimizer):
-    config = replace(SMALL, optimizer=optimizer)
-    predicted = predict(config, HERE, "off", 8)
-    model = GPT(model_config(config, 65))
-    optimizers = optim.build(model, config)
-    x, y = torch.randint(65, (2, 8, 64))
-    model.loss(x, y).backward()
-    for one in optimizers:
-        one.step()
-    assert predicted.weights == sum(p.nbytes for p in model.parameters())
-    assert predicted.gradients == sum(p.grad.nbytes for p in model.parameters())
-    states = [state for one in optimizers for state in one.state.values()]
-    moments = sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
-    assert predicted.optimizer == pytest.approx(moments, rel=0.01)
-
-
-def test_activations_are_at_least_what_autograd_keeps():
-    """And grow with the batch; checkpointing saves most of them."""
-    torch.manual_seed(1)
-    model = GPT(model_config(SMALL, 65))
-    kept: dict[int, torch.Tensor] = {}
-    mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.loss(*torch.randint(65, (2, 8, 64)))
-    least = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in mine)
-    off, half, blocks = (
-        predict(SMALL, HERE, mode, micro).activations
-        for mode, micro in (("off", 8), ("off", 4), ("blocks", 8))
-    )
-    assert least <= off <= 2 * least
-    assert half == pytest.approx(off / 2, rel=0.1)
-    assert blocks < 0.6 * off
-
-
-def test_averaged_weights_count():
-    assert (
-        predict(replace(SMALL, ema_decay=0.9), HERE, "off", 1).weights
-        == 2 * predict(SMALL, HERE, "off", 1).weights
-    )
 
 
 def test_a_plan_for_this_machine(capsys, monkeypatch):
@@ -82,21 +35,36 @@ def test_a_plan_for_another_device(capsys):
     assert "at 40% of its published peak" in out
 
 
-def test_what_does_not_fit_is_told_what_would():
-    off = predict(SMALL, HERE, "off", 8)
-    plans = {mode: predict(SMALL, HERE, mode, 8) for mode in plan.MODES}
+def test_what_does_not_fit_is_told_what_would(monkeypatch):
+    predict = functools.cache(plan.predict)
+    monkeypatch.setattr(plan, "predict", predict)
+    config = replace(SMALL, processes=2)
 
     def told(free: float) -> str:
-        return plan.advice(SMALL, replace(HERE, free=free / plan.HEADROOM), plans, 8)
+        return plan.advice(config, replace(HERE, free=free / HEADROOM), predict(config, HERE, 4), 4)
 
-    assert told(1.1 * off.total).startswith("It fits as it is")
-    smaller = predict(SMALL, HERE, "off", 4)
-    assert told(1.05 * smaller.total).startswith("It fits with --micro_batch 4: ")
-    blocks = predict(SMALL, HERE, "blocks", 1)
-    assert "--grad_checkpoint blocks" in told(1.001 * blocks.total) or "--micro_batch 1" in told(
-        1.001 * blocks.total
-    )
+    def total(micro: int, **settings) -> int:
+        return predict(replace(config, **settings), HERE, micro).total
+
+    assert told(total(4) + 1).startswith("It fits as it is")
+    assert told(total(2) + 1).startswith("It fits with --micro_batch 2: ")
+    assert told(total(1) + 1).startswith("It fits with --micro_batch 1: ")
+    assert told(total(1) - 1).startswith("It fits with --micro_batch 1 --grad_checkpoint ")
+    least = min(total(1, grad_checkpoint=mode) for mode in plan.MODES)
+    assert told(least - 1).startswith("It fits with")
+    assert told(least - 1).split(":")[0].endswith("--parallel fsdp")
     assert told(1000) == "It does not fit: a smaller --n_layer, --n_embd or --block_size"
+    alone = plan.advice(SMALL, replace(HERE, free=1000), predict(SMALL, HERE, 8), 8)
+    assert alone.endswith(", or several devices (--processes 8 --parallel fsdp)")
+
+
+def test_traffic_is_that_of_the_formulae(capsys):
+    config = replace(SMALL, processes=4)
+    plan.show_traffic(config, torch.bfloat16, 1_000_000, 2)
+    plan.show_traffic(replace(config, parallel="fsdp"), torch.bfloat16, 1_000_000, 2)
+    ddp, fsdp = capsys.readouterr().out.splitlines()
+    assert ddp.startswith("Traffic: 6.0 MB")
+    assert fsdp.startswith("Traffic: 12.0 MB")
 
 
 @pytest.mark.parametrize(

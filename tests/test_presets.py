@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanogpt import presets, show_presets
-from nanogpt.config import PresetsConfig, TrainConfig, UserError
+from nanogpt.config import PresetsConfig, TrainConfig, UserError, model_config
 from nanogpt.presets import PRESETS
-from nanogpt.run import model_config
 from nanogpt.summary import count_parameters
 from nanogpt.train import fit
 

@@ -17,8 +17,8 @@ from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import TrainConfig, UserError
 from nanogpt.data import load
 from nanogpt.model import GPT
-from nanogpt.run import set_up
 from nanogpt.run_folder import RunFolder
+from nanogpt.set_up import set_up
 from nanogpt.train import fit
 
 
@@ -272,7 +272,7 @@ def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch
     fit(config)
     monkeypatch.setattr("nanogpt.device.pick_dtype", lambda *_: torch.float32)
     fit(replace(config, resume=True, max_iters=6))
-    assert last(config).arithmetic == {"device": "cpu", "dtype": "bfloat16"}
+    assert last(config).arithmetic == {"device": "cpu", "dtype": "bfloat16", "pieces": "1"}
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inside torch.compile itself
@@ -476,3 +476,34 @@ def test_a_caller_can_end_a_run_after_an_evaluation(config: TrainConfig) -> None
     result = fit(config, keep_going)
     assert (result.reason, result.step, seen) == ("told", 20, [10, 20])
     assert fit(replace(config, resume=True)).step == 30
+
+
+def test_a_training_that_ends_with_an_evaluation_saves_its_end_once(config, monkeypatch):
+    written: list[tuple[str, int]] = []
+    really = checkpoint.save
+
+    def counted(path: Path, saved: checkpoint.Checkpoint) -> None:
+        written.append((path.name, saved.progress["step"]))
+        really(path, saved)
+
+    monkeypatch.setattr(checkpoint, "save", counted)
+    fit(config)
+    assert written.count(("last.pt", 30)) == 1
+    fit(replace(config, resume=True, max_iters=35, eval_interval=20))
+    assert written.count(("last.pt", 35)) == 1
+    assert checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"] == 35
+
+
+def test_an_end_that_could_not_be_saved_at_its_evaluation_is_saved_then(config, monkeypatch, capsys):
+    full = iter([True])
+    really = checkpoint.save
+
+    def save(path: Path, saved: checkpoint.Checkpoint) -> None:
+        if path.name == "last.pt" and saved.progress["step"] == 30 and next(full, False):
+            raise UserError("the disk is full")
+        really(path, saved)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    fit(config)
+    assert "the disk is full (training goes on" in capsys.readouterr().err
+    assert checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"] == 30

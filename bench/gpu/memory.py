@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanogpt import presets
-from nanogpt.config import GPTConfig, GradCheckpoint, TrainConfig
-from nanogpt.run import model_config
+from nanogpt.config import GPTConfig, GradCheckpoint, TrainConfig, model_config
 
 SMALL = model_config(presets.get("gpt2"), vocab_size=50_304)
 

@@ -22,9 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanogpt import presets
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig, model_config
 from nanogpt.model import flops_per_token
-from nanogpt.run import model_config
 from nanogpt.summary import count_parameters
 
 DEFAULT = GPTConfig()

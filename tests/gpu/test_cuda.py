@@ -12,8 +12,8 @@ from nanogpt import checkpoint, data, device, step
 from nanogpt.config import TrainConfig
 from nanogpt.loss import chunked_cross_entropy
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import set_up
 from nanogpt.run_folder import RunFolder
+from nanogpt.set_up import set_up
 from nanogpt.train import fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

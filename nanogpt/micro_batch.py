@@ -1,0 +1,89 @@
+"""How many sequences a process takes at once: as many as fit. The update stays the same.
+
+Use:    pieces = micro_batches(config, world); foresee(run); halve(run)
+Running out of memory can be caught on a GPU, in the first updates (step.py). It cannot where the system
+would kill the process, and not in the middle of a model in parts, for whose weights all processes have to
+meet: there micro-batches that fit are worked out beforehand.
+"""
+
+import numpy as np
+
+from nanogpt import device, memory
+from nanogpt.checkpoint import Checkpoint
+from nanogpt.config import TrainConfig
+from nanogpt.console import warn
+from nanogpt.memory import GIB, HEADROOM, Memory
+from nanogpt.model import flops_per_token
+from nanogpt.parallel import World, is_sharded
+from nanogpt.run import Run
+
+WORTH_COUNTING = 1e13
+"""Operations of a training from which half a second of counting is worth while."""
+
+
+def micro_batches(config: TrainConfig, world: World) -> int:
+    """How many micro-batches a process cuts its share of the batch into, to begin with."""
+    share = -(-config.batch_size // world.size)
+    if config.micro_batch == "auto":
+        return min(share, -(-config.gradient_accumulation_steps // world.size))
+    return -(-share // config.micro_batch)
+
+
+def foresee(run: Run) -> None:
+    """Count the memory of an update before it is made, and where it has to fit, see that it does."""
+    config, world = run.config, run.world
+    tokens = config.batch_size * config.block_size
+    work = flops_per_token(run.model.config, run.model.num_parameters()) * tokens
+    if work * (config.max_iters - run.progress.step) < WORTH_COUNTING:
+        return
+
+    def predict(micro_batch: int) -> Memory:
+        """With micro-batches of this size."""
+        return memory.predict(run.model.config, config, run.device, run.dtype, micro_batch, world.size)
+
+    share = -(-config.batch_size // world.size)
+    run.memory = wanted = predict(-(-share // run.pieces))
+    if config.micro_batch != "auto" or not (run.device.type == "cpu" or is_sharded(run.model)):
+        return
+    room = HEADROOM * memory.free(run.device) / (world.local_size if run.device.type == "cpu" else 1)
+    there = wanted.weights + (wanted.optimizer if run.first_step else 0)  # of it, and not free any more
+    pieces = run.pieces
+    while run.memory.total - there > room and pieces < share:
+        pieces = min(2 * pieces, share)
+        run.memory = predict(-(-share // pieces))
+    pieces = world.agree(pieces)[0]
+    if run.memory.total - there > room:
+        warn(
+            f"an update takes {run.memory.total / GIB:,.1f} GiB, more than is free: "
+            "nanogpt plan says what to change"
+        )
+    elif pieces > run.pieces:
+        warn(
+            f"the batch takes {wanted.total / GIB:,.1f} GiB, more than is free: going on with {pieces} "
+            f"micro-batches, which compute the same in {run.memory.total / GIB:,.1f} GiB"
+        )
+    run.pieces = pieces
+
+
+def first_pieces(config: TrainConfig, world: World, saved: Checkpoint | None) -> int:
+    """Micro-batches of a process to begin with; as many as before, and so the same rounding, on a resume."""
+    pieces = micro_batches(config, world)
+    same = ("batch_size", "gradient_accumulation_steps", "micro_batch")
+    if saved is None or any(getattr(saved.train_config, name) != getattr(config, name) for name in same):
+        return pieces
+    before = -(-int(saved.arithmetic.get("pieces", 0)) // world.size)
+    return min(max(pieces, before), -(-config.batch_size // world.size))
+
+
+def can_halve(run: Run) -> bool:
+    """Whether there are smaller micro-batches, and the user did not ask for these."""
+    smallest = run.config.batch_size // run.world.size
+    return run.config.micro_batch == "auto" and run.pieces < smallest
+
+
+def halve(run: Run) -> None:
+    """Take half as many sequences at once, after the device has run out of memory."""
+    run.model.zero_grad()
+    device.release_memory(run.device)
+    run.pieces = min(2 * run.pieces, len(run.world.mine(np.arange(run.config.batch_size))))
+    warn(f"out of memory: going on with {run.pieces} micro-batches, which compute the same")

@@ -1,0 +1,135 @@
+"""Memory is counted before an update as it turns out to be; a limit on it is seen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nanogpt import memory, optim
+from nanogpt.config import TrainConfig, model_config
+from nanogpt.memory import Memory
+from nanogpt.model import GPT
+
+SMALL = TrainConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, device="cpu")
+CPU = torch.device("cpu")
+
+
+def predict(config: TrainConfig, micro: int = 8, processes: int = 1, dtype=torch.float32) -> Memory:
+    return memory.predict(model_config(config, 65), config, CPU, dtype, micro, processes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_gradients_and_moments_are_those_of_a_real_update(optimizer):
+    config = replace(SMALL, optimizer=optimizer)
+    predicted = predict(config)
+    model = GPT(model_config(config, 65))
+    optimizers = optim.build(model, config)
+    x, y = torch.randint(65, (2, 8, 64))
+    model.loss(x, y).backward()
+    for one in optimizers:
+        one.step()
+    assert predicted.weights == sum(p.nbytes for p in model.parameters())
+    assert predicted.gradients == sum(p.grad.nbytes for p in model.parameters())
+    states = [state for one in optimizers for state in one.state.values()]
+    moments = sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
+    assert predicted.optimizer == pytest.approx(moments, rel=0.01)
+
+
+def test_activations_are_at_least_what_autograd_keeps():
+    """And grow with the batch; checkpointing saves most of them."""
+    torch.manual_seed(1)
+    model = GPT(model_config(SMALL, 65))
+    kept: dict[int, torch.Tensor] = {}
+    mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.loss(*torch.randint(65, (2, 8, 64)))
+    least = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in mine)
+    off, half, blocks = (
+        predict(replace(SMALL, grad_checkpoint=mode), micro).activations
+        for mode, micro in (("off", 8), ("off", 4), ("blocks", 8))
+    )
+    assert least <= off <= 2 * least
+    assert half == pytest.approx(off / 2, rel=0.1)
+    assert blocks < 0.6 * off
+
+
+def test_averaged_weights_count():
+    assert predict(replace(SMALL, ema_decay=0.9)).weights == 2 * predict(SMALL).weights
+
+
+@pytest.mark.parametrize("mode", ["off", "selective", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_many_layers_follow_from_few(monkeypatch, mode, dtype, optimizer):
+    config = replace(SMALL, n_layer=7, grad_checkpoint=mode, optimizer=optimizer)
+    followed = predict(config, dtype=dtype)
+    monkeypatch.setattr(memory, "FEW", 7)
+    assert followed == predict(config, dtype=dtype)
+
+
+def test_counting_takes_no_memory_and_leaves_no_trace():
+    state = torch.get_rng_state()
+    huge = replace(SMALL, n_layer=96, n_head=96, n_embd=12_288, block_size=2048)
+    assert predict(huge, 512).total > 2**41
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parts_of_a_model_take_their_share_and_what_is_put_together():
+    config = replace(SMALL, parallel="fsdp")
+    whole, part = predict(config), predict(config, processes=4)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(part, name) == pytest.approx(getattr(whole, name) / 4, abs=1)
+    assert whole.together == 0
+    assert part.activations == whole.activations + part.together
+    assert part.together < 3 * whole.weights
+
+
+def test_muon_takes_a_few_matrices_at_a_time(monkeypatch):
+    config = replace(SMALL, optimizer="muon", grad_checkpoint="blocks", n_layer=8)
+    at_once = predict(config, micro=1).step
+    monkeypatch.setattr(optim, "STACK", 1)
+    assert predict(config, micro=1).step < at_once / 4
+
+
+# How much is free
+
+
+@pytest.fixture
+def limits(tmp_path, monkeypatch):
+    """Write the files of a control group."""
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+
+    def write(folder: str, files: dict[str, str]):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text)
+
+    return write
+
+
+STAT = "anon 1\ninactive_file 300\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "limit", "usage"),
+    [(2, "memory.max", "memory.current"), (1, "memory.limit_in_bytes", "memory.usage_in_bytes")],
+)
+def test_the_narrowest_control_group_counts(limits, tmp_path, version, limit, usage):
+    limits("job", {limit: "5000", usage: "1000", "memory.stat": STAT})
+    limits("job/step", {limit: "9000", usage: "600", "memory.stat": STAT})
+    assert memory.room_in(tmp_path, "/job/step", version) == 4300
+    assert memory.room_in(tmp_path, "/other", version) == float("inf")
+
+
+def test_no_limit_is_no_limit(limits, tmp_path):
+    limits("job", {"memory.max": "max\n", "memory.current": "1000", "memory.stat": STAT})
+    assert memory.room_in(tmp_path, "/job", 2) == float("inf")
+
+
+def test_what_is_free_is_at_most_what_the_machine_has():
+    assert 0 < memory.free(CPU) < 2**50
