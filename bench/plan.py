@@ -128,7 +128,7 @@ def main() -> None:
         name = shape + ", fsdp on 2" * (kind == "fsdp")
         table.add_row(name, mode, f"{predicted:,.0f}", f"{measured:,.0f}", f"{predicted / measured:.3f}")
         rows.append({"shape": name, "mode": mode, "predicted": predicted, "measured": measured})
-    Console().print(table)
+    Console(width=110).print(table)
     common.write_json("plan", {"dtype": options.dtype, "rows": rows})
 
 
