@@ -49,7 +49,7 @@ def tokens_per_s(processes: int, options: argparse.Namespace, folder: Path) -> f
     ]
     words += ["--batch_size", str(processes * options.per_process), "--max_iters", str(options.steps)]
     words += ["--eval_interval", "100000", "--eval_iters", "1", "--log_interval", "1"]
-    words += ["--dtype", options.dtype, "--optimizer", options.optimizer]
+    words += ["--dtype", options.dtype, "--optimizer", options.optimizer, "--parallel", options.parallel]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--parallel", default="ddp", choices=("ddp", "fsdp"))
     parser.add_argument("--data_dir", default="data")
     options = parser.parse_args()
     paces: dict[int, list[float]] = {1: [], options.processes: []}
