@@ -59,3 +59,9 @@ def test_every_training_flag_is_documented() -> None:
 
     text = (ROOT / "docs" / "training.md").read_text("utf-8")
     assert not [field.name for field in fields(TrainConfig) if f"--{field.name}" not in text]
+
+
+def test_the_readme_maps_every_file() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    files = {path.name for path in (ROOT / "nanogpt").glob("*.py")} - {"__init__.py"}
+    assert not [name for name in sorted(files) if f"[`{name}`]" not in text and f"/{name}`]" not in text]
