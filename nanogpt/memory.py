@@ -8,7 +8,8 @@ since every layer adds the same, the rest follows, and the counting takes as lon
 What FSDP adds to a part of the weights is a formula: `together`.
 """
 
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt import device, optim, parallel
+from nanogpt import loss as loss_module
+from nanogpt import model as model_module
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model import GPT
 
@@ -162,6 +165,19 @@ def count_update(shape: GPTConfig, config: TrainConfig, place: torch.device) -> 
     )
     averages = weights if config.ema_decay else 0
     return weights + averages, weights, moments, max(0, peak_of(tracker) - 2 * weights - moments)
+
+
+@contextmanager
+def as_on_a_gpu() -> Generator[None]:
+    """Let a CPU stand in for a GPU that is not here: count what that would allocate."""
+    tailored, logits = set(model_module.TAILORED), loss_module.CHUNK_LOGITS["cpu"]
+    model_module.TAILORED.clear()
+    loss_module.CHUNK_LOGITS["cpu"] = loss_module.CHUNK_LOGITS["cuda"]
+    try:
+        yield
+    finally:
+        model_module.TAILORED.update(tailored)
+        loss_module.CHUNK_LOGITS["cpu"] = logits
 
 
 def peak_of(tracker: Any) -> int:

@@ -20,6 +20,9 @@ from nanogpt.loss import chunked_cross_entropy
 
 __all__ = ["GPT", "GPTConfig"]
 
+TAILORED = {"cpu"}
+"""Kinds of device on which attention and dropout go ways of their own, which are faster there."""
+
 PLAIN_ON_CPU = 512
 """Longest sequence for which a CPU does bfloat16 attention in plain products."""
 
@@ -76,7 +79,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
     A CPU does short sequences faster in plain products (bench/RESULTS.md).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_ON_CPU:
+    if q.device.type in TAILORED and q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_ON_CPU:
         return plain_attention(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
@@ -120,7 +123,7 @@ class Dropout(nn.Module):
         """Zero each element with probability p and scale the others by 1 / (1 - p)."""
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu":
+        if x.device.type not in TAILORED:
             return F.dropout(x, self.p)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 65536) - 32768

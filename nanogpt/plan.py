@@ -7,6 +7,7 @@ one, arithmetic at UTILIZATION of its published peak.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Machine:
     dtype: torch.dtype
     free: float
     peak: float = 0.0
+    stands_in: bool = False
+    """Whether `place` is a CPU, and counted for is a GPU that is not here."""
 
 
 def main(config: PlanConfig) -> int:
@@ -112,7 +115,8 @@ def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
         how = f"at {UTILIZATION:.0%} of its published peak"
     else:
         seconds, how = measured(config, machine), "measured here"
-    pace = f"{seconds * 1000:,.4g} ms ({how}), {tokens / seconds:,.0f} tokens/s"
+    long = f"{seconds:,.1f} s" if seconds > 10 else f"{seconds * 1000:,.4g} ms"
+    pace = f"{long} ({how}), {tokens / seconds:,.0f} tokens/s"
     say(f"Time: {flops * tokens / 1e12:,.3g} TFLOP an update, {pace}")
     whole = duration(seconds * config.max_iters)
     say(f"{config.max_iters:,} updates, {config.max_iters * tokens:,} tokens: {whole}")
@@ -134,8 +138,9 @@ def machine_of(config: PlanConfig) -> Machine:
     named = ACCELERATORS[config.on]
     dtype = named.dtype if config.dtype == "auto" else device.pick_dtype(config.dtype, torch.device("cpu"), 1)
     say(f"For one {config.on.upper()}, {named.memory / 1e9:.0f} GB")
-    stand_in = "cuda" if torch.backends.cuda.is_built() else "cpu"
-    return Machine(torch.device(stand_in), dtype, named.memory, named.peak)
+    here = torch.cuda.is_available()
+    place = torch.device("cuda" if here else "cpu")
+    return Machine(place, dtype, named.memory, named.peak, stands_in=not here)
 
 
 def vocabulary(config: PlanConfig) -> int:
@@ -156,7 +161,8 @@ def shape(config: PlanConfig) -> GPTConfig:
 def predict(config: PlanConfig, machine: Machine, micro: int) -> Memory:
     """What an update takes at its peak on each device, in micro-batches of `micro` sequences."""
     place, dtype = machine.place, machine.dtype
-    return memory.predict(shape(config), config, place, dtype, micro, config.processes)
+    with memory.as_on_a_gpu() if machine.stands_in else nullcontext():
+        return memory.predict(shape(config), config, place, dtype, micro, config.processes)
 
 
 def show_memory(plans: dict[GradCheckpoint, Memory], free: float) -> None:

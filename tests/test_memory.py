@@ -96,6 +96,17 @@ def test_muon_takes_a_few_matrices_at_a_time(monkeypatch):
     assert predict(config, micro=1).step < at_once / 4
 
 
+def test_a_cpu_that_stands_in_for_a_gpu_counts_without_its_own_ways():
+    """On a GPU attention in bfloat16 keeps no (T, T) weights, and dropout keeps a bit for each activation."""
+    config = replace(SMALL, block_size=512, dropout=0.2)
+    usual = predict(config, dtype=torch.bfloat16)
+    with memory.as_on_a_gpu():
+        elsewhere = predict(config, dtype=torch.bfloat16)
+    assert elsewhere.activations < 0.7 * usual.activations
+    assert elsewhere.held == usual.held
+    assert predict(config, dtype=torch.bfloat16) == usual
+
+
 # How much is free
 
 
