@@ -88,8 +88,13 @@ def our_step(
     return step
 
 
-def peak_memory() -> float:
-    """Most memory that this process has held so far, in MiB; NaN where the system does not tell."""
+def peak_memory(place: torch.device = CPU) -> float:
+    """Most memory of the device that this process has held so far, in MiB; NaN where nobody tells.
+
+    Of a GPU that is what PyTorch's allocator gave out, of a CPU resident memory.
+    """
+    if place.type == "cuda":
+        return torch.cuda.max_memory_allocated(place) / 2**20
     try:
         import resource
     except ImportError:  # Windows

@@ -12,7 +12,6 @@ freed memory for the next step.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def measure(options: argparse.Namespace) -> None:
 
     for _ in sys.stdin:
         print(1000 * common.seconds(step, place), flush=True)
-    most = peak(place) - before
+    most = common.peak_memory(place) - before
     with device.autocast(place, dtype):
         print(json.dumps({"peak": most, "kept": kept(model, x, y)}))
 
@@ -83,15 +82,7 @@ def memory(place: torch.device) -> float:
     """MiB in use now."""
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)
-        return torch.cuda.memory_allocated(place) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def peak(place: torch.device) -> float:
-    """The most MiB that were in use."""
-    if place.type == "cuda":
-        return torch.cuda.max_memory_allocated(place) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return common.peak_memory(place)
 
 
 def start(mode: str, exact: bool) -> "subprocess.Popen[str]":

@@ -10,7 +10,6 @@ library told to give back at once what is freed (else it keeps up to half as muc
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,12 +49,12 @@ SHARDED = "8 layers of 768, 2 x 256"
 
 
 def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
-    """Bytes that two updates take at their peak, in this process."""
+    """MiB that two updates take at their peak, in this process."""
     place = device.pick_device("auto")
     warm_up(place, dtype)
     with parallel.joined() as world:
         place = device.pick_device(parallel.local_device("auto", world))
-        before = used(place)
+        before = common.peak_memory(place)
         torch.manual_seed(1)
         model = GPT(model_config(config, vocab_size)).to(place)
         parallel.checkpoint_activations(model, config.grad_checkpoint)
@@ -70,7 +69,7 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
                 loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-        return max(world.gather([used(place) - before]))
+        return max(world.gather([common.peak_memory(place) - before]))
 
 
 def warm_up(place: torch.device, dtype: torch.dtype) -> None:
@@ -82,15 +81,8 @@ def warm_up(place: torch.device, dtype: torch.dtype) -> None:
     torch.optim.AdamW(layer.parameters(), fused=True).step()
 
 
-def used(place: torch.device) -> float:
-    """The most bytes that were in use so far."""
-    if place.type == "cuda":
-        return torch.cuda.max_memory_allocated(place)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def in_a_process(*words: str, processes: int) -> float:
-    """Bytes that `measure` finds in a process of its own, or in several."""
+    """MiB that `measure` finds in a process of its own, or in several."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher * (processes > 1), str(Path(__file__).resolve()), "--child", *words]
     answer = subprocess.run(
@@ -124,7 +116,7 @@ def main() -> None:
         model, processes = model_config(config, vocab_size), 2 if kind == "fsdp" else 1
         plan = memory.predict(model, config, place, dtype, config.batch_size, processes)
         predicted = plan.total / 2**20
-        measured = in_a_process(shape, mode, kind, options.dtype, processes=processes) / 2**20
+        measured = in_a_process(shape, mode, kind, options.dtype, processes=processes)
         name = shape + ", fsdp on 2" * (kind == "fsdp")
         table.add_row(name, mode, f"{predicted:,.0f}", f"{measured:,.0f}", f"{predicted / measured:.3f}")
         rows.append({"shape": name, "mode": mode, "predicted": predicted, "measured": measured})

@@ -130,7 +130,7 @@ def runs_ahead(device: torch.device) -> bool:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch says so: torch.OutOfMemoryError is a RuntimeError; MPS and CPU raise that itself."""
-    return bool(re.search(r"out of memory|can't allocate memory", str(error)))
+    return bool(re.search(r"out of memory|can't allocate memory|not enough memory", str(error)))
 
 
 def release_memory(device: torch.device) -> None:

@@ -6,8 +6,6 @@ would kill the process, and not in the middle of a model in parts, for whose wei
 meet: there micro-batches that fit are worked out beforehand.
 """
 
-import numpy as np
-
 from nanogpt import device, memory
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import TrainConfig
@@ -23,7 +21,7 @@ WORTH_COUNTING = 1e13
 
 def micro_batches(config: TrainConfig, world: World) -> int:
     """How many micro-batches a process cuts its share of the batch into, to begin with."""
-    share = -(-config.batch_size // world.size)
+    share = largest_share(config, world)
     if config.micro_batch == "auto":
         return min(share, -(-config.gradient_accumulation_steps // world.size))
     return -(-share // config.micro_batch)
@@ -41,28 +39,30 @@ def foresee(run: Run) -> None:
         """With micro-batches of this size."""
         return memory.predict(run.model.config, config, run.device, run.dtype, micro_batch, world.size)
 
-    share = -(-config.batch_size // world.size)
+    share = largest_share(config, world)
     run.memory = wanted = predict(-(-share // run.pieces))
     if config.micro_batch != "auto" or not (run.device.type == "cpu" or is_sharded(run.model)):
         return
+    device.release_memory(run.device)
     room = HEADROOM * memory.free(run.device) / (world.local_size if run.device.type == "cpu" else 1)
     there = wanted.weights + (wanted.optimizer if run.first_step else 0)  # of it, and not free any more
-    pieces = run.pieces
-    while run.memory.total - there > room and pieces < share:
+    pieces, plan = run.pieces, wanted
+    while plan.total - there > room and pieces < share:
         pieces = min(2 * pieces, share)
-        run.memory = predict(-(-share // pieces))
-    pieces = world.agree(pieces)[0]
-    if run.memory.total - there > room:
+        plan = predict(-(-share // pieces))
+    most, lacks = world.agree(pieces, plan.total - there > room)
+    run.memory = plan if most == pieces else predict(-(-share // most))
+    if lacks:
         warn(
             f"an update takes {run.memory.total / GIB:,.1f} GiB, more than is free: "
             "nanogpt plan says what to change"
         )
-    elif pieces > run.pieces:
+    elif most > run.pieces:
         warn(
-            f"the batch takes {wanted.total / GIB:,.1f} GiB, more than is free: going on with {pieces} "
+            f"the batch takes {wanted.total / GIB:,.1f} GiB, more than is free: going on with {most} "
             f"micro-batches, which compute the same in {run.memory.total / GIB:,.1f} GiB"
         )
-    run.pieces = pieces
+    run.pieces = most
 
 
 def first_pieces(config: TrainConfig, world: World, saved: Checkpoint | None) -> int:
@@ -72,18 +72,22 @@ def first_pieces(config: TrainConfig, world: World, saved: Checkpoint | None) ->
     if saved is None or any(getattr(saved.train_config, name) != getattr(config, name) for name in same):
         return pieces
     before = -(-int(saved.arithmetic.get("pieces", 0)) // world.size)
-    return min(max(pieces, before), -(-config.batch_size // world.size))
+    return min(max(pieces, before), largest_share(config, world))
 
 
 def can_halve(run: Run) -> bool:
     """Whether there are smaller micro-batches, and the user did not ask for these."""
-    smallest = run.config.batch_size // run.world.size
-    return run.config.micro_batch == "auto" and run.pieces < smallest
+    return run.config.micro_batch == "auto" and run.pieces < largest_share(run.config, run.world)
 
 
 def halve(run: Run) -> None:
     """Take half as many sequences at once, after the device has run out of memory."""
     run.model.zero_grad()
     device.release_memory(run.device)
-    run.pieces = min(2 * run.pieces, len(run.world.mine(np.arange(run.config.batch_size))))
+    run.pieces = min(2 * run.pieces, largest_share(run.config, run.world))
     warn(f"out of memory: going on with {run.pieces} micro-batches, which compute the same")
+
+
+def largest_share(config: TrainConfig, world: World) -> int:
+    """Sequences of a batch that a process has, if it has most."""
+    return -(-config.batch_size // world.size)

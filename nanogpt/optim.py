@@ -23,7 +23,7 @@ NEWTON_SCHULZ_DTYPE = torch.bfloat16
 """Its arithmetic: the result need not be exact, and the products are fast."""
 
 STACK = 2**24
-"""Elements that a process orthogonalises at once: enough to be fast, and little beside the activations."""
+"""Elements orthogonalised at once, by all processes together: fast enough, and small beside activations."""
 
 
 def build(model: nn.Module, config: TrainConfig, rank: int = 0, size: int = 1) -> list[torch.optim.Optimizer]:
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
                     shape = (max(parameter.shape), min(parameter.shape))
                     stacks.setdefault(shape, []).append(parameter)
             for (rows, columns), matrices in stacks.items():
-                most = max(1, STACK // (rows * columns)) * self.size
+                most = max(self.size, STACK // (rows * columns))
                 for first in range(0, len(matrices), most):
                     self.update(matrices[first : first + most], group)
 

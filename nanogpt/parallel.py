@@ -54,6 +54,7 @@ EXPENSIVE = (
     torch.ops.aten.baddbmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
 """What selective checkpointing keeps: products. All else is computed again in the backward pass."""
@@ -191,13 +192,16 @@ def backend() -> str:
 
 
 def local_device(name: str, world: World) -> str:
-    """The device of this process: with several, each takes the GPU of its own number."""
-    return f"cuda:{world.local_rank}" if world.size > 1 and resolves_to_cuda(name) else name
+    """The device of this process: with several, each takes the GPU of its own number, or the CPU.
 
-
-def resolves_to_cuda(name: str) -> bool:
-    """Whether `auto` or `cuda` means a GPU that each process may have one of."""
-    return name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    Errors: UserError for several processes on an Apple GPU.
+    """
+    if world.size == 1:
+        return name
+    require(name != "mps", "--device mps takes one process: give --device cpu, or start it without torchrun")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return f"cuda:{world.local_rank}"
+    return "cpu" if name == "auto" else name
 
 
 class Loss(nn.Module):
@@ -220,7 +224,22 @@ def shared_loss(model: GPT, world: World, device: torch.device) -> Callable[[Ten
     if world.size == 1 or isinstance(model, FSDPModule):
         return model.loss
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(Loss(model), device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        Loss(model),
+        device_ids=ids,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # they are constants
+    )
+
+
+def keeps_gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether gradients have a place, DDP's buckets, beside which new ones would take another."""
+    return isinstance(uncompiled(loss), DistributedDataParallel)
+
+
+def uncompiled(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """What torch.compile has wrapped, or the loss itself."""
+    return getattr(loss, "_orig_mod", loss)
 
 
 def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
@@ -228,7 +247,9 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
 
     A block's weights are put together for as long as it computes, in `dtype`; gradients are averaged in
     float32. Those outside of the blocks stay together until the backward pass, if there will be one.
+    The model may be on the CPU: it comes to the device in parts. Errors: as check_sharding.
     """
+    check_sharding(dtype)
     trained = any(parameter.requires_grad for parameter in model.parameters())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     lower = None if dtype == torch.float32 else dtype
@@ -237,6 +258,11 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
     register_fsdp_forward_method(model, "loss")
+
+
+def check_sharding(dtype: torch.dtype) -> None:
+    """Errors: UserError for float16, whose scaler would have to see all parts of a gradient."""
+    require(dtype != torch.float16, "--parallel fsdp does not scale float16: give --dtype bfloat16")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -249,7 +275,7 @@ def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> Abs
 
     FSDP's are averaged in each: whole gradients would take the memory that it saves.
     """
-    module = getattr(loss, "_orig_mod", loss)  # torch.compile's wrapper
+    module = uncompiled(loss)
     if last or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     return cast(AbstractContextManager[Any], module.no_sync())

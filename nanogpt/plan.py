@@ -71,6 +71,8 @@ def main(config: PlanConfig) -> int:
     machine = machine_of(config)
     world = World(0, config.processes)
     parallel.check_batch(config.batch_size, world)
+    if config.parallel == "fsdp" and config.processes > 1:
+        parallel.check_sharding(machine.dtype)
     config = replace(config, vocab_size=vocabulary(config))
     model = shape(config)
     with torch.device("meta"):
@@ -91,17 +93,20 @@ def main(config: PlanConfig) -> int:
     show_memory(plans, machine.free)
     say(advice(config, machine, plans[config.grad_checkpoint], micro))
     if config.processes > 1:
-        show_traffic(config, machine.dtype, parameters, -(-share // micro))
+        show_traffic(config, machine.dtype, -(-share // micro))
     show_time(config, machine, flops_per_token(model, parameters))
     return 0
 
 
-def show_traffic(config: PlanConfig, dtype: torch.dtype, parameters: int, pieces: int) -> None:
+def show_traffic(config: PlanConfig, dtype: torch.dtype, pieces: int) -> None:
     """Print what each process sends, and receives, in an update. See docs/scaling.md for the formulae."""
+    with torch.device("meta"):
+        model = GPT(shape(config))
+    parameters, inside = model.num_parameters(), sum(p.numel() for p in model.blocks.parameters())
     others = (config.processes - 1) / config.processes
     gradients = 4 * parameters
     if config.parallel == "fsdp":
-        volume = others * pieces * (2 * dtype.itemsize * parameters + gradients)
+        volume = others * pieces * (dtype.itemsize * (parameters + inside) + gradients)
     else:
         volume = 2 * others * gradients
     say(f"Traffic: {volume / 1e6:,.1f} MB sent and received by each process in an update ({config.parallel})")
@@ -115,9 +120,12 @@ def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
         how = f"at {UTILIZATION:.0%} of its published peak"
     else:
         seconds, how = measured(config, machine), "measured here"
+    work = f"Time: {flops * tokens / 1e12:,.3g} TFLOP an update"
+    if seconds is None:
+        say(f"{work}, not measured: not even a few sequences fit")
+        return
     long = f"{seconds:,.1f} s" if seconds > 10 else f"{seconds * 1000:,.4g} ms"
-    pace = f"{long} ({how}), {tokens / seconds:,.0f} tokens/s"
-    say(f"Time: {flops * tokens / 1e12:,.3g} TFLOP an update, {pace}")
+    say(f"{work}, {long} ({how}), {tokens / seconds:,.0f} tokens/s")
     whole = duration(seconds * config.max_iters)
     say(f"{config.max_iters:,} updates, {config.max_iters * tokens:,} tokens: {whole}")
 
@@ -184,7 +192,8 @@ def advice(config: PlanConfig, machine: Machine, as_told: Memory, micro: int) ->
     if as_told.total < room:
         return f"It fits as it is, in {machine.free / GIB:,.1f} GiB"
     ways = [replace(config, grad_checkpoint=mode) for mode in MODES]
-    if config.processes > 1 and config.parallel == "ddp":
+    can_shard = config.processes > 1 and machine.dtype != torch.float16
+    if can_shard and config.parallel == "ddp":
         ways += [replace(way, parallel="fsdp") for way in ways]
     with progress_bar("Trying") as bar:
         for way in bar.track(ways):
@@ -197,18 +206,27 @@ def advice(config: PlanConfig, machine: Machine, as_told: Memory, micro: int) ->
             flags += [f"--grad_checkpoint {way.grad_checkpoint}"] * (way.grad_checkpoint != "off")
             flags += ["--parallel fsdp"] * (way.parallel != config.parallel)
             return f"It fits with {' '.join(flags)}: {plan.total / MIB:,.0f} MiB"
-    more = "" if config.processes > 1 else ", or several devices (--processes 8 --parallel fsdp)"
-    return f"It does not fit: a smaller --n_layer, --n_embd or --block_size{more}"
+    if config.processes > 1 or machine.dtype == torch.float16:
+        return "It does not fit: a smaller --n_layer, --n_embd or --block_size"
+    return (
+        "It does not fit: a smaller --n_layer, --n_embd or --block_size, "
+        "or several devices (--processes 8 --parallel fsdp)"
+    )
 
 
-def measured(config: PlanConfig, machine: Machine) -> float:
-    """Seconds of an update on this device: forward and backward passes of a few sequences, scaled up."""
+def measured(config: PlanConfig, machine: Machine) -> float | None:
+    """Seconds of an update on this device: forward and backward passes of a few sequences, scaled up.
+
+    None if not even these fit: a CPU's system would end the process.
+    """
     place = machine.place
+    share = -(-config.batch_size // config.processes)
+    few = min(share, max(1, 2048 // config.block_size))
+    if predict(replace(config, parallel="ddp"), machine, few).total > HEADROOM * machine.free:
+        return None
     model = GPT(shape(config)).to(place)
     parallel.checkpoint_activations(model, config.grad_checkpoint)
     optimizers = optim.build(model, config)
-    share = -(-config.batch_size // config.processes)
-    few = min(share, max(1, 2048 // config.block_size))
     x, y = torch.randint(model.config.vocab_size, (2, few, config.block_size), device=place)
     passes: list[float] = []
     while len(passes) < 3 or sum(passes) < TRIAL_SECONDS:

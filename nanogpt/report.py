@@ -50,6 +50,8 @@ def plan(run: Run) -> None:
 
 def held(run: Run) -> float:
     """Bytes that this process holds all the time, of its weights, their average, gradients and moments."""
+    if run.memory:
+        return run.memory.held
     weights = sum(parameter.nbytes for parameter in run.model.parameters())
     moments = sum(
         parameter.nbytes * (2 if "betas" in optimizer.defaults else 1)

@@ -15,6 +15,7 @@ from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import UserError, to_dict
 from nanogpt.console import warn
 from nanogpt.device import name_of
+from nanogpt.files import sync_folder
 from nanogpt.run import Run, Writing
 from nanogpt.sharding import load_whole, optimizer_parts, whole_state
 
@@ -127,7 +128,9 @@ def begin_save(run: Run, path: Path) -> None:
             checkpoint.save(path, saved)
     run.saved_step = run.progress.step
     if path == run.folder.last:
-        run.kept = saved.progress
+        run.kept, run.parts = saved.progress, None
+        if run.world.is_first:
+            run.folder.drop_parts(but=None)  # of a run that went on without fsdp
 
 
 def finish_save(run: Run) -> None:
@@ -146,6 +149,8 @@ def finish_save(run: Run) -> None:
     with run.world.together():
         if run.world.is_first:
             inside = writing.folder.relative_to(run.folder.path)
+            sync_folder(writing.folder)
+            sync_folder(run.folder.parts)
             named = {(inside / name).as_posix(): digest for name, digest in files}
             checkpoint.save(run.folder.last, replace(writing.head, parts=named))
             run.folder.drop_parts(but=writing.folder)

@@ -48,11 +48,12 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     if place.type == "cuda" and dtype != torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves alone
     torch.manual_seed(config.seed)
-    model = GPT(model_config(config, dataset.tokenizer.vocab_size)).to(place)  # same weights on any device
+    model = GPT(model_config(config, dataset.tokenizer.vocab_size))  # on the CPU: same weights on any device
+    if not sharded:
+        model = model.to(place)
     average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
     parallel.checkpoint_activations(model, config.grad_checkpoint)
     if sharded:
-        require(dtype != torch.float16, "--parallel fsdp does not scale float16: give --dtype bfloat16")
         for module in [model, average] if average else [model]:
             parallel.shard(module, place, dtype)
     optimizers = optim.build(model, config, world.rank, world.size)

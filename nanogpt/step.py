@@ -74,17 +74,17 @@ def average_gradients(run: Run) -> None:
 def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Tensor:
     """Add up the gradients of a batch, micro-batch by micro-batch. Returns its share of the mean loss.
 
-    sync: average the gradients over all processes. x, y: this process's share of the batch.
+    sync: average the gradients over all processes. x, y: this process's share of the batch. One that is left
+    without a sequence, where the shares differ, computes one more for nothing: under FSDP all have to meet.
     """
     total = torch.zeros((), device=run.device)
-    pieces = min(run.pieces, len(x))
-    for number, (x_piece, y_piece) in enumerate(
-        zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True), 1
-    ):
-        with parallel.without_sync(run.loss, last=sync and number == pieces):
+    pieces = zip(x.tensor_split(run.pieces), y.tensor_split(run.pieces), strict=True)
+    for number, (x_piece, y_piece) in enumerate(pieces, 1):
+        weight = len(x_piece) / run.config.batch_size
+        with parallel.without_sync(run.loss, last=sync and number == run.pieces):
             with device.autocast(run.device, run.dtype):
-                loss = run.loss(x_piece, y_piece)
-            share = loss * (len(x_piece) / run.config.batch_size)
+                loss = run.loss(x_piece, y_piece) if weight else run.loss(x[:1], y[:1])
+            share = loss * weight
             run.scaler.scale(share * run.world.size).backward()  # of which the processes take the mean
         total += share.detach()
     return total
@@ -104,7 +104,7 @@ def train_step(run: Run) -> Outcome:
         run.scaler.update()
     if run.average:
         optim.follow(run.average, run.model, optim.ema_decay(progress.step, config))
-    run.model.zero_grad()
+    run.model.zero_grad(set_to_none=not parallel.keeps_gradients(run.loss))
     rate = optim.learning_rate(progress.step, config)
     progress.step += 1
     return Outcome(progress.step, rate, *to_cpu(values))

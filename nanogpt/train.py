@@ -29,14 +29,15 @@ from nanogpt.config import TrainConfig, UserError, require
 from nanogpt.console import say, warn
 from nanogpt.generate import generate
 from nanogpt.metrics import forget_after
-from nanogpt.micro_batch import foresee, micro_batches
+from nanogpt.micro_batch import foresee, largest_share
+from nanogpt.model import Block
 from nanogpt.parallel import World, is_sharded, joined, leave
 from nanogpt.report import conclude, forecast, plan, resume_command
 from nanogpt.run import Run
 from nanogpt.run_folder import RunFolder
 from nanogpt.saving import restore, save, save_at_the_end, try_finish_save, try_save
 from nanogpt.set_up import set_up
-from nanogpt.step import gradient, settle, train_step
+from nanogpt.step import forward_backward, next_batch, settle, train_step
 from nanogpt.stopping import EXIT_CODES, StopRequest
 
 BROKEN_STEPS = 3
@@ -86,16 +87,18 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = N
     )
     if not config.resume:
         data.load(Path(config.data_dir))  # before a folder is made for a run that cannot begin
-    with joined() as world, enough_memory(config, world), StopRequest() as stop, ExitStack() as stack:
+    with joined() as world, StopRequest() as stop, ExitStack() as stack:
         if world.is_first:
             stack.enter_context(folder.locked())
         if world.decide(lambda: folder.holds(config, world.job, restarted=world.restarted)):
             config = replace(config, resume=True, overwrite=False)
-        run = set_up(config, folder, world)
+        with enough_memory(config, world):
+            run = set_up(config, folder, world)
         run.keep_going = keep_going
         try:
-            start(run)
-            reason = loop(run, stop)
+            with enough_memory(config, world, run):
+                start(run)
+                reason = loop(run, stop)
         finally:
             run.metrics.close()
         if world.is_first:
@@ -104,15 +107,20 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = N
 
 
 @contextmanager
-def enough_memory(config: TrainConfig, world: World) -> Generator[None]:
-    """Turn running out of memory, on whatever device, into a UserError that says what to change."""
+def enough_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
+    """Turn running out of memory, on whatever device, into a UserError that says what to change.
+
+    run: None while it is being set up.
+    """
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
         if not device.is_out_of_memory(error):
             raise
-        micro_batch = math.ceil(config.batch_size / world.size / micro_batches(config, world))
-        if config.parallel == "fsdp" and world.size > 1 and micro_batch > 1:
+        micro_batch = -(-largest_share(config, world) // run.pieces) if run else 1
+        if run is None:
+            fix = "give a smaller --n_layer or --n_embd"
+        elif is_sharded(run.model) and micro_batch > 1:
             fix = f"give --micro_batch {micro_batch // 2}, which computes the same in smaller pieces"
         elif config.micro_batch not in ("auto", 1):
             fix = "give --micro_batch auto, which computes the same in pieces that fit"
@@ -137,28 +145,43 @@ def start(run: Run) -> None:
 
 
 def compile_model(run: Run) -> None:
-    """torch.compile the model and try it on a batch; if that fails, say why and go on without.
+    """torch.compile the model and try it; if that fails, on whichever process, say why and go on without.
 
     Of a model in parts the blocks are compiled: between them its weights come and go.
     """
     say("Compiling the model (about a minute the first time)...")
-    loss, forwards = run.loss, [block.forward for block in run.model.blocks]
-    if is_sharded(run.model):
-        for block, forward in zip(run.model.blocks, forwards, strict=True):
-            block.forward = torch.compile(forward)
-    else:
-        run.loss = torch.compile(loss)
-    try:
-        gradient(run)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        warn(f"torch.compile failed, going on without it: {why}")
-        run.loss = loss
-        for block, forward in zip(run.model.blocks, forwards, strict=True):
-            block.forward = forward
+    plain = run.loss
+    problems = run.world.gather(fault_of_the_compiler(run))
+    if problems:
+        warn(f"torch.compile failed, going on without it: {problems[0]}")
+        run.loss = plain
+    elif is_sharded(run.model):
+        for block in run.model.blocks:
+            block.forward = torch.compile(block.forward)
     run.model.zero_grad()
+    device.release_memory(run.device)
+
+
+def fault_of_the_compiler(run: Run) -> list[str]:
+    """Compile the loss and try it. Returns why that fails, in a line, or nothing. Waits for no other process.
+
+    Of a model in parts, whose weights only all processes together have, a new block is compiled and tried.
+    """
+    try:
+        if is_sharded(run.model):
+            block = torch.compile(Block(run.model.config).to(run.device))
+            x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
+            with device.autocast(run.device, run.dtype):
+                y = block(x, run.model.rotation)
+            y.sum().backward()
+        else:
+            run.loss = torch.compile(run.loss)
+            forward_backward(run, *next_batch(run), sync=False)
+    except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
+        if isinstance(error, RuntimeError) and device.is_out_of_memory(error):
+            return []  # the first update sees to that
+        return [next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)]
+    return []
 
 
 # --- step ---

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nanogpt import plan
-from nanogpt.config import PlanConfig, UserError
+from nanogpt.config import PlanConfig, UserError, model_config
 from nanogpt.memory import HEADROOM
+from nanogpt.model import GPT
 from nanogpt.plan import Machine, main
 
 SMALL = PlanConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, vocab_size=65, device="cpu")
@@ -59,12 +60,30 @@ def test_what_does_not_fit_is_told_what_would(monkeypatch):
 
 
 def test_traffic_is_that_of_the_formulae(capsys):
+    model = GPT(model_config(SMALL, 65))
+    parameters, blocks = (sum(p.numel() for p in m.parameters()) for m in (model, model.blocks))
     config = replace(SMALL, processes=4)
-    plan.show_traffic(config, torch.bfloat16, 1_000_000, 2)
-    plan.show_traffic(replace(config, parallel="fsdp"), torch.bfloat16, 1_000_000, 2)
+    plan.show_traffic(config, torch.bfloat16, 2)
+    plan.show_traffic(replace(config, parallel="fsdp"), torch.bfloat16, 2)
     ddp, fsdp = capsys.readouterr().out.splitlines()
-    assert ddp.startswith("Traffic: 6.0 MB")
-    assert fsdp.startswith("Traffic: 12.0 MB")
+    assert ddp.startswith(f"Traffic: {2 * 0.75 * 4 * parameters / 1e6:.1f} MB")
+    a_micro_batch = 2 * (parameters + blocks) + 4 * parameters
+    assert fsdp.startswith(f"Traffic: {2 * 0.75 * a_micro_batch / 1e6:.1f} MB")
+
+
+def test_what_does_not_fit_is_not_measured(capsys):
+    plan.show_time(SMALL, replace(HERE, free=1000.0), 10**6)
+    assert (
+        capsys.readouterr().out
+        == "Time: 0.000512 TFLOP an update, not measured: not even a few sequences fit\n"
+    )
+
+
+def test_devices_without_bfloat16_are_not_told_to_shard(capsys):
+    assert main(replace(SMALL, on="v100", processes=8, n_layer=96, n_head=96, n_embd=12_288)) == 0
+    assert "It does not fit: a smaller --n_layer, --n_embd or --block_size\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="does not scale float16"):
+        main(replace(SMALL, on="v100", processes=8, parallel="fsdp"))
 
 
 @pytest.mark.parametrize(
