@@ -2,7 +2,7 @@
 
 Run:    python bench/plan.py
 For each shape and way of checkpointing: what is predicted, and what two real updates of two micro-batches
-take, each in a process of its own; with --parallel fsdp, in two processes, of which the larger one counts. On
+take, each in a process of its own; one shape in two processes too, of which the larger one counts. On
 a GPU that is the peak of the allocator. On a CPU it is resident memory above that of the imports, with the C
 library told to give back at once what is freed (else it keeps up to half as much again for later).
 """
@@ -44,7 +44,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 
-SHARDED = "8 layers of 768, 2 x 256"
+SHARED = "8 layers of 768, 2 x 256"
 """What is measured in two processes too."""
 
 
@@ -60,15 +60,18 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
         parallel.checkpoint_activations(model, config.grad_checkpoint)
         if config.parallel == "fsdp":
             parallel.shard(model, place, dtype)
+        loss_of = parallel.shared_loss(model, world, place)
         optimizers = optim.build(model, config, world.rank, world.size)
         x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
         for _ in range(2):
-            for _ in range(2):
-                with device.autocast(place, dtype):
-                    loss = model.loss(x, y)
-                loss.backward()
+            for last in (False, True):
+                with parallel.without_sync(loss_of, last=last):
+                    with device.autocast(place, dtype):
+                        loss = loss_of(x, y)
+                    loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
+            model.zero_grad(set_to_none=not parallel.keeps_gradients(loss_of))
         return max(world.gather([common.peak_memory(place) - before]))
 
 
@@ -108,16 +111,16 @@ def main() -> None:
     place, dtype = device.pick_device("auto"), getattr(torch, options.dtype)
     table = Table("shape", "mode", "predicted, MiB", "measured, MiB", "ratio", title=options.dtype)
     rows: list[dict[str, object]] = []
-    cases = [(shape, mode, "ddp") for shape in SHAPES for mode in MODES]
-    cases += [(SHARDED, mode, "fsdp") for mode in MODES]
-    for shape, mode, kind in cases:
+    cases = [(shape, mode, "ddp", 1) for shape in SHAPES for mode in MODES]
+    cases += [(SHARED, mode, kind, 2) for kind in ("ddp", "fsdp") for mode in MODES]
+    for shape, mode, kind, processes in cases:
         vocab_size, config = SHAPES[shape]
         config = replace(config, grad_checkpoint=mode, parallel=kind)
-        model, processes = model_config(config, vocab_size), 2 if kind == "fsdp" else 1
+        model = model_config(config, vocab_size)
         plan = memory.predict(model, config, place, dtype, config.batch_size, processes)
         predicted = plan.total / 2**20
         measured = in_a_process(shape, mode, kind, options.dtype, processes=processes)
-        name = shape + ", fsdp on 2" * (kind == "fsdp")
+        name = shape + f", {kind} on 2" * (processes > 1)
         table.add_row(name, mode, f"{predicted:,.0f}", f"{measured:,.0f}", f"{predicted / measured:.3f}")
         rows.append({"shape": name, "mode": mode, "predicted": predicted, "measured": measured})
     Console(width=110).print(table)
