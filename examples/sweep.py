@@ -8,13 +8,14 @@ worse than the median of the trials before it, at the same step.
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import optuna
 
 from nanogpt import presets
-from nanogpt.config import TrainConfig
+from nanogpt.config import TrainConfig, UserError
 from nanogpt.train import fit
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--folder", default="sweep")
     options = parser.parse_args()
-    Path(options.folder).mkdir(exist_ok=True)
+    Path(options.folder).mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name="nanogpt",
         storage=f"sqlite:///{options.folder}/trials.db",
@@ -76,4 +77,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

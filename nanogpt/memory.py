@@ -70,6 +70,13 @@ class Memory:
         """All of it."""
         return self.held + self.activations
 
+    def need(self, place: torch.device) -> int:
+        """Bytes that have to be free: in main memory the C library keeps for later what was freed.
+
+        That is up to as much again of what comes and goes (bench/memory.py: peak and resident).
+        """
+        return self.total + (self.activations if place.type == "cpu" else 0)
+
 
 def predict(  # noqa: PLR0917
     model: GPTConfig,
@@ -97,6 +104,8 @@ def predict(  # noqa: PLR0917
             for less, more in zip((forward, backward), passes(FEW + 1), strict=True)
         )
     weights, gradients, moments, step = count_update(model, config, place)
+    if processes > 1 and not sharded:
+        step = max(step, gradients)  # DDP sorts its buckets anew, once, before the second update
     if not sharded:
         return Memory(weights, gradients, moments, forward, backward, step)
     shares = [-(-whole // processes) for whole in (weights, gradients, moments)]

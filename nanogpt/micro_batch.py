@@ -15,8 +15,8 @@ from nanogpt.model import flops_per_token
 from nanogpt.parallel import World, is_sharded
 from nanogpt.run import Run
 
-WORTH_COUNTING = 1e13
-"""Operations of a training from which half a second of counting is worth while."""
+WORTH_COUNTING, LARGE_UPDATE = 1e13, 1e11
+"""Operations of a training, and of an update, from which half a second of counting is worth while."""
 
 
 def micro_batches(config: TrainConfig, world: World) -> int:
@@ -32,7 +32,7 @@ def foresee(run: Run) -> None:
     config, world = run.config, run.world
     tokens = config.batch_size * config.block_size
     work = flops_per_token(run.model.config, run.model.num_parameters()) * tokens
-    if work * (config.max_iters - run.progress.step) < WORTH_COUNTING:
+    if work < LARGE_UPDATE and work * (config.max_iters - run.progress.step) < WORTH_COUNTING:
         return
 
     def predict(micro_batch: int) -> Memory:
@@ -47,20 +47,21 @@ def foresee(run: Run) -> None:
     room = HEADROOM * memory.free(run.device) / (world.local_size if run.device.type == "cpu" else 1)
     there = wanted.weights + (wanted.optimizer if run.first_step else 0)  # of it, and not free any more
     pieces, plan = run.pieces, wanted
-    while plan.total - there > room and pieces < share:
+    while plan.need(run.device) - there > room and pieces < share:
         pieces = min(2 * pieces, share)
         plan = predict(-(-share // pieces))
-    most, lacks = world.agree(pieces, plan.total - there > room)
+    most, lacks = world.agree(pieces, plan.need(run.device) - there > room)
     run.memory = plan if most == pieces else predict(-(-share // most))
     if lacks:
         warn(
-            f"an update takes {run.memory.total / GIB:,.1f} GiB, more than is free: "
+            f"an update takes {run.memory.need(run.device) / GIB:,.1f} GiB, more than is free: "
             "nanogpt plan says what to change"
         )
     elif most > run.pieces:
         warn(
-            f"the batch takes {wanted.total / GIB:,.1f} GiB, more than is free: going on with {most} "
-            f"micro-batches, which compute the same in {run.memory.total / GIB:,.1f} GiB"
+            f"the batch takes {wanted.need(run.device) / GIB:,.1f} GiB, more than is free: "
+            f"going on with {most} micro-batches, which compute the same in "
+            f"{run.memory.need(run.device) / GIB:,.1f} GiB"
         )
     run.pieces = most
 

@@ -63,7 +63,8 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
         v = v.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+            wide = next(self.q_norm.parameters()).dtype  # float32, but for FSDP
+            q, k = self.q_norm(q.to(wide)).to(v.dtype), self.k_norm(k.to(wide)).to(v.dtype)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if self.n_kv_head < self.n_head:

@@ -12,6 +12,7 @@ the model from outside. Does not know the training loop.
 
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -141,20 +142,39 @@ def joined() -> Generator[World]:
         job="" if job == "none" else job,
         restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
     )
+    store = PrefixStore(of_this_life(world), store)
     failures = PrefixStore("nanogpt", store)
     dist.init_process_group(backend(), store=store, rank=rank, world_size=size)
     try:
         yield world
     except Exception as error:
         first = failures.add("failures", 1) == 1
-        if first and isinstance(error, UserError) and not world.is_first:
-            print(f"error (process {rank} of {size}): {error}", file=sys.stderr, flush=True)
-        if first and (world.is_first or not isinstance(error, UserError)):
+        lost = is_lost_connection(error)
+        if first and lost:
+            print(f"process {rank + 1} of {size}: another one is gone", file=sys.stderr, flush=True)
+        elif first and isinstance(error, UserError) and not world.is_first:
+            print(f"error (process {rank + 1} of {size}): {error}", file=sys.stderr, flush=True)
+        if first and not lost and (world.is_first or not isinstance(error, UserError)):
             raise
         sys.stderr.flush()
         os._exit(EXIT_ERROR)  # not by way of the other processes' ends of the connection: they may be gone
     part(world, failures)
     dist.destroy_process_group()
+
+
+def of_this_life(world: World) -> str:
+    """A name for what these processes say to one another, that those before a restart did not use.
+
+    Their addresses are still in the store, unless torchrun was told to make a new one
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE). For several machines it has to be: each counts its own restarts.
+    """
+    alone = world.size == world.local_size
+    return f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if alone else "machines"
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether PyTorch says that another process has left."""
+    return isinstance(error, RuntimeError) and bool(re.search("gloo.*onnection (closed|reset)", str(error)))
 
 
 def part(world: World, store: PrefixStore) -> None:

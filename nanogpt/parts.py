@@ -113,6 +113,10 @@ def cause_of(error: BaseException) -> str:
     """Why a part could not be written or read, in a line."""
     if isinstance(error, CheckpointException):  # the first of the processes' own
         error = next(iter(error.failures.values()))[0]
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save turns a full disk into a RuntimeError
+    if "inline_container" in str(error):  # and loses the cause on its way from another process
+        return "the disk is full, or broken"
     return (isinstance(error, OSError) and error.strerror) or (str(error).splitlines() or [repr(error)])[-1]
 
 

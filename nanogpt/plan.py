@@ -65,6 +65,11 @@ class Machine:
     stands_in: bool = False
     """Whether `place` is a CPU, and counted for is a GPU that is not here."""
 
+    @property
+    def kind(self) -> torch.device:
+        """The device that is meant."""
+        return torch.device("cuda") if self.stands_in else self.place
+
 
 def main(config: PlanConfig) -> int:
     """Print the plan. Returns the exit code."""
@@ -90,7 +95,7 @@ def main(config: PlanConfig) -> int:
     with progress_bar("Counting") as bar:
         for mode in bar.track(MODES):
             plans[mode] = predict(replace(config, grad_checkpoint=mode), machine, micro)
-    show_memory(plans, machine.free)
+    show_memory(plans, machine)
     say(advice(config, machine, plans[config.grad_checkpoint], micro))
     if config.processes > 1:
         show_traffic(config, machine.dtype, -(-share // micro))
@@ -109,7 +114,7 @@ def show_traffic(config: PlanConfig, dtype: torch.dtype, pieces: int) -> None:
         volume = others * pieces * (dtype.itemsize * (parameters + inside) + gradients)
     else:
         volume = 2 * others * gradients
-    say(f"Traffic: {volume / 1e6:,.1f} MB sent and received by each process in an update ({config.parallel})")
+    say(f"Traffic: {volume / 1e9:,.3g} GB sent and received by each process in an update ({config.parallel})")
 
 
 def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
@@ -119,7 +124,10 @@ def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
         seconds = flops * tokens / (machine.peak * UTILIZATION * config.processes)
         how = f"at {UTILIZATION:.0%} of its published peak"
     else:
-        seconds, how = measured(config, machine), "measured here"
+        seconds, how = (
+            measured(config, machine),
+            "measured here" + ", without traffic" * (config.processes > 1),
+        )
     work = f"Time: {flops * tokens / 1e12:,.3g} TFLOP an update"
     if seconds is None:
         say(f"{work}, not measured: not even a few sequences fit")
@@ -141,9 +149,9 @@ def machine_of(config: PlanConfig) -> Machine:
             torch.set_num_threads(max(1, torch.get_num_threads() // config.processes))
             room /= config.processes
         return Machine(place, dtype, room)
-    if config.on not in ACCELERATORS:
+    if config.on.lower() not in ACCELERATORS:
         raise UserError(f"--on {config.on} is unknown: use one of {', '.join(ACCELERATORS)}")
-    named = ACCELERATORS[config.on]
+    named = ACCELERATORS[config.on.lower()]
     dtype = named.dtype if config.dtype == "auto" else device.pick_dtype(config.dtype, torch.device("cpu"), 1)
     say(f"For one {config.on.upper()}, {named.memory / 1e9:.0f} GB")
     here = torch.cuda.is_available()
@@ -173,7 +181,7 @@ def predict(config: PlanConfig, machine: Machine, micro: int) -> Memory:
         return memory.predict(shape(config), config, place, dtype, micro, config.processes)
 
 
-def show_memory(plans: dict[GradCheckpoint, Memory], free: float) -> None:
+def show_memory(plans: dict[GradCheckpoint, Memory], machine: Machine) -> None:
     """Print what each way of checkpointing takes."""
     columns = ("weights", "gradients", "optimizer", "activations", "peak", "fits")
     table = Table("checkpoint", *columns, title="MiB on each device, at the peak of an update")
@@ -181,7 +189,7 @@ def show_memory(plans: dict[GradCheckpoint, Memory], free: float) -> None:
         column.justify = "right"
     for mode, plan in plans.items():
         parts = (plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total)
-        fits = "yes" if plan.total < HEADROOM * free else "no"
+        fits = "yes" if plan.need(machine.kind) < HEADROOM * machine.free else "no"
         table.add_row(mode, *(f"{part / MIB:,.0f}" for part in parts), fits)
     terminal().print(table)
 
@@ -189,7 +197,7 @@ def show_memory(plans: dict[GradCheckpoint, Memory], free: float) -> None:
 def advice(config: PlanConfig, machine: Machine, as_told: Memory, micro: int) -> str:
     """Which flags make it fit: smaller micro-batches first, since they cost the least."""
     room = HEADROOM * machine.free
-    if as_told.total < room:
+    if as_told.need(machine.kind) < room:
         return f"It fits as it is, in {machine.free / GIB:,.1f} GiB"
     ways = [replace(config, grad_checkpoint=mode) for mode in MODES]
     can_shard = config.processes > 1 and machine.dtype != torch.float16
@@ -197,10 +205,10 @@ def advice(config: PlanConfig, machine: Machine, as_told: Memory, micro: int) ->
         ways += [replace(way, parallel="fsdp") for way in ways]
     with progress_bar("Trying") as bar:
         for way in bar.track(ways):
-            if predict(way, machine, 1).total >= room:
+            if predict(way, machine, 1).need(machine.kind) >= room:
                 continue
             size = micro
-            while (plan := predict(way, machine, size)).total >= room:
+            while (plan := predict(way, machine, size)).need(machine.kind) >= room:
                 size //= 2
             flags = [f"--micro_batch {size}"] * (size < micro)
             flags += [f"--grad_checkpoint {way.grad_checkpoint}"] * (way.grad_checkpoint != "off")
@@ -222,7 +230,8 @@ def measured(config: PlanConfig, machine: Machine) -> float | None:
     place = machine.place
     share = -(-config.batch_size // config.processes)
     few = min(share, max(1, 2048 // config.block_size))
-    if predict(replace(config, parallel="ddp"), machine, few).total > HEADROOM * machine.free:
+    trial = predict(replace(config, parallel="ddp"), machine, few)
+    if trial.need(machine.kind) > HEADROOM * machine.free:
         return None
     model = GPT(shape(config)).to(place)
     parallel.checkpoint_activations(model, config.grad_checkpoint)

@@ -112,7 +112,10 @@ def conclude(run: Run, reason: str) -> None:
 
 
 def resume_command(run: Run) -> str:
-    """The command that continues the run."""
+    """The command that continues the run, with as many processes."""
     given = run.config.out_dir
     folder = [] if given == TrainConfig.out_dir else ["--out_dir", given]
-    return shlex.join([*command("train"), "--resume", *folder])
+    start = command("train")
+    if run.world.size > 1:
+        start = ["torchrun", f"--nproc_per_node={run.world.local_size}", "train.py"]
+    return shlex.join([*start, "--resume", *folder])

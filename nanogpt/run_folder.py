@@ -52,7 +52,9 @@ class RunFolder:
         except Timeout as error:
             raise UserError(f"another training is writing to {self.path}: use another --out_dir") from error
         except OSError as error:
-            raise UserError(f"--out_dir {self.path} cannot be written: {error.strerror}") from error
+            raise UserError(
+                f"--out_dir {self.path} cannot be written ({error.strerror}): give another"
+            ) from error
         try:
             yield
         finally:
@@ -68,6 +70,7 @@ class RunFolder:
         Errors: UserError if there is none.
         """
         found: list[Checkpoint] = []
+        damaged = False
         for path in (self.last, self.best):
             if path.is_file():
                 try:
@@ -75,13 +78,19 @@ class RunFolder:
                     if found[-1].parts:
                         verify_parts(path, found[-1], world)
                 except UserError as error:
+                    damaged = True
                     found = [checkpoint for checkpoint in found if not checkpoint.parts]
                     report(f"{error}: passing it over")
         require(
             bool(found),
-            f"no checkpoint to resume in {self.path}: start without --resume, or check --out_dir",
+            f"no checkpoint to resume in {self.path}: start without --resume, or check --out_dir"
+            if not damaged
+            else f"no checkpoint in {self.path} is whole: start without --resume, which keeps what is there",
         )
-        return max(found, key=lambda checkpoint: int(checkpoint.progress["step"]))
+        newest = max(found, key=lambda checkpoint: int(checkpoint.progress["step"]))
+        if damaged:
+            report(f"Going on from step {newest.progress['step']} instead")
+        return newest
 
     def saved_config(self) -> TrainConfig | None:
         """The settings of the run, read quickly and unverified; None if there is none to read."""

@@ -143,8 +143,13 @@ def finish_save(run: Run) -> None:
     if writing is None:
         return
     digests = dict[str, str]()
-    with run.world.together():
-        digests = writing.digests.result()
+    try:
+        with run.world.together():
+            digests = writing.digests.result()
+    except UserError:
+        if run.world.is_first:
+            run.folder.drop_parts(but=run.parts)
+        raise
     files = run.world.gather(list(digests.items()))
     with run.world.together():
         if run.world.is_first:

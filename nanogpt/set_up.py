@@ -44,7 +44,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
         torch.cuda.set_device(place)
     for line in device.describe(place):
         say(line)
-    dtype = pick_dtype(config, place, saved)
+    dtype = agreed_dtype(pick_dtype(config, place, saved), world)
     if place.type == "cuda" and dtype != torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves alone
     torch.manual_seed(config.seed)
@@ -102,6 +102,12 @@ def pick_dtype(config: TrainConfig, place: torch.device, saved: Checkpoint | Non
     if saved and config.dtype == "auto" and saved.arithmetic["device"] == place.type:
         return cast(torch.dtype, getattr(torch, saved.arithmetic["dtype"]))
     return device.pick_dtype(config.dtype, place, config.n_embd)
+
+
+def agreed_dtype(dtype: torch.dtype, world: World) -> torch.dtype:
+    """The widest that any process has picked: which one is faster can look different to each."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return dtypes[world.agree(dtypes.index(dtype))[0]]
 
 
 def make_room(config: TrainConfig, folder: RunFolder) -> None:

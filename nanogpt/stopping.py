@@ -12,6 +12,8 @@ from typing import Any
 
 from typing_extensions import Self
 
+from nanogpt.console import speaks
+
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """128 + the number of the signal, as shells report it."""
 
@@ -38,6 +40,7 @@ class StopRequest:
         """Signal handler: remember the signal; the next one acts as if nobody had caught it."""
         self.signal = signal.Signals(number)
         notice = f"\n{self.signal.name}: finishing this step and saving (once more to stop at once)\n"
-        os.write(2, notice.encode())  # a handler may not touch buffered streams
+        if speaks():
+            os.write(2, notice.encode())  # a handler may not touch buffered streams
         for other in EXIT_CODES:
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)

@@ -67,7 +67,9 @@ def room_for(monkeypatch, run, micro: int) -> None:
     """So much main memory that micro-batches of this size just fit, the weights being there already."""
     model = run.model.config
     need = memory.predict(model, run.config, run.device, run.dtype, micro)
-    monkeypatch.setattr(memory, "free", lambda _: (need.total - need.weights + 1) / memory.HEADROOM)
+    monkeypatch.setattr(
+        memory, "free", lambda _: (need.need(run.device) - need.weights + 1) / memory.HEADROOM
+    )
 
 
 @pytest.mark.parametrize(("micro", "pieces"), [(8, 1), (4, 2), (1, 8)])

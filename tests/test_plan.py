@@ -39,13 +39,13 @@ def test_a_plan_for_another_device(capsys):
 def test_what_does_not_fit_is_told_what_would(monkeypatch):
     predict = functools.cache(plan.predict)
     monkeypatch.setattr(plan, "predict", predict)
-    config = replace(SMALL, processes=2)
+    config = replace(SMALL, processes=4, batch_size=16, n_layer=12)
 
     def told(free: float) -> str:
         return plan.advice(config, replace(HERE, free=free / HEADROOM), predict(config, HERE, 4), 4)
 
     def total(micro: int, **settings) -> int:
-        return predict(replace(config, **settings), HERE, micro).total
+        return predict(replace(config, **settings), HERE, micro).need(HERE.place)
 
     assert told(total(4) + 1).startswith("It fits as it is")
     assert told(total(2) + 1).startswith("It fits with --micro_batch 2: ")
@@ -66,9 +66,9 @@ def test_traffic_is_that_of_the_formulae(capsys):
     plan.show_traffic(config, torch.bfloat16, 2)
     plan.show_traffic(replace(config, parallel="fsdp"), torch.bfloat16, 2)
     ddp, fsdp = capsys.readouterr().out.splitlines()
-    assert ddp.startswith(f"Traffic: {2 * 0.75 * 4 * parameters / 1e6:.1f} MB")
+    assert ddp.startswith(f"Traffic: {2 * 0.75 * 4 * parameters / 1e9:.3g} GB")
     a_micro_batch = 2 * (parameters + blocks) + 4 * parameters
-    assert fsdp.startswith(f"Traffic: {2 * 0.75 * a_micro_batch / 1e6:.1f} MB")
+    assert fsdp.startswith(f"Traffic: {2 * 0.75 * a_micro_batch / 1e9:.3g} GB")
 
 
 def test_what_does_not_fit_is_not_measured(capsys):
