@@ -54,6 +54,8 @@ class Memory:
     """What there is besides while the weights are updated."""
     together: int = 0
     """FSDP: weights that are whole while they are computed with, and gradients on their way."""
+    saving: int = 0
+    """FSDP, in main memory: the copy that is written in parts and, on the first process, all for ckpt.pt."""
 
     @property
     def held(self) -> int:
@@ -75,7 +77,7 @@ class Memory:
 
         That is up to as much again of what comes and goes (bench/memory.py: peak and resident).
         """
-        return self.total + (self.activations if place.type == "cpu" else 0)
+        return self.total + (self.activations + self.saving if place.type == "cpu" else 0)
 
 
 def predict(  # noqa: PLR0917
@@ -109,7 +111,10 @@ def predict(  # noqa: PLR0917
     if not sharded:
         return Memory(weights, gradients, moments, forward, backward, step)
     shares = [-(-whole // processes) for whole in (weights, gradients, moments)]
-    return Memory(shares[0], shares[1], shares[2], forward, backward, step, together(model, dtype))
+    return Memory(
+        shares[0], shares[1], shares[2], forward, backward, step,
+        together=together(model, dtype), saving=shares[0] + shares[2] + weights + moments,
+    )  # fmt: skip
 
 
 def count_passes(  # noqa: PLR0917

@@ -88,6 +88,9 @@ def test_parts_of_a_model_take_their_share_and_what_is_put_together():
     assert whole.together == 0
     assert part.activations == whole.activations + part.together
     assert part.together < 3 * whole.weights
+    extra = part.need(CPU) - part.total - part.activations
+    assert extra == pytest.approx(1.25 * (whole.weights + whole.optimizer), abs=2)
+    assert part.need(torch.device("cuda")) == part.total
 
 
 def test_muon_takes_a_few_matrices_at_a_time(monkeypatch):

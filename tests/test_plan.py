@@ -37,15 +37,16 @@ def test_a_plan_for_another_device(capsys):
 
 
 def test_what_does_not_fit_is_told_what_would(monkeypatch):
+    there = replace(HERE, stands_in=True)  # a GPU
     predict = functools.cache(plan.predict)
     monkeypatch.setattr(plan, "predict", predict)
     config = replace(SMALL, processes=4, batch_size=16, n_layer=12)
 
     def told(free: float) -> str:
-        return plan.advice(config, replace(HERE, free=free / HEADROOM), predict(config, HERE, 4), 4)
+        return plan.advice(config, replace(there, free=free / HEADROOM), predict(config, there, 4), 4)
 
     def total(micro: int, **settings) -> int:
-        return predict(replace(config, **settings), HERE, micro).need(HERE.place)
+        return predict(replace(config, **settings), there, micro).total
 
     assert told(total(4) + 1).startswith("It fits as it is")
     assert told(total(2) + 1).startswith("It fits with --micro_batch 2: ")
@@ -55,7 +56,7 @@ def test_what_does_not_fit_is_told_what_would(monkeypatch):
     assert told(least - 1).startswith("It fits with")
     assert told(least - 1).split(":")[0].endswith("--parallel fsdp")
     assert told(1000) == "It does not fit: a smaller --n_layer, --n_embd or --block_size"
-    alone = plan.advice(SMALL, replace(HERE, free=1000), predict(SMALL, HERE, 8), 8)
+    alone = plan.advice(SMALL, replace(there, free=1000), predict(SMALL, there, 8), 8)
     assert alone.endswith(", or several devices (--processes 8 --parallel fsdp)")
 
 
