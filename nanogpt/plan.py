@@ -128,7 +128,8 @@ def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
             measured(config, machine),
             "measured here" + ", without traffic" * (config.processes > 1),
         )
-    work = f"Time: {flops * tokens / 1e12:,.3g} TFLOP an update"
+    tera = flops * tokens / 1e12
+    work = f"Time: {tera:,.3g} TFLOP an update" if tera < 1000 else f"Time: {tera:,.0f} TFLOP an update"
     if seconds is None:
         say(f"{work}, not measured: not even a few sequences fit")
         return
