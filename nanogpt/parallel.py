@@ -174,7 +174,8 @@ def of_this_life(world: World) -> str:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether PyTorch says that another process has left."""
-    return isinstance(error, RuntimeError) and bool(re.search("gloo.*onnection (closed|reset)", str(error)))
+    gone = "gloo.*(onnection (closed|reset|refused)|roken pipe|pair closure)"
+    return isinstance(error, RuntimeError) and bool(re.search(gone, str(error)))
 
 
 def part(world: World, store: PrefixStore) -> None:
