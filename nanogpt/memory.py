@@ -25,7 +25,7 @@ from nanogpt import model as model_module
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model import GPT
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 
 HEADROOM = 0.9
 """Share of the free memory to plan with: the rest goes to the device's own libraries and to fragments."""

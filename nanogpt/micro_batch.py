@@ -10,8 +10,8 @@ from nanogpt import device, memory
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import TrainConfig
 from nanogpt.console import warn
-from nanogpt.memory import GIB, HEADROOM, Memory
-from nanogpt.model import flops_per_token
+from nanogpt.device import GIB
+from nanogpt.memory import HEADROOM, Memory
 from nanogpt.parallel import World, is_sharded
 from nanogpt.run import Run
 
@@ -30,9 +30,7 @@ def micro_batches(config: TrainConfig, world: World) -> int:
 def foresee(run: Run) -> None:
     """Count the memory of an update before it is made, and where it has to fit, see that it does."""
     config, world = run.config, run.world
-    tokens = config.batch_size * config.block_size
-    work = flops_per_token(run.model.config, run.model.num_parameters()) * tokens
-    if work < LARGE_UPDATE and work * (config.max_iters - run.progress.step) < WORTH_COUNTING:
+    if run.work < LARGE_UPDATE and run.work * (config.max_iters - run.progress.step) < WORTH_COUNTING:
         return
 
     def predict(micro_batch: int) -> Memory:

@@ -123,6 +123,9 @@ class World:
         return bool(self.agree(int(self.is_first and choose()))[0])
 
 
+ALONE = World()
+
+
 @contextmanager
 def joined() -> Generator[World]:
     """Meet the other processes that torchrun started; without torchrun, there are none.

@@ -17,9 +17,10 @@ from rich.table import Table
 from nanogpt import data, device, memory, optim, parallel
 from nanogpt.config import GPTConfig, GradCheckpoint, PlanConfig, UserError, model_config
 from nanogpt.console import progress_bar, say, terminal
-from nanogpt.memory import GIB, HEADROOM, MIB, Memory
+from nanogpt.device import GIB
+from nanogpt.memory import HEADROOM, MIB, Memory
 from nanogpt.metrics import duration
-from nanogpt.micro_batch import micro_batches
+from nanogpt.micro_batch import largest_share, micro_batches
 from nanogpt.model import GPT, flops_per_token
 from nanogpt.parallel import World
 
@@ -82,7 +83,7 @@ def main(config: PlanConfig) -> int:
     model = shape(config)
     with torch.device("meta"):
         parameters = GPT(model).num_parameters()
-    share = -(-config.batch_size // config.processes)
+    share = largest_share(config, world)
     micro = -(-share // micro_batches(config, world))
     dtype = device.name_of(machine.dtype)
     say(f"Model: {parameters:,} parameters, {dtype}, vocabulary of {model.vocab_size:,}")
@@ -124,10 +125,8 @@ def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
         seconds = flops * tokens / (machine.peak * UTILIZATION * config.processes)
         how = f"at {UTILIZATION:.0%} of its published peak"
     else:
-        seconds, how = (
-            measured(config, machine),
-            "measured here" + ", without traffic" * (config.processes > 1),
-        )
+        seconds = measured(config, machine)
+        how = "measured here" + ", without traffic" * (config.processes > 1)
     tera = flops * tokens / 1e12
     work = f"Time: {tera:,.3g} TFLOP an update" if tera < 1000 else f"Time: {tera:,.0f} TFLOP an update"
     if seconds is None:
@@ -229,7 +228,7 @@ def measured(config: PlanConfig, machine: Machine) -> float | None:
     None if not even these fit: a CPU's system would end the process.
     """
     place = machine.place
-    share = -(-config.batch_size // config.processes)
+    share = largest_share(config, World(0, config.processes))
     few = min(share, max(1, 2048 // config.block_size))
     trial = predict(replace(config, parallel="ddp"), machine, few)
     if trial.need(machine.kind) > HEADROOM * machine.free:

@@ -13,7 +13,6 @@ from nanogpt.console import command, say, warn
 from nanogpt.device import name_of
 from nanogpt.memory import MIB
 from nanogpt.metrics import duration
-from nanogpt.model import flops_per_token
 from nanogpt.parallel import is_sharded
 from nanogpt.plot import plot_losses
 from nanogpt.run import Run
@@ -38,11 +37,10 @@ def plan(run: Run) -> None:
         f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
         + (f", from step {progress.step:,}" * config.resume)
     )
-    work = flops_per_token(run.model.config, run.model.num_parameters()) * tokens
     activations = f"{run.memory.activations / MIB:,.1f} MiB for" if run.memory else "besides"
     say(
-        f"A step: {work / 1e9:,.1f} GFLOP; {held(run) / MIB:,.1f} MiB for weights, gradients and moments, "
-        f"{activations} activations"
+        f"A step: {run.work / 1e9:,.1f} GFLOP; {held(run) / MIB:,.1f} MiB for weights, gradients and "
+        f"moments, {activations} activations"
     )
     if run.world.size > 1 or run.pieces > 1:
         say(f"Batch: {shares(config.batch_size, run.world.size, run.pieces)}")

@@ -20,7 +20,7 @@ from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import TrainConfig
 from nanogpt.memory import Memory
 from nanogpt.metrics import ConsoleReader, Metrics
-from nanogpt.model import GPT
+from nanogpt.model import GPT, flops_per_token
 from nanogpt.parallel import World
 from nanogpt.run_folder import RunFolder
 
@@ -123,6 +123,12 @@ class Run:
     """Asked after each evaluation, with the step and the validation loss, whether to go on."""
     told_to_stop: bool = False
     """Whether it said no."""
+
+    @property
+    def work(self) -> int:
+        """Floating-point operations of an update, of all processes together."""
+        tokens = self.config.batch_size * self.config.block_size
+        return flops_per_token(self.model.config, self.model.num_parameters()) * tokens
 
     @property
     def final_model(self) -> GPT:

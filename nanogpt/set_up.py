@@ -17,12 +17,10 @@ from nanogpt.console import say, warn
 from nanogpt.metrics import ConsoleReader, JsonLines, Metrics, Reader, TensorBoard
 from nanogpt.micro_batch import first_pieces
 from nanogpt.model import GPT
-from nanogpt.parallel import World
+from nanogpt.parallel import ALONE, World
 from nanogpt.run import Run
 from nanogpt.run_folder import RUN_BY_RUN, RunFolder
 from nanogpt.saving import restore
-
-ALONE = World()
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
