@@ -24,6 +24,7 @@ TRIAL_ROWS, TRIAL_ROUNDS = 2048, 4
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the first of CUDA (or ROCm), MPS, CPU that is there.
 
+    A CUDA device has its number: torch.cuda.set_device refuses one without.
     Errors: UserError if there is no such device on this machine.
     """
     if name == "auto":
@@ -39,7 +40,8 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: PyTorch sees {count} CUDA or ROCm devices here: use --device cpu, or "
             "install a GPU build of PyTorch",
         )
-    elif device.type == "mps":
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps":
         require(torch.mps.is_available(), f"--device {name}: no Apple GPU here: use --device cpu")
     else:
         require(device.type == "cpu", f"--device {name} is unknown: use auto, cpu, cuda, cuda:1 or mps")

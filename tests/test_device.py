@@ -123,7 +123,17 @@ def test_auto_takes_the_fastest_there_is(machine, cuda, mps, expected):
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1", "mps"])
 def test_a_device_that_is_there(machine, name):
     machine(cuda=[A100, T4], mps=True)
-    assert pick_device(name) == torch.device(name)
+    assert pick_device(name) == torch.device("cuda:0" if name == "cuda" else name)
+
+
+@pytest.mark.parametrize(("name", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_the_device_is_one_that_pytorch_can_be_set_to(machine, monkeypatch, name, number):
+    """torch.cuda.set_device, with its own checks: a device without a number is refused."""
+    machine(cuda=[A100, T4])
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    torch.cuda.set_device(pick_device(name))
+    assert chosen == [number]
 
 
 @pytest.mark.parametrize(
