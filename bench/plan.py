@@ -61,7 +61,7 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
         if config.parallel == "fsdp":
             parallel.shard(model, place, dtype)
         loss_of = parallel.shared_loss(model, world, place)
-        optimizers = optim.build(model, config, world.rank, world.size)
+        optimizers = optim.build(model, config, torch.bfloat16, world.rank, world.size)
         x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
         for _ in range(2):
             for last in (False, True):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanogpt.config import DataConfig, UserError, require
 from nanogpt.console import command
+from nanogpt.device import kind_of
 from nanogpt.files import replacing
 from nanogpt.shakespeare import TINY_SHAKESPEARE
 from nanogpt.shards import Shards, Tokens
@@ -250,7 +251,8 @@ class Windows:
     def __init__(self, tokens: Tokens, device: torch.device) -> None:
         self.tokens, self.device = tokens, device
         self.resident: Tensor | None = None
-        if device.type == "cuda" and RESIDENT_BYTES * len(tokens) <= free_memory(device) * RESIDENT_SHARE:
+        kind = kind_of(device)
+        if kind.runs_ahead and RESIDENT_BYTES * len(tokens) <= kind.free_memory(device) * RESIDENT_SHARE:
             self.make_resident()
 
     def make_resident(self) -> None:
@@ -275,14 +277,8 @@ class Windows:
 
         Only what is pinned is copied in the background: other memory may be gone by then.
         """
-        if self.device.type == "cuda":
-            return values.pin_memory().to(self.device, non_blocking=True)
-        return values.to(self.device)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU."""
-    return torch.cuda.mem_get_info(device)[0]
+        kind = kind_of(self.device)
+        return kind.pin(values).to(self.device, non_blocking=kind.pins)
 
 
 def evaluation_batches(

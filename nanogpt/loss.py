@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27, "mps": 2**25}
-"""Logits held at a time on each kind of device: enough to keep its matrix products busy."""
+from nanogpt.device import kind_of
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, logit_cap: float) -> Tensor:
@@ -40,8 +39,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         narrow, total = weight.to(dtype), torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if differentiate else x
-        weight_grad = torch.zeros_like(weight) if differentiate else weight
-        rows = max(1, CHUNK_LOGITS[kind] // len(weight))
+        # FSDP's weight is in bfloat16 here: a sum of many pieces is not to be rounded after each of them.
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if differentiate else weight
+        rows = max(1, kind_of(x.device).chunk_logits // len(weight))
         with torch.autocast(kind, enabled=False):
             for first in range(0, len(x), rows):
                 piece, wanted = x[first : first + rows].to(dtype), targets[first : first + rows]
@@ -54,7 +54,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 slope = (slope * cap_slope).to(dtype)  # (rows, V); divided by N later: float16 would lose it
                 x_grad[first : first + rows] = slope @ narrow
                 weight_grad += slope.T @ piece
-        ctx.save_for_backward(x_grad, weight_grad)
+        ctx.save_for_backward(x_grad, weight_grad.to(weight.dtype))
         ctx.positions = len(x)
         return total / len(x)
 

@@ -11,18 +11,16 @@ What FSDP adds to a part of the weights is a formula: `together`.
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt import device, optim, parallel
-from nanogpt import loss as loss_module
-from nanogpt import model as model_module
 from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.cores import cgroup_folders
+from nanogpt.device import kind_of
 from nanogpt.model import GPT
 
 MIB = 2**20
@@ -32,9 +30,6 @@ HEADROOM = 0.9
 
 FEW = 2
 """Layers of the smaller model that is counted."""
-
-CGROUPS = Path("/sys/fs/cgroup")
-"""Where Linux says how much memory a container or a cluster's job may take."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Memory:
 
         That is up to as much again of what comes and goes (bench/memory.py: peak and resident).
         """
-        return self.total + (self.activations + self.saving if place.type == "cpu" else 0)
+        return self.total + (self.activations + self.saving if kind_of(place).shares_memory else 0)
 
 
 def predict(  # noqa: PLR0917
@@ -87,10 +82,12 @@ def predict(  # noqa: PLR0917
     dtype: torch.dtype,
     micro_batch: int,
     processes: int = 1,
+    muon_dtype: torch.dtype | None = None,
 ) -> Memory:
     """What an update takes at its peak, in micro-batches of `micro_batch` sequences.
 
     processes: how many share weights, gradients and moments if config.parallel is fsdp.
+    muon_dtype: in which Muon orthogonalises; None: in `dtype`.
     """
     layers, sharded = model.n_layer, config.parallel == "fsdp" and processes > 1
 
@@ -105,7 +102,7 @@ def predict(  # noqa: PLR0917
             more + (layers - FEW - 1) * (more - less)
             for less, more in zip((forward, backward), passes(FEW + 1), strict=True)
         )
-    weights, gradients, moments, step = count_update(model, config, place)
+    weights, gradients, moments, step = count_update(model, config, place, muon_dtype or dtype)
     if processes > 1 and not sharded:
         step = max(step, gradients)  # DDP sorts its buckets anew, once, before the second update
     if not sharded:
@@ -152,14 +149,16 @@ def count_passes(  # noqa: PLR0917
     return forward - held, backward - held
 
 
-def count_update(shape: GPTConfig, config: TrainConfig, place: torch.device) -> tuple[int, int, int, int]:
+def count_update(
+    shape: GPTConfig, config: TrainConfig, place: torch.device, muon_dtype: torch.dtype
+) -> tuple[int, int, int, int]:
     """Bytes of weights (with their average), gradients and moments, and the most above that in an update."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     with FakeTensorMode():
         with place:
             model = GPT(shape)
-        optimizers = optim.build(model, config)
+        optimizers = optim.build(model, config, muon_dtype)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in optimizers:  # which makes the moments
@@ -184,14 +183,12 @@ def count_update(shape: GPTConfig, config: TrainConfig, place: torch.device) -> 
 @contextmanager
 def as_on_a_gpu() -> Generator[None]:
     """Let a CPU stand in for a GPU that is not here: count what that would allocate."""
-    tailored, logits = set(model_module.TAILORED), loss_module.CHUNK_LOGITS["cpu"]
-    model_module.TAILORED.clear()
-    loss_module.CHUNK_LOGITS["cpu"] = loss_module.CHUNK_LOGITS["cuda"]
+    cpu = device.KINDS["cpu"]
+    device.KINDS["cpu"] = device.KINDS["cuda"]
     try:
         yield
     finally:
-        model_module.TAILORED.update(tailored)
-        loss_module.CHUNK_LOGITS["cpu"] = logits
+        device.KINDS["cpu"] = cpu
 
 
 def peak_of(tracker: Any) -> int:
@@ -219,40 +216,26 @@ def together(config: GPTConfig, dtype: torch.dtype) -> int:
 
 
 def free(place: torch.device) -> float:
-    """Bytes that are free on a device, as far as it tells."""
-    if place.type == "cuda":
-        return torch.cuda.mem_get_info(place)[0]
-    if place.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min(psutil.virtual_memory().available, cgroup_room())
+    """Bytes that are free on a device, as far as it tells; of main memory, what a container allows of it."""
+    kind = kind_of(place)
+    free_there = kind.free_memory(place)
+    return min(free_there, cgroup_room()) if kind.shares_memory else free_there
 
 
 def cgroup_room() -> float:
-    """Bytes that the process may still take of main memory by the limits of its Linux container or job."""
-    room = float("inf")
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            if controllers in ("", "memory"):
-                room = min(room, room_in(CGROUPS / controllers, name, version=1 if controllers else 2))
-    return room
+    """Bytes that the process may still take of main memory by the limits of its Linux container or job.
 
-
-def room_in(root: Path, name: str, version: int) -> float:
-    """The room in a control group and those above it, as the kernel's cgroup-v1 and -v2 documents say."""
-    limit, usage = (
-        ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        if version == 1
-        else ("memory.max", "memory.current")
-    )
-    inside = root / name.lstrip("/")
+    As the kernel's documents of the control groups of version 2, then 1, have them.
+    """
     room = float("inf")
-    for folder in (inside, *inside.parents):
-        with suppress(OSError, ValueError):  # no such file here, or "max": no limit
-            most, used = (int((folder / file).read_text()) for file in (limit, usage))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            idle = int(stat.get("total_inactive_file") or stat["inactive_file"])  # given up when needed
-            room = min(room, most - used + idle)
-        if folder == root:
-            break
+    for folder in cgroup_folders("memory"):
+        for limit, usage in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            with suppress(OSError, ValueError):  # no such file here, or "max": no limit
+                most, used = (int((folder / file).read_text()) for file in (limit, usage))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                idle = int(stat.get("total_inactive_file") or stat["inactive_file"])  # given up when needed
+                room = min(room, most - used + idle)
     return room

@@ -1,19 +1,20 @@
 """How many sequences a process takes at once: as many as fit. The update stays the same.
 
 Use:    pieces = micro_batches(config, world); foresee(run); halve(run)
-Running out of memory can be caught on a GPU, in the first updates (step.py). It cannot where the system
-would kill the process, and not in the middle of a model in parts, for whose weights all processes have to
-meet: there micro-batches that fit are worked out beforehand.
+Micro-batches that fit are worked out beforehand, since running out of memory is not always an error: a
+CPU's system kills the process, Windows and macOS go on in main memory or on the disk, many times slower, and
+in the middle of a sharded model all processes have to meet. Where it is one (CUDA on Linux), it is caught in
+the first updates (step.py), should the forecast have been wrong.
 """
 
-from nanogpt import device, memory
+from nanogpt import memory
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import TrainConfig
 from nanogpt.console import warn
 from nanogpt.device import GIB
 from nanogpt.memory import HEADROOM, Memory
-from nanogpt.parallel import World, is_sharded
 from nanogpt.run import Run
+from nanogpt.world import World
 
 WORTH_COUNTING, LARGE_UPDATE = 1e13, 1e11
 """Operations of a training, and of an update, from which half a second of counting is worth while."""
@@ -35,14 +36,16 @@ def foresee(run: Run) -> None:
 
     def predict(micro_batch: int) -> Memory:
         """With micro-batches of this size."""
-        return memory.predict(run.model.config, config, run.device, run.dtype, micro_batch, world.size)
+        return memory.predict(
+            run.model.config, config, run.device, run.dtype, micro_batch, world.size, run.newton_schulz.dtype
+        )
 
     share = largest_share(config, world)
     run.memory = wanted = predict(-(-share // run.pieces))
-    if config.micro_batch != "auto" or not (run.device.type == "cpu" or is_sharded(run.model)):
+    if config.micro_batch != "auto":
         return
-    device.release_memory(run.device)
-    room = HEADROOM * memory.free(run.device) / (world.local_size if run.device.type == "cpu" else 1)
+    run.kind.release_memory()
+    room = HEADROOM * memory.free(run.device) / (world.local_size if run.kind.shares_memory else 1)
     there = wanted.weights + (wanted.optimizer if run.first_step else 0)  # of it, and not free any more
     pieces, plan = run.pieces, wanted
     while plan.need(run.device) - there > room and pieces < share:
@@ -82,7 +85,7 @@ def can_halve(run: Run) -> bool:
 def halve(run: Run) -> None:
     """Take half as many sequences at once, after the device has run out of memory."""
     run.model.zero_grad()
-    device.release_memory(run.device)
+    run.kind.release_memory()
     run.pieces = min(2 * run.pieces, largest_share(run.config, run.world))
     warn(f"out of memory: going on with {run.pieces} micro-batches, which compute the same")
 

@@ -3,7 +3,7 @@
 Use:    model = GPT(GPTConfig(vocab_size=65)); logits, loss = model(x, y)
 Print:  python model.py
 GPT-2's architecture: learned positions, pre-norm blocks, GELU, the token embedding tied to the
-output. Knows nothing of files, devices, training or sampling.
+output. Knows nothing of files, training or sampling.
 
 # B batch, T tokens (at most block_size), C n_embd, H n_head, K n_kv_head, D = C / H, V vocab_size
 """
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanogpt.config import GPTConfig
+from nanogpt.device import kind_of
 from nanogpt.loss import chunked_cross_entropy
 
 __all__ = ["GPT", "GPTConfig"]
-
-TAILORED = {"cpu"}
-"""Kinds of device on which attention and dropout go ways of their own, which are faster there."""
 
 PLAIN_ON_CPU = 512
 """Longest sequence for which a CPU does bfloat16 attention in plain products."""
@@ -80,7 +78,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
     A CPU does short sequences faster in plain products (bench/RESULTS.md).
     """
-    if q.device.type in TAILORED and q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_ON_CPU:
+    if kind_of(q.device).tailored and q.dtype == torch.bfloat16 and q.shape[-2] <= PLAIN_ON_CPU:
         return plain_attention(q, k, v, dropout)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
@@ -124,7 +122,7 @@ class Dropout(nn.Module):
         """Zero each element with probability p and scale the others by 1 / (1 - p)."""
         if not self.training or self.p == 0:
             return x
-        if x.device.type not in TAILORED:
+        if not kind_of(x.device).tailored:
             return F.dropout(x, self.p)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 65536) - 32768
@@ -206,8 +204,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         rope = config.positions == "rope"
         self.wpe = None if rope else nn.Embedding(config.block_size, config.n_embd)
-        table = rotation_table(config.block_size, config.n_embd // config.n_head) if rope else None
-        self.register_buffer("rotation", table, persistent=False)
+        self.register_buffer("rotation", None, persistent=False)
+        self.make_buffers()
         self.ngrams = NgramEmbedding(config.ngram_vocab, config.n_embd) if config.ngram_vocab else None
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -224,12 +222,26 @@ class GPT(nn.Module):
         (with zero_init: to nothing, and so does an untied head).
         """
         for name, parameter in self.named_parameters():
-            joins = name.endswith("proj.weight")
-            if name.endswith("bias") or (self.config.zero_init and (joins or name == "head.weight")):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                depth = 2 * self.config.n_layer if joins else 1
-                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(depth))
+            self.initialize_parameter(name, parameter)
+
+    def initialize_parameter(self, name: str, parameter: Tensor) -> None:
+        """Fill the parameter of this name, or a tensor like it, in place."""
+        joins = name.endswith("proj.weight")
+        if name.endswith("bias") or (self.config.zero_init and (joins or name == "head.weight")):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 2:
+            depth = 2 * self.config.n_layer if joins else 1
+            nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(depth))
+        else:
+            nn.init.ones_(parameter)  # the gain of a norm
+
+    def make_buffers(self, device: torch.device | None = None) -> None:
+        """Compute what is neither learned nor saved: the table of RoPE, (2, block_size, D / 2)."""
+        if self.config.positions == "rope":
+            with torch.device(device or torch.get_default_device()):
+                self.rotation = rotation_table(
+                    self.config.block_size, self.config.n_embd // self.config.n_head
+                )
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits for the token after each position, and the mean loss if targets are given.

@@ -9,35 +9,34 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
-from nanogpt.sharding import part_like, whole
+from nanogpt.sharding import is_part, part_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
-
-NEWTON_SCHULZ_DTYPE = torch.bfloat16
-"""Its arithmetic: the result need not be exact, and the products are fast."""
 
 STACK = 2**24
 """Elements orthogonalised at once, by all processes together: fast enough, and small beside activations."""
 
 
-def build(model: nn.Module, config: TrainConfig, rank: int = 0, size: int = 1) -> list[torch.optim.Optimizer]:
+def build(
+    model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, rank: int = 0, size: int = 1
+) -> list[torch.optim.Optimizer]:
     """The optimizers of config.optimizer, each for its own parameters, on process `rank` of `size`.
 
     adamw: one for everything. muon: Muon for the matrices inside the blocks, AdamW for
-    embeddings, the head and whatever has one dimension.
+    embeddings, the head and whatever has one dimension. muon_dtype: see Muon.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.optimizer == "adamw":
         return [adamw([p for _, p in named], config)]
     matrices = [p for name, p in named if name.startswith("blocks.") and p.dim() == 2]
     chosen = set(map(id, matrices))
-    return [adamw([p for _, p in named if id(p) not in chosen], config), Muon(matrices, config, rank, size)]
+    rest = [p for _, p in named if id(p) not in chosen]
+    return [adamw(rest, config), Muon(matrices, config, muon_dtype, rank, size)]
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
@@ -59,14 +58,16 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of equal shape are stacked and orthogonalised in one batch of products; wide ones
     are treated as their transposes, so that the two layers of an MLP share a batch.
+    dtype: of the products, whose result need not be exact: the one that this device multiplies fast.
     """
 
     found_inf: Tensor | None = None
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         matrices: Iterable[nn.Parameter],
         config: TrainConfig,
+        dtype: torch.dtype,
         rank: int = 0,
         size: int = 1,
         momentum: float = 0.95,
@@ -74,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(
             matrices, {"lr": config.muon_lr, "momentum": momentum, "weight_decay": config.weight_decay}
         )
-        self.rank, self.size = rank, size
+        self.dtype, self.rank, self.size = dtype, rank, size
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -102,13 +103,16 @@ class Muon(torch.optim.Optimizer):
         if self.found_inf is not None:
             gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
         average: Tensor = state["momentum"].lerp_(gradient, 1 - decay)
-        ahead = whole(gradient.lerp(average, decay))
+        ahead = gradient.lerp(average, decay)
+        if self.dtype == torch.bfloat16 and is_part(ahead):
+            ahead = ahead.to(self.dtype)  # as orthogonalize would: half of it has to travel
+        ahead = whole(ahead)
         return ahead if ahead.shape[0] >= ahead.shape[1] else ahead.T
 
     def update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Move matrices of one shape along their orthogonalised momenta."""
         momenta = torch.stack([self.momentum(p, group["momentum"]) for p in matrices])  # (N, R, C), R >= C
-        directions = orthogonalize(momenta) if self.size == 1 else self.share_out(momenta)
+        directions = orthogonalize(momenta, self.dtype) if self.size == 1 else self.share_out(momenta)
         decay = group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
@@ -120,22 +124,29 @@ class Muon(torch.optim.Optimizer):
             parameter.add_(part_like(upright, parameter), alpha=-scale)
 
     def share_out(self, momenta: Tensor) -> Tensor:
-        """orthogonalize, each process its part of the matrices, (N, R, C)."""
+        """orthogonalize, each process its part of the matrices, (N, R, C). They travel in self.dtype."""
+        import torch.distributed as dist
+
         each = -(-len(momenta) // self.size)
         mine = momenta[self.rank * each :][:each]
-        part = momenta.new_zeros(each, *momenta.shape[1:])
+        part = momenta.new_zeros(each, *momenta.shape[1:], dtype=self.dtype)
         if len(mine):
-            part[: len(mine)] = orthogonalize(mine)
+            part[: len(mine)] = orthogonalize(mine, self.dtype)
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part)
-        return torch.cat(parts)[: len(momenta)]
+        return torch.cat(parts)[: len(momenta)].to(momenta.dtype)
 
 
-def orthogonalize(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """Bring the singular values of each matrix near 1 by Newton-Schulz. (N, R, C), R >= C, likewise."""
+def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
+    """Bring the singular values of each matrix near 1 by Newton-Schulz. (N, R, C), R >= C, likewise.
+
+    dtype: of the products and the result's digits; all that they hold is at most about 1.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.to(NEWTON_SCHULZ_DTYPE).transpose(1, 2)  # (N, C, R)
-    x = nn.functional.normalize(x.flatten(1)).view_as(x)  # to Frobenius norm 1
+    x = matrices.transpose(1, 2)  # (N, C, R)
+    if dtype != torch.float16:  # whose range does not hold a norm
+        x = x.to(dtype)
+    x = nn.functional.normalize(x.flatten(1)).view_as(x).to(dtype)  # to Frobenius norm 1
     for _ in range(rounds):
         gram = x @ x.transpose(1, 2)  # (N, C, C)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -16,18 +16,17 @@ import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType]
-from torch.distributed.checkpoint.state_dict_saver import async_save  # pyright: ignore[reportUnknownVariableType]
 
 from nanogpt.config import UserError, require
+
+if TYPE_CHECKING:  # it takes long to import, and a PyTorch without torch.distributed has none of it
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 INDEX = ".metadata"
 """Where torch.distributed.checkpoint says which tensor is in which file."""
@@ -81,9 +80,9 @@ def nested(
 
 
 @functools.cache
-def connection() -> dist.ProcessGroup:
+def connection() -> "dist.ProcessGroup":
     """What the processes agree over while they write: the training uses another one at the same time."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+    return cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
 
 
 def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
@@ -91,6 +90,10 @@ def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
 
     The result is the SHA-256 of each file that this process has written, or a UserError why it has not.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save  # pyright: ignore[reportUnknownVariableType]
+
     digests: Future[dict[str, str]] = Future()
     rank = dist.get_rank()
 
@@ -111,8 +114,9 @@ def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
 
 def cause_of(error: BaseException) -> str:
     """Why a part could not be written or read, in a line."""
-    if isinstance(error, CheckpointException):  # the first of the processes' own
-        error = next(iter(error.failures.values()))[0]
+    failures = getattr(error, "failures", None)  # of a CheckpointException, by process
+    if failures:
+        error = cast(BaseException, next(iter(failures.values()))[0])
     if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save turns a full disk into a RuntimeError
     if "inline_container" in str(error):  # and loses the cause on its way from another process
@@ -147,28 +151,39 @@ class Index(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-class Reader(FileSystemReader):
-    """Reads tensors alone."""
+def reader(folder: Path) -> "FileSystemReader":
+    """What reads the tensors in a folder, and nothing else.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index. Errors: UserError if it is none, or holds more than tensors."""
-        folder = Path(cast(str, self.path))
-        content = (folder / INDEX).read_bytes()
-        try:
-            found = Index(io.BytesIO(content)).load()
-        except Exception as error:
-            raise UserError(f"{folder} is not a checkpoint ({error})") from error
-        require(
-            isinstance(found, Metadata)
-            and all(isinstance(item, TensorStorageMetadata) for item in found.state_dict_metadata.values()),
-            f"{folder} is not a checkpoint: it holds more than tensors",
-        )
-        return cast(Metadata, found)
+    Errors, when it reads the index: UserError if that is none, or holds more than tensors.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    class Reader(FileSystemReader):
+        """Takes no class out of an index that has no place there."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            """The index."""
+            content = (folder / INDEX).read_bytes()
+            try:
+                found = Index(io.BytesIO(content)).load()
+            except Exception as error:
+                raise UserError(f"{folder} is not a checkpoint ({error})") from error
+            require(
+                isinstance(found, Metadata)
+                and all(
+                    isinstance(item, TensorStorageMetadata) for item in found.state_dict_metadata.values()
+                ),
+                f"{folder} is not a checkpoint: it holds more than tensors",
+            )
+            return cast(Metadata, found)
+
+    return Reader(folder)
 
 
 def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Names of the tensors in the folder, with what each is as a whole."""
-    items = cast(dict[str, TensorStorageMetadata], Reader(folder).read_metadata().state_dict_metadata)
+    items = cast("dict[str, TensorStorageMetadata]", reader(folder).read_metadata().state_dict_metadata)
     return {name: (item.size, item.properties.dtype) for name, item in items.items()}
 
 
@@ -177,10 +192,13 @@ def read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> No
 
     Errors: UserError if it does not hold them, or cannot be read.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType]
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said when alone
-            load(cast(dict[str, Any], tensors), storage_reader=Reader(folder), no_dist=alone)
+            load(cast(dict[str, Any], tensors), storage_reader=reader(folder), no_dist=alone)
     except CheckpointException as error:
         raise UserError(f"cannot read {folder}: {cause_of(error)}") from error
 

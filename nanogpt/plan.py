@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 from nanogpt import data, device, memory, optim, parallel
+from nanogpt.arithmetic import Choice, pick_dtype, pick_muon_dtype
 from nanogpt.config import GPTConfig, GradCheckpoint, PlanConfig, UserError, model_config
 from nanogpt.console import progress_bar, say, terminal
 from nanogpt.device import GIB
@@ -22,7 +23,7 @@ from nanogpt.memory import HEADROOM, MIB, Memory
 from nanogpt.metrics import duration
 from nanogpt.micro_batch import largest_share, micro_batches
 from nanogpt.model import GPT, flops_per_token
-from nanogpt.parallel import World
+from nanogpt.world import World
 
 UTILIZATION = 0.4
 """Share of the published peak that a well-fed GPU reaches (Chowdhery et al., PaLM, 2022, table 3: 0.46)."""
@@ -144,19 +145,23 @@ def machine_of(config: PlanConfig) -> Machine:
         place = device.pick_device(config.device)
         for line in device.describe(place):
             say(line)
-        dtype, room = device.pick_dtype(config.dtype, place, config.n_embd), memory.free(place)
-        if place.type == "cpu":  # which all processes share
+        dtype, room = pick_dtype(config.dtype, place, config.n_embd).dtype, memory.free(place)
+        if device.kind_of(place).shares_memory:  # among all processes
             torch.set_num_threads(max(1, torch.get_num_threads() // config.processes))
             room /= config.processes
         return Machine(place, dtype, room)
     if config.on.lower() not in ACCELERATORS:
         raise UserError(f"--on {config.on} is unknown: use one of {', '.join(ACCELERATORS)}")
     named = ACCELERATORS[config.on.lower()]
-    dtype = named.dtype if config.dtype == "auto" else device.pick_dtype(config.dtype, torch.device("cpu"), 1)
+    told = (
+        Choice(named.dtype, "")
+        if config.dtype == "auto"
+        else pick_dtype(config.dtype, torch.device("cpu"), 1)
+    )
     say(f"For one {config.on.upper()}, {named.memory / 1e9:.0f} GB")
-    here = torch.cuda.is_available()
+    here = device.KINDS["cuda"].is_available()
     place = torch.device("cuda" if here else "cpu")
-    return Machine(place, dtype, named.memory, named.peak, stands_in=not here)
+    return Machine(place, told.dtype, named.memory, named.peak, stands_in=not here)
 
 
 def vocabulary(config: PlanConfig) -> int:
@@ -235,7 +240,7 @@ def measured(config: PlanConfig, machine: Machine) -> float | None:
         return None
     model = GPT(shape(config)).to(place)
     parallel.checkpoint_activations(model, config.grad_checkpoint)
-    optimizers = optim.build(model, config)
+    optimizers = optim.build(model, config, pick_muon_dtype(config.dtype, place).dtype)
     x, y = torch.randint(model.config.vocab_size, (2, few, config.block_size), device=place)
     passes: list[float] = []
     while len(passes) < 3 or sum(passes) < TRIAL_SECONDS:
@@ -243,13 +248,13 @@ def measured(config: PlanConfig, machine: Machine) -> float | None:
         with device.autocast(place, machine.dtype):
             loss = model.loss(x, y)
         loss.backward()
-        device.synchronize(place)
+        device.kind_of(place).synchronize(place)
         passes.append(time.perf_counter() - start)
     updates: list[float] = []
     for _ in range(3):
         start = time.perf_counter()
         for optimizer in optimizers:
             optimizer.step()
-        device.synchronize(place)
+        device.kind_of(place).synchronize(place)
         updates.append(time.perf_counter() - start)
     return min(passes[1:]) * share / few + min(updates[1:])

@@ -7,9 +7,11 @@ Changes nothing in the run but `forecast_done`; writes loss.png.
 import shlex
 
 import numpy as np
+import torch
 
 from nanogpt.config import TrainConfig
 from nanogpt.console import command, say, warn
+from nanogpt.cores import usable_cores
 from nanogpt.device import name_of
 from nanogpt.memory import MIB
 from nanogpt.metrics import duration
@@ -22,6 +24,9 @@ FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
 
 ONE_HOUR = 3600.0
 
+BUSY = 0.5
+"""Cores held by other programs from which that is worth a line."""
+
 
 def plan(run: Run) -> None:
     """Before the first step: say what will be trained, on what, for how long in steps."""
@@ -32,6 +37,9 @@ def plan(run: Run) -> None:
         f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
         f"vocabulary of {run.dataset.tokenizer.vocab_size}"
     )
+    say(f"Arithmetic: {name_of(run.dtype)}, {run.products.why}")
+    if config.optimizer == "muon":
+        say(f"Muon orthogonalises in {name_of(run.newton_schulz.dtype)}: {run.newton_schulz.why}")
     say(
         f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
         f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
@@ -82,7 +90,13 @@ def forecast(run: Run) -> None:
     if config.max_seconds is not None:
         expected = min(expected, config.max_seconds - run.progress.elapsed_s)
     say(f"Expected: {duration(expected)} more ({a_step * 1000:,.0f} ms a step, evaluation not counted)")
-    if expected > ONE_HOUR and run.device.type == "cpu" and config.preset != "cpu":
+    others, cores = run.watch.held_by_others(), usable_cores()
+    if run.kind.shares_memory and others > BUSY and others + torch.get_num_threads() > cores + BUSY:
+        say(
+            f"Other programs hold {others:.1f} of {cores} cores: without them it is faster, and with them "
+            "maybe with fewer threads (OMP_NUM_THREADS)"
+        )
+    if expected > ONE_HOUR and run.kind.shares_memory and config.preset != "cpu":
         say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
 
 

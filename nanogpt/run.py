@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from nanogpt import data
+from nanogpt.arithmetic import Choice
 from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import TrainConfig
+from nanogpt.cores import CoreWatch
+from nanogpt.device import Event, Kind, kind_of
 from nanogpt.memory import Memory
 from nanogpt.metrics import ConsoleReader, Metrics
 from nanogpt.model import GPT, flops_per_token
-from nanogpt.parallel import World
 from nanogpt.run_folder import RunFolder
+from nanogpt.world import World
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Outcome:
     lr: float
     values: Tensor
     """Loss and gradient norm, (2,), on the CPU; valid once `ready`."""
-    ready: torch.cuda.Event | None
+    ready: Event | None
     """None: already."""
 
 
@@ -85,7 +88,10 @@ class Run:
     dataset: data.Dataset
     batches: data.Batches
     device: torch.device
-    dtype: torch.dtype
+    products: Choice
+    """The dtype of the model's matrix products."""
+    newton_schulz: Choice
+    """The dtype of Muon's."""
     train_windows: data.Windows
     val_windows: data.Windows
     model: GPT
@@ -119,10 +125,22 @@ class Run:
     """Folder of the tensors of last.pt, if they lie in parts: it must not be written to."""
     writing: Writing | None = None
     forecast_done: bool = False
+    watch: CoreWatch = field(default_factory=CoreWatch)
+    """Sees what other programs take of the processor."""
     keep_going: Callable[[int, float], bool] | None = None
     """Asked after each evaluation, with the step and the validation loss, whether to go on."""
     told_to_stop: bool = False
     """Whether it said no."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's matrix products; weights are float32."""
+        return self.products.dtype
+
+    @property
+    def kind(self) -> Kind:
+        """What the device can do."""
+        return kind_of(self.device)
 
     @property
     def work(self) -> int:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from nanogpt import parts
 from nanogpt.checkpoint import Checkpoint, load, peek
 from nanogpt.config import TrainConfig, UserError, require
-from nanogpt.parallel import ALONE, World
+from nanogpt.world import ALONE, World
 
 RUN_BY_RUN = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
 """Settings of one invocation: a run that goes on may have others, and nobody need be told."""

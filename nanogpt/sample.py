@@ -101,7 +101,7 @@ def stream(
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        generator=torch.Generator(place).manual_seed(seed),
+        generator=device.kind_of(place).generator(place, seed),
     )
     yield from tokens.stream(takewhile(lambda token: token != tokens.end_of_text, map(int, generated)))
 

@@ -47,6 +47,7 @@ def head(run: Run) -> Checkpoint:
         arithmetic={
             "device": run.device.type,
             "dtype": name_of(run.dtype),
+            **({"muon_dtype": name_of(run.newton_schulz.dtype)} if run.config.optimizer == "muon" else {}),
             "pieces": str(run.pieces * run.world.size),
         },
         tokenizer=run.dataset.tokenizer.to_dict(),

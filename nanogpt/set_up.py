@@ -3,24 +3,27 @@
 Use:    run = set_up(config, RunFolder(Path("out")))
 """
 
+import hashlib
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from nanogpt import data, device, optim, parallel
+from nanogpt.arithmetic import Choice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.checkpoint import Checkpoint, Progress
-from nanogpt.config import SHAPE_FIELDS, TrainConfig, model_config, require, to_dict
+from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, model_config, require, to_dict
 from nanogpt.console import say, warn
+from nanogpt.device import name_of
 from nanogpt.metrics import ConsoleReader, JsonLines, Metrics, Reader, TensorBoard
 from nanogpt.micro_batch import first_pieces
 from nanogpt.model import GPT
-from nanogpt.parallel import ALONE, World
 from nanogpt.run import Run
 from nanogpt.run_folder import RUN_BY_RUN, RunFolder
 from nanogpt.saving import restore
+from nanogpt.world import ALONE, World, check_same_start, local_device
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
@@ -37,24 +40,15 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     batches = data.Batches(
         dataset.train, block_size=config.block_size, batch_size=config.batch_size, seed=config.seed
     )
-    place = device.pick_device(parallel.local_device(config.device, world))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    place = device.pick_device(local_device(config.device, world))
     for line in device.describe(place):
         say(line)
-    dtype = agreed_dtype(pick_dtype(config, place, saved), world)
-    if place.type == "cuda" and dtype != torch.float32:
-        torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves alone
-    torch.manual_seed(config.seed)
-    model = GPT(model_config(config, dataset.tokenizer.vocab_size))  # on the CPU: same weights on any device
-    if not sharded:
-        model = model.to(place)
-    average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
-    parallel.checkpoint_activations(model, config.grad_checkpoint)
-    if sharded:
-        for module in [model, average] if average else [model]:
-            parallel.shard(module, place, dtype)
-    optimizers = optim.build(model, config, world.rank, world.size)
+    products, newton_schulz = pick_arithmetic(config, place, saved, world)
+    dtype = products.dtype
+    device.kind_of(place).begin(place, dtype)
+    shape = model_config(config, dataset.tokenizer.vocab_size)
+    model, average = (sharded_models if sharded else plain_models)(config, shape, place, dtype)
+    optimizers = optim.build(model, config, newton_schulz.dtype, world.rank, world.size)
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
     if not saved and world.is_first:
         make_room(config, folder)
@@ -62,14 +56,59 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     console, metrics = open_metrics(config, folder, progress, world)
     loss = parallel.shared_loss(model, world, place)
     run = Run(
-        config, world, folder, dataset, batches, place, dtype,
+        config, world, folder, dataset, batches, place, products, newton_schulz,
         data.Windows(dataset.train, place), data.Windows(dataset.val, place),
         model, average, loss, optimizers, scaler, console, metrics, progress,
         pieces=first_pieces(config, world, saved), first_step=progress.step,
     )  # fmt: skip
     if saved:
         restore(run, saved)
+    check_same_start(world, what_a_run_starts_from(run))
     return run
+
+
+def plain_models(
+    config: TrainConfig, shape: GPTConfig, place: torch.device, dtype: torch.dtype
+) -> tuple[GPT, GPT | None]:
+    """The model on its device, with the same weights on any, and its moving average if there is to be one."""
+    torch.manual_seed(config.seed)
+    model = GPT(shape).to(place)
+    average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
+    parallel.checkpoint_activations(model, config.grad_checkpoint)
+    return model, average
+
+
+def sharded_models(
+    config: TrainConfig, shape: GPTConfig, place: torch.device, dtype: torch.dtype
+) -> tuple[GPT, GPT | None]:
+    """As plain_models, of which each process has a part, and never had more."""
+    with torch.device("meta"):
+        model = GPT(shape)
+        average = GPT(shape).requires_grad_(False) if config.ema_decay else None
+    parallel.checkpoint_activations(model, config.grad_checkpoint)
+    parallel.shard(model, place, dtype)
+    parallel.initialize_parts(model, config.seed)
+    if average:
+        parallel.shard(average, place, dtype)
+        average.load_state_dict(model.state_dict())
+    return model, average
+
+
+def what_a_run_starts_from(run: Run) -> dict[str, object]:
+    """What has to be the same for all processes, by the name that a message gives it."""
+    settings = {k: v for k, v in to_dict(run.config).items() if k not in RUN_BY_RUN}
+    return {
+        "version of PyTorch": torch.__version__,
+        "data": run.dataset.fingerprint[:12],
+        "step": run.progress.step,
+        "state of the run": digest(asdict(run.progress)),
+        **{f"--{name}": value for name, value in settings.items()},
+    }
+
+
+def digest(value: object) -> str:
+    """A short name for a value of plain types."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def check_resume(config: TrainConfig, saved: Checkpoint, dataset: data.Dataset) -> None:
@@ -95,17 +134,41 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: data.Dataset) 
     )
 
 
-def pick_dtype(config: TrainConfig, place: torch.device, saved: Checkpoint | None) -> torch.dtype:
-    """The dtype to train in; a resumed run on the same kind of device keeps the one it had."""
-    if saved and config.dtype == "auto" and saved.arithmetic["device"] == place.type:
-        return cast(torch.dtype, getattr(torch, saved.arithmetic["dtype"]))
-    return device.pick_dtype(config.dtype, place, config.n_embd)
+def pick_arithmetic(
+    config: TrainConfig, place: torch.device, saved: Checkpoint | None, world: World
+) -> tuple[Choice, Choice]:
+    """The dtypes to train in and to orthogonalise Muon's matrices in, and why."""
+    dtype = agreed_dtype(
+        kept(config, place, saved, "dtype") or pick_dtype(config.dtype, place, config.n_embd), world
+    )
+    if config.optimizer != "muon":
+        return dtype, Choice(torch.float32, "not in use")
+    muon = agreed_dtype(
+        kept(config, place, saved, "muon_dtype") or pick_muon_dtype(config.dtype, place), world
+    )
+    return dtype, muon
 
 
-def agreed_dtype(dtype: torch.dtype, world: World) -> torch.dtype:
+def kept(config: TrainConfig, place: torch.device, saved: Checkpoint | None, what: str) -> Choice | None:
+    """The dtype that a resumed run had, unless --dtype has changed or it would crawl here; else None."""
+    if saved is None or saved.train_config.dtype != config.dtype:
+        return None
+    had = cast(torch.dtype, getattr(torch, saved.arithmetic.get(what, "bfloat16")))  # before it was saved
+    scaled = what == "dtype" and had == torch.float16 and not device.kind_of(place).scales
+    if config.dtype == "auto" and (scaled or is_slow(had, place)):
+        warn(
+            f"the run was in {name_of(had)} so far, which this device has no fast products for: another is "
+            f"taken from here on (--dtype {name_of(had)} keeps it)"
+        )
+        return None
+    return Choice(had, "as before")
+
+
+def agreed_dtype(choice: Choice, world: World) -> Choice:
     """The widest that any process has picked: which one is faster can look different to each."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return dtypes[world.agree(dtypes.index(dtype))[0]]
+    widest = dtypes[world.agree(dtypes.index(choice.dtype))[0]]
+    return choice if widest == choice.dtype else Choice(widest, "as another process has picked")
 
 
 def make_room(config: TrainConfig, folder: RunFolder) -> None:

@@ -4,22 +4,33 @@ Use:    whole(parameter.grad); part_like(direction, parameter)
 On an ordinary tensor every function is the identity. All processes have to call them together.
 """
 
-from typing import Any, cast
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:  # a PyTorch without torch.distributed has none of it
+    from torch.distributed.tensor import DTensor
+
+
+def is_part(value: object) -> "TypeGuard[DTensor]":
+    """Whether it is a tensor of which this process holds a part."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # nobody has parts before that is imported
+    return tensors is not None and isinstance(value, tensors.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All parts, put together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def part_like(tensor: Tensor, other: Tensor) -> Tensor:
     """The part of a whole tensor, the same on every process, that `other` is of its own."""
-    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+    if not is_part(other) or tensor.shape != other.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     tensor = tensor.to(other.device, other.dtype)
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
@@ -29,7 +40,7 @@ def whole_state(value: Any, *, keep: bool = True) -> Any:
 
     keep: whether this process wants them. Else they are empty, so that one process alone has to have room.
     """
-    if isinstance(value, DTensor):
+    if is_part(value):
         together = whole(value)
         return together.cpu() if keep else torch.empty(0)
     if isinstance(value, dict):

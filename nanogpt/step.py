@@ -9,6 +9,8 @@ When to evaluate, save and stop is in train.py.
 """
 
 import math
+import time
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ def gradient(run: Run) -> Tensor:
         loss, failed = torch.zeros(()), False
         try:
             loss = forward_backward(run, *next_batch(run), sync=not careful)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if (
                 not device.is_out_of_memory(error)
                 or not can_halve(run)
@@ -62,6 +64,16 @@ def gradient(run: Run) -> Tensor:
                 average_gradients(run)
             return run.world.total(loss)
         halve(run)
+        if parallel.is_compiled(run.loss):
+            compile_anew(run)
+
+
+def compile_anew(run: Run) -> None:
+    """Compile for the new size of the micro-batches, on a batch that does not count, and not in the clock."""
+    with suppress(RuntimeError):  # out of memory again: the next try sees that, too
+        forward_backward(run, *next_batch(run), sync=False)
+    run.model.zero_grad(set_to_none=not parallel.keeps_gradients(run.loss))
+    run.clock = time.perf_counter()
 
 
 def average_gradients(run: Run) -> None:
@@ -99,6 +111,8 @@ def train_step(run: Run) -> Outcome:
         run.scaler.unscale_(optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
     values = torch.stack((loss, norm))
+    if not run.kind.runs_ahead:
+        values = values.cpu()  # the one moment at which a step waits for its device
     update(run, ~values.isfinite().all())
     if run.scaler.is_enabled():
         run.scaler.update()
@@ -112,7 +126,7 @@ def train_step(run: Run) -> Outcome:
 
 def update(run: Run, broken: Tensor) -> None:
     """Let the optimizers change the weights unless `broken`, a scalar of bool on the device."""
-    if device.runs_ahead(run.device):
+    if run.kind.runs_ahead:
         for optimizer in run.optimizers:
             optimizer.found_inf = broken.float()  # pyright: ignore[reportAttributeAccessIssue]
     elif broken:
@@ -121,13 +135,11 @@ def update(run: Run, broken: Tensor) -> None:
         optimizer.step()
 
 
-def to_cpu(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The values on the CPU, and the event after which they are there. Does not wait for a CUDA device."""
-    if values.device.type != "cuda":
-        return values.cpu(), None
-    copy, ready = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    ready.record(torch.cuda.current_stream(values.device))
-    return copy, ready
+def to_cpu(values: Tensor) -> tuple[Tensor, device.Event | None]:
+    """The values on the CPU, and the event after which they are there, if their device runs ahead."""
+    kind = device.kind_of(values.device)
+    copy = values.to("cpu", non_blocking=kind.runs_ahead)
+    return copy, kind.event(values.device)
 
 
 def settle(run: Run, outcome: Outcome) -> dict[str, float]:

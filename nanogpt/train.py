@@ -12,6 +12,7 @@ or sampling more often changes nothing.
 """
 
 import math
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,7 @@ from nanogpt.generate import generate
 from nanogpt.metrics import forget_after
 from nanogpt.micro_batch import foresee, largest_share
 from nanogpt.model import Block
-from nanogpt.parallel import World, is_sharded, joined, leave
+from nanogpt.parallel import is_sharded, whole_for_a_while
 from nanogpt.report import conclude, forecast, plan, resume_command
 from nanogpt.run import Run
 from nanogpt.run_folder import RunFolder
@@ -39,6 +40,7 @@ from nanogpt.saving import restore, save, save_at_the_end, try_finish_save, try_
 from nanogpt.set_up import set_up
 from nanogpt.step import forward_backward, next_batch, settle, train_step
 from nanogpt.stopping import EXIT_CODES, StopRequest
+from nanogpt.world import World, joined, leave
 
 BROKEN_STEPS = 3
 """Non-finite steps in a row after which the run goes back to its last checkpoint."""
@@ -87,7 +89,7 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = N
     )
     if not config.resume:
         data.load(Path(config.data_dir))  # before a folder is made for a run that cannot begin
-    with joined() as world, StopRequest() as stop, ExitStack() as stack:
+    with one_at_a_time(), joined(config.device) as world, StopRequest() as stop, ExitStack() as stack:
         if world.is_first:
             stack.enter_context(folder.locked())
         if world.decide(lambda: folder.holds(config, world.job, restarted=world.restarted)):
@@ -106,6 +108,26 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = N
     return Result(reason, run.progress.step, run.progress.best_val_loss, run.progress.elapsed_s)
 
 
+RUNNING = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time() -> Generator[None]:
+    """Let one thread of this process train: PyTorch has one source of random numbers, which two would share.
+
+    Errors: UserError if another thread trains already.
+    """
+    require(
+        RUNNING.acquire(blocking=False),
+        "another thread of this process is training, and their random numbers would mix: start one after the "
+        "other, or in a process of its own",
+    )
+    try:
+        yield
+    finally:
+        RUNNING.release()
+
+
 @contextmanager
 def enough_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
     """Turn running out of memory, on whatever device, into a UserError that says what to change.
@@ -114,7 +136,7 @@ def enough_memory(config: TrainConfig, world: World, run: Run | None = None) -> 
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
         if not device.is_out_of_memory(error):
             raise
         micro_batch = -(-largest_share(config, world) // run.pieces) if run else 1
@@ -138,7 +160,8 @@ def start(run: Run) -> None:
     """
     foresee(run)
     plan(run)
-    if device.pick_compile(run.config.compile, run.device):
+    work = run.work * (run.config.max_iters - run.progress.step)
+    if device.pick_compile(run.config.compile, run.device, work):
         compile_model(run)
     if not run.config.resume:
         save(run, run.folder.last)
@@ -147,9 +170,11 @@ def start(run: Run) -> None:
 def compile_model(run: Run) -> None:
     """torch.compile the model and try it; if that fails, on whichever process, say why and go on without.
 
-    Of a model in parts the blocks are compiled: between them its weights come and go.
+    Of a sharded model the blocks are compiled: between them its weights come and go. Shapes are fixed: those
+    of the micro-batches, which all are compiled for here, before the clock starts.
     """
     say("Compiling the model (about a minute the first time)...")
+    torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
     plain = run.loss
     problems = run.world.gather(fault_of_the_compiler(run))
     if problems:
@@ -157,9 +182,10 @@ def compile_model(run: Run) -> None:
         run.loss = plain
     elif is_sharded(run.model):
         for block in run.model.blocks:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=False)
+        forward_backward(run, *next_batch(run))
     run.model.zero_grad()
-    device.release_memory(run.device)
+    run.kind.release_memory()
 
 
 def fault_of_the_compiler(run: Run) -> list[str]:
@@ -169,13 +195,14 @@ def fault_of_the_compiler(run: Run) -> list[str]:
     """
     try:
         if is_sharded(run.model):
-            block = torch.compile(Block(run.model.config).to(run.device))
+            block = torch.compile(Block(run.model.config).to(run.device), dynamic=False)
             x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
+            x.requires_grad_()
             with device.autocast(run.device, run.dtype):
                 y = block(x, run.model.rotation)
             y.sum().backward()
         else:
-            run.loss = torch.compile(run.loss)
+            run.loss = torch.compile(run.loss, dynamic=False)
             forward_backward(run, *next_batch(run), sync=False)
     except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
         if isinstance(error, RuntimeError) and device.is_out_of_memory(error):
@@ -192,7 +219,7 @@ def advance(run: Run) -> None:
     if not run.pending:
         run.clock = time.perf_counter()
     run.pending.append(train_step(run))
-    read_outcomes(run, ahead=1 if device.runs_ahead(run.device) else 0)
+    read_outcomes(run, ahead=1 if run.kind.runs_ahead else 0)
     run.console.advance(run.progress.step)
     forecast(run)
 
@@ -261,7 +288,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     ]
     rounds = math.ceil(len(pieces) / run.world.size)
     model, interrupted = run.final_model.eval(), False
-    with torch.no_grad(), run.console.evaluating(rounds) as tick:
+    with torch.no_grad(), device.eagerly(), run.console.evaluating(rounds) as tick:
         for first in range(0, len(pieces), run.world.size):
             number = first + run.world.rank
             x, y = run.val_windows(*pieces[min(number, len(pieces) - 1)])
@@ -283,10 +310,10 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
 
 def sample_text(run: Run) -> str:
     """A short text in the model's present style, always from the same seed."""
-    generator = torch.Generator(run.device).manual_seed(run.config.seed)
+    generator = run.kind.generator(run.device, run.config.seed)
     prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
     model = run.final_model.eval()
-    with device.autocast(run.device, run.dtype):
+    with whole_for_a_while(model), device.eagerly(), device.autocast(run.device, run.dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = run.dataset.tokenizer.decode(int(token) for token in tokens)
     model.train()

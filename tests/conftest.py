@@ -1,8 +1,11 @@
 """What several tests share: a small text, a prepared data folder, a tiny configuration."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower on two, here and in children
 
 import pytest
 import torch

@@ -3,21 +3,23 @@
 What PyTorch would answer on such hardware is put in its mouth.
 """
 
+import re
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from nanogpt import device as devices
 from nanogpt.config import UserError
 from nanogpt.device import (
-    autocast,
-    bfloat16_pays,
+    WORTH_COMPILING,
     describe,
+    is_out_of_memory,
+    kind_of,
     pick_compile,
     pick_device,
-    pick_dtype,
-    synchronize,
 )
 
 GIB = 1024**3
@@ -28,14 +30,15 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 def machine(monkeypatch):
     """Make PyTorch answer for a machine: machine(cuda=[(name, GiB, capability), ...], hip=..., mps=...)."""
 
-    def build(cuda=(), hip=None, mps=False, cpu=()):
+    def build(cuda=(), hip=None, mps=False, cpu=(), archs=""):
         def card(which=None):
             index = which if isinstance(which, int) else torch.device(which or "cuda").index
             return cuda[index or 0]
 
         def properties(which=None):
             name, memory, (major, minor) = card(which)
-            return SimpleNamespace(name=name, total_memory=int(memory * GIB), major=major, minor=minor)
+            gfx = {"gcnArchName": f"gfx{major}{minor}0:xnack-"} if hip else {}
+            return SimpleNamespace(name=name, total_memory=int(memory * GIB), major=major, minor=minor, **gfx)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cuda))
@@ -45,6 +48,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda which=None: card(which)[2])
         monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+        monkeypatch.setattr(torch._C, "_cuda_getArchFlags", lambda: archs, raising=False)
         monkeypatch.setattr(torch.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * GIB)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(cpu), raising=False)
@@ -100,7 +105,6 @@ def test_a_cpu(machine, cpu, name):
 def test_a_pytorch_that_does_not_know_the_cpu(machine, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert describe(CPU) == ["Using CPU (unnamed, 1 thread)"]
-    assert pick_dtype("auto", CPU, 64) == torch.float32
 
 
 def test_the_real_cpu_is_described_in_one_line():
@@ -175,126 +179,153 @@ def test_a_driver_that_counts_cards_it_cannot_use(machine, monkeypatch):
         pick_device("cuda")
 
 
-# Which arithmetic
-
-
-@pytest.mark.parametrize(
-    ("card", "hip", "expected"),
-    [
-        (A100, None, torch.bfloat16),
-        (H100, None, torch.bfloat16),
-        (("Ada", 24, (8, 9)), None, torch.bfloat16),
-        (T4, None, torch.float16),
-        (("V100", 16, (7, 0)), None, torch.float16),
-        (RADEON, "6.0", torch.bfloat16),
-    ],
-)
-def test_auto_is_bfloat16_where_the_card_has_it(machine, card, hip, expected):
-    machine(cuda=[card], hip=hip)
-    assert pick_dtype("auto", CUDA, 64) == expected
-
-
-def test_auto_asks_the_card_that_is_used(machine):
-    machine(cuda=[T4, A100])
-    assert pick_dtype("auto", torch.device("cuda:1"), 64) == torch.bfloat16
-    assert pick_dtype("auto", torch.device("cuda:0"), 64) == torch.float16
-
-
-def test_auto_on_mps(machine):
-    machine(mps=True)
-    assert pick_dtype("auto", MPS, 64) == torch.float32
-
-
-@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16"])
-@pytest.mark.parametrize("pays", [True, False])
-def test_auto_on_a_cpu_with_bfloat16_is_what_the_trial_says(machine, monkeypatch, instructions, pays):
-    machine(cpu={instructions: True})
-    widths = []
-    monkeypatch.setattr(devices, "bfloat16_pays", lambda width: (widths.append(width), pays)[1])
-    assert pick_dtype("auto", CPU, 96) == (torch.bfloat16 if pays else torch.float32)
-    assert widths == [96]
-
-
-@pytest.mark.parametrize("cpu", [{}, {"avx512_bf16": False, "amx_bf16": False, "avx2": True}])
-def test_auto_on_a_cpu_without_bfloat16_tries_nothing(machine, monkeypatch, cpu):
-    machine(cpu=cpu)
-    monkeypatch.setattr(devices, "bfloat16_pays", lambda _width: pytest.fail("a trial of what is not there"))
-    assert pick_dtype("auto", CPU, 96) == torch.float32
-
-
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("device", [CPU, CUDA, MPS], ids=str)
-def test_a_dtype_by_name_is_taken_at_its_word(machine, name, device):
-    if (device, name) == (MPS, "float16"):
-        with pytest.raises(UserError, match="does not train on Apple GPUs"):
-            pick_dtype(name, device, 64)
-    else:
-        assert pick_dtype(name, device, 64) == getattr(torch, name)
-
-
-@pytest.mark.parametrize(("slow", "expected"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_the_trial_tells_the_faster_dtype(monkeypatch, slow, expected):
-    now = [0.0]
-    real = devices.autocast
-
-    def clocked(device, dtype):
-        now[0] += 2.0 if dtype == slow else 1.0
-        return real(device, dtype)
-
-    monkeypatch.setattr(devices, "TRIAL_ROWS", 4)
-    monkeypatch.setattr(devices, "autocast", clocked)
-    monkeypatch.setattr(devices.time, "perf_counter", lambda: now[0])
-    assert bfloat16_pays(8) is expected
-
-
-def test_one_slow_round_does_not_decide_the_trial(monkeypatch):
-    ticks = iter([0, 1, 0, 2, 0, 3, 0, 2, 0, 3, 0, 2, 0, 3, 0, 2])  # float32 and bfloat16 in turn
-    monkeypatch.setattr(devices, "TRIAL_ROWS", 4)
-    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(ticks))
-    assert bfloat16_pays(8) is False  # best of float32: 1; best of bfloat16: 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_autocast_is_the_dtype_of_matrix_products(dtype):
-    a = torch.ones(2, 2)
-    with autocast(CPU, dtype):
-        assert (a @ a).dtype == dtype
-    assert (a @ a).dtype == torch.float32
-
-
 # Compiled or not
 
 
 @pytest.mark.parametrize(
-    ("platform", "device", "expected"),
+    ("kind", "device", "expected"),
     [
-        ("linux", CUDA, True),
-        ("linux", torch.device("cuda:1"), True),
-        ("linux", CPU, False),
-        ("win32", CUDA, False),
-        ("darwin", MPS, False),
-        ("darwin", CPU, False),
+        (True, CUDA, True),
+        (True, torch.device("cuda:1"), True),
+        (False, CUDA, False),
+        (True, MPS, False),
+        (True, CPU, False),
     ],
 )
-def test_compile_by_itself_on_linux_with_cuda(monkeypatch, platform, device, expected):
-    monkeypatch.setattr(devices.sys, "platform", platform)
-    assert pick_compile("auto", device) is expected
+def test_compile_by_itself_where_it_pays(monkeypatch, kind, device, expected):
+    """On Linux with CUDA, in trainings that are longer than compiling."""
+    monkeypatch.setattr(devices.CUDA, "compiles", kind)
+    assert pick_compile("auto", device, WORTH_COMPILING) is expected
+    assert pick_compile("auto", device, WORTH_COMPILING / 2) is False
 
 
-@pytest.mark.parametrize("platform", ["linux", "win32", "darwin"])
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS], ids=str)
-def test_compile_as_told(monkeypatch, platform, device):
-    monkeypatch.setattr(devices.sys, "platform", platform)
-    assert pick_compile("on", device) is True
-    assert pick_compile("off", device) is False
+def test_compile_as_told(device):
+    assert pick_compile("on", device, 1.0) is True
+    assert pick_compile("off", device, 1e30) is False
 
 
 def test_synchronize_waits_for_the_device_that_is_used(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
-    synchronize(CPU)
-    assert waited == []
-    synchronize(torch.device("cuda:1"))
-    synchronize(MPS)
+    for place in (CPU, torch.device("cuda:1"), MPS):
+        kind_of(place).synchronize(place)
     assert waited == [torch.device("cuda:1"), "mps"]
+
+
+# What it cannot serve
+
+
+GTX = ("NVIDIA GeForce GTX 1080", 8, (6, 1))
+WHEEL = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"
+
+
+@pytest.mark.parametrize(
+    ("card", "archs", "served"),
+    [
+        (GTX, WHEEL, False),
+        (("V100", 16, (7, 0)), WHEEL, False),
+        (T4, WHEEL, True),
+        (("RTX 4090", 24, (8, 9)), WHEEL, True),  # the code for 8.6 runs on 8.9
+        (("Thor", 24, (11, 0)), WHEEL, False),  # no code for 11.x, and PTX for later ones alone
+        (("Rubin", 24, (13, 0)), WHEEL, True),  # from PTX
+        (GTX, "sm_50 sm_60 sm_70 compute_70", True),
+        (H100, "sm_80 sm_90a", True),
+    ],
+)
+def test_a_card_that_this_build_has_no_code_for(machine, card, archs, served):
+    """auto goes on with the CPU and says why; asked for, it is an error with the fix."""
+    machine(cuda=[card], archs=archs)
+    if served:
+        assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:0")
+        return
+    assert pick_device("auto").type == "cpu"
+    first, second = describe(pick_device("auto"))
+    assert first.startswith(f"No GPU: this build of PyTorch has no code for {card[0]} (compute capability ")
+    assert second.startswith("Using CPU")
+    with pytest.raises(UserError, match=f"--device cuda: this build of PyTorch has no code for {card[0]}"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("archs", "served"), [("gfx90a gfx1100", True), ("gfx90a gfx942", False), ("", True)]
+)
+def test_an_amd_card_that_this_build_has_no_code_for(machine, archs, served):
+    machine(cuda=[RADEON], hip="6.4", archs=archs)
+    assert pick_device("auto").type == ("cuda" if served else "cpu")
+
+
+def test_a_driver_that_is_too_old(machine, monkeypatch):
+    """PyTorch warns, once, in a paragraph; of that the cause is said, in a line."""
+
+    def is_available():
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please "
+            "update your GPU driver by downloading and installing a new version from the URL: ...",
+            stacklevel=1,
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setitem(devices.KINDS, "cuda", devices.CUDA())
+    reason = "The NVIDIA driver on your system is too old (found version 11040)"
+    assert describe(pick_device("auto"))[0] == f"No GPU: {reason}"
+    with pytest.raises(UserError, match=re.escape(reason)):
+        pick_device("cuda")
+
+
+# Float32 products, memory
+
+
+def test_tf32_is_for_trainings_in_a_narrower_dtype_alone(machine, monkeypatch):
+    """One in float32 is exact, whatever another in the same process has had."""
+    machine(cuda=[A100])
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda _: None, raising=False)
+    place, said = torch.device("cuda:0"), []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    for dtype in (torch.bfloat16, torch.float32):
+        kind_of(place).begin(place, dtype)
+    assert said == ["high", "highest"]
+
+
+def test_windows_is_kept_from_spilling_to_main_memory(machine, monkeypatch):
+    machine(cuda=[A100])
+    fractions = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda _: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *told: fractions.append(told))
+    place = torch.device("cuda:0")
+    kind_of(place).begin(place, torch.bfloat16)
+    monkeypatch.setattr(devices.sys, "platform", "win32")
+    kind_of(place).begin(place, torch.bfloat16)
+    assert fractions == [(0.95, place)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("HIP out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((10**9,), np.dtype("float32")),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_running_out_of_memory_is_recognised(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), OSError()]
+)
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error)

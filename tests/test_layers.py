@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 LAYERS = (
     {
         "config",
+        "cores",
         "presets",
         "files",
         "console",
@@ -23,7 +24,7 @@ LAYERS = (
         "corpus",
         "shakespeare",
     },
-    {"loss", "sharding", "model", "optim", "generate", "device"},
+    {"loss", "sharding", "model", "optim", "generate", "device", "arithmetic"},
     {
         "shards",
         "parts",
@@ -39,6 +40,7 @@ LAYERS = (
         "stopping",
         "run_folder",
         "parallel",
+        "world",
         "memory",
         "micro_batch",
         "plan",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import loss, model
+from nanogpt import device, model
 from nanogpt.loss import chunked_cross_entropy
 from nanogpt.model import GPT, GPTConfig
 
@@ -21,7 +21,7 @@ def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, cap, rows):
     torch.manual_seed(1)
     x, weight = torch.randn(23, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
     targets = torch.randint(50, (23,))
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": rows * 50})
+    monkeypatch.setattr(device.CPU, "chunk_logits", rows * 50)
     results = []
     for function in (plain, chunked_cross_entropy):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -65,7 +65,7 @@ def test_it_can_be_compiled(monkeypatch):
     """Whole: fullgraph refuses to fall back to PyTorch as it is."""
     torch.manual_seed(1)
     monkeypatch.setattr(model, "LARGE_VOCAB", 50)
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 10 * 70})
+    monkeypatch.setattr(device.CPU, "chunk_logits", 10 * 70)
     network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
     x, y = torch.randint(70, (2, 3, 8))
     gradients = []
@@ -101,7 +101,7 @@ def test_a_large_vocabulary_trains_the_same(monkeypatch, tied):
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch):
     """Counted: the largest tensor that the loss makes."""
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 2**22})
+    monkeypatch.setattr(device.CPU, "chunk_logits", 2**22)
     x, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
     with torch.profiler.profile(profile_memory=True) as profile:
         chunked_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64), 0.0).backward()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import memory, optim
+from nanogpt import cores, memory, optim
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.memory import Memory
 from nanogpt.model import GPT
@@ -23,7 +23,7 @@ def test_weights_gradients_and_moments_are_those_of_a_real_update(optimizer):
     config = replace(SMALL, optimizer=optimizer)
     predicted = predict(config)
     model = GPT(model_config(config, 65))
-    optimizers = optim.build(model, config)
+    optimizers = optim.build(model, config, torch.bfloat16)
     x, y = torch.randint(65, (2, 8, 64))
     model.loss(x, y).backward()
     for one in optimizers:
@@ -117,7 +117,8 @@ def test_a_cpu_that_stands_in_for_a_gpu_counts_without_its_own_ways():
 @pytest.fixture
 def limits(tmp_path, monkeypatch):
     """Write the files of a control group."""
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
 
     def write(folder: str, files: dict[str, str]):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -131,19 +132,25 @@ STAT = "anon 1\ninactive_file 300\n"
 
 
 @pytest.mark.parametrize(
-    ("version", "limit", "usage"),
-    [(2, "memory.max", "memory.current"), (1, "memory.limit_in_bytes", "memory.usage_in_bytes")],
+    ("root", "line", "limit", "usage"),
+    [
+        ("", "0::{}\n", "memory.max", "memory.current"),
+        ("memory/", "9:memory:{}\n", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ],
 )
-def test_the_narrowest_control_group_counts(limits, tmp_path, version, limit, usage):
-    limits("job", {limit: "5000", usage: "1000", "memory.stat": STAT})
-    limits("job/step", {limit: "9000", usage: "600", "memory.stat": STAT})
-    assert memory.room_in(tmp_path, "/job/step", version) == 4300
-    assert memory.room_in(tmp_path, "/other", version) == float("inf")
+def test_the_narrowest_control_group_counts(limits, tmp_path, root, line, limit, usage):  # noqa: PLR0917
+    limits(f"{root}job", {limit: "5000", usage: "1000", "memory.stat": STAT})
+    limits(f"{root}job/step", {limit: "9000", usage: "600", "memory.stat": STAT})
+    (tmp_path / "membership").write_text(line.format("/job/step"))
+    assert memory.cgroup_room() == 4300
+    (tmp_path / "membership").write_text(line.format("/other"))
+    assert memory.cgroup_room() == float("inf")
 
 
 def test_no_limit_is_no_limit(limits, tmp_path):
     limits("job", {"memory.max": "max\n", "memory.current": "1000", "memory.stat": STAT})
-    assert memory.room_in(tmp_path, "/job", 2) == float("inf")
+    (tmp_path / "membership").write_text("0::/job\n")
+    assert memory.cgroup_room() == float("inf")
 
 
 def test_what_is_free_is_at_most_what_the_machine_has():

@@ -9,10 +9,10 @@ import torch
 from nanogpt import checkpoint, memory, micro_batch, step
 from nanogpt.config import TrainConfig
 from nanogpt.micro_batch import first_pieces, foresee, micro_batches
-from nanogpt.parallel import World
 from nanogpt.run_folder import RunFolder
 from nanogpt.set_up import set_up
 from nanogpt.train import fit
+from nanogpt.world import World
 
 
 @pytest.mark.parametrize(

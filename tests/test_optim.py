@@ -52,7 +52,9 @@ def test_frozen_parameters_are_left_out():
     model = GPT(TINY)
     model.wpe.weight.requires_grad_(False)
     for config in (CONFIG, replace(CONFIG, optimizer="muon")):
-        groups = [group for optimizer in build(model, config) for group in optimizer.param_groups]
+        groups = [
+            group for optimizer in build(model, config, torch.float32) for group in optimizer.param_groups
+        ]
         held = {id(p) for group in groups for p in group["params"]}
         assert held == {id(p) for p in model.parameters() if p is not model.wpe.weight}
 
@@ -159,11 +161,13 @@ def test_max_iters_alone_decides_where_the_cosine_ends():
 # Muon and the trapezoid
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [7.0, 1e6, 1e-6])
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (1, 48, 16), (3, 40, 40)])
-def test_orthogonalize_brings_the_singular_values_near_1(shape):
+def test_orthogonalize_brings_the_singular_values_near_1(shape, scale, dtype):
     torch.manual_seed(1)
-    matrices = torch.randn(shape).view(-1, *shape[-2:]) * 7
-    singular = torch.linalg.svdvals(orthogonalize(matrices))
+    matrices = torch.randn(shape).view(-1, *shape[-2:]) * scale
+    singular = torch.linalg.svdvals(orthogonalize(matrices, dtype))
     large = torch.linalg.svdvals(matrices) > 0.1 * torch.linalg.matrix_norm(matrices, 2)[:, None]
     assert singular[large].min() > 0.6
     assert singular.max() < 1.3
@@ -173,14 +177,14 @@ def test_orthogonalize_keeps_the_singular_vectors():
     torch.manual_seed(1)
     matrix = torch.randn(1, 48, 32)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    turned = u.mT @ orthogonalize(matrix) @ v.mT  # diagonal if the vectors are the same
+    turned = u.mT @ orthogonalize(matrix, torch.bfloat16) @ v.mT  # diagonal if the vectors are the same
     off = turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))
     assert off.abs().max() < 0.05
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = GPT(TINY)
-    rest, muon = build(model, replace(CONFIG, optimizer="muon"))
+    rest, muon = build(model, replace(CONFIG, optimizer="muon"), torch.bfloat16)
     assert isinstance(muon, Muon)
     matrices = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
     assert {id(p) for group in muon.param_groups for p in group["params"]} == matrices
@@ -194,7 +198,7 @@ def test_stacked_updates_are_those_of_each_matrix_alone():
     config = replace(CONFIG, optimizer="muon", weight_decay=0.2)
     together = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     alone = [nn.Parameter(p.detach().clone()) for p in together]
-    optimizers = [Muon(together, config), *(Muon([p], config) for p in alone)]
+    optimizers = [Muon(together, config, torch.bfloat16), *(Muon([p], config, torch.bfloat16) for p in alone)]
     for _ in range(3):
         for a, b in zip(together, alone, strict=True):
             a.grad = torch.randn_like(a)
@@ -211,7 +215,7 @@ def test_a_muon_step_has_the_length_and_decay_it_should():
     weight = nn.Parameter(torch.randn(64, 16))
     before = weight.detach().clone()
     weight.grad = torch.randn_like(weight)
-    Muon([weight], config).step()
+    Muon([weight], config, torch.bfloat16).step()
     step = before * (1 - 0.1 * 0.5) - weight.detach()
     singular = torch.linalg.svdvals(step) / (0.1 * 2.0)  # the square root of 64 / 16
     assert singular.min() > 0.6

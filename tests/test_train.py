@@ -12,7 +12,7 @@ import torch
 from conftest import prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt import checkpoint, data, report, step, train
+from nanogpt import arithmetic, checkpoint, data, device, report, step, train
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import TrainConfig, UserError
 from nanogpt.data import load
@@ -268,11 +268,44 @@ def test_float16_keeps_its_scaler_over_a_resume(config: TrainConfig, tmp_path: P
 
 def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch) -> None:
     config = replace(config, dtype="auto", max_iters=5)
-    monkeypatch.setattr("nanogpt.device.pick_dtype", lambda *_: torch.bfloat16)
+    rates = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 0.0}
+    monkeypatch.setattr(arithmetic, "product_rates", lambda _: rates)
+    monkeypatch.setattr(arithmetic, "bfloat16_pays", lambda _: True)
     fit(config)
-    monkeypatch.setattr("nanogpt.device.pick_dtype", lambda *_: torch.float32)
+    rates[torch.bfloat16] = 0.5  # another machine: it would choose otherwise, and can go on all the same
     fit(replace(config, resume=True, max_iters=6))
     assert last(config).arithmetic == {"device": "cpu", "dtype": "bfloat16", "pieces": "1"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_leaves_a_dtype_that_crawls_here_and_says_so(config, monkeypatch, capsys, optimizer) -> None:
+    config = replace(config, dtype="auto", max_iters=5, optimizer=optimizer)
+    rates = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 0.0}
+    monkeypatch.setattr(arithmetic, "product_rates", lambda _: rates)
+    monkeypatch.setattr(arithmetic, "bfloat16_pays", lambda _: True)
+    fit(config)
+    assert "Arithmetic: bfloat16" in capsys.readouterr().out
+    rates[torch.bfloat16] = 0.05
+    fit(replace(config, resume=True, max_iters=6))
+    assert "bfloat16 so far, which this device has no fast products for" in capsys.readouterr().err
+    assert last(config).arithmetic["dtype"] == "float32"
+    assert last(config).arithmetic.get("muon_dtype", "float32") == "float32"
+    fit(replace(config, resume=True, max_iters=7, dtype="bfloat16"))
+    assert last(config).arithmetic["dtype"] == "bfloat16"
+
+
+def test_a_run_of_an_earlier_version_orthogonalises_as_it_did(config: TrainConfig, monkeypatch) -> None:
+    """In bfloat16, which was fixed, and is not written in its checkpoints."""
+    config = replace(config, dtype="auto", max_iters=5, optimizer="muon")
+    rates = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.0}
+    monkeypatch.setattr(arithmetic, "product_rates", lambda _: rates)
+    fit(config)
+    path = Path(config.out_dir) / "last.pt"
+    old = last(config)
+    assert old.arithmetic.pop("muon_dtype") == "float32"
+    checkpoint.save(path, old)
+    fit(replace(config, resume=True, max_iters=6))
+    assert last(config).arithmetic["muon_dtype"] == "bfloat16"
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inside torch.compile itself
@@ -290,7 +323,7 @@ def test_a_failing_compiler_is_reported_and_done_without(config: TrainConfig, mo
     def broken(*_):
         raise RuntimeError("no C++ compiler found\nand more")
 
-    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: broken)
     assert fit(replace(config, compile="on", max_iters=2)).reason == "finished"
     assert "torch.compile failed, going on without it: no C++ compiler found\n" in capsys.readouterr().err
 
@@ -372,7 +405,7 @@ def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypa
     config = replace(config, optimizer=optimizer, weight_decay=0.0, log_interval=3)
     fit(config)
     ahead = replace(config, out_dir=str(tmp_path / "ahead"))
-    monkeypatch.setattr("nanogpt.device.runs_ahead", lambda _: True)
+    monkeypatch.setattr(device.CPU, "runs_ahead", True)
     most = []
     really = train.settle
     monkeypatch.setattr(
@@ -392,7 +425,7 @@ def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypa
 
 
 def test_running_ahead_goes_back_too(config: TrainConfig, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("nanogpt.device.runs_ahead", lambda _: True)
+    monkeypatch.setattr(device.CPU, "runs_ahead", True)
     poison(monkeypatch, lambda run: run.progress.order == 0 and run.progress.step >= 15)
     assert fit(config).reason == "finished"
     assert "Back to step 10, with the data in another order" in capsys.readouterr().err
@@ -414,22 +447,10 @@ def test_a_split_on_the_device_gives_the_same_windows(monkeypatch) -> None:
 @pytest.mark.parametrize(("free", "there"), [(32 * 1000, True), (31 * 1000, False)])
 def test_a_split_lives_on_a_gpu_if_it_fits(monkeypatch, free: int, there: bool) -> None:
     made = []
-    monkeypatch.setattr(data, "free_memory", lambda _: free)
+    monkeypatch.setattr(device.CUDA, "free_memory", lambda *_: free)
     monkeypatch.setattr(data.Windows, "make_resident", lambda self: made.append(1))
     data.Windows(np.zeros(1000, np.uint8), torch.device("cuda"))
     assert bool(made) == there
-
-
-def test_only_pinned_memory_is_copied_in_the_background(monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(data, "free_memory", lambda _: 0)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, _, non_blocking=False: asked.append(non_blocking) or self
-    )
-    for place in ("cpu", "mps", "cuda"):
-        data.Windows(np.arange(100), torch.device(place))(np.array([3]), 5)
-    assert asked == [False, False, True]
 
 
 # --- what is shown ---

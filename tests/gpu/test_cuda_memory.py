@@ -23,7 +23,7 @@ def measured(config: TrainConfig, vocab_size: int) -> int:
     before = torch.cuda.memory_allocated()
     model = GPT(model_config(config, vocab_size)).to(CUDA)
     parallel.checkpoint_activations(model, config.grad_checkpoint)
-    optimizers = optim.build(model, config)
+    optimizers = optim.build(model, config, torch.bfloat16)
     x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=CUDA)
     for _ in range(2):
         for _ in range(2):
