@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerator import CudaLike, MpsLike, standing_in_for
 
 from nanogpt import checkpoint, memory, micro_batch, step
 from nanogpt.config import TrainConfig
@@ -82,6 +83,39 @@ def test_micro_batches_that_fit_are_foreseen(config, monkeypatch, capsys, micro,
     assert run.memory is not None
     said = capsys.readouterr().err
     assert (f"more than is free: going on with {pieces} micro-batches" in said) == (pieces > 1)
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("kind", [CudaLike, MpsLike])
+def test_they_are_foreseen_on_a_gpu_too(config, monkeypatch, capsys, kind):
+    """Windows and macOS go on in main memory, or on the disk, instead of running out."""
+    with standing_in_for(kind()):
+        run = set_up(replace(config, device="gpu"), RunFolder(Path(config.out_dir)))
+        need = memory.predict(run.model.config, config, torch.device("cpu"), run.dtype, 4)
+        monkeypatch.setattr(micro_batch.memory, "predict", lambda *args: replace_size(need, args[4]))
+        monkeypatch.setattr(memory, "free", lambda _: (need.total - need.weights + 1) / memory.HEADROOM)
+        foresee(run)
+    assert run.pieces == 2
+    assert "going on with 2 micro-batches" in capsys.readouterr().err
+
+
+def replace_size(memory_of_four: memory.Memory, micro: int) -> memory.Memory:
+    """As if activations were all that counts."""
+    scaled = {name: getattr(memory_of_four, name) * micro // 4 for name in ("forward", "backward")}
+    return replace(memory_of_four, **scaled)
+
+
+def test_memory_that_python_or_numpy_runs_out_of_is_halved_too(config, monkeypatch, capsys):
+    really = step.forward_backward
+
+    def full(run, x, y, **settings):
+        if run.pieces < 4:
+            raise MemoryError
+        return really(run, x, y, **settings)
+
+    monkeypatch.setattr(step, "forward_backward", full)
+    assert fit(replace(config, max_iters=2)).reason == "finished"
+    assert "out of memory: going on with 4 micro-batches" in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_said_and_tried(config, counted, monkeypatch, capsys):

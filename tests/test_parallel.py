@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for se
 
 CHILD = """
 import faulthandler, os, signal, sys
-faulthandler.dump_traceback_later(80)  # shows where, should it hang
+faulthandler.dump_traceback_later(500)  # shows where, should it hang
 import torch
 torch.set_num_threads(1)
 from nanogpt import cli, train, step
@@ -51,6 +51,9 @@ cli.script("train")
 """
 
 NEVER = "pass"
+
+HANGS = 600.0
+"""Seconds after which a process is taken to hang, however busy the machine is."""
 
 
 def arguments(config: TrainConfig) -> list[str]:
@@ -85,7 +88,7 @@ def start(
 def torchrun(tmp_path: Path, config: TrainConfig, *flags: str, **settings):
     """Exit code, standard output and standard error of a training under torchrun. settings: see start."""
     process = start(tmp_path, config, *flags, **settings)
-    out, err = ended(process, 120)
+    out, err = ended(process, HANGS)
     return process.returncode, out, err
 
 
@@ -298,10 +301,8 @@ def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_s
 
 
 def test_a_process_that_fails_ends_all_with_its_message(plain, tmp_path):
-    began = time.monotonic()
     fault = 'if rank == 1 and at == 7: raise UserError("the disk is on fire: put it out")'
     code, _, err = torchrun(tmp_path, plain, fault=fault)
-    assert time.monotonic() - began < 30
     assert code != 0
     lines = [line for line in err.splitlines() if line.startswith("error")]
     assert lines == ["error (process 2 of 2): the disk is on fire: put it out"]
@@ -336,12 +337,12 @@ def test_a_signal_to_the_launcher_stops_all_after_the_same_step(plain, tmp_path)
     config = replace(plain, max_iters=100_000, eval_interval=100_000)
     process = start(tmp_path, config)
     path = Path(config.out_dir) / "metrics.jsonl"
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANGS
     while not (path.exists() and path.read_text().count("\n") > 20):
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=HANGS)
     assert out.count("Stopped at step") == 1
     assert last_step(config) == max(rows(config, "train_loss"))
 
@@ -360,7 +361,7 @@ def test_of_two_machines_one_dies_and_comes_back(plain, tmp_path):
     host, guest = (f"--rdzv_conf=keep_alive_interval=1,is_host={answer}" for answer in ("true", "false"))
     first = start(tmp_path, hit, *flags, host, fault=slowly)
     second = start(tmp_path, hit, *flags, guest, fault=slowly)
-    end = time.monotonic() + 90
+    end = time.monotonic() + HANGS
     path = Path(hit.out_dir) / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("train_loss") > 10):
         assert time.monotonic() < end
@@ -370,7 +371,7 @@ def test_of_two_machines_one_dies_and_comes_back(plain, tmp_path):
     second.communicate()
     again = start(tmp_path, hit, *flags, guest, fault=slowly)
     try:
-        _, err = ended(first, 100)
+        _, err = ended(first, HANGS)
     finally:
         kill_tree(again.pid)
         _, err_again = again.communicate()
@@ -608,9 +609,33 @@ def test_a_launcher_that_speaks_as_torchrun_does_is_understood(plain, tmp_path):
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
             )
         )
-    said = [ended(process, 120) for process in processes]
+    said = [ended(process, HANGS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     same_course(alone, both)
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "first", "code", "said"),
+    [
+        ("UserError('no room: make some')", 0, True, 2, "error: no room: make some\n"),
+        ("UserError('no room: make some')", 1, True, 2, "error (process 2 of 2): no room: make some\n"),
+        ("UserError('no room: make some')", 1, False, 2, ""),
+        ("RuntimeError('NCCL error in: ...')", 0, True, 2, "process 1 of 2: another one is gone\n"),
+        ("RuntimeError('remote process exited')", 1, True, 2, "process 2 of 2: another one is gone\n"),
+        ("ValueError('a bug')", 1, True, 1, "ValueError: a bug\n"),
+        ("ValueError('a bug')", 1, False, 2, ""),
+    ],
+)
+def test_a_process_that_fails_leaves_at_once(error, rank, first, code, said):
+    """Not by way of the interpreter's end, which can wait for the others' ends of the connection."""
+    script = (
+        "import atexit; from nanogpt.world import World, fail; from nanogpt.config import UserError;"
+        f" atexit.register(print, 'late'); fail({error}, World({rank}, 2), first={first})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.endswith(said)
+    assert done.stderr.count("\n") <= max(1, 2 * (code == 1))
 
 
 # What they start from

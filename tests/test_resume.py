@@ -60,7 +60,7 @@ def live(config: TrainConfig, die_in_save: int = 0) -> BaseProcess:
     return process
 
 
-def wait_for(happened: Callable[[], bool], process: BaseProcess, seconds: float = 60) -> None:
+def wait_for(happened: Callable[[], bool], process: BaseProcess, seconds: float = 600) -> None:
     """Until it has happened or the process has ended."""
     end = time.monotonic() + seconds
     while not happened() and process.is_alive():
@@ -128,7 +128,7 @@ def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: 
     config = replace(config, **options, max_iters=500, eval_interval=40, log_interval=3, save_seconds=0.03)
     never = replace(config, out_dir=str(tmp_path / "never"))
     process = live(never)
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
 
     chance = random.Random(str(options))
@@ -137,17 +137,17 @@ def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: 
         before = steps_logged(config)
         if kill % 3 == 2:
             process = live(life, die_in_save=chance.randint(1, 4))
-            process.join(60)
+            process.join(600)
         else:
             process = live(life)
             if kill == 0:  # the first save must be there to resume from
                 wait_for((Path(config.out_dir) / "last.pt").exists, process)
             time.sleep(chance.uniform(0.0, 0.25))
             process.kill()
-            process.join(60)
+            process.join(600)
         assert process.exitcode == -signal.SIGKILL, f"not killed but ended ({before} steps logged before)"
     process = live(replace(config, resume=True))
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
     assert_same_end(config, never)
 
@@ -161,7 +161,7 @@ def test_a_signal_saves_and_exits_with_its_code(config: TrainConfig, tmp_path: P
     process = live(endless)
     wait_for(lambda: steps_logged(config) > 3, process)
     os.kill(process.pid or 0, number)
-    process.join(60)
+    process.join(600)
     assert process.exitcode == code
     stopped_at = checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"]
     assert 3 < stopped_at < 60
@@ -176,7 +176,7 @@ def test_a_second_signal_ends_at_once(config: TrainConfig) -> None:
     os.kill(process.pid or 0, signal.SIGTERM)
     os.kill(process.pid or 0, signal.SIGINT)
     os.kill(process.pid or 0, signal.SIGCONT)
-    process.join(60)
+    process.join(600)
     assert process.exitcode in (143, 130, 1, -signal.SIGTERM)
 
 
