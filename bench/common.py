@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import device as devices
+from nanogpt.arithmetic import pick_muon_dtype
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model import GPT
 from nanogpt.optim import build
@@ -35,10 +36,10 @@ Step = Callable[[Tensor, Tensor], None]
 
 def seconds(action: Callable[[], object], place: torch.device = CPU) -> float:
     """How long an action takes, until the device has done it."""
-    devices.synchronize(place)
+    devices.kind_of(place).synchronize(place)
     start = time.perf_counter()
     action()
-    devices.synchronize(place)
+    devices.kind_of(place).synchronize(place)
     return time.perf_counter() - start
 
 
@@ -62,18 +63,22 @@ def ceiling(dtype: torch.dtype, place: torch.device = CPU, size: int | None = No
     return 2 * size**3 / statistics.median(seconds(lambda: a @ b, place) for _ in range(9))
 
 
-def our_step(
+def our_step(  # noqa: PLR0917
     config: GPTConfig,
     dtype: torch.dtype,
     place: torch.device = CPU,
     compiled: str = "",
     settings: TrainConfig | None = None,
+    muon_dtype: torch.dtype | None = None,
 ) -> Step:
-    """One update of ours as a function of a batch. compiled: a mode of torch.compile, or "" for none."""
+    """One update of ours as a function of a batch. compiled: a mode of torch.compile, or "" for none.
+
+    muon_dtype: of Muon's Newton-Schulz iteration; None: what is fast on `place`.
+    """
     model = GPT(config).to(place)
     settings = settings or TrainConfig()
     checkpoint_activations(model, settings.grad_checkpoint)
-    optimizers = build(model, settings)
+    optimizers = build(model, settings, muon_dtype or pick_muon_dtype("auto", place).dtype)
     loss_of = torch.compile(model.loss, mode=compiled) if compiled else model.loss
 
     def step(x: Tensor, y: Tensor) -> None:

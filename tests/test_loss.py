@@ -111,9 +111,9 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch):
 
 def test_the_gradient_of_a_bfloat16_weight_is_added_up_in_float32(monkeypatch):
     """As under FSDP: rounded once in the end, not after each of many pieces."""
-    monkeypatch.setattr(device.CPU, "chunk_logits", 4 * 70)
+    monkeypatch.setattr(device.CPU, "chunk_logits", 70)
     torch.manual_seed(1)
-    x, weight, targets = torch.randn(400, 32), torch.randn(70, 32), torch.randint(70, (400,))
+    x, weight, targets = torch.randn(2000, 32), torch.randn(70, 32), torch.randint(70, (2000,))
     exact, narrow = (
         weight.detach().clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.bfloat16)
     )
@@ -122,4 +122,4 @@ def test_the_gradient_of_a_bfloat16_weight_is_added_up_in_float32(monkeypatch):
         chunked_cross_entropy(x.to(z.dtype), z, targets, 0.0).backward()
     error = (narrow.grad.float() - exact.grad).norm() / exact.grad.norm()
     assert narrow.grad.dtype == torch.bfloat16
-    assert error < 3.5e-3  # added up in bfloat16: 1.5e-2
+    assert error < 7e-3  # added up in bfloat16 it is 2e-2
