@@ -1,41 +1,215 @@
-"""The documentation cannot go stale: every command in it parses, every link leads somewhere."""
+"""The documentation cannot go stale: its commands and its Python run, every link leads somewhere.
 
+Each page's blocks run in their order, in a folder that holds the files which the pages speak of, with a model
+and a text small enough. Commands of ours run in this process; torchrun's are parsed; of other programs the
+names are known.
+"""
+
+import gzip
+import io
+import json
 import re
 import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+import torch
+from conftest import prepared
 
-from nanogpt import cli
+from nanogpt import cli, plan, shakespeare, train
+from nanogpt.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 SCRIPTS = {command.script: name for name, command in cli.COMMANDS.items()}
 
+OTHERS = {
+    ".venv/bin/pre-commit", "basedpyright", "cat", "cd", "dpkg", "export", "git", "iconv", "make", "pacman",
+    "pip", "python3", "rocm-smi", "ruff", "source", "tensorboard",
+}  # fmt: skip
+"""Programs that the pages name and the tests do not run."""
 
-def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """(command, arguments) of every line of a shell block that runs one of ours."""
-    found: list[tuple[str, list[str]]] = []
-    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
-            if len(words) > 1 and words[0] in ("python", "nanogpt"):
-                name, arguments, _ = cli.subcommand(SCRIPTS.get(words[1], words[1]), words[2:], "")
-                if name in cli.COMMANDS:
-                    found.append((name, list(arguments)))
-    return found
+SMALL = TrainConfig(
+    n_layer=1, n_head=2, n_embd=8, block_size=16, batch_size=8, max_iters=2, eval_interval=1, eval_iters=1,
+    dtype="float32", compile="off", device="cpu",
+)  # fmt: skip
+
+SHRUNK = (
+    "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_width", "ngram_vocab", "block_size", "batch_size",
+    "gradient_accumulation_steps", "max_iters", "eval_interval", "eval_iters", "dtype", "compile",
+)  # fmt: skip
+"""What a page's training is made small in. The rest is as the page says."""
+
+EVERY = "".join(map(chr, range(32, 127)))
+
+
+class Block(NamedTuple):
+    """A piece of code in a page. line: that of its first line."""
+
+    language: str
+    line: int
+    code: str
+
+
+class Call(NamedTuple):
+    """A command of ours, as it stands in a page."""
+
+    name: str
+    arguments: list[str]
+    runs: bool
+    """Whether one process can run it here: not with torchrun, nor on a device that is named."""
+    stdin: str
+    """The compressed file that is piped into it."""
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The code of a page, in its order."""
+    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield Block(found[1], text[: found.start(2)].count("\n") + 1, found[2])
+
+
+def calls(block: Block) -> Iterator[Call]:
+    """What a shell block runs of ours. Any other program must be known."""
+    for line in block.code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            del words[0]
+        stdin = ""
+        if words[:1] == ["zcat"]:
+            stdin, words = words[1], words[words.index("|") + 1 :]
+        if not words or words[0] in OTHERS or words[:2] in (["python", "-m"], ["nanogpt", "COMMAND"]):
+            continue
+        if words[:2] == ["python", "-c"]:
+            compile(words[2], "-c", "exec")
+            continue
+        torchrun = words[0] == "torchrun"
+        if torchrun:
+            words = ["python", *words[words.index("train.py") :]]
+        assert words[0] in ("python", "nanogpt"), f"{words[0]} is not known: see OTHERS"
+        name, arguments, _ = cli.subcommand(SCRIPTS.get(words[1], words[1]), words[2:], "")
+        assert name in cli.COMMANDS, line
+        named = "--device" in arguments and arguments[arguments.index("--device") + 1] != "cpu"
+        yield Call(name, list(arguments), not (torchrun or named), stdin)
+
+
+def commands(page: Path) -> list[Call]:
+    """Every command of ours in a page."""
+    found = [block for block in blocks(page.read_text("utf-8")) if block.language == "bash"]
+    return [call for block in found for call in calls(block)]
+
+
+def random_text(size: int) -> str:
+    """Words of random letters, enough of them for any vocabulary."""
+    letters = np.random.default_rng(1).integers(97, 123, size).astype(np.uint8)
+    return " ".join(bytes(word).decode() for word in letters.reshape(-1, 8))
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the pages speak of: texts, data folders, runs that can be resumed."""
+    folder = tmp_path_factory.mktemp("shelf")
+    torch.set_num_threads(1)
+    text = (f"First Citizen:\nBefore we proceed any further, hear me speak. {EVERY}\n" * 30) + EVERY
+    for name in (
+        "my_corpus.txt",
+        "novel.txt",
+        "old.txt",
+        "letters/one.txt",
+        "notes/two.md",
+        "data/input.txt",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, "utf-8")
+    (folder / "books").mkdir()
+    (folder / "books" / "one.txt").write_text(random_text(80_000))
+    record = json.dumps({"text": "Well.", "review": {"body": random_text(80_000)}}) + "\n"
+    for name, content in {"reviews.jsonl": record, "dump.jsonl": record, "dump.txt": text}.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    for name in ("data", "my_data", "library"):
+        prepared(folder / name, text)
+    for name in ("out", "my_model", "out/previous/1"):
+        config = replace(SMALL, data_dir=str(folder / "data"), out_dir=str(folder / name), max_iters=4)
+        train.fit(config, keep_going=lambda step, loss: step < 2)
+    return folder
+
+
+@pytest.fixture
+def reader(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in a copy of that folder; trainings are small, and the small text is Tiny Shakespeare."""
+    folder = shutil.copytree(shelf, tmp_path / "shelf")
+    monkeypatch.chdir(folder)
+    digest = shakespeare.sha256((folder / "data" / "input.txt").read_bytes())
+    monkeypatch.setattr(shakespeare, "SHAKESPEARE_SHA256", digest)
+    fit, plan_main = train.fit, plan.main
+
+    def small(config: TrainConfig) -> TrainConfig:
+        if config.resume:
+            return replace(config, max_iters=4, data_dir="data", compile="off")
+        return replace(config, **{name: getattr(SMALL, name) for name in SHRUNK})
+
+    monkeypatch.setattr(train, "fit", lambda config, *rest: fit(small(config), *rest))
+    monkeypatch.setattr(plan, "main", lambda config: plan_main(small(config)))
+
+
+def run_page(text: str) -> None:
+    """Run the blocks of a page: shell commands, and Python that goes on from block to block."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(text):
+        if block.language == "python":
+            exec(compile("\n" * (block.line - 1) + block.code, "the page", "exec"), names)
+        elif block.language == "bash":
+            for call in calls(block):
+                run_call(call)
+
+
+def run_call(call: Call) -> None:
+    """Run a command, or parse it if it cannot run here. It must end well."""
+    if "--help" in call.arguments:
+        return
+    if not call.runs:
+        cli.parse(cli.COMMANDS[call.name].config, call.arguments, call.name)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        if call.stdin:
+            content = gzip.decompress(Path(call.stdin).read_bytes())
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        if call.name == "data":  # the files lie there from another page
+            call.arguments.append("--overwrite")
+        code = cli.run(call.name, call.arguments, call.name)
+    assert code == 0, f"{call.name} {shlex.join(call.arguments)}: exit code {code}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_parses(page: Path, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, arguments in commands(page):
-        if "--help" not in arguments:
-            cli.parse(cli.COMMANDS[name].config, arguments, name)
+def test_every_block_runs(page: Path, reader: None) -> None:
+    run_page(page.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ("```bash\npython train.py --max_iter 3\n```", AssertionError),
+        ("```bash\npython train.py --data_dir nowhere\n```", AssertionError),
+        ("```bash\nnanogpt trian\n```", AssertionError),
+        ("```bash\ncurl example.org\n```", AssertionError),
+        ("```bash\ntorchrun --nproc_per_node=2 train.py --max_iter 3\n```", cli.UserError),
+        ("```python\nfrom nanogpt.data import load_data\n```", ImportError),
+        ("```bash\npython -c 'import torch; print('\n```", SyntaxError),
+    ],
+    ids=["flag", "folder", "command", "program", "torchrun", "python", "syntax"],
+)
+def test_a_block_that_does_not_run_is_found(block: str, error: type[Exception], reader: None) -> None:
+    with pytest.raises(error):
+        run_page(block)
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {name for name, _ in commands(ROOT / "README.md")} == {
+    assert {call.name for call in commands(ROOT / "README.md")} == {
         "data",
         "data info",
         "plan",
@@ -53,10 +227,6 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def test_every_training_flag_is_documented() -> None:
-    from dataclasses import fields
-
-    from nanogpt.config import TrainConfig
-
     text = (ROOT / "docs" / "training.md").read_text("utf-8")
     assert not [field.name for field in fields(TrainConfig) if f"--{field.name}" not in text]
 

@@ -1,4 +1,4 @@
-"""Whether memory is counted as a CUDA GPU allocates it. Skipped where there is none."""
+"""Whether memory is counted as a GPU allocates it. Skipped where there is none (conftest.py)."""
 
 from dataclasses import replace
 
@@ -9,25 +9,21 @@ from nanogpt import device, memory, optim, parallel
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.model import GPT
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-CUDA = torch.device("cuda")
-
 CONFIG = TrainConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=8, dropout=0.1)
 
 
-def measured(config: TrainConfig, vocab_size: int) -> int:
+def measured(config: TrainConfig, vocab_size: int, place: torch.device) -> int:
     """Bytes at the peak of two updates of two micro-batches, without what was there before."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = GPT(model_config(config, vocab_size)).to(CUDA)
+    model = GPT(model_config(config, vocab_size)).to(place)
     parallel.checkpoint_activations(model, config.grad_checkpoint)
     optimizers = optim.build(model, config, torch.bfloat16)
-    x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=CUDA)
+    x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
     for _ in range(2):
         for _ in range(2):
-            with device.autocast(CUDA, torch.bfloat16):
+            with device.autocast(place, torch.bfloat16):
                 loss = model.loss(x, y)
             loss.backward()
         for optimizer in optimizers:
@@ -37,11 +33,11 @@ def measured(config: TrainConfig, vocab_size: int) -> int:
 
 @pytest.mark.parametrize("mode", ["off", "selective", "blocks"])
 @pytest.mark.parametrize("vocab_size", [65, 50_304])
-def test_what_is_predicted_is_what_is_allocated(mode, vocab_size):
+def test_what_is_predicted_is_what_is_allocated(gpu_alone, mode, vocab_size):
     config = replace(CONFIG, grad_checkpoint=mode)
     model = model_config(config, vocab_size)
-    predicted = memory.predict(model, config, CUDA, torch.bfloat16, config.batch_size).total
-    assert predicted == pytest.approx(measured(config, vocab_size), rel=0.1)
+    predicted = memory.predict(model, config, gpu_alone, torch.bfloat16, config.batch_size).total
+    assert predicted == pytest.approx(measured(config, vocab_size, gpu_alone), rel=0.1)
     with memory.as_on_a_gpu():  # a plan for a GPU, made where there is none
         cpu = torch.device("cpu")
         elsewhere = memory.predict(model, config, cpu, torch.bfloat16, config.batch_size).total
