@@ -24,6 +24,7 @@ from nanogpt import device, memory, optim, parallel
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.model import GPT
 from nanogpt.plan import MODES
+from nanogpt.world import joined, local_device
 
 SHAPES = {
     "6 layers of 384, 16 x 256": (65, TrainConfig(batch_size=16)),
@@ -52,14 +53,17 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
     """MiB that two updates take at their peak, in this process."""
     place = device.pick_device("auto")
     warm_up(place, dtype)
-    with parallel.joined() as world:
-        place = device.pick_device(parallel.local_device("auto", world))
+    with joined() as world:
+        place = device.pick_device(local_device("auto", world))
         before = common.peak_memory(place)
         torch.manual_seed(1)
-        model = GPT(model_config(config, vocab_size)).to(place)
+        sharded = config.parallel == "fsdp"
+        with torch.device("meta" if sharded else place):
+            model = GPT(model_config(config, vocab_size))
         parallel.checkpoint_activations(model, config.grad_checkpoint)
-        if config.parallel == "fsdp":
+        if sharded:
             parallel.shard(model, place, dtype)
+            parallel.initialize_parts(model, 1)
         loss_of = parallel.shared_loss(model, world, place)
         optimizers = optim.build(model, config, torch.bfloat16, world.rank, world.size)
         x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)

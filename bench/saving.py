@@ -20,12 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import parallel
 from nanogpt.config import TrainConfig
 from nanogpt.run_folder import RunFolder
 from nanogpt.saving import begin_save, finish_save
 from nanogpt.set_up import set_up
 from nanogpt.step import settle, train_step
+from nanogpt.world import joined
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def measure(options: argparse.Namespace) -> None:
         settle(run, train_step(run))
         return max(world.gather([time.perf_counter() - start]))
 
-    with parallel.joined() as world:
+    with joined() as world:
         run = set_up(config, RunFolder(Path(options.out_dir)), world)
         step()
         begin_save(run, run.folder.last)

@@ -4,7 +4,7 @@ Run:    python bench/gpu/memory.py
         python bench/gpu/memory.py --small --device cpu   tries the script
 Synthetic tokens, bfloat16, AdamW; each way of checkpointing, first uncompiled, then compiled. Peak: the
 most that PyTorch's allocator held during an update, weights, gradients and moments included.
-Writes gpu-memory.jsonl row by row; a row that does not fit says so. Needs torch and numpy alone.
+Writes gpu-memory.jsonl row by row; a row that does not fit says so. Needs torch, numpy and psutil.
 """
 
 import argparse

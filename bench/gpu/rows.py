@@ -4,7 +4,7 @@ Use:    with Results("gpu-race", options) as results: results.add({"preset": "be
 Run:    python bench/gpu/rows.py                names the cards, the driver, PyTorch
         python bench/gpu/rows.py FOLDER         prints a table of each gpu-*.jsonl in it
 The first line of such a file is the machine, every other one a row: what a time limit cuts off keeps
-all that came before. Needs torch and numpy, like the measurements themselves; nothing here is imported from
+all that came before. Needs torch, numpy and psutil, as the measurements do; nothing is imported from
 nanogpt but nanogpt.device.
 """
 
@@ -124,7 +124,7 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return measure()
     except Exception as error:
-        if isinstance(error, RuntimeError) and devices.is_out_of_memory(error):
+        if devices.is_out_of_memory(error):
             return {"error": "out of memory"}
         line = next(iter(str(error).splitlines()), "")
         return {"error": f"{type(error).__name__}: {line}"[:200]}
@@ -134,7 +134,7 @@ def fresh(place: torch.device) -> None:
     """Forget what was compiled and give its memory back: CUDA graphs hold on to a pool."""
     torch.compiler.reset()
     gc.collect()
-    devices.release_memory(place)
+    devices.kind_of(place).release_memory()
 
 
 def reset_peak(place: torch.device) -> None:

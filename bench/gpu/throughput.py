@@ -8,8 +8,8 @@ against numbers that are not finite, clipping, optimizers, average, the numbers 
 is forward, backward, clip and optimizers on one batch that lies on the device. The difference is the host's
 work. GPT-2's vocabulary is measured as it is (50,257) and padded to a multiple of 128 (50,304). MFU is
 against a large matrix product in the same dtype, measured in the same run.
-Writes gpu-throughput.jsonl row by row; a row that does not fit says so. "bare" needs torch and numpy alone,
-"train" also rich, psutil and filelock. GPT-2 at 32 x 1024 takes about 40 GiB: give --gpt2_batch 8 to a
+Writes gpu-throughput.jsonl row by row; a row that does not fit says so. "bare" needs torch, numpy and psutil,
+"train" also rich and filelock. GPT-2 at 32 x 1024 takes about 40 GiB: give --gpt2_batch 8 to a
 smaller card.
 """
 
