@@ -1,10 +1,12 @@
 # make demo    prepare Tiny Shakespeare, train a small model (about two minutes), print a sample
-# make test    run the tests
+# make test    run the tests, on all cores
+# make storm   kill, damage and fill up everything at random (minutes; STORM_SEEDS=7,8,9 for other storms)
 # make check   lint, format, types, layers
 # make bench   measure what bench/ claims (about a quarter of an hour; let nothing else run beside it)
 # Each sets up .venv by itself. PYTHON=python3.12 make ... picks another interpreter (3.10 or newer).
 
 PYTHON ?= python3
+STORM_SEEDS ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -12,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 # With an NVIDIA or AMD GPU the demo trains the full-size default model, else a small one.
 PRESET = $(shell $(BIN)/python -c "import torch; print('shakespeare' if torch.cuda.is_available() else 'cpu')")
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test storm check bench format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python data.py
@@ -20,7 +22,10 @@ demo: $(VENV)/installed
 	$(BIN)/python sample.py --num_tokens 300
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
+
+storm: $(VENV)/installed-dev
+	NANOGPT_STORM_SEEDS=$(STORM_SEEDS) $(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
