@@ -156,9 +156,10 @@ def kept(config: TrainConfig, place: torch.device, saved: Checkpoint | None, wha
     had = cast(torch.dtype, getattr(torch, saved.arithmetic.get(what, "bfloat16")))  # before it was saved
     scaled = what == "dtype" and had == torch.float16 and not device.kind_of(place).scales
     if config.dtype == "auto" and (scaled or is_slow(had, place)):
+        who = "the run computed" if what == "dtype" else "Muon orthogonalised"
         warn(
-            f"the run was in {name_of(had)} so far, which this device has no fast products for: another is "
-            f"taken from here on (--dtype {name_of(had)} keeps it)"
+            f"{who} in {name_of(had)} so far, which is slow on this device: another dtype is taken from here on "
+            f"(--dtype {name_of(had)} keeps it)"
         )
         return None
     return Choice(had, "as before")

@@ -1,0 +1,140 @@
+"""Lives of commands, and what befalls them: kills, signals, broken terminals, full disks.
+
+Use:    life = Life(["train", *TINY], folder, err="broken"); life.send(signal.SIGTERM); code = life.end()
+A life is a real command in a process of its own, from a fork server that has imported PyTorch already: it
+takes some tenths of a second, so that a storm can have hundreds.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+HANGS = 600.0
+"""Seconds after which a life is taken to hang, however busy the machine is."""
+
+STREAMS = ("log", "null", "full", "closed", "broken", "hung up")
+"""What can become of a standard stream; broken: a pipe without a reader; hung up: a closed terminal."""
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["nanogpt.train", "nanogpt.sample", "nanogpt.prepare", "torch._dynamo", __name__]
+)
+
+
+class Life:
+    """A command on its way, in `folder`. most: bytes that a file may have, as on a disk that is then full."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        folder: Path,
+        *,
+        out: str = "log",
+        err: str = "log",
+        most: int | None = None,
+    ) -> None:
+        self.log = folder / "storm.log"
+        self.log.write_text("")
+        self.process = context.Process(target=live, args=(list(words), str(folder), (out, err), most))
+        self.process.start()
+
+    @property
+    def said(self) -> str:
+        """What it wrote where anybody could read it."""
+        return self.log.read_text("utf-8", "replace")
+
+    def send(self, number: int) -> None:
+        """Send a signal, if there still is somebody."""
+        if self.process.is_alive():
+            os.kill(self.process.pid or 0, number)
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Until it has happened, or the life is over."""
+        end = time.monotonic() + HANGS
+        while not happened() and self.process.is_alive():
+            assert time.monotonic() < end, f"hangs: {self.said}"
+            time.sleep(0.002)
+
+    def end(self) -> int:
+        """The exit code: negative if a signal ended it."""
+        self.process.join(HANGS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"it hangs: {self.said}")
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+def live(words: list[str], folder: str, streams: tuple[str, str], most: int | None) -> None:
+    """Be the command, as if the interpreter had just started."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, kind in zip((1, 2), streams, strict=True):
+        become(number, kind)
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stdout, sys.stderr = stream(1), stream(2)
+    if most is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    os._exit(run(words))
+
+
+def run(words: list[str]) -> int:
+    """The command's exit code, as the interpreter would give it."""
+    from nanogpt import cli
+
+    sys.argv = ["nanogpt", *words]
+    code: object = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc(file=open("storm.log", "a", encoding="utf-8"))  # noqa: SIM115
+        code = 1
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        code = code or 120
+    return code if isinstance(code, int) else int(bool(code))
+
+
+def become(number: int, kind: str) -> None:
+    """Make of a standard stream what `kind` says."""
+    if kind == "closed":
+        os.close(number)
+        return
+    if kind == "broken":
+        left, right = os.pipe()
+        os.close(left)
+    elif kind == "hung up":
+        left, right = os.openpty()
+        os.close(left)
+    else:
+        path = {"null": os.devnull, "full": "/dev/full"}.get(kind, "storm.log")
+        right = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(right, number)
+    os.close(right)
+
+
+def stream(number: int) -> TextIO | None:
+    """sys.stdout or sys.stderr of a descriptor, None if it is closed."""
+    try:
+        os.fstat(number)
+    except OSError:
+        return None
+    return open(number, "w", encoding="utf-8", closefd=False, buffering=1 if number == 2 else -1)
