@@ -158,7 +158,7 @@ def kept(config: TrainConfig, place: torch.device, saved: Checkpoint | None, wha
     if config.dtype == "auto" and (scaled or is_slow(had, place)):
         who = "the run computed" if what == "dtype" else "Muon orthogonalised"
         warn(
-            f"{who} in {name_of(had)} so far, which is slow on this device: another dtype is taken from here on "
+            f"{who} in {name_of(had)} so far, which is slow on this device: another is taken from here on "
             f"(--dtype {name_of(had)} keeps it)"
         )
         return None
