@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 LAYERS = (
     {
+        "errors",
+        "settings",
         "config",
         "presets",
         "files",
