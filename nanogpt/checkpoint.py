@@ -10,6 +10,7 @@ run_folder.py.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -162,12 +163,14 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
     try:
-        require(path.is_file(), f"checkpoint {path} does not exist: train one, or check the path")
+        if not path.exists():
+            raise UserError(f"checkpoint {path} does not exist: train one, or check the path")
+        require(path.is_file(), f"checkpoint {path} is not a file: give the ckpt.pt or last.pt of a run")
         verify(path)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_plain(path)
     except Exception as error:  # sealed, but hostile: whatever the reader then raises
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
@@ -220,6 +223,21 @@ def peek(path: Path) -> tuple[TrainConfig, int]:
 
     Errors: whatever a missing or damaged file raises.
     """
-    content = cast(dict[str, Any], torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    content = upgraded(content)
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(path)
+    try:
+        content = read_plain(path, mmap=True)
+    except (OSError, RuntimeError):  # a file system that maps no files
+        content = read_plain(path)
+    content = upgraded(cast(dict[str, Any], content))
     return from_dict(TrainConfig, content["config"]), int(content["progress"]["step"])
+
+
+def read_plain(path: Path, *, mmap: bool = False) -> object:
+    """What torch.load finds in a file, on the CPU: tensors and plain types alone, without a warning.
+
+    Errors: whatever it raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of unusual pickles: what they hold is judged by whoever asks
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)

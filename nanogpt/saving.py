@@ -15,7 +15,7 @@ from nanogpt.checkpoint import Checkpoint, Progress
 from nanogpt.config import UserError, to_dict
 from nanogpt.console import warn
 from nanogpt.device import name_of
-from nanogpt.files import sync_folder
+from nanogpt.files import replacing, sync_folder
 from nanogpt.run import Run, Writing
 from nanogpt.sharding import load_whole, optimizer_parts, whole_state
 
@@ -37,7 +37,7 @@ def snapshot(run: Run) -> Checkpoint:
 def head(run: Run) -> Checkpoint:
     """The run as a checkpoint, without its tensors."""
     return Checkpoint(
-        config=to_dict(replace(run.config, resume=False, overwrite=False)),
+        config=settings(run),
         vocab_size=run.model.config.vocab_size,
         progress=asdict(run.progress),
         model={},
@@ -52,6 +52,11 @@ def head(run: Run) -> Checkpoint:
         tokenizer=run.dataset.tokenizer.to_dict(),
         fingerprint=run.dataset.fingerprint,
     )
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """The settings of the run as they are saved."""
+    return to_dict(replace(run.config, resume=False, overwrite=False))
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
@@ -71,6 +76,8 @@ def restore(run: Run, saved: Checkpoint) -> None:
         run.scaler.load_state_dict(saved.scaler)
     run.progress = Progress(**saved.progress)
     run.saved_step = run.progress.step
+    if run.folder.resumed == run.folder.last and saved.config == settings(run):
+        run.kept = saved.progress  # nothing to save before something changes
 
 
 def read_parts(run: Run, folder: Path) -> list[dict[int, Any]]:
@@ -107,10 +114,14 @@ def begin_save(run: Run, path: Path) -> None:
     """
     finish_save(run)
     run.saved_at = time.perf_counter()
+    with run.world.together():
+        if run.world.is_first:
+            run.folder.confirm()
     if run.world.is_first:
         run.metrics.flush()
         if run.world.job and not run.saved_step:
-            run.folder.job.write_text(run.world.job)
+            with replacing(run.folder.job) as file:
+                file.write(run.world.job.encode())
     if parallel.is_sharded(run.model) and path == run.folder.last:
         average = run.average.state_dict() if run.average else {}
         states = [optimizer.state_dict()["state"] for optimizer in run.optimizers]

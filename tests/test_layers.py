@@ -15,6 +15,7 @@ LAYERS = (
         "config",
         "presets",
         "files",
+        "locking",
         "console",
         "tokenizer",
         "bpe",
