@@ -11,14 +11,14 @@ run_folder.py.
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast, get_type_hints
 
 import torch
 
-from nanogpt import parts
+from nanogpt import parts, validation
 from nanogpt.config import GPTConfig, TrainConfig, UserError, from_dict, require
 from nanogpt.files import replacing
 
@@ -124,7 +124,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
     Errors: UserError if the folder cannot be written or the disk is full.
     """
-    write_sealed(path, {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)})
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    validation.require_plain(content)  # before the file that is there is touched
+    write_sealed(path, content)
 
 
 def write_sealed(path: Path, content: object) -> None:
@@ -176,7 +178,7 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
         raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     version = content.get("format")
-    require(version is not None, f"{path} {FOREIGN}")
+    require(version is not None and not isinstance(version, torch.Tensor), f"{path} {FOREIGN}")
     content = upgraded(content)
     require(
         content["format"] == FORMAT,
@@ -184,8 +186,21 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     )
     names = {field.name for field in fields(Checkpoint)}
     require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
+    verify_content(path, content)
     found = Checkpoint(**content)
-    return put_together(path, found) if found.parts and whole else found
+    if not found.parts or not whole:
+        return found
+    together = put_together(path, found)
+    verify_content(path, vars(together))
+    return together
+
+
+def verify_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Errors: UserError if a part of the checkpoint is missing, or not what it must be."""
+    try:
+        validation.check(content, get_type_hints(Progress))
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is malformed: {error}") from error
 
 
 def put_together(path: Path, head: Checkpoint) -> Checkpoint:
@@ -195,7 +210,10 @@ def put_together(path: Path, head: Checkpoint) -> Checkpoint:
     """
     parts.verify(path.parent, head.parts)
     tensors = parts.read_whole(parts_folder(path, head.parts))
-    model, average, states = parts.nested(tensors, len(head.optimizers))
+    try:
+        model, average, states = parts.nested(tensors, len(head.optimizers))
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"checkpoint {path} is malformed: its parts have wrong names ({error})") from error
     optimizers = [saved | {"state": state} for saved, state in zip(head.optimizers, states, strict=True)]
     return replace(head, model=model, average=average, optimizers=optimizers, parts={})
 

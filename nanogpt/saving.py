@@ -12,12 +12,13 @@ from typing import Any
 
 from nanogpt import checkpoint, parallel, parts
 from nanogpt.checkpoint import Checkpoint, Progress
-from nanogpt.config import UserError, to_dict
+from nanogpt.config import UserError, require, to_dict
 from nanogpt.console import warn
 from nanogpt.device import name_of
 from nanogpt.files import replacing, sync_folder
 from nanogpt.run import Run, Writing
 from nanogpt.sharding import load_whole, optimizer_parts, whole_state
+from nanogpt.validation import check_states
 
 
 def snapshot(run: Run) -> Checkpoint:
@@ -65,6 +66,11 @@ def restore(run: Run, saved: Checkpoint) -> None:
         run.parts = checkpoint.parts_folder(run.folder.last, saved.parts)
         states = read_parts(run, run.parts)
     else:
+        try:
+            check_states(run.optimizers, [optimizer["state"] for optimizer in saved.optimizers])
+            check_scaler(run, saved)
+        except UserError as error:
+            raise UserError(f"the checkpoint in {run.folder.path} is malformed: {error}") from error
         load_whole(run.model, saved.model)
         if run.average:
             load_whole(run.average, saved.weights)
@@ -78,6 +84,13 @@ def restore(run: Run, saved: Checkpoint) -> None:
     run.saved_step = run.progress.step
     if run.folder.resumed == run.folder.last and saved.config == settings(run):
         run.kept = saved.progress  # nothing to save before something changes
+
+
+def check_scaler(run: Run, saved: Checkpoint) -> None:
+    """Errors: UserError if the gradient scaler cannot go on from what was saved."""
+    if saved.scaler and run.scaler.is_enabled():
+        require(saved.scaler.keys() == run.scaler.state_dict().keys(), "the scaler is not whole")
+        require(saved.scaler["scale"] > 0, f"the scaler's scale is {saved.scaler['scale']}")
 
 
 def read_parts(run: Run, folder: Path) -> list[dict[int, Any]]:

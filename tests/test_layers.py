@@ -35,6 +35,7 @@ LAYERS = (
         "token_files",
         "prepare",
         "data_info",
+        "validation",
         "checkpoint",
         "metrics",
         "plot",

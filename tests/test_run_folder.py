@@ -11,7 +11,8 @@ import torch
 
 from nanogpt import files, run_folder
 from nanogpt.checkpoint import Checkpoint, Progress, save
-from nanogpt.config import TrainConfig, UserError, to_dict
+from nanogpt.config import TrainConfig, UserError, model_config, to_dict
+from nanogpt.model import GPT
 from nanogpt.run_folder import RunFolder
 
 
@@ -20,13 +21,20 @@ def folder(tmp_path):
     return RunFolder(tmp_path / "out")
 
 
+def small(**settings):
+    """Settings of a very small model."""
+    return TrainConfig(n_layer=1, n_head=1, n_embd=2, block_size=2, **settings)
+
+
 def put(path, step, **settings):
-    """A small checkpoint of a run at `step`."""
+    """A small checkpoint of a run at `step`, which is what all its weights are."""
+    config = small(**settings)
+    model = GPT(model_config(config, 5)).state_dict()
     checkpoint = Checkpoint(
-        config=to_dict(TrainConfig(n_layer=1, **settings)),
+        config=to_dict(config),
         vocab_size=5,
         progress=vars(Progress(step=step)),
-        model={"weight": torch.full((3,), float(step))},
+        model={name: torch.full_like(tensor, float(step)) for name, tensor in model.items()},
         average={},
         optimizers=[],
         scaler={},
@@ -123,7 +131,7 @@ def test_the_most_steps_win(folder, last, best, newest):
     put(folder.best, best)
     found = folder.newest(silent)
     assert found.progress["step"] == newest
-    assert torch.equal(found.model["weight"], torch.full((3,), float(newest)))
+    assert torch.equal(found.model["ln_f.bias"], torch.full((2,), float(newest)))
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
@@ -180,11 +188,11 @@ def test_a_half_written_file_is_no_checkpoint(folder):
 def test_saved_settings(folder):
     assert folder.saved_config() is None
     put(folder.best, 10, seed=1)
-    assert folder.saved_config() == TrainConfig(n_layer=1, seed=1)
+    assert folder.saved_config() == small(seed=1)
     put(folder.last, 20, seed=2)
-    assert folder.saved_config() == TrainConfig(n_layer=1, seed=2)
+    assert folder.saved_config() == small(seed=2)
     folder.last.write_bytes(b"damaged")
-    assert folder.saved_config() == TrainConfig(n_layer=1, seed=1)
+    assert folder.saved_config() == small(seed=1)
     folder.best.write_bytes(b"damaged")
     assert folder.saved_config() is None
 
@@ -287,7 +295,7 @@ def killed_at(number, call="replace"):
 
 def newest_step(folder):
     """Where --resume goes on, and what it takes its settings from."""
-    assert RunFolder(folder.path).saved_config() == TrainConfig(n_layer=1, seed=20)
+    assert RunFolder(folder.path).saved_config() == small(seed=20)
     with folder.locked():
         return folder.newest(silent).progress["step"]
 
@@ -382,6 +390,6 @@ def test_pipes_in_place_of_files_hang_nothing(folder):
         folder.newest(silent)
     put(folder.path / "last", 1)
     (folder.path / "last").replace(folder.last)
-    assert not folder.holds(TrainConfig(n_layer=1), "job", restarted=False)
+    assert not folder.holds(small(), "job", restarted=False)
     assert folder.set_aside() == folder.path / "previous" / "1"
     assert sorted(path.name for path in folder.path.iterdir()) == [".job", ".lock", "previous"]
