@@ -10,14 +10,15 @@ run_folder.py.
 """
 
 import hashlib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast, get_type_hints
 
 import torch
 
-from nanogpt import parts
+from nanogpt import parts, validation
 from nanogpt.config import GPTConfig, TrainConfig, UserError, from_dict, require
 from nanogpt.files import replacing
 
@@ -123,7 +124,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
     Errors: UserError if the folder cannot be written or the disk is full.
     """
-    write_sealed(path, {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)})
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    validation.require_plain(content)  # before the file that is there is touched
+    write_sealed(path, content)
 
 
 def write_sealed(path: Path, content: object) -> None:
@@ -162,18 +165,20 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
     try:
-        require(path.is_file(), f"checkpoint {path} does not exist: train one, or check the path")
+        if not path.exists():
+            raise UserError(f"checkpoint {path} does not exist: train one, or check the path")
+        require(path.is_file(), f"checkpoint {path} is not a file: give the ckpt.pt or last.pt of a run")
         verify(path)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_plain(path)
     except Exception as error:  # sealed, but hostile: whatever the reader then raises
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     version = content.get("format")
-    require(version is not None, f"{path} {FOREIGN}")
+    require(version is not None and not isinstance(version, torch.Tensor), f"{path} {FOREIGN}")
     content = upgraded(content)
     require(
         content["format"] == FORMAT,
@@ -181,8 +186,21 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     )
     names = {field.name for field in fields(Checkpoint)}
     require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
+    verify_content(path, content)
     found = Checkpoint(**content)
-    return put_together(path, found) if found.parts and whole else found
+    if not found.parts or not whole:
+        return found
+    together = put_together(path, found)
+    verify_content(path, vars(together))
+    return together
+
+
+def verify_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Errors: UserError if a part of the checkpoint is missing, or not what it must be."""
+    try:
+        validation.check(content, get_type_hints(Progress))
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is malformed: {error}") from error
 
 
 def put_together(path: Path, head: Checkpoint) -> Checkpoint:
@@ -192,7 +210,10 @@ def put_together(path: Path, head: Checkpoint) -> Checkpoint:
     """
     parts.verify(path.parent, head.parts)
     tensors = parts.read_whole(parts_folder(path, head.parts))
-    model, average, states = parts.nested(tensors, len(head.optimizers))
+    try:
+        model, average, states = parts.nested(tensors, len(head.optimizers))
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"checkpoint {path} is malformed: its parts have wrong names ({error})") from error
     optimizers = [saved | {"state": state} for saved, state in zip(head.optimizers, states, strict=True)]
     return replace(head, model=model, average=average, optimizers=optimizers, parts={})
 
@@ -220,6 +241,21 @@ def peek(path: Path) -> tuple[TrainConfig, int]:
 
     Errors: whatever a missing or damaged file raises.
     """
-    content = cast(dict[str, Any], torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-    content = upgraded(content)
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(path)
+    try:
+        content = read_plain(path, mmap=True)
+    except (OSError, RuntimeError):  # a file system that maps no files
+        content = read_plain(path)
+    content = upgraded(cast(dict[str, Any], content))
     return from_dict(TrainConfig, content["config"]), int(content["progress"]["step"])
+
+
+def read_plain(path: Path, *, mmap: bool = False) -> object:
+    """What torch.load finds in a file, on the CPU: tensors and plain types alone, without a warning.
+
+    Errors: whatever it raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of unusual pickles: what they hold is judged by whoever asks
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)

@@ -5,10 +5,13 @@ Flags:  cli.py turns each field into a flag of the same name; the text under a f
 Knows nothing of torch, of files, or of how a flag is typed.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
+
+from nanogpt.errors import UserError as UserError  # noqa: PLC0414 - imported from here
+from nanogpt.errors import require
+from nanogpt.settings import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto", "on", "off"]
@@ -28,21 +31,8 @@ LEAST_BPE = 257
 """Ids of a byte-level BPE that has learned nothing: every byte, and the end of a text."""
 
 
-class UserError(Exception):
-    """A mistake the user can mend: one line saying what is wrong, the value, and the fix.
-
-    Commands print it without a traceback and exit with code 2.
-    """
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise UserError(message) unless `holds`."""
-    if not holds:
-        raise UserError(message)
-
-
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(Settings):
     """The shape of the model: what a checkpoint fixes for good, plus dropout and the attention kernel."""
 
     block_size: int = 256
@@ -84,6 +74,7 @@ class Architecture:
     """Rows in each table of hashed pairs and triples of tokens, added to the embedding; 0: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_width"):
             at_least(self, name, 1)
         for name in ("logit_cap", "ngram_vocab"):
@@ -136,12 +127,12 @@ class SummaryConfig(GPTConfig):
 
 
 @dataclass(frozen=True)
-class PresetsConfig:
+class PresetsConfig(Settings):
     """List the presets: size, measured loss and training time of each."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Turn texts into token files: train.pt, val.pt and vocab.pt in the data folder."""
 
     input_file: tuple[str, ...] = ()
@@ -168,6 +159,7 @@ class DataConfig:
     """Replace a different data set that is already in the folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             0 < self.train_split < 1,
             f"--train_split {self.train_split} is outside (0, 1): try 0.9",
@@ -208,7 +200,7 @@ def shortened(names: tuple[str, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class InfoConfig:
+class InfoConfig(Settings):
     """Describe a prepared data folder: counts, tokens, document lengths, a picture."""
 
     data_dir: str = "data"
@@ -293,7 +285,6 @@ class TrainConfig(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        all_finite(self)
         for name in ("batch_size", "gradient_accumulation_steps", "max_iters"):
             at_least(self, name, 1)
         if self.micro_batch != "auto":
@@ -344,7 +335,7 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """Generate text from a checkpoint."""
 
     checkpoint: str = "out/ckpt.pt"
@@ -371,13 +362,14 @@ class SampleConfig:
     """auto, cpu, cuda, cuda:1 or mps."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, "num_tokens", 0)
         for name in ("num_samples", "top_k"):
             at_least(self, name, 1)
         at_least(self, "seed", 0)
         small_seed(self.seed)
         require(
-            0 <= self.temperature < float("inf"),
+            self.temperature >= 0,
             f"--temperature {self.temperature} is not 0 or a positive number: try 0.8",
         )
         require(
@@ -401,16 +393,6 @@ def at_least(config: object, name: str, least: int) -> None:
         value is None or value >= least,
         f"--{name} {value} is too small: it must be at least {least}",
     )
-
-
-def all_finite(config: TrainConfig) -> None:
-    """Raise UserError if a number in `config` is infinite or not a number."""
-    for item in fields(config):
-        value = getattr(config, item.name)
-        require(
-            not isinstance(value, float) or math.isfinite(value),
-            f"--{item.name} {value} is not a finite number: leave it out for the default",
-        )
 
 
 def small_seed(seed: int | None) -> None:

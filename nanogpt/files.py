@@ -3,17 +3,43 @@
 Use:    with replacing(path) as file: file.write(data)
 The bytes go to a temporary name beside `path`, are synced to the disk, and only then take the
 name `path`: whatever happens before that instant, the file that was there is untouched.
+What a file system cannot do (Google Drive, sshfs, SMB, some NFS and FUSE know no sync of a folder or of a
+file) is done without, and said once.
 """
 
 import contextlib
+import errno
+import hashlib
 import os
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
 from nanogpt.config import UserError
+from nanogpt.console import warn
 
 TEMPORARY_SUFFIX = ".part"
+
+NOT_KNOWN = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+    errno.ENOTTY,
+    errno.EROFS,
+}
+"""How a file system says that it has no such call."""
+
+IN_USE = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY}
+"""How Windows and SMB refuse to rename over a file that a reader or a virus scanner has open."""
+
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Seconds between tries to rename."""
+
+reported: set[tuple[str, str]] = set()
+"""What has been said of which folder."""
 
 
 @contextlib.contextmanager
@@ -24,12 +50,13 @@ def replacing(path: Path) -> Generator[BinaryIO]:
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        temporary.unlink(missing_ok=True)  # a pipe, or a link to elsewhere, must not be written to
         with open(temporary, "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            sync(file.fileno(), path.parent)
+        rename(temporary, path)
         sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -41,11 +68,70 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 
+def rename(source: Path, target: Path) -> None:
+    """Give a file or folder the name `target`, over a file that has it.
+
+    Where others may have that file open and this forbids it, try again for some seconds. Errors: OSError.
+    """
+    for pause in PAUSES:
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if error.errno not in IN_USE or target.is_dir():
+                raise
+        time.sleep(pause)
+    os.replace(source, target)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each of which survives a power cut. Errors: OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def sync(descriptor: int, folder: Path) -> None:
+    """Bring what was written to an open file in `folder` to the disk, if that can be. Errors: OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_KNOWN:
+            raise
+        lacks(folder, "cannot sync a file", "a power cut may damage what was just saved")
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut (POSIX; Windows does it by itself)."""
-    if os.name == "posix":
+    """Make a rename in `folder` survive a power cut, if the file system can (Windows does it by itself).
+
+    Errors: OSError if the disk is broken or full.
+    """
+    if os.name != "posix":
+        return
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_KNOWN | {errno.EACCES, errno.EPERM, errno.EISDIR}:
+            raise
+        lacks(folder, "cannot sync a folder", "a power cut may undo the last save")
+
+
+def lacks(folder: Path, what: str, consequence: str) -> None:
+    """Say, once for each folder, which protection its file system does not give."""
+    if (key := (str(folder), what)) not in reported:
+        reported.add(key)
+        warn(f"The file system of {folder} {what}: {consequence}")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

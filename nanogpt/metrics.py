@@ -8,11 +8,14 @@ what they show and leave the rest. Knows nothing of the model.
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from nanogpt import files
+from nanogpt.config import UserError, require
 from nanogpt.console import progress_bar, say, warn
 
 Record = Mapping[str, Any]
@@ -77,11 +80,13 @@ class JsonLines:
 
     Opening it at a step drops what a killed run wrote after that step (and a line cut in half),
     since those steps are done again. A full disk costs no line: it waits for the next flush.
+    Errors: UserError if it is no file, or cannot be read.
     """
 
     def __init__(self, path: Path, step: int, evaluated_at: int) -> None:
         self.path = path
         self.waiting: list[str] = []
+        self.problem = ""
         forget_after(path, step, evaluated_at)
 
     def write(self, record: Record) -> None:
@@ -93,6 +98,7 @@ class JsonLines:
     def flush(self, *, sync: bool = True) -> None:
         """Write the lines that wait; with sync, through to the disk."""
         try:
+            require_file(self.path)
             with open(self.path, "ab", buffering=0) as file:
                 size, left = file.seek(0, os.SEEK_END), "".join(self.waiting).encode()
                 try:
@@ -102,34 +108,86 @@ class JsonLines:
                     file.truncate(size)  # no half line
                     raise
                 self.waiting.clear()
+                self.problem = ""
                 if sync:
-                    os.fsync(file.fileno())
-        except OSError as error:
-            warn(f"cannot write {self.path}: {error.strerror}: will try again")
+                    files.sync(file.fileno(), self.path.parent)
+        except (OSError, UserError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            if reason != self.problem:  # said once, not at every line
+                warn(f"cannot write {self.path}: {reason}: will try again")
+            self.problem = reason
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write what waits, or say that it is lost."""
         self.flush()
+        if self.waiting:
+            warn(f"{self.path} lacks the last {len(self.waiting):,} lines: {self.problem}")
+            self.waiting.clear()
+
+
+def require_file(path: Path) -> None:
+    """Errors: UserError if there is something at `path` that is no file: reading a pipe waits for ever."""
+    require(path.is_file() or not path.exists(), f"{path} is not a file: move it away")
+
+
+def rows(path: Path) -> Generator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file of metrics, and what is in each: None if it is not ours, or cut in half.
+
+    Errors: UserError if it is no file, or cannot be read.
+    """
+    require_file(path)
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                yield line, row_of(line)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, None if there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not line.endswith(b"\n"):
+        return None
+    row = cast(dict[str, Any], row)
+    return row if type(row.get("step")) in (int, float) else None
 
 
 def forget_after(path: Path, step: int, evaluated_at: int) -> None:
-    """Cut the JSON lines at `path` from the first one that is ahead of the run.
+    """Drop the records at `path` that are ahead of the run, and a last line cut in half.
 
+    Whatever else is there stays, in its place.
     step, evaluated_at: where the run stands, and when it was last evaluated.
+    Errors: UserError if it is no file, or cannot be read or written.
     """
+    require_file(path)
     if not path.exists():
         return
-    keep = 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                if not line.endswith(b"\n") or row["step"] > (evaluated_at if "val_loss" in row else step):
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            keep += len(line)
-    os.truncate(path, keep)
+    first, position, tail = -1, 0, True
+    for line, row in rows(path):
+        if is_undone(line, row, step, evaluated_at):
+            first = position if first < 0 else first
+        elif first >= 0:
+            tail = False
+        position += len(line)
+    if first < 0:
+        return
+    if tail:  # as most often: works on a full disk too
+        os.truncate(path, first)
+        return
+    with files.replacing(path) as file:
+        for line, row in rows(path):
+            if not is_undone(line, row, step, evaluated_at):
+                file.write(line)
+
+
+def is_undone(line: bytes, row: dict[str, Any] | None, step: int, evaluated_at: int) -> bool:
+    """Whether a line is ahead of a run (see forget_after), or cut in half."""
+    ahead = row is not None and row["step"] > (evaluated_at if "val_loss" in row else step)
+    return ahead or not line.endswith(b"\n")
 
 
 TENSORBOARD_NAMES = {
@@ -147,13 +205,20 @@ class TensorBoard:
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         self.broken = False
-        rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+        self.excepthook = threading.excepthook
+        threading.excepthook = self.quiet
+        table = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
         with self.attempt():
             from torch.utils.tensorboard.writer import SummaryWriter
 
             # purge_step hides what a killed run wrote about steps that are done again.
             self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-            self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", step)
+            self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{table}", step)
+
+    def quiet(self, failure: threading.ExceptHookArgs) -> None:
+        """Print no traceback of the thread that writes events: its error is raised again by the next call."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self.excepthook(failure)
 
     @contextmanager
     def attempt(self) -> Generator[None]:
@@ -185,6 +250,7 @@ class TensorBoard:
         """Write what waits and close the file."""
         with self.attempt():
             self.writer.close()
+        threading.excepthook = self.excepthook
 
 
 class ConsoleReader:

@@ -9,7 +9,6 @@ optimizers.<optimizer>.<parameter>.<moment>.
 """
 
 import functools
-import hashlib
 import io
 import pickle
 import warnings
@@ -23,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanogpt.config import UserError, require
+from nanogpt.files import sha256, sync
 
 if TYPE_CHECKING:  # it takes long to import, and a PyTorch without torch.distributed has none of it
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -102,11 +102,14 @@ def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
         try:
             saved.result()
             own = [*folder.glob(f"__{rank}_*"), *([folder / INDEX] if rank == 0 else [])]
+            for path in own:
+                with open(path, "r+b") as file:
+                    sync(file.fileno(), folder)
             digests.set_result({path.name: sha256(path) for path in own})
         except (Exception, CheckpointException) as error:
             digests.set_exception(UserError(f"cannot write {folder}: {cause_of(error)}"))
 
-    writer = FileSystemWriter(folder)
+    writer = FileSystemWriter(folder, sync_files=False)  # see `sum_up`: not every disk can
     saving = cast("Future[Any]", async_save(tensors, storage_writer=writer, process_group=connection()))
     saving.add_done_callback(sum_up)
     return digests
@@ -122,15 +125,6 @@ def cause_of(error: BaseException) -> str:
     if "inline_container" in str(error):  # and loses the cause on its way from another process
         return "the disk is full, or broken"
     return (isinstance(error, OSError) and error.strerror) or (str(error).splitlines() or [repr(error)])[-1]
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def verify(folder: Path, digests: Mapping[str, str]) -> None:
@@ -164,6 +158,7 @@ def reader(folder: Path) -> "FileSystemReader":
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
             """The index."""
+            require((folder / INDEX).is_file(), f"{folder} is not a checkpoint: {INDEX} is missing")
             content = (folder / INDEX).read_bytes()
             try:
                 found = Index(io.BytesIO(content)).load()

@@ -3,23 +3,22 @@
 Use:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nanogpt.files import replacing
+from nanogpt.metrics import rows
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
     """Draw training and validation loss, with the best evaluation marked (matplotlib).
 
-    Errors: UserError if the picture cannot be written.
+    Errors: UserError if the metrics cannot be read, or the picture cannot be written.
     """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
-    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    found = [row for _, row in rows(metrics) if row is not None]
+    train, val = points(found, "train_loss"), points(found, "val_loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     if train:
@@ -42,3 +41,8 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         axes.legend()
     with replacing(picture) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def points(found: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Step and value of every record that has the number `name`."""
+    return [(row["step"], row[name]) for row in found if type(row.get(name)) in (int, float)]

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from nanogpt.bpe import gpt2, train_bpe
 from nanogpt.config import DataConfig, UserError, require
@@ -29,6 +28,7 @@ from nanogpt.corpus import Corpus, find
 from nanogpt.data import FORMAT, SPLITS, load, save_plain, shard_path
 from nanogpt.documents import Piece, Report
 from nanogpt.files import replacing
+from nanogpt.locking import lock
 from nanogpt.shakespeare import TINY_SHAKESPEARE, download, tiny_shakespeare
 from nanogpt.survey import Split, Survey, all_pieces, batches, fingerprint_of, in_order, take_survey
 from nanogpt.token_files import Work, write_tokens
@@ -54,11 +54,8 @@ def main(config: DataConfig) -> int:
     """Prepare a data folder and say what was made. Returns the exit code."""
     folder = Path(config.data_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
+        with lock(folder, f"another program is writing to {folder}: use another --data_dir"):
             prepare(config)
-    except Timeout as error:
-        raise UserError(f"another program is writing to {folder}: use another --data_dir") from error
     except FileExistsError as error:
         raise UserError(f"--data_dir {folder} is a file: give a folder") from error
     finally:

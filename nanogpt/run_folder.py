@@ -7,16 +7,18 @@ Holds:  ckpt.pt (best), last.pt (newest; with --parallel fsdp its tensors are in
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from nanogpt import parts
 from nanogpt.checkpoint import Checkpoint, load, peek
 from nanogpt.config import TrainConfig, UserError, require
+from nanogpt.console import warn
+from nanogpt.files import make_folder, rename, sync_folder
+from nanogpt.locking import Owner, lock
 from nanogpt.world import ALONE, World
 
 RUN_BY_RUN = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
@@ -35,6 +37,12 @@ class RunFolder:
         self.plot = path / "loss.png"
         self.runs = path / "runs"
         self.job = path / ".job"
+        self.moving = path / ".moving"
+        """An earlier run on its way to previous/, or back."""
+        self.owner: Owner | None = None
+        """Whoever holds the folder in this process."""
+        self.resumed: Path | None = None
+        """The file that `newest` chose."""
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
@@ -43,19 +51,24 @@ class RunFolder:
         Errors: UserError if another training owns it, or if it cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(f"another training is writing to {self.path}: use another --out_dir") from error
+            with lock(
+                self.path, f"another training is writing to {self.path}: use another --out_dir"
+            ) as self.owner:
+                self.undo_move()
+                yield
         except OSError as error:
+            if self.owner:
+                raise
             raise UserError(
                 f"--out_dir {self.path} cannot be written ({error.strerror}): give another"
             ) from error
-        try:
-            yield
         finally:
-            lock.release()
+            self.owner = None
+
+    def confirm(self) -> None:
+        """Own the folder still. Errors: UserError if another training has taken it."""
+        if self.owner:
+            self.owner.confirm()
 
     def newest(
         self, report: Callable[[str], None], world: World = ALONE, *, whole: bool = True
@@ -66,17 +79,17 @@ class RunFolder:
         together.
         Errors: UserError if there is none.
         """
-        found: list[Checkpoint] = []
+        found: list[tuple[Path, Checkpoint]] = []
         damaged = False
         for path in (self.last, self.best):
             if path.is_file():
                 try:
-                    found.append(load(path, whole=whole))
-                    if found[-1].parts:
-                        verify_parts(path, found[-1], world)
+                    saved = load(path, whole=whole)
+                    if saved.parts:
+                        verify_parts(path, saved, world)
+                    found.append((path, saved))
                 except UserError as error:
                     damaged = True
-                    found = [checkpoint for checkpoint in found if not checkpoint.parts]
                     report(f"{error}: passing it over")
         require(
             bool(found),
@@ -84,16 +97,17 @@ class RunFolder:
             if not damaged
             else f"no checkpoint in {self.path} is whole: start without --resume, which keeps what is there",
         )
-        newest = max(found, key=lambda checkpoint: int(checkpoint.progress["step"]))
+        self.resumed, newest = max(found, key=lambda one: int(one[1].progress["step"]))
         if damaged:
             report(f"Going on from step {newest.progress['step']} instead")
         return newest
 
     def saved_config(self) -> TrainConfig | None:
         """The settings of the run, read quickly and unverified; None if there is none to read."""
-        for path in (self.last, self.best):
-            with contextlib.suppress(Exception):  # a damaged file is reported by `newest`
-                return peek(path)[0]
+        for name in (self.last.name, self.best.name):
+            for folder in (self.path, self.moving):
+                with contextlib.suppress(Exception):  # a damaged file is reported by `newest`
+                    return peek(folder / name)[0]
         return None
 
     def holds(self, config: TrainConfig, job: str, *, restarted: bool) -> bool:
@@ -104,7 +118,8 @@ class RunFolder:
         """
         try:
             saved, step = peek(self.last)
-            own = bool(job) and self.job.read_text() == job and step < config.max_iters
+            named = self.job.is_file() and self.job.read_text() == job
+            own = bool(job) and named and step < config.max_iters
         except Exception:  # none, or damaged: `newest` looks more closely if asked to resume
             return False
         return (own or restarted) and replace(saved, **RUN_BY_RUN) == replace(config, **RUN_BY_RUN)
@@ -115,26 +130,57 @@ class RunFolder:
             if path != but:
                 shutil.rmtree(path, ignore_errors=True)
 
+    def belongings(self, folder: Path) -> list[Path]:
+        """What there is of a run in a folder, what is resumed last."""
+        names = (self.runs, self.plot, self.metrics, self.parts, self.best, self.last)
+        return [path for name in names if os.path.lexists(path := folder / name.name)]
+
     def set_aside(self, *, delete: bool = False) -> Path | None:
         """Make room for a new run: move an earlier one to previous/<number>, or delete it.
 
+        Its files are gathered in one folder, which then takes its name at once: killed at any moment, the run
+        is whole in one place, or `undo_move` puts it back together.
         Returns where it went, None if there was none or it was deleted.
         """
-        belongings = (self.last, self.best, self.parts, self.metrics, self.plot, self.runs)
-        present = [path for path in belongings if path.exists()]
-        if delete:
-            for path in present:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            return None
+        present = self.belongings(self.path)
+        doomed = self.path / ".deleting"
+        shutil.rmtree(doomed, ignore_errors=True)
         if not present:
             return None
+        self.moving.mkdir(exist_ok=True)
+        for path in present:
+            rename(path, self.moving / path.name)
+        sync_folder(self.moving)
+        if delete:
+            rename(self.moving, doomed)
+            shutil.rmtree(doomed)
+            return None
+        return self.number_the_move()
+
+    def number_the_move(self) -> Path:
+        """Give what has been gathered its place among the earlier runs."""
         archive = self.path / "previous"
+        make_folder(archive)
         numbers = [int(path.name) for path in archive.glob("*") if path.name.isdecimal()]
         target = archive / str(max(numbers, default=0) + 1)
-        target.mkdir(parents=True)
-        for path in present:
-            path.rename(target / path.name)
+        rename(self.moving, target)
+        sync_folder(archive)
+        sync_folder(self.path)
         return target
+
+    def undo_move(self) -> None:
+        """Put an earlier run back whose move was cut short: it is resumed whole, or moved anew."""
+        if not self.moving.is_dir():
+            return
+        moved = self.belongings(self.moving)
+        if any(os.path.lexists(self.path / path.name) for path in moved):  # somebody has written both
+            warn(f"Parts of two runs are in {self.path}: one of them is now in {self.number_the_move()}")
+            return
+        for path in reversed(moved):
+            rename(path, self.path / path.name)
+        with contextlib.suppress(OSError):  # what is not of a run stays there
+            self.moving.rmdir()
+        sync_folder(self.path)
 
 
 def verify_parts(path: Path, saved: Checkpoint, world: World) -> None:

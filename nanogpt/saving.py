@@ -12,12 +12,13 @@ from typing import Any
 
 from nanogpt import checkpoint, parallel, parts
 from nanogpt.checkpoint import Checkpoint, Progress
-from nanogpt.config import UserError, to_dict
+from nanogpt.config import UserError, require, to_dict
 from nanogpt.console import warn
 from nanogpt.device import name_of
-from nanogpt.files import sync_folder
+from nanogpt.files import replacing, sync_folder
 from nanogpt.run import Run, Writing
 from nanogpt.sharding import load_whole, optimizer_parts, whole_state
+from nanogpt.validation import check_states
 
 
 def snapshot(run: Run) -> Checkpoint:
@@ -37,7 +38,7 @@ def snapshot(run: Run) -> Checkpoint:
 def head(run: Run) -> Checkpoint:
     """The run as a checkpoint, without its tensors."""
     return Checkpoint(
-        config=to_dict(replace(run.config, resume=False, overwrite=False)),
+        config=settings(run),
         vocab_size=run.model.config.vocab_size,
         progress=asdict(run.progress),
         model={},
@@ -55,12 +56,22 @@ def head(run: Run) -> Checkpoint:
     )
 
 
+def settings(run: Run) -> dict[str, Any]:
+    """The settings of the run as they are saved."""
+    return to_dict(replace(run.config, resume=False, overwrite=False))
+
+
 def restore(run: Run, saved: Checkpoint) -> None:
     """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
     if saved.parts:
         run.parts = checkpoint.parts_folder(run.folder.last, saved.parts)
         states = read_parts(run, run.parts)
     else:
+        try:
+            check_states(run.optimizers, [optimizer["state"] for optimizer in saved.optimizers])
+            check_scaler(run, saved)
+        except UserError as error:
+            raise UserError(f"the checkpoint in {run.folder.path} is malformed: {error}") from error
         load_whole(run.model, saved.model)
         if run.average:
             load_whole(run.average, saved.weights)
@@ -72,6 +83,15 @@ def restore(run: Run, saved: Checkpoint) -> None:
         run.scaler.load_state_dict(saved.scaler)
     run.progress = Progress(**saved.progress)
     run.saved_step = run.progress.step
+    if run.folder.resumed == run.folder.last and saved.config == settings(run):
+        run.kept = saved.progress  # nothing to save before something changes
+
+
+def check_scaler(run: Run, saved: Checkpoint) -> None:
+    """Errors: UserError if the gradient scaler cannot go on from what was saved."""
+    if saved.scaler and run.scaler.is_enabled():
+        require(saved.scaler.keys() == run.scaler.state_dict().keys(), "the scaler is not whole")
+        require(saved.scaler["scale"] > 0, f"the scaler's scale is {saved.scaler['scale']}")
 
 
 def read_parts(run: Run, folder: Path) -> list[dict[int, Any]]:
@@ -108,10 +128,14 @@ def begin_save(run: Run, path: Path) -> None:
     """
     finish_save(run)
     run.saved_at = time.perf_counter()
+    with run.world.together():
+        if run.world.is_first:
+            run.folder.confirm()
     if run.world.is_first:
         run.metrics.flush()
         if run.world.job and not run.saved_step:
-            run.folder.job.write_text(run.world.job)
+            with replacing(run.folder.job) as file:
+                file.write(run.world.job.encode())
     if parallel.is_sharded(run.model) and path == run.folder.last:
         average = run.average.state_dict() if run.average else {}
         states = [optimizer.state_dict()["state"] for optimizer in run.optimizers]

@@ -1,5 +1,6 @@
 """`replacing` writes the whole file or leaves what was there, whatever goes wrong; the user gets one line."""
 
+import errno
 import os
 import sys
 import time
@@ -234,3 +235,107 @@ def test_a_process_killed_while_writing_leaves_the_old_file(path):
     os.waitpid(child, 0)
     assert temporary.read_bytes() == b"half"
     assert path.read_bytes() == OLD
+
+
+# File systems that lack something
+
+
+@pytest.fixture
+def poor(monkeypatch):
+    """Make a call of the operating system fail; none has been reported yet, and no pause takes time."""
+    monkeypatch.setattr(files, "reported", set())
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+
+    def fail(name, number, where=lambda *args: True, times=1000):
+        real, left = getattr(os, name), [times]
+
+        def call(*args, **kwargs):
+            if left[0] and where(*args):
+                left[0] -= 1
+                raise OSError(number, os.strerror(number))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(files.os, name, call)
+
+    return fail
+
+
+def of_a_folder(descriptor):
+    return os.path.isdir(f"/proc/self/fd/{descriptor}")  # noqa: PTH112
+
+
+def write_twice(path):
+    for content in (b"one", b"two"):
+        with replacing(path) as file:
+            file.write(content)
+    assert path.read_bytes() == b"two"
+    assert names(path.parent) == ["file.bin"]
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS])
+@pytest.mark.parametrize("of", ["folder", "file"])
+def test_without_a_sync_the_file_is_written_and_that_is_said_once(path, poor, capsys, number, of):
+    poor("fsync", number, lambda fd: of_a_folder(fd) == (of == "folder"))
+    write_twice(path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"The file system of {path.parent} cannot sync a {of}: a power cut may ")
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EACCES, errno.EISDIR, errno.ENOTSUP])
+def test_a_folder_that_cannot_be_opened_is_not_synced(path, poor, capsys, number):
+    poor("open", number)
+    write_twice(path)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_sync_that_fails_on_a_broken_or_full_disk_is_an_error(path, poor, number):
+    poor("fsync", number)
+    with pytest.raises(UserError, match=os.strerror(number)), replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EBUSY])
+def test_a_file_that_others_have_open_is_replaced_as_soon_as_they_let_go(path, poor, number):
+    poor("replace", number, times=5)
+    write_twice(path)
+
+
+def test_a_file_that_others_never_let_go_stays_as_it_was(path, poor):
+    poor("replace", errno.EACCES)
+    with pytest.raises(UserError, match="Permission denied"), replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == OLD
+    assert names(path.parent) == ["file.bin"]
+
+
+@posix
+def test_a_pipe_under_the_temporary_name_is_not_written_to(path):
+    os.mkfifo(path.with_name(path.name + files.TEMPORARY_SUFFIX))
+    with replacing(path) as file:
+        file.write(b"x" * 1_000_000)
+    assert path.read_bytes() == b"x" * 1_000_000
+
+
+@posix
+def test_a_link_under_the_temporary_name_leads_nowhere(path, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(b"precious")
+    path.with_name(path.name + files.TEMPORARY_SUFFIX).symlink_to(other)
+    with replacing(path) as file:
+        file.write(b"new")
+    assert (path.read_bytes(), other.read_bytes()) == (b"new", b"precious")
+
+
+@posix
+def test_new_folders_are_synced_into_those_above(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    files.make_folder(tmp_path / "a" / "b")
+    files.make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path / "a", tmp_path]

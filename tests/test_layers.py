@@ -10,10 +10,13 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 LAYERS = (
     {
+        "errors",
+        "settings",
         "config",
         "cores",
         "presets",
         "files",
+        "locking",
         "console",
         "tokenizer",
         "bpe",
@@ -33,6 +36,7 @@ LAYERS = (
         "token_files",
         "prepare",
         "data_info",
+        "validation",
         "checkpoint",
         "metrics",
         "plot",

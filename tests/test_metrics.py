@@ -5,12 +5,14 @@ import math
 import os
 import re
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
 from rich.console import Console
 
-from nanogpt import console, metrics
+from nanogpt import console, files
+from nanogpt.config import UserError
 from nanogpt.metrics import ConsoleReader, JsonLines, Metrics, TensorBoard, duration, forget_after
 from nanogpt.plot import plot_losses
 
@@ -92,7 +94,7 @@ def test_what_is_no_number_is_left_out(path, value):
 
 def test_flush_reaches_the_disk(path, monkeypatch):
     synced = []
-    monkeypatch.setattr(metrics.os, "fsync", synced.append)
+    monkeypatch.setattr(files.os, "fsync", synced.append)
     lines = JsonLines(path, 0, 0)
     lines.write(train(1))
     assert synced == []  # not at every line: that would slow the training
@@ -122,16 +124,61 @@ def test_resuming_forgets_exactly_what_will_be_done_again(path, step, evaluated_
     assert rows(path) == written[:left]
 
 
-@pytest.mark.parametrize(
-    "torn",
-    [b'{"step": 3, "tr', b'{"step": 3}', b"\x00\x00\x00\n", b"[1]\n", b"{}\n", b"\n", b"3\n", b"\xff\n"],
-)
-def test_a_torn_line_and_what_follows_it_is_cut(path, torn):
-    whole = b'{"step": 1}\n{"step": 2}\n'
-    path.write_bytes(whole + torn + (b'{"step": 4}\n' if torn.endswith(b"\n") else b""))
+DEEP = b"[" * 100_000 + b"\n"
+FOREIGN = [b"\x00\x00\x00\n", b"[1]\n", b"{}\n", b"\n", b"3\n", b"\xff\n", b'{"step": "9"}\n', DEEP]
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=range(len(FOREIGN)))
+def test_a_line_that_is_not_ours_stays_and_so_does_what_follows(path, line):
+    path.write_bytes(b'{"step": 1}\n' + line + b'{"step": 2}\n')
+    forget_after(path, 100, 100)
+    assert path.read_bytes() == b'{"step": 1}\n' + line + b'{"step": 2}\n'
+    forget_after(path, 1, 0)
+    assert path.read_bytes() == b'{"step": 1}\n' + line
+    path.write_bytes(b'{"step": 1}\n{"step": 3}\n' + line + b'{"step": 2}\n{"step": 4}\n')
+    forget_after(path, 2, 0)
+    assert path.read_bytes() == b'{"step": 1}\n' + line + b'{"step": 2}\n'
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "tr', b'{"step": 3}', b"\x00\x00", b"["])
+def test_a_last_line_cut_in_half_is_dropped_and_nothing_else(path, torn):
+    whole = b'{"step": 1}\n\n{"step": 2}\n'
+    path.write_bytes(whole + torn)
     JsonLines(path, 100, 100).write(train(5))
     assert path.read_bytes().startswith(whole + b'{"step": 5, ')
-    assert [row["step"] for row in rows(path)] == [1, 2, 5]
+
+
+@posix
+@pytest.mark.parametrize("kind", ["pipe", "endless", "folder"])
+def test_what_is_no_file_is_refused_at_the_start_and_waited_for_later(path, tmp_path, kind, capsys):
+    lines = JsonLines(path, 0, 0)
+    make = {"pipe": os.mkfifo, "endless": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}
+    make[kind](path)
+    with pytest.raises(UserError, match="is not a file: move it away"):
+        JsonLines(path, 0, 0)
+    with pytest.raises(UserError, match="is not a file: move it away"):
+        plot_losses(path, tmp_path / "loss.png")
+    lines.write(train(1))
+    path.rmdir() if kind == "folder" else path.unlink()
+    lines.flush()
+    assert rows(path) == [train(1)]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_lines_that_can_never_be_written_are_counted_at_the_end(blocked, capsys):
+    lines = JsonLines(blocked, 0, 0)
+    for step in range(3):
+        lines.write(train(step))
+    lines.close()
+    first, last = capsys.readouterr().err.splitlines()
+    assert "will try again" in first
+    assert last == f"{blocked} lacks the last 3 lines: No such file or directory"
+
+
+def test_a_picture_leaves_out_what_is_not_ours(path, tmp_path):
+    path.write_bytes(b"".join(FOREIGN) + b'{"step": 1, "train_loss": null}\n{"step": 2, "val_loss": 3}\n')
+    plot_losses(path, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
 def test_nothing_there_is_nothing_to_forget(path):
@@ -276,6 +323,25 @@ def test_tensorboard_that_cannot_begin_says_so_once_and_stops(tmp_path, capsys):
     board.close()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("TensorBoard stops: ")
+
+
+def test_tensorboard_whose_thread_dies_prints_no_traceback(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    board = TensorBoard(tmp_path / "runs", 0, {})
+    board.flush()
+    hook = threading.excepthook
+
+    def fail(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    for step in (1, 2):
+        board.write(train(step))
+        board.flush()
+    board.close()
+    assert capsys.readouterr().err.splitlines() == ["TensorBoard stops: [Errno 28] No space left on device"]
+    assert threading.excepthook != hook  # given back
 
 
 # The stream

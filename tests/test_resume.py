@@ -7,19 +7,23 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nanogpt import checkpoint, files, train
-from nanogpt.checkpoint import Checkpoint
-from nanogpt.config import TrainConfig
+from nanogpt.checkpoint import Checkpoint, load
+from nanogpt.config import TrainConfig, UserError
+from nanogpt.locking import lock
+from nanogpt.train import fit
 
 KILLS = 20
 FOREVER = 100_000
@@ -222,3 +226,32 @@ def test_a_full_disk_leaves_the_checkpoint_and_the_training_goes_on(config, monk
     assert train.main(config) == 0
     assert "No space left on device" in capsys.readouterr().err
     assert checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"] == config.max_iters
+
+
+def test_resuming_a_finished_run_leaves_its_last_checkpoint_as_it_is(config: TrainConfig) -> None:
+    last = Path(config.out_dir) / "last.pt"
+    fit(replace(config, max_iters=3))
+    before = last.read_bytes()
+    fit(replace(config, max_iters=3, resume=True))
+    assert last.read_bytes() == before
+    fit(replace(config, max_iters=3, beta1=0.8, resume=True))  # a new setting is kept
+    assert load(last).train_config.beta1 == 0.8
+
+
+def test_a_training_whose_folder_another_has_taken_writes_nothing_there(config: TrainConfig, capsys) -> None:
+    """Deleted and taken at an evaluation, a file that is not ours stays as it is."""
+    out = Path(config.out_dir)
+    taken: list[Any] = []
+
+    def take(step: int, loss: float) -> bool:
+        if not taken:
+            shutil.rmtree(out)
+            taken.append(lock(out, "busy"))
+            taken[0].__enter__()
+            (out / "last.pt").write_bytes(b"another's")
+        return True
+
+    with pytest.raises(UserError, match=r"another program has taken .*out"):
+        fit(config, take)
+    assert (out / "last.pt").read_bytes() == b"another's"
+    taken[0].__exit__(None, None, None)

@@ -1,5 +1,7 @@
 """A run folder has one owner, loses no earlier run, and resumes from the newest file that is whole."""
 
+import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanogpt import files, run_folder
 from nanogpt.checkpoint import Checkpoint, Progress, save
-from nanogpt.config import TrainConfig, UserError, to_dict
+from nanogpt.config import TrainConfig, UserError, model_config, to_dict
+from nanogpt.model import GPT
 from nanogpt.run_folder import RunFolder
 
 
@@ -17,13 +21,20 @@ def folder(tmp_path):
     return RunFolder(tmp_path / "out")
 
 
+def small(**settings):
+    """Settings of a very small model."""
+    return TrainConfig(n_layer=1, n_head=1, n_embd=2, block_size=2, **settings)
+
+
 def put(path, step, **settings):
-    """A small checkpoint of a run at `step`."""
+    """A small checkpoint of a run at `step`, which is what all its weights are."""
+    config = small(**settings)
+    model = GPT(model_config(config, 5)).state_dict()
     checkpoint = Checkpoint(
-        config=to_dict(TrainConfig(n_layer=1, **settings)),
+        config=to_dict(config),
         vocab_size=5,
         progress=vars(Progress(step=step)),
-        model={"weight": torch.full((3,), float(step))},
+        model={name: torch.full_like(tensor, float(step)) for name, tensor in model.items()},
         average={},
         optimizers=[],
         scaler={},
@@ -120,7 +131,7 @@ def test_the_most_steps_win(folder, last, best, newest):
     put(folder.best, best)
     found = folder.newest(silent)
     assert found.progress["step"] == newest
-    assert torch.equal(found.model["weight"], torch.full((3,), float(newest)))
+    assert torch.equal(found.model["ln_f.bias"], torch.full((2,), float(newest)))
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
@@ -177,11 +188,11 @@ def test_a_half_written_file_is_no_checkpoint(folder):
 def test_saved_settings(folder):
     assert folder.saved_config() is None
     put(folder.best, 10, seed=1)
-    assert folder.saved_config() == TrainConfig(n_layer=1, seed=1)
+    assert folder.saved_config() == small(seed=1)
     put(folder.last, 20, seed=2)
-    assert folder.saved_config() == TrainConfig(n_layer=1, seed=2)
+    assert folder.saved_config() == small(seed=2)
     folder.last.write_bytes(b"damaged")
-    assert folder.saved_config() == TrainConfig(n_layer=1, seed=1)
+    assert folder.saved_config() == small(seed=1)
     folder.best.write_bytes(b"damaged")
     assert folder.saved_config() is None
 
@@ -257,3 +268,128 @@ def test_it_works_inside_the_lock(folder):
         folder.set_aside()
         with pytest.raises(UserError, match="another training"):
             RunFolder(folder.path).locked().__enter__()
+
+
+# Cut short
+
+
+class Killed(BaseException):
+    """What no handler expects, as a kill."""
+
+
+@contextlib.contextmanager
+def killed_at(number, call="replace"):
+    """Let the process die before one of its renames (or of other calls)."""
+    left, real = [number], getattr(files.os, call)
+
+    def counted(*args, **kwargs):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(files.os, call, counted)
+        yield
+
+
+def newest_step(folder):
+    """Where --resume goes on, and what it takes its settings from."""
+    assert RunFolder(folder.path).saved_config() == small(seed=20)
+    with folder.locked():
+        return folder.newest(silent).progress["step"]
+
+
+@pytest.fixture
+def unequal(folder):
+    """A run whose newest state is not its best."""
+    put(folder.last, 20, seed=20)
+    put(folder.best, 10, seed=10)
+    folder.metrics.write_text("metrics")
+    folder.plot.write_text("plot")
+    folder.runs.mkdir()
+    (folder.runs / "events").write_text("events")
+    return folder
+
+
+RENAMES = 6
+"""Five files and folders, and then the folder they were gathered in."""
+
+
+@pytest.mark.parametrize("delete", [False, True])
+@pytest.mark.parametrize("back", range(6))
+@pytest.mark.parametrize("number", range(RENAMES))
+def test_a_run_whose_move_was_killed_anywhere_is_resumed_whole(unequal, number, back, delete):
+    before = tree(unequal.path)
+    with killed_at(number):
+        unequal.set_aside(delete=delete)
+    with killed_at(back), unequal.locked():  # and on the way back, too
+        pass
+    assert newest_step(unequal) == 20
+    assert {name: raw for name, raw in tree(unequal.path).items() if name != ".lock"} == before
+
+
+@pytest.mark.parametrize("number", range(RENAMES))
+def test_a_new_run_finishes_a_move_that_was_killed_anywhere(unequal, number):
+    before = tree(unequal.path)
+    with killed_at(number):
+        unequal.set_aside()
+    with unequal.locked():
+        assert unequal.set_aside() == unequal.path / "previous" / "1"
+    assert tree(unequal.path / "previous" / "1") == before
+    assert sorted(path.name for path in unequal.path.iterdir()) == [".lock", "previous"]
+
+
+def test_the_move_has_as_many_renames_as_these_tests_know(unequal):
+    with killed_at(RENAMES - 1):
+        unequal.set_aside()
+        pytest.fail("not killed")
+    with killed_at(RENAMES):
+        unequal.set_aside()
+        return
+    pytest.fail("killed")
+
+
+def test_a_deletion_that_was_killed_leaves_no_run_and_is_finished_by_the_next(unequal):
+    with killed_at(0, call="unlink"):
+        unequal.set_aside(delete=True)
+    with unequal.locked(), pytest.raises(UserError, match="no checkpoint to resume"):
+        unequal.newest(silent)
+    unequal.set_aside()
+    assert [path.name for path in unequal.path.iterdir()] == [".lock"]
+
+
+def test_two_runs_in_one_folder_are_kept_apart(unequal, capsys):
+    with killed_at(RENAMES - 1):
+        unequal.set_aside()
+    put(unequal.last, 5)
+    with unequal.locked():
+        assert unequal.newest(silent).progress["step"] == 5
+    assert "Parts of two runs" in capsys.readouterr().err
+    assert len(tree(unequal.path / "previous" / "1")) == 5
+
+
+def test_the_move_is_synced(unequal, monkeypatch):
+    synced = []
+    monkeypatch.setattr(run_folder, "sync_folder", synced.append)
+    unequal.set_aside()
+    assert synced == [unequal.moving, unequal.path / "previous", unequal.path]
+
+
+# What is no file
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+def test_pipes_in_place_of_files_hang_nothing(folder):
+    folder.path.mkdir()
+    for path in (folder.last, folder.best, folder.job, folder.metrics, folder.plot):
+        os.mkfifo(path)
+    assert folder.saved_config() is None
+    assert not folder.holds(TrainConfig(), "job", restarted=True)
+    with folder.locked(), pytest.raises(UserError, match="no checkpoint to resume"):
+        folder.newest(silent)
+    put(folder.path / "last", 1)
+    (folder.path / "last").replace(folder.last)
+    assert not folder.holds(small(), "job", restarted=False)
+    assert folder.set_aside() == folder.path / "previous" / "1"
+    assert sorted(path.name for path in folder.path.iterdir()) == [".job", ".lock", "previous"]

@@ -1,0 +1,199 @@
+"""Owning a folder: one program at a time writes to it.
+
+Use:    with lock(folder, "another training is writing to out: use another --out_dir") as owner: ...
+        owner.confirm(), before what must not disturb another owner
+The operating system keeps the lock and drops it with the process, however that ends. It is on the file .lock
+and, where it can be, on the folder itself: deleting .lock lets nobody in. A file system without locks (Google
+Drive, sshfs, some NFS and FUSE) gets a file .owner, which names the process, and a line that says so.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import stat
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, cast
+
+from filelock import FileLock, Timeout
+
+from nanogpt.config import UserError, require
+from nanogpt.console import warn
+from nanogpt.files import lacks, make_folder
+
+HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
+"""How a file system says that another process has the lock."""
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
+"""How it says that it has no locks."""
+
+SAME_START = 2.0
+"""Seconds by which two readings of when a process began may differ."""
+
+
+class BusyError(Exception):
+    """Another process has the lock."""
+
+
+class NoLocksError(Exception):
+    """The file system has no locks."""
+
+
+class Owner:
+    """Who owns a folder: this process, until `release`."""
+
+    def __init__(self, folder: Path, busy: str) -> None:
+        self.folder, self.busy = folder, busy
+        self.path = folder / ".lock"
+        self.file = self.whole = -1
+        self.portable: FileLock | None = None
+        self.note: Path | None = None
+        self.lost = False
+
+    def acquire(self) -> None:
+        """Take the folder. Errors: BusyError; OSError if it cannot be written."""
+        if sys.platform == "win32":
+            self.portable = FileLock(self.path)
+            try:
+                self.portable.acquire(timeout=0)
+            except Timeout as error:
+                raise BusyError from error
+            return
+        with contextlib.suppress(NoLocksError, OSError):  # NFS wants a file that is open for writing
+            self.whole = locked_descriptor(self.folder, os.O_RDONLY)
+        try:
+            self.file = locked_descriptor(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
+        except NoLocksError:
+            self.note = write_note(self.folder)
+            lacks(self.folder, "has no locks", "only programs on this machine are kept out; start no other")
+
+    def release(self) -> None:
+        """Let others in."""
+        if self.portable:
+            self.portable.release()
+        if self.note:
+            with contextlib.suppress(OSError):
+                self.note.unlink(missing_ok=True)
+        for descriptor in (self.file, self.whole):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.file = self.whole = -1
+        self.portable = self.note = None
+
+    def confirm(self) -> None:
+        """Own the folder still, or again, if somebody has deleted .lock or the whole folder.
+
+        Errors: UserError if another program has taken it meanwhile.
+        """
+        if self.file < 0 and not self.lost:
+            return
+        whole = self.whole < 0 or is_at(self.whole, self.folder)
+        if not self.lost and whole and is_at(self.file, self.path):
+            return
+        self.release()
+        try:
+            require(not self.lost, "")
+            make_folder(self.folder)
+            self.acquire()
+        except (BusyError, UserError) as error:
+            self.release()
+            self.lost = True
+            raise UserError(
+                f"{self.path} was deleted, and another program has taken {self.folder}: nothing of this one "
+                "is saved there any more"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        warn(f"{self.path} was deleted while it was in use: made again")
+
+
+@contextlib.contextmanager
+def lock(folder: Path, busy: str) -> Generator[Owner]:
+    """Own a folder, which is made if need be, for the length of the block.
+
+    Errors: UserError(busy) if another process owns it; OSError if it cannot be written.
+    """
+    make_folder(folder)
+    owner = Owner(folder, busy)
+    try:
+        owner.acquire()
+    except BusyError as error:
+        owner.release()
+        raise UserError(busy) from error
+    except BaseException:
+        owner.release()
+        raise
+    try:
+        yield owner
+    finally:
+        owner.release()
+
+
+def locked_descriptor(path: Path, flags: int) -> int:
+    """Open and lock a file or folder. Errors: BusyError, NoLocksError, OSError; UserError for a device."""
+    import fcntl
+
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        kind = os.fstat(descriptor).st_mode
+        require(stat.S_ISREG(kind) or stat.S_ISDIR(kind), f"{path} is not a file: delete it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in HELD:
+            raise BusyError from error
+        if error.errno in NO_LOCKS:
+            raise NoLocksError from error
+        raise
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that has this name. If that cannot be told, it is."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def write_note(folder: Path) -> Path:
+    """Write down, in a new file, which process owns a folder. Errors: BusyError, OSError."""
+    path = folder / ".owner"
+    if os.path.lexists(path):
+        if lives(path):
+            raise BusyError
+        path.unlink(missing_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump({"machine": socket.gethostname(), "process": os.getpid(), "start": began()}, file)
+    except FileExistsError as error:
+        raise BusyError from error
+    return path
+
+
+def began(process: int | None = None) -> float:
+    """When a process began, in seconds. Errors: psutil.Error if there is none."""
+    import psutil
+
+    return psutil.Process(process).create_time()
+
+
+def lives(note: Path) -> bool:
+    """Whether the process that a note names runs on this machine."""
+    import psutil
+
+    try:
+        require(note.is_file(), f"{note} is not a file: delete it")
+        told = cast(dict[str, Any], json.loads(note.read_text("utf-8")))
+        here = told["machine"] == socket.gethostname()
+        return here and abs(began(int(told["process"])) - float(told["start"])) < SAME_START
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, psutil.Error):
+        return False
