@@ -233,8 +233,8 @@ def logged_safely(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     "words",
-    [["sample", "--num_tokens", "20"], ["data", "info"], ["presets"], ["model"], ["train", "--help"], ["--help"],
-     ["train", "--nonsense"], ["sample", "--checkpoint", "nowhere"]],
+    [["sample", "--num_tokens", "20"], ["data", "info"], ["presets"], ["model"], ["train", "--help"],
+     ["--help"], ["train", "--nonsense"], ["sample", "--checkpoint", "nowhere"]],
     ids=" ".join,
 )  # fmt: skip
 def test_commands_whose_output_nobody_can_read(place: Path, chance: random.Random, words: list[str]) -> None:
