@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import config as compiler_cache
 
 from nanogpt import data, device
 from nanogpt.checkpoint import load as load_checkpoint
@@ -175,6 +176,8 @@ def compile_model(run: Run) -> None:
     """
     say("Compiling the model (about a minute the first time)...")
     torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
+    # PyTorch's cache does not tell vector instructions apart: another processor's give NaN, or a crash.
+    compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
     plain = run.loss
     problems = run.world.gather(fault_of_the_compiler(run))
     if problems:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are slower on
 
 import pytest
 import torch
+import torch.compiler.config
 
 from nanogpt.config import DataConfig, TrainConfig
 from nanogpt.data import Dataset, load
@@ -38,6 +39,9 @@ TINY: dict[str, Any] = {
 def called_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     """Advice names commands as this program was called, which is not to depend on how pytest was."""
     monkeypatch.setattr(sys, "argv", ["test.py"])
+
+
+torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()  # as train.compile_model says
 
 
 @pytest.fixture(autouse=True)

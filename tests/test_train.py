@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +96,7 @@ def test_max_seconds_counts_training_alone_and_goes_on_over_resumes(config: Trai
     assert result.reason == "time"
     assert result.elapsed_s >= 0.2
     before_the_last = [row["elapsed_s"] for row in rows(config) if "train_loss" in row][:-1]
-    assert max(before_the_last, default=0.0) < 0.2
+    assert max(before_the_last, default=0.0) <= 0.2  # rounded
     assert math.isfinite(result.best_val_loss)  # evaluated at the end
     again = fit(replace(config, max_seconds=0.2, resume=True))
     assert again.step == result.step
@@ -373,6 +376,40 @@ def test_two_threads_of_a_process_do_not_train_at_once(config: TrainConfig, tmp_
     for name, weight in last(never).model.items():
         assert torch.equal(last(config).model[name], weight)
     assert fit(second).reason == "finished"  # afterwards it may
+
+
+COMPILED = """
+import warnings, torch
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+from nanogpt import checkpoint, train
+from nanogpt.config import TrainConfig
+train.fit(TrainConfig(**{settings}))
+assert "NaN" not in open({out!r} + "/metrics.jsonl").read()
+model = checkpoint.load(train.Path({out!r}) / "last.pt").model
+print(*(repr(weight.double().sum().item()) for weight in model.values()))
+"""
+
+
+@pytest.mark.long
+def test_compiled_code_of_another_processor_is_not_taken(config: TrainConfig, tmp_path: Path) -> None:
+    """PyTorch's cache tells no vector instructions apart: code for others gave NaN, or crashed."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("there are no others to compile for on this processor")
+    sums = []
+    for number, capability in enumerate(("default", "avx2", "default")):
+        out = str(tmp_path / f"out-{number}")
+        settings = asdict(
+            replace(config, out_dir=out, max_iters=4, eval_interval=4, compile="on", dropout=0.0)
+        )
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        environment |= {"ATEN_CPU_CAPABILITY": capability} if capability != "default" else {}
+        code = COMPILED.format(settings=settings, out=out)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert "torch.compile failed" not in done.stderr
+        sums.append([float(word) for word in done.stdout.splitlines()[-1].split()])
+    assert sums[0] == sums[2] == pytest.approx(sums[1], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inside torch.compile itself
