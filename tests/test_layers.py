@@ -13,6 +13,7 @@ LAYERS = (
         "config",
         "presets",
         "files",
+        "streams",
         "console",
         "tokenizer",
         "bpe",
@@ -52,6 +53,7 @@ LAYERS = (
         "show_presets",
     },
     {"cli"},
+    {"__main__"},
 )
 """Lowest first."""
 
