@@ -297,10 +297,12 @@ def flatten(box: str) -> str:
     """Tyro's framed error message in one line, without its frame and its pointer to --help."""
     words: list[str] = []
     for line in box.splitlines():
-        text = line.strip("│ ").strip()
+        text = line.strip("│| ").strip()
         if text.startswith("For full helptext"):
             break
-        if text and not set(text) & set("─╭╰"):
+        if set(text) - set("─-") and not text.startswith(
+            ("╭─", "╰─", "+-")
+        ):  # the latter where there is ASCII alone
             words.append(text)
     return " ".join(words).rstrip(".") or "the arguments cannot be understood"
 
