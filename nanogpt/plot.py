@@ -4,10 +4,26 @@ Use:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
 """
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty picture of this size, in inches (matplotlib).
+
+    Where the home folder cannot be written, matplotlib keeps its cache in a temporary one, which need not
+    be said: only its errors are.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
@@ -15,12 +31,10 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 
     Errors: UserError if the picture cannot be written.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
     rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
     val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
