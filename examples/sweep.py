@@ -16,6 +16,7 @@ import optuna
 
 from nanogpt import presets
 from nanogpt.config import TrainConfig, UserError
+from nanogpt.stopping import STOP_REASONS
 from nanogpt.train import fit
 
 
@@ -46,7 +47,7 @@ def objective(trial: optuna.Trial, options: argparse.Namespace) -> float:
     result = fit(config_of(trial, options), keep_going)
     if result.reason == "told":
         raise optuna.TrialPruned
-    if result.reason in ("SIGINT", "SIGTERM"):
+    if result.reason in STOP_REASONS:
         raise KeyboardInterrupt
     return result.best_val_loss
 

@@ -10,12 +10,14 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
+from nanogpt import __version__, stopping, streams
 from nanogpt.config import (
     DataConfig,
     InfoConfig,
@@ -38,14 +40,16 @@ class Command:
     module: str
     script: str = ""
     """The file in the root folder that runs it too, if there is one."""
+    writes: bool = False
+    """Whether it is for the files that it writes, and what it prints may be lost; else for what it prints."""
 
 
 COMMANDS = {
-    "data": Command(DataConfig, "nanogpt.prepare", "data.py"),
+    "data": Command(DataConfig, "nanogpt.prepare", "data.py", writes=True),
     "data info": Command(InfoConfig, "nanogpt.data_info"),
     "model": Command(SummaryConfig, "nanogpt.summary", "model.py"),
     "plan": Command(PlanConfig, "nanogpt.plan"),
-    "train": Command(TrainConfig, "nanogpt.train", "train.py"),
+    "train": Command(TrainConfig, "nanogpt.train", "train.py", writes=True),
     "sample": Command(SampleConfig, "nanogpt.sample", "sample.py"),
     "presets": Command(PresetsConfig, "nanogpt.show_presets"),
 }
@@ -62,20 +66,34 @@ SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
 
 
 def main() -> None:
-    """Entry point of the `nanogpt` console script."""
+    """Entry point of the `nanogpt` console script, and of `python -m nanogpt`."""
+    begin()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(usage())
-    elif name in COMMANDS:
+    if name in COMMANDS:
         sys.exit(run(name, sys.argv[2:], prog=f"nanogpt {name}"))
-    else:
-        print(f"nanogpt {name}: no such command: use {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    code = guarded(lambda: overview(name))
+    if code:
+        sys.exit(code)
 
 
 def script(name: str) -> None:
     """Entry point of the command's file in the root folder."""
+    begin()
     sys.exit(run(name, sys.argv[1:], prog=f"python {COMMANDS[name].script}"))
+
+
+def begin() -> None:
+    """Make the process one that nothing ends with a traceback: neither a broken stream nor a signal."""
+    streams.secure()
+    stopping.end_quietly()
+
+
+def overview(name: str) -> int:
+    """What is said without a command. Errors: UserError for one that does not exist."""
+    if name not in ("-h", "--help", "--version"):
+        raise UserError(f"nanogpt {name}: no such command: use {', '.join(COMMANDS)}")
+    print(f"nanogpt {__version__}" if name == "--version" else usage())
+    return 0
 
 
 def usage() -> str:
@@ -94,17 +112,31 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that cannot be shown is no reason to end
             stream.reconfigure(errors="replace")
-    name, arguments, prog = subcommand(name, arguments, prog)
+    return guarded(lambda: execute(*subcommand(name, arguments, prog)))
+
+
+def execute(name: str, arguments: Sequence[str], prog: str) -> int:
+    """Parse the arguments, import the command and run it. Returns the exit code."""
+    command = COMMANDS[name]
+    config = parse(command.config, arguments, prog)
+    streams.insist(on=not command.writes)
+    os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
+    with imports_explained():
+        module = importlib.import_module(command.module)
+    return cast(Callable[[Any], int], module.main)(config)
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """The exit code of a command; what the user can mend, and Ctrl-C, are said without a traceback."""
+    streams.insist(on=True)
     try:
-        config = parse(COMMANDS[name].config, arguments, prog)
-        os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
-        command = cast(Callable[[Any], int], importlib.import_module(COMMANDS[name].module).main)
-        return command(config)
+        try:
+            return action()
+        finally:
+            close_bars()
+            streams.flush()
     except UserError as error:
         return complain(str(error))
-    except BrokenPipeError:  # the reader of a pipe has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:  # a folder that is a file, a read-only disk, ...
         if error.filename is None:
             raise
@@ -114,7 +146,36 @@ def run(name: str, arguments: Sequence[str], prog: str) -> int:
             raise
         return complain(f"{error.name} is not installed: pip install -c constraints.txt -e .")
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # behind the ^C
         return EXIT_INTERRUPT
+    finally:
+        streams.insist(on=False)
+
+
+@contextmanager
+def imports_explained() -> Generator[None]:
+    """Errors: UserError if a library is there but cannot be loaded, being made for another system say."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except (ImportError, OSError) as error:
+        name = getattr(error, "name", None) or "a library"
+        if name.partition(".")[0] == "nanogpt":
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{name} cannot be loaded ({reason}): install it anew with pip install --force-reinstall "
+            "-c constraints.txt -e ."
+        ) from error
+
+
+def close_bars() -> None:
+    """Take down progress bars, which an error or a signal has left, if any were made."""
+    console = sys.modules.get("nanogpt.console")
+    if console is not None:
+        console.stop_bars()
 
 
 def complain(message: str) -> int:
@@ -122,10 +183,10 @@ def complain(message: str) -> int:
 
     Returns the exit code.
     """
-    from nanogpt.console import speaks
+    from nanogpt.console import one_line, speaks
 
     if speaks():
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 
@@ -155,7 +216,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
                 config=(tyro.conf.UseAppendAction,),
             )
     except SystemExit as stop:
-        if not stop.code:
+        if stop.code != EXIT_USER_ERROR:  # --help, or a signal
             raise
         raise UserError(f"{flatten(printed.getvalue())}; see {prog} --help") from None
 
@@ -236,10 +297,12 @@ def flatten(box: str) -> str:
     """Tyro's framed error message in one line, without its frame and its pointer to --help."""
     words: list[str] = []
     for line in box.splitlines():
-        text = line.strip("│ ").strip()
+        text = line.strip("│| ").strip()
         if text.startswith("For full helptext"):
             break
-        if text and not set(text) & set("─╭╰"):
+        if set(text) - set("─-") and not text.startswith(
+            ("╭─", "╰─", "+-")
+        ):  # the latter where there is ASCII alone
             words.append(text)
     return " ".join(words).rstrip(".") or "the arguments cannot be understood"
 

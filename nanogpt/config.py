@@ -27,6 +27,9 @@ SplitKind = Literal["tail", "documents"]
 Unknown = Literal["error", "skip"]
 
 
+MOST = 10**9
+"""What a number of tokens or texts may be: half a month of the fastest sampling."""
+
 LEAST_BPE = 257
 """Ids of a byte-level BPE that has learned nothing: every byte, and the end of a text."""
 
@@ -342,6 +345,8 @@ class SampleConfig(Settings):
     """The checkpoint to load; everything needed is inside it."""
     prompt: str = "\\n"
     """Text to continue; \\n and \\t are understood."""
+    prompt_file: str | None = None
+    """File with the text to continue, as it is but for one line break at its end; -: standard input."""
     unknown: Unknown = "error"
     """What to do with characters of the prompt that the model has never seen: name them, or skip them."""
     num_tokens: int = 500
@@ -366,6 +371,12 @@ class SampleConfig(Settings):
         at_least(self, "num_tokens", 0)
         for name in ("num_samples", "top_k"):
             at_least(self, name, 1)
+        for name in ("num_tokens", "num_samples", "top_k"):
+            value = getattr(self, name)
+            require(
+                value is None or value <= MOST,
+                f"--{name} {value} is too large: it must be at most {MOST:,}",
+            )
         at_least(self, "seed", 0)
         small_seed(self.seed)
         require(
@@ -377,6 +388,10 @@ class SampleConfig(Settings):
             f"--top_p {self.top_p} is outside (0, 1]: try 0.9",
         )
         require(bool(self.prompt), '--prompt "" is empty: give at least one character')
+        require(
+            self.prompt_file is None or self.prompt == SampleConfig.prompt,
+            f"--prompt and --prompt_file {self.prompt_file} are two prompts: leave one out",
+        )
         require("" not in self.stop, '--stop "" would stop at once: give at least one character')
 
 

@@ -4,11 +4,13 @@ On a terminal, colours and bars through rich (which respects NO_COLOR); elsewher
 """
 
 import os
+import re
 import sys
+import weakref
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TextIO
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -21,22 +23,53 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from nanogpt.streams import speaks
+
+LONGEST_WORD, LONGEST_LINE = 256, 1000
+"""Characters; what is longer is cut in the middle, in a message. No file's name is longer than the first."""
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal obeys instead of showing it (all but the tab and the line feed), or cannot show."""
+
+BARS: weakref.WeakSet[Progress] = weakref.WeakSet()
+"""All progress bars there are."""
+
+
+class Output:
+    """Standard output as rich sees it: whatever it is at the moment, and without errors (`going_on`)."""
+
+    def write(self, text: str) -> int:
+        """Write the text."""
+        with going_on(self.stream):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        with going_on(self.stream):
+            self.stream.flush()
+
+    @property
+    def stream(self) -> TextIO:
+        """Standard output, without what rich puts over it while a bar is shown."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def __getattr__(self, name: str) -> Any:
+        """All else: isatty, fileno, encoding, ..."""
+        return getattr(self.stream, name)
+
 
 @lru_cache(maxsize=1)
 def terminal() -> Console:
     """The console on standard output."""
-    return Console(highlight=False, soft_wrap=True)
-
-
-def speaks() -> bool:
-    """Whether this process is the one that talks, of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    return Console(highlight=False, soft_wrap=True, file=cast(IO[str], Output()))
 
 
 def say(line: str = "", style: str | None = None) -> None:
-    """Print a line on standard output, above a progress bar if one is shown."""
-    if not speaks():
+    """Print a line, or several, on standard output, above a progress bar if one is shown."""
+    if not speaks() or sys.stdout is None:
         return
+    line = visible(line)
     with going_on(sys.stdout):
         if terminal().is_terminal:
             terminal().print(line, style=style, markup=False, emoji=False)
@@ -46,8 +79,9 @@ def say(line: str = "", style: str | None = None) -> None:
 
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
-    if not speaks():
+    if not speaks() or sys.stderr is None:
         return
+    line = one_line(line)
     with going_on(sys.stderr):
         if terminal().is_terminal and sys.stderr.isatty():
             terminal().print(line, style="yellow", markup=False, emoji=False)
@@ -61,14 +95,38 @@ def going_on(stream: TextIO) -> Generator[None]:
     try:
         yield
     except BrokenPipeError:  # the reader has left, as `| head` does: talk to nobody from here on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # a ValueError: it is closed
         pass
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey written out, an escape as its number. Lines stay lines."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+def one_line(message: str) -> str:
+    """A message as a line that can be read: visible, without line breaks, and cut where it is very long."""
+    line = visible(message).replace("\n", "\\n")
+    return cut(
+        re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: cut(word[0], LONGEST_WORD), line), LONGEST_LINE
+    )
+
+
+def cut(text: str, longest: int) -> str:
+    """The text without its middle, if it is too long: what is wrong comes first, and the fix last."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]}...{text[-(longest // 4) :]}"
 
 
 def command(name: str) -> list[str]:
     """How to call a command the way this program was called: by its script, or as `nanogpt NAME`."""
-    return ["python", f"{name}.py"] if sys.argv[0].endswith(".py") else ["nanogpt", name]
+    called = sys.argv[0]
+    if called.endswith("__main__.py"):
+        return ["python", "-m", "nanogpt", name]
+    return ["python", f"{name}.py"] if called.endswith(".py") else ["nanogpt", name]
 
 
 def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
@@ -79,7 +137,7 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
     amount: ProgressColumn = (
         DownloadColumn() if size_in_bytes else TextColumn("{task.completed:,}/{task.total:,}")
     )
-    return Progress(
+    bar = Progress(
         TextColumn(unit),
         BarColumn(bar_width=24),
         amount,
@@ -91,3 +149,12 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
         refresh_per_second=5,
         disable=not (terminal().is_terminal and speaks()),
     )
+    BARS.add(bar)
+    return bar
+
+
+def stop_bars() -> None:
+    """Take down what progress bars an error has left, so that the cursor is shown again."""
+    for bar in list(BARS):
+        if bar.live.is_started:
+            bar.stop()

@@ -17,6 +17,7 @@ from nanogpt import data
 from nanogpt.config import InfoConfig
 from nanogpt.console import progress_bar, say, terminal
 from nanogpt.files import replacing
+from nanogpt.plot import new_figure
 
 PIECE = 1 << 24
 """Tokens looked at at a time."""
@@ -118,9 +119,7 @@ def show_frequent(dataset: data.Dataset, counts: Counts) -> None:
 
 def draw(counts: Counts, path: Path) -> None:
     """Draw two histograms: how long documents are, and how often the tokens come, from the commonest on."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     documents, tokens = figure.subplots(1, 2)
     lengths = np.maximum(counts.lengths, 1)
     low, high = float(np.log10(lengths.min())), float(np.log10(lengths.max() + 1))

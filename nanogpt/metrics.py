@@ -260,15 +260,16 @@ class ConsoleReader:
         self.bar = progress_bar("Training")
         self.max_iters = max_iters
         self.task = self.bar.add_task("", completed=step, total=max_iters, detail="")
-        self.bar.start()
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
+        self.bar.start()
         self.bar.update(self.task, completed=step)
 
     @contextmanager
     def evaluating(self, batches: int) -> Generator[Callable[[], None]]:
         """Show a second bar while a split is evaluated; call what is yielded after each batch."""
+        self.bar.start()
         task = self.bar.add_task("", total=batches, detail="evaluating")
         try:
             yield lambda: self.bar.advance(task)
@@ -277,6 +278,7 @@ class ConsoleReader:
 
     def write(self, record: Record) -> None:
         """Show the record."""
+        self.bar.start()
         if "train_loss" in record:
             detail = (
                 f"loss {record['train_loss']:.4f}  lr {record['lr']:.1e}  {record['tokens_per_s']:,.0f} tok/s"

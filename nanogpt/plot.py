@@ -3,11 +3,27 @@
 Use:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
 """
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt.files import replacing
 from nanogpt.metrics import rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty picture of this size, in inches (matplotlib).
+
+    Where the home folder cannot be written, matplotlib keeps its cache in a temporary one, which need not
+    be said: only its errors are.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
@@ -15,11 +31,9 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 
     Errors: UserError if the metrics cannot be read, or the picture cannot be written.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
     found = [row for _, row in rows(metrics) if row is not None]
     train, val = points(found, "train_loss"), points(found, "val_loss")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")

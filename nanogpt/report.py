@@ -18,6 +18,7 @@ from nanogpt.metrics import duration
 from nanogpt.parallel import is_sharded
 from nanogpt.plot import plot_losses
 from nanogpt.run import Run
+from nanogpt.stopping import STOP_REASONS
 
 FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
 """Training after which the time to come is foretold: this long, and at least so many steps."""
@@ -103,7 +104,7 @@ def forecast(run: Run) -> None:
 def conclude(run: Run, reason: str) -> None:
     """Say how the run ended and what to do next; draw the loss curve unless interrupted."""
     config, progress, folder = run.config, run.progress, run.folder
-    if reason in ("SIGINT", "SIGTERM"):
+    if reason in STOP_REASONS:
         say(f"Stopped at step {progress.step} and saved. To continue: {resume_command(run)}")
         return
     why = {

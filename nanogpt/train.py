@@ -40,7 +40,7 @@ from nanogpt.run_folder import RunFolder
 from nanogpt.saving import restore, save, save_at_the_end, try_finish_save, try_save
 from nanogpt.set_up import set_up
 from nanogpt.step import forward_backward, next_batch, settle, train_step
-from nanogpt.stopping import EXIT_CODES, StopRequest
+from nanogpt.stopping import EXIT_CODES, STOP_REASONS, StopRequest
 from nanogpt.world import World, joined, leave
 
 BROKEN_STEPS = 3
@@ -49,7 +49,7 @@ BROKEN_STEPS = 3
 ROLLBACKS = 3
 """Times it may go back without getting past the place before the training is given up."""
 
-REASONS = ("", "told", "patience", "time", "finished", "SIGINT", "SIGTERM")
+REASONS = ("", "told", "patience", "time", "finished", *STOP_REASONS)
 """Why a training stops, the weightier last."""
 
 SAMPLE_TOKENS = 120
@@ -58,7 +58,7 @@ SAMPLE_TOKENS = 120
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. reason: finished, time, patience, told (by keep_going), SIGINT or SIGTERM."""
+    """How a run ended. reason: finished, time, patience, told (by keep_going), SIGINT or another signal."""
 
     reason: str
     step: int
@@ -68,7 +68,7 @@ class Result:
 
 
 def main(config: TrainConfig) -> int:
-    """Train, and return the exit code: 0, or 130 / 143 after Ctrl-C / SIGTERM."""
+    """Train, and return the exit code: 0, or that of the signal that stopped it (130 for Ctrl-C)."""
     result = fit(config)
     codes = {number.name: code for number, code in EXIT_CODES.items()}
     code = codes.get(result.reason, 0)
@@ -362,6 +362,8 @@ def loop(run: Run, stop: StopRequest) -> str:
         if run.pending and (reason or evaluation_due or save_is_due):
             read_outcomes(run)  # which may go back to a checkpoint: look again
             continue
+        if evaluation_due or save_is_due:
+            stop.save_asked = False  # before it is done: another signal may come while it is
         if evaluation_due:
             evaluate_and_record(run, stop)
             reason, save_is_due = agreed(run, stop)[0], False
@@ -375,7 +377,7 @@ def loop(run: Run, stop: StopRequest) -> str:
 
 def agreed(run: Run, stop: StopRequest) -> tuple[str, bool]:
     """Why to stop, and whether to save: what one process wants, all do, after the same step."""
-    save_is_due = time.perf_counter() - run.saved_at >= run.config.save_seconds
+    save_is_due = stop.save_asked or time.perf_counter() - run.saved_at >= run.config.save_seconds
     is_writing = run.writing is not None and not run.writing.digests.done()
     reason, save, writes = run.world.agree(REASONS.index(reason_to_stop(run, stop)), save_is_due, is_writing)
     if run.writing and not writes:

@@ -17,6 +17,7 @@ LAYERS = (
         "presets",
         "files",
         "locking",
+        "streams",
         "console",
         "tokenizer",
         "bpe",
@@ -58,6 +59,7 @@ LAYERS = (
         "show_presets",
     },
     {"cli"},
+    {"__main__"},
 )
 """Lowest first."""
 

@@ -1,9 +1,11 @@
 """Sampling needs the checkpoint alone, stops where told, and names what it cannot do."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from nanogpt.config import DataConfig, SampleConfig, TrainConfig, UserError
 from nanogpt.prepare import main as prepare
-from nanogpt.sample import main, unescape, until
+from nanogpt.sample import main, read_prompt, show, unescape, until
 from nanogpt.train import fit
 
 
@@ -82,6 +84,13 @@ def test_before_the_first_evaluation_last_pt_is_suggested(sampling: SampleConfig
         ({"top_p": 1.5}, "--top_p 1.5"),
         ({"num_tokens": -1}, "--num_tokens -1"),
         ({"num_samples": 0}, "--num_samples 0"),
+        (
+            {"num_tokens": 10**23},
+            "--num_tokens 1" + "0" * 23 + " is too large: it must be at most 1,000,000,000",
+        ),
+        ({"num_samples": 10**23}, "--num_samples 1"),
+        ({"top_k": 10**23}, "--top_k 1"),
+        ({"prompt": "a", "prompt_file": "b"}, "--prompt and --prompt_file b are two prompts"),
         ({"prompt": ""}, "--prompt"),
         ({"stop": ("",)}, "--stop"),
     ],
@@ -189,3 +198,121 @@ def test_text_appears_token_by_token(sampling: SampleConfig) -> None:
     assert process.wait(30) == 0
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+# --- a prompt from a file ---
+
+
+@pytest.mark.parametrize(
+    ("raw", "prompt"),
+    [
+        (b"From", "From"),
+        (b"From\n", "From"),
+        (b"From\r\n", "From"),
+        (b"From\n\n", "From\n"),
+        (b"\n", "\n"),
+        (rb"From\n", r"From\n"),
+        (b"\xef\xbb\xbfFrom\n", "From"),
+        ("From ä".encode("utf-16"), "From ä"),
+        ("Größe und Maß, Übermut, Straße".encode("latin-1"), "Größe und Maß, Übermut, Straße"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prompt.txt", "-"])
+def test_a_prompt_from_a_file_or_standard_input_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch, raw: bytes, prompt: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompt.txt").write_bytes(raw)
+    with open("prompt.txt", encoding="ascii") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read_prompt(name) == prompt
+
+
+def test_a_prompt_from_a_pipe(sampling: SampleConfig, tmp_path: Path, capsys) -> None:
+    """As `<(command)` gives it."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_text, args=("From\n",))
+    writer.start()
+    assert main(replace(sampling, prompt_file=str(fifo), num_tokens=5)) == 0
+    writer.join()
+    printed = capsys.readouterr().out
+    assert printed.startswith("From")
+    assert len(printed) == len("From") + 5 + len("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.txt", "--prompt_file nowhere.txt cannot be read: No such file or directory"),
+        (".", "--prompt_file . cannot be read: Is a directory"),
+        ("empty.txt", "--prompt_file empty.txt is empty: give at least one character"),
+        ("binary.bin", "--prompt_file binary.bin is not a text file"),
+        ("/dev/zero", "--prompt_file /dev/zero is larger than 16 MiB"),
+        ("unknown.txt", "--prompt_file: character 'é' "),
+    ],
+)
+def test_a_file_that_is_no_prompt_is_named(
+    sampling: SampleConfig, tmp_path: Path, monkeypatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("binary.bin").write_bytes(bytes(range(256)))
+    Path("unknown.txt").write_text("café", "utf-8")
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(replace(sampling, prompt_file=name))
+
+
+# --- a checkpoint by its folder ---
+
+
+def test_a_folder_stands_for_its_best_checkpoint_or_else_its_newest(sampling: SampleConfig, capsys) -> None:
+    best = Path(sampling.checkpoint)
+    for path in (best, best.with_name("last.pt")):
+        main(replace(sampling, checkpoint=str(path)))
+        expected = capsys.readouterr().out
+        main(replace(sampling, checkpoint=str(best.parent)))
+        out, err = capsys.readouterr()
+        assert (out, err) == (expected, f"Sampling from {path}\n")
+        path.unlink()
+    with pytest.raises(UserError, match=r"is a folder without a checkpoint .* give a run's --out_dir"):
+        main(replace(sampling, checkpoint=str(best.parent)))
+
+
+@pytest.mark.parametrize("path", ["/", ".", "..", ""])
+def test_a_folder_without_a_name_is_a_folder(path: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    with pytest.raises(UserError, match="is a folder without a checkpoint"):
+        main(SampleConfig(checkpoint=path))
+
+
+# --- what can go wrong meanwhile ---
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
+@pytest.mark.parametrize("place", ["load", "generate"])
+def test_too_little_memory_is_one_line(sampling: SampleConfig, monkeypatch, error, place: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"nanogpt.sample.{place}", fail)
+    with pytest.raises(UserError, match="out of memory: give --device cpu"):
+        main(sampling)
+
+
+def test_another_error_is_no_lack_of_memory(sampling: SampleConfig, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("nanogpt.sample.generate", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(sampling)
+
+
+def test_no_terminal_obeys_what_a_model_writes(monkeypatch, capsys) -> None:
+    show("\x1b[31mred\n")
+    assert capsys.readouterr().out == "\x1b[31mred\n"  # a file takes the product as it is
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show("\x1b[31mred\x07\n\tä\r\n")
+    assert capsys.readouterr().out == "\\x1b[31mred\\x07\n\tä\r\n"
