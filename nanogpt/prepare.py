@@ -129,10 +129,8 @@ def open_corpora(config: DataConfig, folder: Path) -> dict[str, Corpus]:
         given["val"] = config.val_file
     corpora: dict[str, Corpus] = {}
     for side, names in given.items():
-        corpora[side] = Corpus(
-            find([str(keep_standard_input(folder)) if name == "-" else name for name in names]),
-            config.text_field,
-        )
+        files = [str(keep_standard_input(folder)) if name == "-" else name for name in names]
+        corpora[side] = find(files, config.text_field)
     return corpora
 
 

@@ -126,7 +126,7 @@ def test_both_splits_need_two_characters(tmp_path, length, split, enough):
         loaded = prepared(tmp_path / "data", TEXT[:length], train_split=split)
         assert min(len(loaded.train), len(loaded.val)) >= 2
     else:
-        with pytest.raises(UserError, match=f"{length} characters .*: too short") as raised:
+        with pytest.raises(UserError, match=f"{length:,} characters .*: too short") as raised:
             prepared(tmp_path / "data", TEXT[:length], train_split=split)
         assert "\n" not in str(raised.value)
         assert contents(tmp_path / "data") == {}
