@@ -5,14 +5,11 @@ Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in pla
 damaged or hostile is refused in one line.
 """
 
-import bz2
 import csv
-import gzip
 import io
 import lzma
 import posixpath
 import stat
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -22,16 +19,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from tarfile import HeaderError, ReadError
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
+from nanogpt.compressed import DECOMPRESSORS, Bounded, Counted
 from nanogpt.config import UserError, require
-from nanogpt.documents import Piece, Report
+from nanogpt.documents import Piece, Report, one_line
 from nanogpt.json_records import read_json, read_json_lines
-from nanogpt.records import Source, missing, read_text, reason, spooled
+from nanogpt.records import Source, read_text, reason, spooled
 from nanogpt.tables import read_parquet, read_table
 
-BOMB_RATIO, BOMB_BYTES = 200, 1 << 26
-"""What expands more often than this, to more than this, is no text."""
+TAR_SHORTS = (".tgz", ".tbz2", ".txz", ".tzst")
 
 DEPTH = 4
 """Archives inside archives."""
@@ -171,7 +168,7 @@ class Hidden:
         """A line on them, if there are any."""
         where = f"{place}: " if place else ""
         said = f"{where}hidden files and folders left out: {self.number:,}, the first: {self.first}"
-        return (said,) if self.number else ()
+        return (one_line(said),) if self.number else ()
 
 
 class Header(tarfile.TarInfo):
@@ -200,18 +197,6 @@ def is_inside(source: Source, name: str, hidden: Hidden) -> bool:
     return True
 
 
-def unzstd(file: BinaryIO) -> BinaryIO:
-    """A stream out of zstd frames. Errors: UserError if the library is not installed."""
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ModuleNotFoundError as error:
-        raise missing("backports.zstd") from error
-    return cast(BinaryIO, zstd.ZstdFile(file))
-
-
 def is_damage(error: Exception) -> bool:
     """Whether the reader of an archive gave up on its bytes (and not the disk on the file)."""
     known = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, csv.Error)
@@ -219,90 +204,6 @@ def is_damage(error: Exception) -> bool:
     of_file = isinstance(error, OSError) and error.errno is None
     return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
 
-
-class Counted(io.RawIOBase):
-    """A file that tells how much of it has been read."""
-
-    def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
-        self.file, self.advance, self.taken = file, advance, 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """As the file is."""
-        return self.file.seekable()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """As the file does."""
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """As the file does."""
-        return self.file.tell()
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`, and count."""
-        size = cast(io.RawIOBase, self.file).readinto(buffer) or 0
-        self.taken += size
-        self.advance(size)
-        return size
-
-
-class Bounded(io.RawIOBase):
-    """A decompressed stream that refuses to expand without end.
-
-    packed: how many compressed bytes went into it so far.
-    """
-
-    def __init__(self, file: BinaryIO, packed: Callable[[], int]) -> None:
-        self.file, self.packed, self.given = file, packed, 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`. Errors: UserError if it is a decompression bomb."""
-        data = self.file.read(len(buffer))
-        buffer[: len(data)] = data
-        self.given += len(data)
-        require(
-            self.given <= BOMB_BYTES or self.given <= BOMB_RATIO * self.packed(),
-            f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
-        )
-        return len(data)
-
-
-TAR_SHORTS = (".tgz", ".tbz2", ".txz", ".tzst")
-
-
-def ungzip(file: BinaryIO) -> BinaryIO:
-    """A stream out of a gzip file."""
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file))
-
-
-def unbzip(file: BinaryIO) -> BinaryIO:
-    """A stream out of a bzip2 file."""
-    return cast(BinaryIO, bz2.BZ2File(file))
-
-
-def unxz(file: BinaryIO) -> BinaryIO:
-    """A stream out of an xz file."""
-    return cast(BinaryIO, lzma.LZMAFile(file))
-
-
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
-    ".gz": ungzip,
-    ".tgz": ungzip,
-    ".bz2": unbzip,
-    ".tbz2": unbzip,
-    ".xz": unxz,
-    ".txz": unxz,
-    ".zst": unzstd,
-    ".tzst": unzstd,
-}
 
 READERS: dict[str, Callable[[Source], Iterator[Piece]]] = {
     ".jsonl": read_json_lines,

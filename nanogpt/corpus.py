@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from nanogpt.archives import Counted, Hidden, read, reporting
+from nanogpt.archives import Hidden, read, reporting
+from nanogpt.compressed import Counted
 from nanogpt.config import DataConfig, UserError, require
 from nanogpt.documents import Piece, Report, one_line
 from nanogpt.records import Source
@@ -97,7 +98,7 @@ def open_file(path: str, flags: int) -> int:
 def kind_of(status: os.stat_result) -> str | None:
     """What something is, if it is neither a file nor a folder."""
     if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_dev == system_device():
-        return f"a file of the system in {SYSTEM_FILES}: copy it first"
+        return f"a file of the system in {SYSTEM_FILES}"
     return KINDS.get(stat.S_IFMT(status.st_mode))
 
 

@@ -67,11 +67,15 @@ class Report:
         if len(self.broken) < KEPT:
             self.broken.append(line)
 
+    def note(self, where: str, what: str) -> None:
+        """Say how a file is read."""
+        self.notes.append(one_line(f"{where}: {what}"))
+
     def read_plain(self, name: str) -> None:
         """Count a file that has no fields."""
         self.plain_count += 1
         if not self.plain:
-            self.plain.append(name)
+            self.plain.append(one_line(name))
 
     def idle_field(self, text_field: str) -> tuple[str, ...]:
         """A note if the name of a field was given, and some files, or all, have no fields."""
@@ -87,8 +91,8 @@ class Report:
 
 
 def one_line(text: str) -> str:
-    """A text without line ends: the name of a file may have some."""
-    return " ".join(text.splitlines())
+    """A text that can be shown in a line: names of files may have line ends, and bytes that are no text."""
+    return " ".join(text.splitlines()).encode("utf-8", "replace").decode()
 
 
 def counted(number: int, noun: str) -> str:

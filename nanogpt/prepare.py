@@ -27,7 +27,7 @@ from nanogpt.config import DataConfig, UserError, require
 from nanogpt.console import progress_bar, say, warn
 from nanogpt.corpus import Corpus, find
 from nanogpt.data import FORMAT, SPLITS, load, save_plain, shard_path
-from nanogpt.documents import Piece, Report
+from nanogpt.documents import Piece, Report, counted
 from nanogpt.files import replacing
 from nanogpt.shakespeare import TINY_SHAKESPEARE, download, tiny_shakespeare
 from nanogpt.survey import Split, Survey, all_pieces, batches, fingerprint_of, in_order, take_survey
@@ -80,6 +80,8 @@ def prepare(config: DataConfig) -> None:
     survey = work.survey or take_survey(corpora, config)
     fingerprint = fingerprint_of(survey, config)
     if is_prepared(folder, fingerprint, config.overwrite):
+        if work.survey is None:
+            report_broken(survey.report, folder)
         say(f"{folder} is already prepared from this text")
         work.remove()
         return
@@ -304,8 +306,9 @@ def describe(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split
         copies, of = split.duplicates()
         if copies:
             warn(
-                f"{copies:,} of {of:,} documents for validation are also in the training split, letter by "
-                "letter: the validation loss will be too good (--split documents keeps copies together)"
+                f"{copies:,} of {counted(of, 'document')} for validation are also in the training split, "
+                "letter by letter: the validation loss will be too good (--split documents keeps copies "
+                "together)"
             )
     different = "different characters" if isinstance(tokenizer, CharTokenizer) else "tokens"
     say(f"Vocabulary: {tokenizer.vocab_size:,} {different}")

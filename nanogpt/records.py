@@ -54,7 +54,7 @@ class Source:
 
     def note(self, what: str) -> None:
         """Say how the file is read."""
-        self.report.notes.append(f"{self.name}: {what}")
+        self.report.note(self.name, what)
 
 
 def read_text(source: Source) -> Iterator[Piece]:

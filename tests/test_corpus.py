@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanogpt import archives, documents, encoding
+from nanogpt import archives, compressed, documents, encoding
 from nanogpt.config import UserError
 from nanogpt.corpus import Corpus, find
 from nanogpt.documents import Report
@@ -131,6 +131,16 @@ def test_parts_of_a_compressed_file_are_read_one_after_the_other(tmp_path):
     for suffix, pack in PACKERS.items():
         (tmp_path / f"a.txt{suffix}").write_bytes(pack(b"one, ") + pack(b"two"))
         assert documents_in(tmp_path / f"a.txt{suffix}") == ["one, two"]
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_what_follows_the_end_of_a_compressed_file_is_no_loss_without_a_word(tmp_path, suffix):
+    whole = PACKERS[suffix](b"one")
+    (tmp_path / f"a.txt{suffix}").write_bytes(whole + bytes(512) + (whole if suffix != ".gz" else b""))
+    assert documents_in(tmp_path / f"a.txt{suffix}") == ["one" if suffix == ".gz" else "oneone"]
+    for rest in (b"garbage", whole[1:], whole[:-2]):
+        (tmp_path / f"a.txt{suffix}").write_bytes(whole + rest)
+        assert "is damaged" in refusal(tmp_path / f"a.txt{suffix}")
 
 
 def test_archives_inside_archives(tmp_path):
@@ -373,7 +383,7 @@ def test_names_that_are_not_utf8_are_read_and_reported(tmp_path):
     (Path(name) / "\udcff.jsonl").write_text('"two"\nno\n')
     source, report = find([name]), Report()
     assert joined(source.pieces(report)) == ["one", "two"]
-    assert report.broken[0].startswith(f"{name}/\udcff.jsonl:2: not JSON")
+    assert report.broken[0].startswith(f"{tmp_path}/caf?/?.jsonl:2: not JSON")
 
 
 def test_the_end_of_a_text_inside_a_character_is_a_loss(tmp_path):
@@ -507,7 +517,7 @@ def test_hidden_members_that_no_system_wrote_are_said(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".jsonl.bz2", ".csv.xz", ".json.zst", ".zip", ".tar.gz"])
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(archives, "BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr(compressed, "BOMB_BYTES", 1 << 20)
     zeros = b" " * (1 << 23)
     path = tmp_path / f"bomb{suffix}"
     if suffix == ".zip":
@@ -528,7 +538,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix):
 
 
 def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "BOMB_BYTES", 1 << 16)
+    monkeypatch.setattr(compressed, "BOMB_BYTES", 1 << 16)
     text = "".join(f"{i} of the same words, nearly.\n" for i in range(20_000))
     for suffix, pack in PACKERS.items():
         (tmp_path / f"a.txt{suffix}").write_bytes(pack(text.encode()))

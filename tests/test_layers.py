@@ -22,6 +22,7 @@ LAYERS = (
         "records",
         "json_records",
         "tables",
+        "compressed",
         "archives",
         "corpus",
         "shakespeare",
