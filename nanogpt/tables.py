@@ -37,6 +37,12 @@ REREAD = 4
 SEPARATOR_LINE = re.compile(r"sep=([^\"\r\n])[\r\n]*", re.IGNORECASE)
 """With which spreadsheets say the delimiter, above the names."""
 
+TRIED = 32
+"""Lines at the start and end of a broken row that are tried as the first of another row."""
+
+END = "end\n"
+"""A line that shows whether those before it are complete."""
+
 LINE_OF_NAMES = 1 << 20
 """Characters in the names of the columns that may be cut into several lines."""
 
@@ -167,7 +173,8 @@ class Rows:
                 self.feed.again()
                 found = self.tolerant(number)
             else:
-                found = self.unclosed(number, 0) if self.is_swallowed(row, closed=True) else row
+                following = self.swallowed(row, closed=True)
+                found = self.unclosed(number, 0, following) if following else row
             if found is not None:
                 yield number, found
 
@@ -186,10 +193,13 @@ class Rows:
             if len(feed.held) == 1:
                 self.source.report.reject(f"{self.source.name}:{number}", reason(error))
                 return None
-            return self.unclosed(number, self.opened(feed.held[:-1]))
+            opened = self.opened(feed.held[:-1])
+            return self.unclosed(number, opened, opened + 1)
         if feed.ended:
-            return self.unclosed(number, self.opened(feed.held))
-        return self.unclosed(number, 0) if self.is_swallowed(row, closed=False) else row
+            opened = self.opened(feed.held)
+            return self.unclosed(number, opened, opened + 1)
+        following = self.swallowed(row, closed=False)
+        return self.unclosed(number, 0, following) if following else row
 
     def opened(self, lines: list[str]) -> int:
         """In which of the lines of an unfinished row its last quote opens."""
@@ -197,40 +207,53 @@ class Rows:
         ends = lines[-1].endswith(("\n", "\r"))
         return len(lines) - len(LINE_END.findall(row[-1])) - (not ends)
 
-    def is_swallowed(self, row: list[str], *, closed: bool) -> bool:
-        """Whether the lines of a row, but for the first, are rows by themselves: a quote ran into the next.
+    def swallowed(self, row: list[str], *, closed: bool) -> int:
+        """From which of its lines on a row is other rows, into which a quote in it ran; 0 if it is one row.
 
-        closed: every quote in it is closed right. Then only a wrong number of fields arouses suspicion.
+        closed: every quote in it ends where its field does. Then only a wrong number of fields is suspicious.
         """
-        fits_as_one = len(row) == self.width
-        if len(self.feed.held) == 1 or (fits_as_one and (closed or self.width == 1)):
-            return False
-        fits = self.fits(self.feed.held[1:])
-        return all(fits) or (len(fits) > 1 and all(fits[:-1]))  # the last may go on
+        held, fits = self.feed.held, len(row) == self.width
+        if len(held) == 1 or (fits and (closed or self.width == 1)):
+            return 0
+        firsts = [first for first in range(1, len(held)) if first <= TRIED or first >= len(held) - TRIED]
+        return next((first for first in firsts if self.are_rows(held[first:])), 0)
 
-    def fits(self, lines: list[str]) -> list[bool]:
-        """Whether the rows in lines, read by themselves, have the right number of fields."""
-        found = [False] * (not lines)
+    def are_rows(self, lines: list[str]) -> bool:
+        """Whether lines are rows of the table by themselves, of which the last may go on.
+
+        The end of a text over several lines is none: it has the quote that closes it, but not the other.
+        """
         try:
-            found += [len(row) == self.width for row in self.reader(lines)]
+            *rows, last = self.reader([*lines, END])
         except csv.Error:
-            found.append(False)
-        return found
+            return False
+        if last == [END.strip()]:
+            whole = sum(line.count('"') for line in lines) % 2 == 0
+        else:
+            whole = len(last) <= self.width
+        return whole and all(len(row) == self.width for row in rows)
 
-    def unclosed(self, number: int, opened: int) -> None:
+    def unclosed(self, number: int, opened: int, first: int) -> None:
         """Report the row with a quote that is never closed; have the lines behind it read as rows, if any is.
 
-        number: of its first line. opened: in which of its lines the quote is.
+        number: of its first line. opened: in which of its lines the quote is. first: the first behind it.
         """
         held, where = self.feed.held, f"{self.source.name}:{number + opened}"
-        following, what = held[opened + 1 :], "a quote that opens here is not closed"
+        following, what = held[first:], "a quote that opens here is not closed"
         self.spent += self.feed.size
-        if any(self.fits(following)):
+        if self.has_row(following):
             self.lines.give_back(following)
             what += ": its row is left out, the lines behind it are read as rows of their own"
         elif following:
             what += f": {counted(len(held), 'line')} left out, up to line {number + len(held) - 1}"
         self.source.report.reject(where, what)
+
+    def has_row(self, lines: list[str]) -> bool:
+        """Whether there is a row with the right number of fields in lines."""
+        try:
+            return any(len(row) == self.width for row in self.reader(lines))
+        except csv.Error:
+            return True  # it is told when its turn comes
 
 
 def read_parquet(source: Source) -> Iterator[Piece]:
