@@ -1,40 +1,40 @@
 """Where text comes from: files, folders, globs and standard input, in any of the usual formats.
 
-Use:    corpus = Corpus(find(["books/", "dump.jsonl.gz"]), text_field="text")
+Use:    corpus = find(["books/", "dump.jsonl.gz"], text_field="text")
         for piece in corpus.pieces(Report()): piece.text; piece.ends
-Text, JSON Lines, JSON, CSV, TSV, Parquet; alone, compressed (gzip, bzip2, xz, zstd), or inside zip and tar
-archives, which are read in place and never unpacked. One pass holds one piece of one document,
-whatever the size of the corpus; passing again gives the same pieces. Knows nothing of tokens.
+One pass holds one piece of one document, whatever the size of the corpus; passing again gives the same
+pieces. What is there and cannot be read is reported. Knows nothing of tokens.
 """
 
-import bz2
-import csv
 import glob
-import gzip
 import io
-import lzma
 import os
-import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PureWindowsPath
-from tarfile import HeaderError, ReadError
-from typing import IO, Any, BinaryIO, cast
+from pathlib import Path
+from typing import BinaryIO, cast
 
-from nanogpt.config import UserError, require
-from nanogpt.documents import Piece, Report
-from nanogpt.records import RECORD_READERS, Source, missing, read_text, reason, spooled
+from nanogpt.archives import Hidden, read, reporting
+from nanogpt.compressed import Counted
+from nanogpt.config import DataConfig, UserError, require
+from nanogpt.documents import Piece, Report, one_line
+from nanogpt.records import Source
 
-BOMB_RATIO, BOMB_BYTES = 200, 1 << 26
-"""What expands more often than this, to more than this, is no text."""
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""What is not read, because reading it may never end."""
 
-DEPTH = 4
-"""Archives inside archives."""
+SHOWN = 200
+"""Characters of a name in a message: it may be a whole text, given in the place of its file."""
+
+SYSTEM_FILES = "/proc"
+"""A folder whose files have no size, and other text each time that they are read."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,18 @@ class Corpus:
     """Documents in files, in order.
 
     text_field: which field of a record is its text; dots lead into nested ones.
+    lost: what else is there and cannot be read: where, and why. notes: what is left out on purpose.
     """
 
     files: tuple[Path, ...]
-    text_field: str = "text"
+    text_field: str = DataConfig.text_field
+    lost: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         """Bytes of the files on the disk."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(size_of(path) for path in self.files)
 
     def pieces(self, report: Report, advance: Callable[[int], object] = int) -> Iterator[Piece]:
         """Every document, piece by piece.
@@ -58,6 +61,9 @@ class Corpus:
         advance: called with the number of bytes read from the disk since the last call.
         Errors: UserError if the only file there is cannot be read; of several, such a one is reported.
         """
+        report.notes += self.notes
+        for where, why in self.lost:
+            report.reject(where, why)
         for path in self.files:
             source = partial(self.pieces_of, path, report, advance)
             yield from source() if len(self.files) == 1 else reporting(source(), str(path), report)
@@ -65,277 +71,161 @@ class Corpus:
     def pieces_of(self, path: Path, report: Report, advance: Callable[[int], object]) -> Iterator[Piece]:
         """The documents in a file. Errors: UserError if it cannot be read."""
         try:
-            with open(path, "rb", buffering=0) as raw:
+            with open(path, "rb", buffering=0, opener=open_file) as raw:
                 file = cast(BinaryIO, io.BufferedReader(Counted(raw, advance), 1 << 18))
                 yield from read(Source(file, str(path), str(path), self.text_field, report))
         except OSError as error:
             raise UserError(f"--input_file {path} cannot be read: {error.strerror or error}") from error
 
 
-def find(names: Sequence[str]) -> tuple[Path, ...]:
+def size_of(path: Path) -> int:
+    """Bytes of a file on the disk, 0 if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def open_file(path: str, flags: int) -> int:
+    """Open a file, and nothing that could be waited for without end. Errors: OSError."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if (kind := kind_of(os.fstat(descriptor))) is not None:
+        os.close(descriptor)
+        raise OSError(f"it is {kind}")
+    return descriptor
+
+
+def kind_of(status: os.stat_result) -> str | None:
+    """What something is, if it is neither a file nor a folder."""
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_dev == system_device():
+        return f"a file of the system in {SYSTEM_FILES}"
+    return KINDS.get(stat.S_IFMT(status.st_mode))
+
+
+def system_device() -> int | None:
+    """The device of SYSTEM_FILES, None where there is none."""
+    try:
+        return Path(SYSTEM_FILES).stat().st_dev
+    except OSError:
+        return None
+
+
+def find(names: Sequence[str], text_field: str = DataConfig.text_field) -> Corpus:
     """The files that are meant by files, folders and globs, in that order; inside each by name, each once.
 
     Errors: UserError if one is missing or holds no files.
     """
-    found: dict[str, Path] = {}
+    search = Search()
     for name in names:
-        path = Path(name)
+        search.take(name)
+    return Corpus(
+        tuple(search.files.values()),
+        text_field,
+        tuple(search.lost.items()),
+        search.hidden.notes(),
+    )
+
+
+@dataclass
+class Search:
+    """A search for files.
+
+    files: what was found, by its real path. lost: what cannot be read, by its path, and why.
+    hidden: what is left out because it is hidden.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict[str, Path])
+    lost: dict[str, str] = field(default_factory=dict[str, str])
+    hidden: Hidden = field(default_factory=Hidden)
+
+    def take(self, name: str) -> None:
+        """Look for what is meant by a file, a folder or a glob. Errors: UserError if it is nothing."""
+        found: list[Path] = []
+        lost_before = len(self.lost)
+        for match in self.matches(name):
+            if match.is_dir():
+                found += self.walk(match)
+            elif self.is_readable(match):
+                found.append(match)
+        for file in found:
+            self.files.setdefault(os.path.realpath(file), file)
+        for where, why in list(self.lost.items())[lost_before:]:
+            require(bool(found), f"--input_file {name} holds nothing that can be read: {where} is {why}")
+        require(bool(found), f"--input_file {name} is a folder without files: give another one")
+
+    def matches(self, name: str) -> list[Path]:
+        """The files and folders that a name means. Errors: UserError if there are none."""
+        require(bool(name), "--input_file is empty: give a file")
+        shown = one_line(name)[:SHOWN]
         try:
-            there = path.exists()
+            kind = kind_of(Path(name).stat())
+            advice = f"is {kind}, no file: pipe what comes out of it into --input_file -"
+            require(kind is None, f"--input_file {shown} {advice}")
+            return [Path(name)]
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            pass
         except OSError as error:
-            raise UserError(f"--input_file {name} cannot be read: {error.strerror}") from error
-        matches = [path] if there else [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
+            if not glob.has_magic(name):
+                raise UserError(f"--input_file {shown} cannot be read: {error.strerror}") from error
+        require(not Path(name).is_symlink(), f"--input_file {shown} is a link to a file that is not there")
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
+        self.look_behind(name)
+        for where, why in self.lost.items() if not matches else ():
+            raise UserError(f"--input_file {shown} finds nothing: {where} is {why}")
+        require(bool(matches), f"--input_file {shown} does not exist: check the path")
+        return matches
 
-        require(bool(matches), f"--input_file {name} does not exist: check the path")
-        require(
-            all(match.is_file() or match.is_dir() for match in matches),
-            f"--input_file {name} is no file: pipe what comes out of it into --input_file -",
-        )
-        files = [file for match in matches for file in (walk(match) if match.is_dir() else [match])]
-        require(bool(files), f"--input_file {name} is a folder without files: give another one")
-        for file in files:
-            found.setdefault(os.path.realpath(file), file)
-    return tuple(found.values())
+    def look_behind(self, pattern: str) -> None:
+        """Report the folders that a glob cannot look into: it passes over them without a word."""
+        while glob.has_magic(pattern):
+            head, tail = os.path.split(pattern)
+            folders = glob.glob(head, recursive=True) if head else [os.curdir]  # noqa: PTH207
+            for folder in filter(os.path.isdir, folders):
+                self.look_into(folder, "*" if head.endswith("**") else tail)
+            pattern = head
 
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The files in a folder and its folders, by name, hidden ones left out; a loop of links ends."""
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(place, name)
-            if not name.startswith(".") and path.is_file():  # neither a broken link nor a pipe
-                yield path
-
-
-def reporting(pieces: Iterator[Piece], name: str, report: Report) -> Iterator[Piece]:
-    """The pieces of one of several files: if it fails, that is reported, and its last document ends there."""
-    open_document = False
-    try:
-        for piece in pieces:
-            open_document = not piece.ends
-            yield piece
-    except UserError as error:
-        if report.strict:
-            raise
-        report.reject(name, str(error).removeprefix(f"--input_file {name} "))
-    if open_document:
-        yield Piece(b"", True)
-
-
-def read(source: Source) -> Iterator[Piece]:
-    """The documents in a file, whatever it is.
-
-    Errors: UserError if it is damaged, or not what its name says.
-    """
-    with refusals(source.name):
-        yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
-
-
-@contextmanager
-def refusals(name: str) -> Generator[None]:
-    """Put the name of a file before what is wrong with it. Errors: UserError, also if it is damaged."""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-        if message.startswith((name, "--input_file")) or "--strict" in message:
-            raise
-        raise UserError(f"--input_file {name} {message}") from error
-    except Exception as error:
-        if not is_damage(error):
-            raise
-        raise UserError(f"--input_file {name} is damaged: {reason(error)}") from error
-
-
-# Archives
-
-
-def unpacked(source: Source, file: io.RawIOBase, kind: str) -> Source:
-    """What a compressed file holds. Errors: UserError if it is compressed over and over."""
-    require(source.depth < DEPTH, f"has archives inside archives, more than {DEPTH} deep: unpack it first")
-    buffered = cast(BinaryIO, io.BufferedReader(file, 1 << 18))
-    return replace(source, file=buffered, kind=kind, depth=source.depth + 1)
-
-
-def read_member(
-    source: Source, name: str, packed: int, opener: Callable[[], IO[bytes] | None]
-) -> Iterator[Piece]:
-    """The documents in a file of an archive, of `packed` bytes there; if it is damaged, that is reported."""
-    whole_name = f"{source.name}/{name}"
-
-    def pieces() -> Iterator[Piece]:
-        """Open it only when its turn has come."""
-        with refusals(whole_name), cast(IO[bytes], opener()) as stream:
-            bounded = Bounded(cast(BinaryIO, stream), partial(int, packed))
-            yield from read(replace(unpacked(source, bounded, name), name=whole_name))
-
-    return reporting(pieces(), whole_name, source.report)
-
-
-def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Piece]:
-    """What is inside a compressed file."""
-    counted = Counted(source.file, int)
-    stream = Bounded(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
-    path = Path(source.kind)
-    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SHORTS else "")
-    yield from read(unpacked(source, stream, str(kind)))
-
-
-def read_zip(source: Source) -> Iterator[Piece]:
-    """The files in a zip archive, in its order."""
-    with spooled(source.file) as file, zipfile.ZipFile(file) as archive:
-        for member in archive.infolist():
-            if not member.is_dir() and is_inside(source, member.filename):
-                opener = partial(archive.open, member)
-                yield from read_member(source, member.filename, member.compress_size, opener)
-
-
-def read_tar(source: Source) -> Iterator[Piece]:
-    """The files in a tar archive, in its order."""
-    with tarfile.open(fileobj=source.file, mode="r|", tarinfo=Header) as archive:
-        for member in archive:
-            if member.isfile() and is_inside(source, member.name):  # no links, no devices
-                opener = partial(archive.extractfile, member)
-                yield from read_member(source, member.name, member.size, opener)
-
-
-class Header(tarfile.TarInfo):
-    """The header of a member of a tar archive. The library takes a damaged one for the end, silently."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "Header":
-        """The header at the archive's position. Errors: ReadError if it is damaged."""
+    def look_into(self, folder: str, name: str) -> None:
+        """Report a folder where it cannot be seen whether there is a name, or what matches it."""
         try:
-            return super().fromtarfile(tarfile)
-        except HeaderError as error:
-            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
-                raise ReadError(f"a header at byte {tarfile.offset:,}: {error}") from error
-            raise
+            if glob.has_magic(name):
+                os.scandir(folder).close()
+            else:
+                Path(folder, name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            self.lose_folder(error, folder)
 
+    def lose_folder(self, error: OSError, folder: str = "") -> None:
+        """Report a folder that cannot be read."""
+        self.lost[str(error.filename or folder)] = f"a folder that cannot be read: {error.strerror or error}"
 
-def is_inside(source: Source, name: str) -> bool:
-    """Whether a member is to be read: not hidden, and not named as if it lay outside the archive."""
-    path = PureWindowsPath(name)  # which knows drives and both kinds of slashes
-    if ".." in path.parts or path.anchor:
-        source.report.reject(f"{source.name}/{name}", "a path that leads out of the archive: refused")
-        return False
-    return not any(part.startswith(".") for part in path.parts)
+    def is_readable(self, path: Path) -> bool:
+        """Whether there is a file. What else is there is reported."""
+        try:
+            why = kind_of(path.stat())
+        except FileNotFoundError:
+            why = "a link to a file that is not there"
+        except OSError as error:
+            why = f"a file that cannot be read: {error.strerror or error}"
+        if why is not None:
+            self.lost[str(path)] = why
+        return why is None
 
-
-def unzstd(file: BinaryIO) -> BinaryIO:
-    """A stream out of zstd frames. Errors: UserError if the library is not installed."""
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ModuleNotFoundError as error:
-        raise missing("backports.zstd") from error
-    return cast(BinaryIO, zstd.ZstdFile(file))
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether the reader of an archive gave up on its bytes (and not the disk on the file)."""
-    known = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, csv.Error)
-    of_library = type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow")
-    of_file = isinstance(error, OSError) and error.errno is None
-    return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
-
-
-class Counted(io.RawIOBase):
-    """A file that tells how much of it has been read."""
-
-    def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
-        self.file, self.advance, self.taken = file, advance, 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """As the file is."""
-        return self.file.seekable()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """As the file does."""
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """As the file does."""
-        return self.file.tell()
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`, and count."""
-        size = cast(io.RawIOBase, self.file).readinto(buffer) or 0
-        self.taken += size
-        self.advance(size)
-        return size
-
-
-class Bounded(io.RawIOBase):
-    """A decompressed stream that refuses to expand without end.
-
-    packed: how many compressed bytes went into it so far.
-    """
-
-    def __init__(self, file: BinaryIO, packed: Callable[[], int]) -> None:
-        self.file, self.packed, self.given = file, packed, 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`. Errors: UserError if it is a decompression bomb."""
-        data = self.file.read(len(buffer))
-        buffer[: len(data)] = data
-        self.given += len(data)
-        require(
-            self.given <= BOMB_BYTES or self.given <= BOMB_RATIO * self.packed(),
-            f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
-        )
-        return len(data)
-
-
-TAR_SHORTS = (".tgz", ".tbz2", ".txz", ".tzst")
-
-
-def ungzip(file: BinaryIO) -> BinaryIO:
-    """A stream out of a gzip file."""
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file))
-
-
-def unbzip(file: BinaryIO) -> BinaryIO:
-    """A stream out of a bzip2 file."""
-    return cast(BinaryIO, bz2.BZ2File(file))
-
-
-def unxz(file: BinaryIO) -> BinaryIO:
-    """A stream out of an xz file."""
-    return cast(BinaryIO, lzma.LZMAFile(file))
-
-
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
-    ".gz": ungzip,
-    ".tgz": ungzip,
-    ".bz2": unbzip,
-    ".tbz2": unbzip,
-    ".xz": unxz,
-    ".txz": unxz,
-    ".zst": unzstd,
-    ".tzst": unzstd,
-}
-
-READERS: dict[str, Callable[[Source], Iterator[Piece]]] = {
-    **RECORD_READERS,
-    **{suffix: partial(read_compressed, opener) for suffix, opener in DECOMPRESSORS.items()},
-    ".zip": read_zip,
-    ".tar": read_tar,
-}
+    def walk(self, folder: Path) -> Iterator[Path]:
+        """The files in a folder and its folders, by name, hidden ones left out; a loop of links ends."""
+        seen: set[str] = set()
+        for place, folders, files in os.walk(folder, onerror=self.lose_folder, followlinks=True):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            for name in (*folders, *files):
+                if name.startswith("."):
+                    self.hidden.add(str(Path(place, name)))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                path = Path(place, name)
+                if not name.startswith(".") and self.is_readable(path):
+                    yield path

@@ -7,9 +7,9 @@ Knows neither files nor tokens.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
-from nanogpt.config import require
+from nanogpt.config import DataConfig, require
 
 PIECE = 1 << 17
 """Bytes in a piece: longer documents come in several."""
@@ -21,6 +21,10 @@ ASCII = bytes(range(128))
 
 KEPT = 10_000
 """Broken records that are remembered with their place; more are counted."""
+
+
+MISSING: Final = object()
+"""Stands where a record does not have a field: null is a value."""
 
 
 class Piece(NamedTuple):
@@ -49,13 +53,51 @@ class Report:
     broken_count: int = 0
     repaired: int = 0
     """Records with half a surrogate pair, or bytes that are no characters, which became U+FFFD."""
+    with_fields: int = field(default=0, compare=False)
+    """Files whose records or columns have names."""
+    plain: list[str] = field(default_factory=list[str], compare=False)
+    """The first file that was read as plain text, if there was one."""
+    plain_count: int = field(default=0, compare=False)
 
     def reject(self, where: str, what: str) -> None:
         """Count a record that cannot be read. Errors: UserError if strict."""
-        require(not self.strict, f"{where}: {what} (--strict stops at the first broken record)")
+        line = one_line(f"{where}: {what}")
+        require(not self.strict, f"{line} (--strict stops at the first broken record)")
         self.broken_count += 1
         if len(self.broken) < KEPT:
-            self.broken.append(f"{where}: {what}")
+            self.broken.append(line)
+
+    def note(self, where: str, what: str) -> None:
+        """Say how a file is read."""
+        self.notes.append(one_line(f"{where}: {what}"))
+
+    def read_plain(self, name: str) -> None:
+        """Count a file that has no fields."""
+        self.plain_count += 1
+        if not self.plain:
+            self.plain.append(one_line(name))
+
+    def idle_field(self, text_field: str) -> tuple[str, ...]:
+        """A note if the name of a field was given, and some files, or all, have no fields."""
+        if text_field == DataConfig.text_field or not self.plain:
+            return ()
+        if self.with_fields:
+            files = counted(self.plain_count, "file")
+            return (f"{files} without fields read as plain text, whole (the first: {self.plain[0]})",)
+        return (
+            f"--text_field {text_field} does nothing: {self.plain[0]} is read as plain text, which has no "
+            "fields (JSON Lines, JSON, CSV, TSV and Parquet have)",
+        )
+
+
+def one_line(text: str) -> str:
+    """A text that can be shown in a line: names of files may have line ends, and bytes that are no text."""
+    return " ".join(text.splitlines()).encode("utf-8", "replace").decode()
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with the noun that it counts: 1 byte, 2 bytes."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def cut(blocks: Iterable[bytes]) -> Iterator[Piece]:
@@ -96,11 +138,34 @@ def is_blank(raw: bytes) -> bool:
 
 
 def strings(value: object, path: Sequence[str]) -> Iterator[object]:
-    """What `path` leads to, in every element of every list on the way; None where it leads nowhere."""
-    if isinstance(value, list):
-        for item in cast(list[object], value):
-            yield from strings(item, path)
-    elif isinstance(value, dict) and path:
-        yield from strings(cast(dict[str, object], value).get(path[0]), path[1:])
-    else:
-        yield value
+    """The values of a field, in every element of every list on the way; MISSING where it leads nowhere.
+
+    A key that has the dots of the path in it comes before the path. An object in the field that has a
+    field of the same name gives that, as the parts of a message in a chat do.
+    """
+    whole = ".".join(path)
+    waiting = [(value, tuple(path))]  # a stack and no recursion: lists may be nested deeper than that goes
+    while waiting:
+        value, left = waiting.pop()
+        if isinstance(value, list):
+            waiting += [(item, left) for item in reversed(cast(list[object], value))]
+        elif isinstance(value, dict):
+            record = cast(dict[str, object], value)
+            own = next((name for name in (whole, path[-1]) if name in record), None)
+            if left:
+                waiting.append(step(record, left))
+            elif own is not None:
+                waiting.append((record[own], ()))
+            else:
+                yield record
+        else:
+            yield value
+
+
+def step(record: dict[str, object], path: tuple[str, ...]) -> tuple[object, tuple[str, ...]]:
+    """The value of the longest beginning of `path` that is a key, and the rest of the path."""
+    for size in range(len(path), 0, -1):
+        key = ".".join(path[:size])
+        if key in record:
+            return record[key], path[size:]
+    return MISSING, ()

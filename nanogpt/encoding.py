@@ -6,10 +6,11 @@ the caller knows it.
 """
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from nanogpt.config import UserError, require
+from nanogpt.documents import counted
 
 BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -34,16 +35,17 @@ READ_BYTES = 1 << 17
 """How much of a longer file is decoded at a time."""
 
 
-def decoded(file: BinaryIO) -> tuple[Iterator[bytes], tuple[str, ...]]:
+def decoded(file: BinaryIO, lose: Callable[[str], object] = str) -> tuple[Iterator[bytes], tuple[str, ...]]:
     """The text of a file in UTF-8, in blocks of whole characters, and notes on its encoding (a line each).
 
+    lose: called with a line on bytes at the end that are left out.
     Errors: UserError if it is binary, or where it cannot be decoded (then, in the middle of the blocks).
     """
     beginning = file.read(BEGINNING)
     following = file.read(READ_BYTES)
     encoding, notes = encoding_of(beginning, whole=not following)
     parts = blocks(file, beginning, following)
-    return without_nul(checked(parts) if encoding == "utf-8" else converted(parts, encoding)), notes
+    return without_nul(checked(parts, lose) if encoding == "utf-8" else converted(parts, encoding)), notes
 
 
 def blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes]:
@@ -56,8 +58,8 @@ def blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes
         following = file.read(READ_BYTES)
 
 
-def checked(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """UTF-8 in blocks of whole characters. One that is cut off by the end of the file is left out.
+def checked(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterator[bytes]:
+    """UTF-8 in blocks of whole characters. One that is cut off by the end of the file is left out and said.
 
     Errors: UserError at bytes that are no UTF-8.
     """
@@ -73,6 +75,8 @@ def checked(parts: Iterator[bytes]) -> Iterator[bytes]:
                 raise UserError(not_decoded("UTF-8", error, position + error.start)) from error
         position += len(whole)
         yield whole
+    if held:
+        lose(f"ends inside a character: {counted(len(held), 'byte')} left out")
 
 
 def converted(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
@@ -125,7 +129,7 @@ def encoding_of(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[s
     if valid == len(raw) or (cut_off and not whole) or (in_records and is_mostly_utf8(raw)):
         return "utf-8", ()
     if cut_off and is_mostly_utf8(raw[:valid]):
-        return "utf-8", (f"ends inside a character: {cut_off} bytes left out",)
+        return "utf-8", ()  # the reader says that something is left out
     require(
         not is_mostly_utf8(raw),
         f"is UTF-8 but for the byte 0x{raw[valid]:02X} at {valid:,}: remove or repair it",

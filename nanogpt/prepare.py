@@ -26,7 +26,7 @@ from nanogpt.config import DataConfig, UserError, require
 from nanogpt.console import progress_bar, say, warn
 from nanogpt.corpus import Corpus, find
 from nanogpt.data import FORMAT, SPLITS, load, save_plain, shard_path
-from nanogpt.documents import Piece, Report
+from nanogpt.documents import Piece, Report, counted
 from nanogpt.files import replacing
 from nanogpt.locking import lock
 from nanogpt.shakespeare import TINY_SHAKESPEARE, download, tiny_shakespeare
@@ -77,6 +77,8 @@ def prepare(config: DataConfig) -> None:
     survey = work.survey or take_survey(corpora, config)
     fingerprint = fingerprint_of(survey, config)
     if is_prepared(folder, fingerprint, config.overwrite):
+        if work.survey is None:
+            report_broken(survey.report, folder)
         say(f"{folder} is already prepared from this text")
         work.remove()
         return
@@ -126,10 +128,8 @@ def open_corpora(config: DataConfig, folder: Path) -> dict[str, Corpus]:
         given["val"] = config.val_file
     corpora: dict[str, Corpus] = {}
     for side, names in given.items():
-        corpora[side] = Corpus(
-            find([str(keep_standard_input(folder)) if name == "-" else name for name in names]),
-            config.text_field,
-        )
+        files = [str(keep_standard_input(folder)) if name == "-" else name for name in names]
+        corpora[side] = find(files, config.text_field)
     return corpora
 
 
@@ -303,8 +303,9 @@ def describe(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split
         copies, of = split.duplicates()
         if copies:
             warn(
-                f"{copies:,} of {of:,} documents for validation are also in the training split, letter by "
-                "letter: the validation loss will be too good (--split documents keeps copies together)"
+                f"{copies:,} of {counted(of, 'document')} for validation are also in the training split, "
+                "letter by letter: the validation loss will be too good (--split documents keeps copies "
+                "together)"
             )
     different = "different characters" if isinstance(tokenizer, CharTokenizer) else "tokens"
     say(f"Vocabulary: {tokenizer.vocab_size:,} {different}")

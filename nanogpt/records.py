@@ -1,24 +1,24 @@
-"""One file to documents: text, JSON Lines, JSON, CSV, TSV, Parquet.
+"""A file of text or of records: the encoding, the lines, and the text in a record.
 
-Use:    for piece in RECORD_READERS[".jsonl"](source): ...
-A reader holds one record at a time. What is broken is reported with its file and line and left out.
+Use:    for piece in read_text(source): ...
+        lines = Lines(decoded_text(source)); for piece in document(source, "a.jsonl:17", {"text": "..."}): ...
+What is broken is reported with its file and line and left out. Knows no format of records.
 """
 
 import codecs
-import csv
 import io
-import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from nanogpt import encoding
-from nanogpt.config import UserError, require
-from nanogpt.documents import Piece, Report, cut, strings
+from nanogpt.config import UserError
+from nanogpt.documents import MISSING, Piece, Report, counted, cut, strings
 from nanogpt.tokenizer import utf8
 
 RECORD = 1 << 26
@@ -26,11 +26,13 @@ RECORD = 1 << 26
 
 REPLACEMENT = "\ufffd".encode()
 
+MARK = "\ufeff"
+"""The byte order mark. Files that were joined have it at the start of a line, where it means nothing."""
+
+LATER_MARKS = re.compile(rb"(?<=[\r\n])(?:%b)+" % MARK.encode())
+
 ESCAPE = "nanogpt.escape"
 """How bytes that are no text come in: as lone surrogates, which no text has (PEP 383, for every encoding)."""
-
-ROWS = 256
-"""Rows of a Parquet file in memory at a time."""
 
 SPOOLED = 1 << 24
 """Bytes of an archive inside an archive that are kept in memory; more go to a temporary file."""
@@ -50,12 +52,40 @@ class Source:
     report: Report
     depth: int = 0
 
+    def note(self, what: str) -> None:
+        """Say how the file is read."""
+        self.report.note(self.name, what)
+
 
 def read_text(source: Source) -> Iterator[Piece]:
     """A text file is a document. Windows line ends (CRLF) are folded to LF."""
-    blocks, notes = encoding.decoded(source.file)
-    source.report.notes += [f"{source.name}: {note}" for note in notes]
-    yield from cut(unix_lines(blocks, source))
+    source.report.read_plain(source.name)
+    blocks, notes = encoding.decoded(source.file, lambda what: source.report.reject(source.name, what))
+    for note in notes:
+        source.note(note)
+    yield from cut(without_marks(unix_lines(blocks, source), source))
+
+
+def without_marks(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
+    """The text without the byte order marks at the start of a line, and a note on how many."""
+    mark, dropped, last = MARK.encode(), 0, b"\n"
+    for block in blocks:
+        if mark in block:
+            text = LATER_MARKS.sub(b"", last + block)[len(last) :]
+            dropped += (len(block) - len(text)) // len(mark)
+        else:
+            text = block
+        last = text[-1:] or last
+        yield text
+    note_marks(source, dropped)
+
+
+def note_marks(source: Source, dropped: int) -> None:
+    """Say how many byte order marks were in the middle of a file."""
+    if dropped:
+        source.note(
+            f"{counted(dropped, 'byte order mark')} at the start of a later line dropped (were files joined?)"
+        )
 
 
 def unix_lines(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
@@ -72,7 +102,7 @@ def unix_lines(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
             yield block
     yield held
     if folded:
-        source.report.notes.append(f"{source.name}: {folded:,} Windows line ends (CRLF) folded to LF")
+        source.note(f"{counted(folded, 'Windows line end')} (CRLF) folded to LF")
 
 
 def document(source: Source, where: str, value: object) -> Iterator[Piece]:
@@ -83,16 +113,42 @@ def document(source: Source, where: str, value: object) -> Iterator[Piece]:
             source.report.repaired += len(raw) != len(text) and "\ufffd" not in text and REPLACEMENT in raw
             yield from cut([raw])
         else:
-            names = list(cast(dict[str, object], value)) if isinstance(value, dict) else []
-            known = f" (it has {listed(names)}): give --text_field" if names else ""
-            source.report.reject(where, f"no text in the field {source.text_field!r}{known}")
+            source.report.reject(where, no_text(source.text_field, text, value))
 
 
-def lines(source: Source) -> io.TextIOWrapper:
-    """The file as lines of text, in the encoding that it has."""
+def no_text(text_field: str, found: object, record: object) -> str:
+    """Why there is no text in a record: the field is missing, or holds something else."""
+    names = list(cast(dict[str, object], record)) if isinstance(record, dict) else []
+    if found is MISSING:
+        known = f" (it has {listed(names)}): give --text_field" if names else ""
+        return f"no text in the field {text_field!r}{known}"
+    if not isinstance(record, (dict, list)):
+        return f"{described(found)}, neither text nor a record with the field {text_field!r}"
+    if found is None:
+        return f"the field {text_field!r} is null"
+    return f"the field {text_field!r} holds {described(found)}, not text"
+
+
+def described(value: object) -> str:
+    """A value that is no text, in a few words."""
+    if isinstance(value, dict):
+        return f"an object (it has {listed(list(map(str, cast(dict[object, object], value)))) or 'nothing'})"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    kind = "a number" if isinstance(value, (int, float)) else f"a value of type {type(value).__name__}"
+    shown = (
+        str(value) if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e15) else "..."
+    )
+    return f"{kind} ({shown})" if isinstance(value, (int, float)) else kind
+
+
+def decoded_text(source: Source) -> io.TextIOWrapper:
+    """The file as text, in the encoding that it has."""
+    source.report.with_fields += 1
     beginning = cast(io.BufferedReader, source.file).peek(1 << 16)[: 1 << 16]
     name, notes = encoding.encoding_of(beginning, whole=False, in_records=True)
-    source.report.notes += [f"{source.name}: {note}" for note in notes]
+    for note in notes:
+        source.note(note)
     return io.TextIOWrapper(source.file, name, newline="", errors=ESCAPE)
 
 
@@ -106,106 +162,49 @@ def escape(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(ESCAPE, escape)
 
 
-def read_json_lines(source: Source) -> Iterator[Piece]:
-    """A JSON value a line."""
-    number, following = 0, lines(source)
-    while line := following.readline(RECORD):
-        number += 1
-        where = f"{source.name}:{number}"
-        if len(line) == RECORD and not line.endswith("\n"):
-            while (rest := following.readline(RECORD)) and not rest.endswith("\n"):
-                pass
-            source.report.reject(where, f"longer than {RECORD:,} characters")
-        elif line.strip():
-            try:
-                line.encode("utf-8")  # bytes that are no text came in as lone surrogates
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                source.report.reject(where, f"not JSON ({reason(error)})")
-                continue
-            yield from document(source, where, value)
+class LongLine(str):
+    """The beginning of a line of more than RECORD characters, whose rest is dropped."""
+
+    __slots__ = ()
 
 
-def read_json(source: Source) -> Iterator[Piece]:
-    """A JSON array of records, or one record or several; no more than one is held at a time."""
-    decode, text, number = json.JSONDecoder().raw_decode, lines(source), 0
-    waiting, complete = "", False
-    in_array: bool | None = None
-    while True:
-        waiting = waiting.lstrip(" \t\r\n,]" if in_array else " \t\r\n")
-        if in_array is None and waiting:
-            in_array = waiting.startswith("[")
-            waiting = waiting[in_array:]
-            continue
-        try:
-            value, end = decode(waiting)
-            if end == len(waiting) and not complete:
-                raise ValueError("a number may go on")
-        except (ValueError, RecursionError) as error:
-            if not complete and len(waiting) <= RECORD:
-                more = text.read(max(1 << 16, len(waiting)))
-                complete = not more
-                waiting += more
-                continue
-            if waiting:
-                source.report.reject(f"{source.name}, record {number + 1}", f"not JSON ({reason(error)})")
-            return
-        number, waiting = number + 1, waiting[end:]
-        yield from document(source, f"{source.name}, record {number}", value)
+class Lines:
+    """The lines of a text, which can be given back to be read again.
 
+    number: how many have been read. taken: the characters of the text in them. marks: byte order marks at
+    the start of a line, which are dropped.
+    """
 
-def read_table(delimiter: str, source: Source) -> Iterator[Piece]:
-    """CSV or TSV with a line of names: text_field says which column is the text."""
-    csv.field_size_limit(RECORD)
-    rows = csv.reader(lines(source), delimiter=delimiter)
-    header = next(rows, list[str]())
-    column = column_of(source, header)
-    while True:
-        where = f"{source.name}:{rows.line_num + 1}"
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            source.report.reject(where, str(error))
-            continue
-        if len(row) == len(header):
-            yield from document(source, where, row[column])
-        elif row:
-            source.report.reject(where, f"{len(row)} fields instead of {len(header)}")
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self.text, self.number, self.taken, self.marks = text, 0, 0, 0
+        self.again: deque[str] = deque()
 
+    def read(self) -> str:
+        """The next line with its end, "" behind the last."""
+        line = self.again.popleft() if self.again else self.fresh()
+        self.number += bool(line)
+        return line
 
-def read_parquet(source: Source) -> Iterator[Piece]:
-    """A column of a Parquet file."""
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise missing("pyarrow") from error
-    number = 0
-    with spooled(source.file) as file:
-        table: Any = ParquetFile(file)
-        column = column_of(source, list(map(str, table.schema_arrow.names)))
-        name: str = table.schema_arrow.names[column]
-        for batch in table.iter_batches(batch_size=ROWS, columns=[name]):
-            for value in batch.column(0):
-                number += 1
-                where = f"{source.name}, row {number}"
-                try:
-                    record = {name: value.as_py()}
-                except UnicodeDecodeError as error:
-                    source.report.reject(where, f"bytes that are no text ({reason(error)})")
-                    continue
-                yield from document(source, where, record)
+    def fresh(self) -> str:
+        """The next line that has not been read before."""
+        line = self.text.readline(RECORD)
+        self.taken += len(line)
+        line = self.without_mark(line)
+        if len(line) < RECORD or line.endswith(("\n", "\r")):
+            return line
+        while (rest := self.text.readline(RECORD)) and not rest.endswith(("\n", "\r")):
+            pass
+        return LongLine(line)
 
+    def without_mark(self, line: str) -> str:
+        """A line without the byte order mark at its start, which is counted."""
+        self.marks += line.startswith(MARK)
+        return line.removeprefix(MARK)
 
-def column_of(source: Source, header: Sequence[str]) -> int:
-    """Where text_field is among the columns. Errors: UserError if it is not."""
-    name = source.text_field.split(".")[0]
-    require(
-        name in header,
-        f"has no column {name!r}: give --text_field, one of {listed(header) or 'none'}",
-    )
-    return list(header).index(name)
+    def give_back(self, lines: Sequence[str]) -> None:
+        """Read the last lines once more, from the next call on."""
+        self.again.extendleft(reversed(lines))
+        self.number -= len(lines)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -233,13 +232,3 @@ def spooled(file: BinaryIO) -> Generator[BinaryIO]:
 def missing(library: str) -> UserError:
     """How to get a library that a format needs."""
     return UserError(f"needs {library}: pip install -c constraints.txt -e '.[corpora]'")
-
-
-RECORD_READERS: dict[str, Callable[[Source], Iterator[Piece]]] = {
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".json": read_json,
-    ".csv": partial(read_table, ","),
-    ".tsv": partial(read_table, "\t"),
-    ".parquet": read_parquet,
-}

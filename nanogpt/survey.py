@@ -24,7 +24,7 @@ from nanogpt.config import DataConfig, require
 from nanogpt.console import progress_bar
 from nanogpt.corpus import Corpus
 from nanogpt.data import FORMAT
-from nanogpt.documents import Piece, Report
+from nanogpt.documents import Piece, Report, counted
 from nanogpt.shakespeare import TINY_SHAKESPEARE
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
@@ -89,6 +89,7 @@ def take_survey(corpora: Mapping[str, Corpus], config: DataConfig) -> Survey:
             for batch in in_order(measure, batches(pieces, lambda piece: len(piece.raw))):
                 for piece in batch:
                     survey.add(piece)
+    survey.report.notes[:0] = survey.report.idle_field(config.text_field)  # first: it is sure to be shown
     reject_nothing(survey, config)
     return survey
 
@@ -110,7 +111,9 @@ def digest_of(raw: bytes) -> bytes:
 def reject_nothing(survey: Survey, config: DataConfig) -> None:
     """Raise UserError if there is no text, or none of a corpus for validation alone."""
     broken = survey.report.broken
-    why = f" ({survey.report.broken_count:,} broken records, the first: {broken[0]})" if broken else ""
+    why = (
+        f" ({counted(survey.report.broken_count, 'broken record')}, the first: {broken[0]})" if broken else ""
+    )
     message = "is empty: give a file with text in it"
     require(survey.first_val != len(survey.characters), f"--val_file {config.val_source} {message}{why}")
     require(bool(survey.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
@@ -205,8 +208,9 @@ class Split:
             sizes = (int(characters[~self.by_document].sum()), int(characters[self.by_document].sum()))
         require(
             min(sizes) >= 2,
-            f"{config.source or TINY_SHAKESPEARE} has {survey.total} characters in {len(digests):,} "
-            f"documents: too short for --train_split {config.train_split}, both splits need at least 2",
+            f"{config.source or TINY_SHAKESPEARE} has {counted(survey.total, 'character')} in "
+            f"{counted(len(digests), 'document')}: too short for --train_split "
+            f"{config.train_split}, both splits need at least 2",
         )
 
     def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, int]]:

@@ -7,15 +7,18 @@ import json
 import lzma
 import os
 import random
+import socket
+import stat
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanogpt import corpus, documents
+from nanogpt import archives, compressed, documents, encoding
 from nanogpt.config import UserError
 from nanogpt.corpus import Corpus, find
 from nanogpt.documents import Report
@@ -130,6 +133,16 @@ def test_parts_of_a_compressed_file_are_read_one_after_the_other(tmp_path):
         assert documents_in(tmp_path / f"a.txt{suffix}") == ["one, two"]
 
 
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_what_follows_the_end_of_a_compressed_file_is_no_loss_without_a_word(tmp_path, suffix):
+    whole = PACKERS[suffix](b"one")
+    (tmp_path / f"a.txt{suffix}").write_bytes(whole + bytes(512) + (whole if suffix != ".gz" else b""))
+    assert documents_in(tmp_path / f"a.txt{suffix}") == ["one" if suffix == ".gz" else "oneone"]
+    for rest in (b"garbage", whole[1:], whole[:-2]):
+        (tmp_path / f"a.txt{suffix}").write_bytes(whole + rest)
+        assert "is damaged" in refusal(tmp_path / f"a.txt{suffix}")
+
+
 def test_archives_inside_archives(tmp_path):
     inner = zipped([("one.txt", b"one"), ("two.jsonl.xz", lzma.compress(b'"two"\n'))])
     outer = tarred(
@@ -152,7 +165,7 @@ def test_passing_again_gives_the_same_pieces_and_counts_every_byte(tmp_path):
     for name, raw in PLAIN.items():
         (tmp_path / name).write_bytes(raw)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(raw))
-    source = Corpus(find([str(tmp_path)]))
+    source = find([str(tmp_path)])
     assert source.size == sum(path.stat().st_size for path in tmp_path.iterdir())
     read = []
     first = list(source.pieces(Report(), read.append))
@@ -171,7 +184,7 @@ def test_files_folders_and_globs_in_the_order_given_and_each_once(tmp_path, monk
     monkeypatch.chdir(tmp_path)
 
     def names(*given):
-        return [path.as_posix() for path in find(given)]
+        return [path.as_posix() for path in find(given).files]
 
     assert names("b") == ["b/1.txt", "b/2.txt", "b/c/3.txt"]
     assert names("z.log", "b", "a.txt") == ["z.log", "b/1.txt", "b/2.txt", "b/c/3.txt", "a.txt"]
@@ -198,7 +211,7 @@ def test_loops_of_links_end_and_links_are_followed_once(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far/two.txt").write_text("two")
     (tmp_path / "in/there").symlink_to(tmp_path / "far")
-    found = find([str(tmp_path / "in")])
+    found = find([str(tmp_path / "in")]).files
     assert [path.read_text() for path in found] == ["one", "two"]
 
 
@@ -207,7 +220,7 @@ def test_names_with_odd_characters(tmp_path):
         if sys.platform == "win32" and "*" in name:
             continue
         (tmp_path / name).write_text("text")
-        assert find([str(tmp_path / name)]) == (tmp_path / name,)  # a file that is there is no glob
+        assert find([str(tmp_path / name)]).files == (tmp_path / name,)  # a file that is there is no glob
 
 
 @pytest.mark.parametrize(
@@ -241,7 +254,7 @@ def test_a_file_that_is_gone_since(tmp_path):
 def test_of_several_files_one_that_cannot_be_read_is_reported(tmp_path):
     for name, raw in (("1.txt", b"one"), ("2.txt", b"\0\0"), ("3.gz", b"no"), ("4.txt", b"four")):
         (tmp_path / name).write_bytes(raw)
-    source, report = Corpus(find([str(tmp_path)])), Report()
+    source, report = find([str(tmp_path)]), Report()
     assert joined(source.pieces(report)) == ["one", "four"]
     assert report.broken_count == 2
     assert report.broken[0].startswith(f"{tmp_path / '2.txt'}: is not a text file")
@@ -256,9 +269,169 @@ def test_a_file_that_breaks_off_ends_its_document_there(tmp_path, monkeypatch):
     (tmp_path / "1.txt.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "2.txt").write_bytes(b"two")
     report = Report()
-    found = joined(Corpus(find([str(tmp_path)])).pieces(report))
+    found = joined(find([str(tmp_path)]).pieces(report))
     assert found[-1] == "two"
     assert report.broken_count == 1
+
+
+# What is there and cannot be read
+
+
+def lost(*names):
+    """What a search reports as lost, by name."""
+    report = Report()
+    list(find([str(name) for name in names]).pieces(report))
+    assert report.broken_count == len(report.broken)
+    return report.broken
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Folders that nobody may list, by name: permissions do not hold for root, who runs tests too."""
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+@pytest.mark.usefixtures("closed")
+@pytest.mark.parametrize("glob", ["", "*", "**", "**/*.txt", "*/*", "*/*.txt"])
+def test_a_folder_that_cannot_be_read_is_reported_however_it_is_found(tmp_path, glob):
+    for folder in ("a", "closed"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "one.txt").write_text("one")
+    assert lost(tmp_path / glob) == [
+        f"{tmp_path / 'closed'}: a folder that cannot be read: Permission denied"
+    ]
+    with pytest.raises(UserError, match=r"closed: a folder that cannot be read: .*--strict"):
+        list(find([str(tmp_path / glob)]).pieces(Report(strict=True)))
+
+
+@pytest.mark.usefixtures("closed")
+@pytest.mark.parametrize("name", ["closed", "closed/*", "*", "**/*.txt"])
+def test_a_folder_of_which_nothing_can_be_read_is_refused_with_the_reason(tmp_path, name):
+    (tmp_path / "closed").mkdir()
+    with pytest.raises(UserError, match=r"closed is a folder that cannot be read: Permission denied$"):
+        find([str(tmp_path / name)])
+
+
+@posix
+@pytest.mark.parametrize("glob", ["", "*"])
+def test_links_to_nothing_pipes_and_sockets_are_reported(tmp_path, monkeypatch, glob):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "one.txt").write_text("one")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "self").symlink_to("self")
+    os.mkfifo(folder / "pipe")
+    monkeypatch.chdir(folder)  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    (folder / "zero").symlink_to("/dev/zero")
+    assert sorted(line.removeprefix(f"{folder}{os.sep}") for line in lost(folder / glob)) == [
+        "dangling: a link to a file that is not there",
+        "pipe: a named pipe",
+        "self: a file that cannot be read: Too many levels of symbolic links",
+        "socket: a socket",
+        "zero: a device",
+    ]
+
+
+@posix
+def test_pipes_devices_and_files_of_the_system_are_refused_by_name_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name, said in (
+        (tmp_path / "pipe", "is a named pipe, no file: pipe what comes out of it into --input_file -"),
+        ("/dev/zero", "is a device, no file: pipe"),
+        ("/proc/self/status", "is a file of the system"),
+        (tmp_path / "dangling", "is a link to a file that is not there"),
+        ("a\0b", "does not exist"),
+    ):
+        with pytest.raises(UserError) as raised:
+            find([str(name)])
+        assert said in str(raised.value)
+    assert "it is a named pipe" in refusal(tmp_path / "pipe")  # put there since
+    assert "it is a device" in refusal(Path("/dev/zero"))
+
+
+def test_hidden_files_are_left_out_on_purpose_and_that_is_said(tmp_path):
+    for name in ("one.txt", ".env", ".git/config", ".DS_Store", "in/.secret"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    report = Report(strict=True)
+    assert joined(find([str(tmp_path), str(tmp_path / "in/.secret")]).pieces(report)) == ["one", "one"]
+    assert report.notes[0].startswith("hidden files and folders left out: 3, the first: ")
+
+
+def test_a_name_that_is_a_whole_text_is_not_shown_whole():
+    with pytest.raises(UserError) as raised:
+        find(["word " * 30_000 + "\n and more"])
+    assert len(str(raised.value)) < 400
+    assert "\n" not in str(raised.value)
+
+
+@posix
+def test_names_that_are_not_utf8_are_read_and_reported(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    Path(name).mkdir()
+    (Path(name) / "\udce9.txt").write_text("one")
+    (Path(name) / "\udcff.jsonl").write_text('"two"\nno\n')
+    source, report = find([name]), Report()
+    assert joined(source.pieces(report)) == ["one", "two"]
+    assert report.broken[0].startswith(f"{tmp_path}/caf?/?.jsonl:2: not JSON")
+
+
+def test_the_end_of_a_text_inside_a_character_is_a_loss(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Grüße, schöne Grüße".encode() + b"\xc3")
+    report = Report()
+    assert documents_in(tmp_path / "a.txt", report) == ["Grüße, schöne Grüße"]
+    assert report.broken == [f"{tmp_path / 'a.txt'}: ends inside a character: 1 byte left out"]
+    with pytest.raises(UserError, match="--strict"):
+        documents_in(tmp_path / "a.txt", Report(strict=True))
+
+
+def test_the_name_of_a_field_that_does_nothing_is_said(tmp_path):
+    (tmp_path / "tweets.js").write_text('window.YTD.tweet.part0 = [ {"full_text": "one"} ]')
+    (tmp_path / "z.txt").write_text("two")
+
+    def said(names, field):
+        report = Report()
+        list(find([str(tmp_path / name) for name in names], field).pieces(report))
+        return report.idle_field(field)
+
+    assert said(["tweets.js"], "text") == ()
+    (line,) = said(["tweets.js", "z.txt"], "full_text")
+    assert line.startswith(
+        f"--text_field full_text does nothing: {tmp_path / 'tweets.js'} is read as plain text"
+    )
+    (tmp_path / "b.jsonl").write_text('{"full_text": "three"}')
+    assert said(["b.jsonl"], "full_text") == ()
+    (line,) = said(["b.jsonl", "tweets.js", "z.txt"], "full_text")
+    assert line == f"2 files without fields read as plain text, whole (the first: {tmp_path / 'tweets.js'})"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1 << 17])
+def test_byte_order_marks_at_later_lines_of_a_text_are_dropped_and_said(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(encoding, "READ_BYTES", size)
+    for name, mark in (("utf-8", b"\xef\xbb\xbf"), ("utf-16-le", b"\xff\xfe")):
+        raw = (
+            mark
+            + "one\r\n".encode(name)
+            + 2 * mark
+            + "two\n".encode(name)
+            + mark
+            + "thr\ufeffee".encode(name)
+        )
+        (tmp_path / "a.txt").write_bytes(raw)
+        report = Report()
+        assert documents_in(tmp_path / "a.txt", report) == ["one\ntwo\nthr\ufeffee"]
+        said = "3 byte order marks at the start of a later line dropped (were files joined?)"
+        assert report.notes[-1] == f"{tmp_path / 'a.txt'}: {said}"
 
 
 # Hostile archives
@@ -301,12 +474,50 @@ def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
         last = tarfile.TarInfo("last.txt")
         last.size = 4
         archive.addfile(last, io.BytesIO(b"last"))
-    assert documents_in(tmp_path / "a.tar") == ["last"]
+    report = Report()
+    assert documents_in(tmp_path / "a.tar", report) == ["last"]
+    assert [line.removeprefix(f"{tmp_path / 'a.tar'}/") for line in report.broken] == [
+        f"member2.txt: a link that leads out of the archive, to {secret}",
+        "member3.txt: no file but a device or a pipe",
+        "member6.txt: no file but a device or a pipe",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("target", "lost"), [("one.txt", 0), ("../one.txt", 0), ("../../one.txt", 1), ("/x", 1)]
+)
+def test_a_link_in_an_archive_is_a_loss_if_it_leads_out(tmp_path, target, lost):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        member = tarfile.TarInfo("in/link.txt")
+        member.type, member.linkname = tarfile.SYMTYPE, target
+        archive.addfile(member)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        member = zipfile.ZipInfo("in/link.txt")
+        member.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(member, target)
+    for path in (tmp_path / "a.tar", tmp_path / "a.zip"):
+        report = Report()
+        assert documents_in(path, report) == []
+        assert (
+            report.broken == [f"{path}/in/link.txt: a link that leads out of the archive, to {target}"] * lost
+        )
+
+
+def test_archives_one_after_the_other_in_a_tar_are_all_read(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tarred([("1.txt", b"one")]) + tarred([("2.txt", b"two")]))
+    assert documents_in(tmp_path / "a.tar") == ["one", "two"]
+
+
+def test_hidden_members_that_no_system_wrote_are_said(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped([("in/.env", b"x"), (".git/config", b"y"), ("1.txt", b"one")]))
+    report = Report()
+    assert documents_in(tmp_path / "a.zip", report) == ["one"]
+    assert report.notes == [f"{tmp_path / 'a.zip'}: hidden files and folders left out: 2, the first: in/.env"]
 
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".jsonl.bz2", ".csv.xz", ".json.zst", ".zip", ".tar.gz"])
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(corpus, "BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr(compressed, "BOMB_BYTES", 1 << 20)
     zeros = b" " * (1 << 23)
     path = tmp_path / f"bomb{suffix}"
     if suffix == ".zip":
@@ -327,7 +538,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix):
 
 
 def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "BOMB_BYTES", 1 << 16)
+    monkeypatch.setattr(compressed, "BOMB_BYTES", 1 << 16)
     text = "".join(f"{i} of the same words, nearly.\n" for i in range(20_000))
     for suffix, pack in PACKERS.items():
         (tmp_path / f"a.txt{suffix}").write_bytes(pack(text.encode()))
@@ -337,10 +548,10 @@ def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["gz", "zip"])
 def test_archives_too_deep_inside_one_another_are_refused(tmp_path, kind):
     raw, name = b"text", "a.txt"
-    for depth in range(1, corpus.DEPTH + 2):
+    for depth in range(1, archives.DEPTH + 2):
         raw, name = (gzip.compress(raw), f"{name}.gz") if kind == "gz" else (zipped([(name, raw)]), "a.zip")
         (tmp_path / name).write_bytes(raw)
-        if depth <= corpus.DEPTH:
+        if depth <= archives.DEPTH:
             assert documents_in(tmp_path / name) == ["text"]
     report = Report()
     try:
@@ -439,7 +650,7 @@ def test_a_compressed_file_that_breaks_off_is_damaged(tmp_path, suffix):
             assert (size, found) == (0, [])  # an empty file is an empty text
 
 
-SUFFIXES = [*corpus.READERS, ".txt", ".tar.gz", ".jsonl.gz", ".csv.zst", ".parquet.gz"]
+SUFFIXES = [*archives.READERS, ".txt", ".tar.gz", ".jsonl.gz", ".csv.zst", ".parquet.gz"]
 
 
 def outcome(path):

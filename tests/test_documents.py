@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nanogpt import documents
 from nanogpt.config import UserError
-from nanogpt.documents import Piece, Report, cut, strings
+from nanogpt.documents import MISSING, Piece, Report, counted, cut, strings
 
 quick = settings(deadline=None, derandomize=True, max_examples=150)
 prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categories=["Cs"]), max_size=80)
@@ -74,10 +74,22 @@ def test_white_space_alone_is_no_document(text):
         ({"a": [{"b": "x"}, {"b": "y"}]}, "a.b", ["x", "y"]),
         ({"a": ["x", "y"]}, "a", ["x", "y"]),
         (["x", {"text": "y"}], "text", ["x", "y"]),
-        ({"text": "x"}, "body", [None]),
+        ({"text": "x"}, "body", [MISSING]),
+        ({"text": None}, "text", [None]),
         ({"a": {"b": "x"}}, "a", [{"b": "x"}]),
         ({"a": {"b": "x"}}, "a.b.c", ["x"]),
-        ({"a": {}}, "a.b", [None]),
+        ({"a": {}}, "a.b", [MISSING]),
+        ({"a.b": "x", "a": {"b": "y"}}, "a.b", ["x"]),  # the literal name first
+        ({"a": {"b.c": "x"}}, "a.b.c", ["x"]),
+        ({"a.b": {"c": "x"}, "a": "y"}, "a.b.c", ["x"]),
+        (
+            {"text": ["see ", {"type": "link", "text": "http://x"}, " now"]},
+            "text",
+            ["see ", "http://x", " now"],
+        ),
+        ({"a": {"b": ["x", {"b": ["y", {"b": "z"}]}, {"a.b": "w"}]}}, "a.b", ["x", "y", "z", "w"]),
+        ({"text": ["x", {"href": "y"}]}, "text", ["x", {"href": "y"}]),
+        ({"text": []}, "text", []),
         ([], "text", []),
         (3, "text", [3]),
     ],
@@ -95,3 +107,18 @@ def test_broken_records_are_counted_and_so_many_are_kept(monkeypatch):
     assert report.broken == ["a.jsonl:0: not JSON", "a.jsonl:1: not JSON", "a.jsonl:2: not JSON"]
     with pytest.raises(UserError, match=r"a\.jsonl:7: not JSON .*--strict"):
         Report(strict=True).reject("a.jsonl:7", "not JSON")
+
+
+def test_a_number_and_its_noun():
+    assert [counted(number, "byte") for number in (0, 1, 2, 1000)] == [
+        "0 bytes",
+        "1 byte",
+        "2 bytes",
+        "1,000 bytes",
+    ]
+
+
+def test_a_name_with_a_line_end_is_one_line_of_the_report():
+    report = Report()
+    report.reject("a\nb\r\nc.jsonl:1", "not JSON")
+    assert report.broken == ["a b c.jsonl:1: not JSON"]

@@ -126,7 +126,7 @@ def test_both_splits_need_two_characters(tmp_path, length, split, enough):
         loaded = prepared(tmp_path / "data", TEXT[:length], train_split=split)
         assert min(len(loaded.train), len(loaded.val)) >= 2
     else:
-        with pytest.raises(UserError, match=f"{length} characters .*: too short") as raised:
+        with pytest.raises(UserError, match=f"{length:,} characters .*: too short") as raised:
             prepared(tmp_path / "data", TEXT[:length], train_split=split)
         assert "\n" not in str(raised.value)
         assert contents(tmp_path / "data") == {}
@@ -139,6 +139,28 @@ def test_nothing_but_white_space_is_empty(config, raw):
         main(config)
     assert "\n" not in str(raised.value)
     assert contents(Path(config.data_dir)) == {}
+
+
+@posix
+def test_what_cannot_be_read_is_said_each_time_and_refused_when_strict(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")  # not UTF-8
+    folder.mkdir()
+    (folder / "one.txt").write_text(TEXT)
+    (folder / "dangling").symlink_to("nowhere")
+    config = DataConfig((str(folder),), str(tmp_path / "data"))
+    for _ in range(2):  # the second time, all is prepared
+        main(config)
+        assert "dangling: a link to a file that is not there" in capsys.readouterr().err
+    assert len((tmp_path / "data/broken.txt").read_text().splitlines()) == 1
+    with pytest.raises(UserError, match=r"dangling: a link to .*--strict"):
+        main(replace(config, strict=True))
+
+
+def test_a_text_field_that_does_nothing_is_said_before_anything_else(tmp_path, capsys):
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_bytes(b"a line\r\nand one more\r\n" * 9)
+    main(DataConfig((str(tmp_path / "*.txt"),), str(tmp_path / "data"), text_field="body"))
+    assert capsys.readouterr().out.startswith("--text_field body does nothing: ")
 
 
 def test_nothing_but_broken_records_says_what_is_broken(tmp_path):

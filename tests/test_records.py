@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanogpt import documents, encoding, records
 from nanogpt.config import UserError
 from nanogpt.corpus import Corpus
-from nanogpt.documents import Report
+from nanogpt.documents import Report, counted
 
 quick = settings(deadline=None, derandomize=True, max_examples=50)
 RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог"
@@ -177,9 +177,15 @@ def broken(tmp_path, name, raw):
         (b"plain words", "not JSON"),
         (b'{"text": "a"} {"text": "b"}', "not JSON"),
         (b'{"body": "x"}', "no text in the field 'text' (it has body): give --text_field"),
-        (b'{"text": 3}', "no text in the field 'text'"),
-        (b'{"text": null}', "no text in the field 'text'"),
-        (b"3", "no text in the field 'text'"),
+        (b'{"text": 3}', "the field 'text' holds a number (3), not text"),
+        (b'{"text": [2.5]}', "the field 'text' holds a number (2.5), not text"),
+        (b'{"text": ' + b"9" * 4000 + b"}", "the field 'text' holds a number (...), not text"),
+        (b'{"text": true}', "the field 'text' holds true, not text"),
+        (b'{"text": null}', "the field 'text' is null"),
+        (b'{"text": {"a": 1, "b": 2}}', "the field 'text' holds an object (it has a, b), not text"),
+        (b'{"text": {}}', "the field 'text' holds an object (it has nothing), not text"),
+        (b"3", "a number (3), neither text nor a record with the field 'text'"),
+        (b"null", "null, neither text nor a record with the field 'text'"),
         (b"[" * 100_000, "not JSON"),
         (b"1" * 10_000, "not JSON"),
         (b'{"text": "a \x01 control character"}', "not JSON"),
@@ -233,9 +239,9 @@ def test_a_json_record_that_is_too_long_is_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "row", "line"),
     [
-        ("a.csv", "2", ":3: 1 fields instead of 2"),
+        ("a.csv", "2", ":3: 1 field instead of 2"),
         ("a.csv", "2,x,y", ":3: 3 fields instead of 2"),
-        ("a.tsv", "2", ":3: 1 fields instead of 2"),
+        ("a.tsv", "2", ":3: 1 field instead of 2"),
     ],
 )
 def test_a_row_of_another_length_is_counted_with_its_line(tmp_path, name, row, line):
@@ -316,7 +322,7 @@ def test_windows_line_ends_fold_even_across_a_border(tmp_path_factory, text, beg
     assert found == ([folded] if text.strip() else [])
     if found:
         count = text.count("\r\n")
-        said = [f"{path}: {count} Windows line ends (CRLF) folded to LF"] if count else []
+        said = [f"{path}: {counted(count, 'Windows line end')} (CRLF) folded to LF"] if count else []
         assert report.notes == said
 
 
@@ -326,5 +332,5 @@ def test_notes_name_the_file(tmp_path):
     documents_in(tmp_path / "a.txt", report=report)
     assert report.notes == [
         f"{tmp_path / 'a.txt'}: read as UTF-16, by its byte order mark",
-        f"{tmp_path / 'a.txt'}: 1 Windows line ends (CRLF) folded to LF",
+        f"{tmp_path / 'a.txt'}: 1 Windows line end (CRLF) folded to LF",
     ]

@@ -121,7 +121,7 @@ def test_documents_are_drawn_by_their_digest_alone():
 
 
 def test_a_side_without_documents_is_refused():
-    with pytest.raises(UserError, match="1 documents: too short") as raised:
+    with pytest.raises(UserError, match="1 document: too short") as raised:
         Split(surveyed([100], [5]), DataConfig(split="documents"))
     assert "\n" not in str(raised.value)
 
