@@ -58,6 +58,11 @@ class Report:
             self.broken.append(f"{where}: {what}")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with the noun that it counts: 1 byte, 2 bytes."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def cut(blocks: Iterable[bytes]) -> Iterator[Piece]:
     """A document, given in blocks of whole characters of UTF-8, in pieces of PIECE bytes.
 

@@ -17,7 +17,7 @@ import torch
 from conftest import prepared
 from filelock import FileLock
 
-from nanogpt import data, prepare, survey, token_files
+from nanogpt import prepare, survey, token_files
 from nanogpt.bpe import byte_level_json, gpt2
 from nanogpt.config import DataConfig, UserError
 from nanogpt.data import load
@@ -373,10 +373,11 @@ def test_a_preparation_cut_short_is_seen_and_done_again(config, tmp_path, monkey
             patch.setattr(token_files.Work, "remove", stop)
         else:
             patch.setattr(prepare, "write_tokens", stop_at(token_files.write_tokens))
-            patch.setattr(prepare, "save_plain", stop_at(data.save_plain))
+            patch.setattr(prepare, "write_sealed", stop_at(prepare.write_sealed))
         with pytest.raises(KeyboardInterrupt):
             main(config)
-    if done == "train.tokens":  # the old data set is there until the new one is ready
+    if done == "train.tokens" or (over_another and done != "preparing"):
+        # The old data set is there until the new one is ready.
         assert {name: raw for name, raw in contents(folder).items() if name in FILES} == old
     elif done == "preparing":
         assert whole_text(load(folder)) == TEXT

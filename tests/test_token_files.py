@@ -68,10 +68,11 @@ def begun(folder, config, text):
     work.begin(survey, ByteTokenizer())
     with work.writing() as files:
         for file, values, count in ((files[0], b"abcd", 3), (files[1], b"xyz", 2)):
-            file.write(values)
-            work.tokens[files.index(file)] = count
-        work.bytes, work.batches = [3, 2], 1
+            work.add(files, files.index(file), np.frombuffer(values[:count], np.uint8), count)
+        work.batches = 1
         work.save(files)
+        files[0].write(b"d")
+        files[1].write(b"z")
     return work
 
 
