@@ -114,8 +114,9 @@ def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Da
         content, sealed = read_sealed(path)
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     advice = f"{how_to_prepare(folder, content)} --overwrite"
+    version = content.get("format")
     require(
-        content.get("format") in (1, FORMAT) and "tokenizer" in content,
+        isinstance(version, int) and version in (1, FORMAT) and "tokenizer" in content,
         f"{folder} was prepared by another version of NanoGPT: {advice}",
     )
     facts = Facts(content, path, advice)
@@ -176,6 +177,7 @@ def how_to_prepare(folder: Path, vocabulary: Mapping[str, Any] | None = None) ->
     """The command that prepares a folder (again), as far as its vocab.pt tells."""
     vocabulary = vocabulary or {}
     source = vocabulary.get("source", None if vocabulary else "")  # of format 1
+    source = source if isinstance(source, str) else None
     own_place = str(folder) == DataConfig.data_dir
     arguments = vocabulary.get("arguments")
     words = [str(word) for word in cast(list[Any], arguments)] if isinstance(arguments, list) else []
@@ -183,7 +185,10 @@ def how_to_prepare(folder: Path, vocabulary: Mapping[str, Any] | None = None) ->
         words += ["--input_file", str(source or "YOUR_TEXT")]
     if not own_place:
         words += ["--data_dir", str(folder)]
-    return f"prepare it with: {shlex.join([*command('data'), *words])}"
+    line = " ".join(
+        shlex.join([*command("data"), *words]).splitlines()
+    )  # the name of a file may have several
+    return f"prepare it with: {line}"
 
 
 def arguments(config: DataConfig) -> list[str]:

@@ -9,11 +9,10 @@ One pass over the corpus counts (survey.py), one encodes; each holds a few piece
 whatever the size, and shares the work among threads. Killed, the second goes on where it was.
 """
 
-import hashlib
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from nanogpt.bpe import gpt2, train_bpe
 from nanogpt.config import DataConfig, UserError, require
 from nanogpt.console import progress_bar, say, warn
 from nanogpt.corpus import Corpus, find
@@ -31,15 +29,12 @@ from nanogpt.data_folder import FORMAT, SPLITS, arguments, load, shard_names
 from nanogpt.documents import Piece, Report, counted
 from nanogpt.files import replacing
 from nanogpt.seals import Seal, write_sealed
-from nanogpt.shakespeare import TINY_SHAKESPEARE, download, tiny_shakespeare
-from nanogpt.survey import Split, Survey, all_pieces, batches, fingerprint_of, in_order, take_survey
+from nanogpt.shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
+from nanogpt.survey import Split, all_pieces, batches, fingerprint_of, in_order, take_survey
 from nanogpt.swap import WORK, commit, finish, fresh
 from nanogpt.token_files import Work, write_tokens
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Ids, Tokenizer, characters
-from nanogpt.vocabulary import from_file
-
-SAMPLE_BYTES = 1 << 26
-"""How much of the training split a BPE is learned from, spread evenly over it."""
+from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer
+from nanogpt.tokenizer_choice import given_tokenizer, learned_tokenizer
 
 SAVE_SECONDS = 5.0
 """Seconds of encoding that a kill may cost."""
@@ -47,13 +42,18 @@ SAVE_SECONDS = 5.0
 MOST_FILES = 10_000
 """Files that a data set may have: the system lets a process map some 65,000, and each is synced twice."""
 
+OUT_OF_MEMORY = (
+    "can't start new thread",
+    "not enough memory",
+    "annot allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+)
+
 STDIN = "stdin.txt"
 
 SHOWN = 5
 """Broken records that are shown; the rest are in broken.txt."""
-
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
 def main(config: DataConfig) -> int:
@@ -71,7 +71,7 @@ def main(config: DataConfig) -> int:
         raise UserError(f"another program is writing to {folder}: use another --data_dir") from error
     except FileExistsError as error:
         raise UserError(f"--data_dir {folder} is a file: give a folder") from error
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
@@ -81,8 +81,8 @@ def main(config: DataConfig) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is what was missing: threads and tensors say it in words."""
-    return isinstance(error, MemoryError) or "can't start new thread" in str(error) or "memory" in str(error)
+    """Whether memory is what was missing: threads, tensors and libraries to be loaded say it in words."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def prepare(config: DataConfig) -> None:
@@ -108,7 +108,7 @@ def prepare(config: DataConfig) -> None:
         work.begin(survey, given or learned_tokenizer(config, corpora, split, survey))
     else:
         say(f"Going on with the preparation that was cut short, after {counted(sum(work.tokens), 'token')}")
-    encode(corpora, split, work)
+    encode(corpora, split, work, config.shard_tokens)
     facts = write_set(config, folder, work, fingerprint)
     work.remove()
     describe(folder, facts, work.tokenizer, split)
@@ -117,7 +117,7 @@ def prepare(config: DataConfig) -> None:
 def write_set(config: DataConfig, folder: Path, work: Work, fingerprint: str) -> dict[str, Any]:
     """Write the files of the set, then replace by them what is in the folder. Returns what vocab.pt says.
 
-    Errors: UserError if the disk is full, or if it would be too many files; then what was there still is.
+    Errors: UserError if the disk is full; then what was there still is.
     """
     assert work.survey is not None
     tokens, sizes = (dict(zip(SPLITS, values, strict=True)) for values in (work.tokens, work.bytes))
@@ -133,11 +133,6 @@ def write_set(config: DataConfig, folder: Path, work: Work, fingerprint: str) ->
     }
     most = config.shard_tokens or max(tokens.values())
     counts = {name: -(-count // most) for name, count in tokens.items()}
-    require(
-        sum(counts.values()) <= MOST_FILES,
-        f"--shard_tokens {most} would make {sum(counts.values()):,} files: "
-        f"give at least {-(-sum(tokens.values()) // (MOST_FILES - 2))}",
-    )
     if config.shard_tokens is not None:
         facts["shards"] = counts
     new, seals = fresh(folder), dict[str, Seal]()
@@ -225,64 +220,6 @@ def report_broken(report: Report, folder: Path) -> None:
         warn(f"Broken records or files left out: {report.broken_count:,}, listed in {folder / 'broken.txt'}")
 
 
-def given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer that --tokenizer names, None if it is learned. Errors: UserError if it cannot be had."""
-    match config.tokenizer:
-        case "char" | "bpe":
-            return None
-        case "byte":
-            return ByteTokenizer()
-        case "gpt2":
-            return gpt2(published_merges())
-        case path:
-            return from_file(Path(path))
-
-
-def learned_tokenizer(
-    config: DataConfig, corpora: Mapping[str, Corpus], split: Split, survey: Survey
-) -> Tokenizer:
-    """Every character of the text, or a BPE learned from its training split.
-
-    Errors: UserError if it is too small for --vocab_size.
-    """
-    if config.tokenizer == "char":
-        return CharTokenizer(characters(survey.seen), end_of_text=len(survey.characters) > 1)
-    sample = training_sample(corpora, split, survey.total)
-    say(f"Learning a vocabulary of {config.vocab_size:,} from {len(sample) / 1e6:,.1f} MB of text")
-    return train_bpe(sample, config.vocab_size)
-
-
-def training_sample(corpora: Mapping[str, Corpus], split: Split, total: int) -> bytes:
-    """Pieces of the training split in UTF-8, about SAMPLE_BYTES of it, evenly spread.
-
-    The byte 0xFF stands between them: what follows a piece in the sample does not follow it in the text.
-    total: size of the whole corpus, in characters (a little less than in bytes: the sample is the larger).
-    """
-    sample: list[bytes] = []
-    taken = passed = 0
-    with progress_bar("Sampling", size_in_bytes=True) as bar:
-        task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
-        for piece, side in split(all_pieces(corpora, partial(bar.advance, task))):
-            if side == 0 and taken * total <= passed * SAMPLE_BYTES:
-                sample.append(piece.raw)
-                taken += len(piece.raw)
-            passed += len(piece.raw)
-    return b"\xff".join(sample)
-
-
-def published_merges() -> str:
-    """GPT-2's file of merges, from where it was published. Errors: UserError if it cannot be fetched."""
-    try:
-        raw = download(GPT2_URL)
-    except OSError as error:
-        raise UserError(
-            "--tokenizer gpt2 cannot be fetched: connect to the internet, or give --tokenizer the path "
-            f"of GPT-2's tokenizer.json ({type(error).__name__})"
-        ) from error
-    require(hashlib.sha256(raw).hexdigest() == GPT2_SHA256, "--tokenizer gpt2 arrived damaged: try again")
-    return raw.decode("utf-8")
-
-
 class Encoded(NamedTuple):
     """The tokens of a batch that go to one side, and the bytes of text they stand for."""
 
@@ -290,8 +227,21 @@ class Encoded(NamedTuple):
     bytes: int
 
 
-def encode(corpora: Mapping[str, Corpus], split: Split, work: Work) -> None:
-    """Append the tokens of every document to its side's file, from where `work` stands."""
+def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
+    """Raise UserError if the tokens so far make too many files already."""
+    files = sum(-(-count // shard_tokens) for count in tokens) if shard_tokens else 0
+    require(
+        files <= MOST_FILES,
+        f"--shard_tokens {shard_tokens} makes more than {MOST_FILES:,} files: "
+        "give a larger one, a million or more",
+    )
+
+
+def encode(corpora: Mapping[str, Corpus], split: Split, work: Work, shard_tokens: int | None = None) -> None:
+    """Append the tokens of every document to its side's file, from where `work` stands.
+
+    Errors: UserError if the disk is full, or if files of `shard_tokens` are too many.
+    """
     with progress_bar("Encoding", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
         pieces = split(all_pieces(corpora, partial(bar.advance, task)))
@@ -302,6 +252,7 @@ def encode(corpora: Mapping[str, Corpus], split: Split, work: Work) -> None:
                 for side, part in enumerate(sides):
                     work.add(files, side, part.ids, part.bytes)
                 work.batches += 1
+                reject_many_files(work.tokens, shard_tokens)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     work.save(files)
                     saved = time.monotonic()

@@ -32,6 +32,7 @@ LAYERS = (
         "seals",
         "swap",
         "token_map",
+        "tokenizer_choice",
         "survey",
         "token_files",
         "prepare",
