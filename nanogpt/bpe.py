@@ -45,6 +45,7 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, source: str) -> None:
+        import awkward  # noqa: F401 - gigatoken hides that it cannot be had, and why  # pyright: ignore
         import gigatoken
 
         self.source = source
@@ -63,6 +64,8 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
         encoded: Any = self.backend.encode_batch(list(texts), parallel=False)
+        if isinstance(encoded, list):  # what it falls back to where memory is short
+            raise MemoryError("no room for the result of an encoding")
         ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data
         return ids.astype(self.dtype, copy=False), np.diff(offsets)
 

@@ -1,37 +1,34 @@
-"""Token files to batches.
+"""Tokens to batches.
 
 Use:    data = load(Path("data")); batches = Batches(data.train, block_size=256, batch_size=64, seed=1)
         windows = Windows(data.train, device); x, y = windows(batches(step), 256)
-The files are those that prepare.py wrote: train.pt, val.pt and vocab.pt. Does not know the model.
+The folder is opened in data_folder.py. Does not know the model.
 
 # B batch, T block_size, N tokens in the split, W windows in an epoch
 """
-
-import math
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt.config import DataConfig, UserError, require
-from nanogpt.console import command
+from nanogpt.config import require
+from nanogpt.data_folder import FORMAT, SPLITS, Dataset, load
 from nanogpt.device import kind_of
-from nanogpt.files import replacing
-from nanogpt.shakespeare import TINY_SHAKESPEARE
-from nanogpt.shards import Shards, Tokens
-from nanogpt.tokenizer import Tokenizer
-from nanogpt.vocabulary import from_dict
+from nanogpt.shards import Tokens
 
-FORMAT = 2
-"""Version of the data folder's format. 1 had characters alone and did not count bytes; it is read too."""
-
-SPLITS = ("train", "val")
+__all__ = [
+    "FORMAT",
+    "SPLITS",
+    "Batches",
+    "Dataset",
+    "Windows",
+    "cut",
+    "evaluation_batches",
+    "gather",
+    "load",
+    "shuffled",
+]
 
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
 """Share of a GPU's free memory that a split may take, and the most that a token takes there."""
@@ -44,115 +41,6 @@ ROUNDS, MULTIPLIER = 6, np.uint64(0x9E3779B97F4A7C15)
 
 PIECE = 2**24
 """Tokens copied to a GPU at a time."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A prepared data folder. train, val: (N,) token ids, read from the disk as they are needed."""
-
-    train: Tokens
-    val: Tokens
-    tokenizer: Tokenizer
-    fingerprint: str
-    val_bytes: int | None = None
-    """Bytes of UTF-8 that the validation split stands for; None, as below, if they were not counted."""
-    bytes: int | None = None
-    """Bytes of UTF-8 that both splits stand for."""
-    characters: int | None = None
-    """Characters that both splits stand for."""
-
-    def bits_per_byte(self, loss: float) -> float | None:
-        """The validation loss (nats a token, over every token but the first) in bits a byte of text.
-
-        Tokenizers compare in this unit alone.
-        """
-        if self.val_bytes is None:
-            return None
-        predicted = self.val_bytes - self.text_bytes(int(self.val[0]))
-        return loss * (len(self.val) - 1) / math.log(2) / max(1, predicted)
-
-    def text_bytes(self, token: int) -> int:
-        """Bytes of text that a token stands for: none for the one that ends a document."""
-        return 0 if token == self.tokenizer.end_of_text else len(self.tokenizer.tokens[token])
-
-
-def save_plain(path: Path, value: object) -> None:
-    """torch.save, atomically."""
-    with replacing(path) as file:
-        torch.save(value, file)
-
-
-def load(folder: Path) -> Dataset:
-    """Open a prepared data folder; the tokens stay on the disk until they are read.
-
-    Errors: UserError if it is missing, incomplete, damaged or of a newer format.
-    """
-    vocabulary = load_plain(folder / "vocab.pt", how_to_prepare(folder))
-    vocabulary = cast(dict[str, Any], vocabulary) if isinstance(vocabulary, dict) else {}
-    advice = how_to_prepare(folder, vocabulary)
-    require(
-        vocabulary.get("format") in (1, FORMAT) and "tokenizer" in vocabulary,
-        f"{folder} was prepared by another version of NanoGPT: {advice} --overwrite",
-    )
-    shards: dict[str, int] = vocabulary.get("shards", {})
-    train, val = (load_split(folder, name, shards.get(name), advice) for name in SPLITS)
-    require(
-        vocabulary.get("tokens") == {"train": len(train), "val": len(val)},
-        f"the files in {folder} do not belong together: {advice} --overwrite",
-    )
-    sizes: dict[str, int] | None = vocabulary.get("bytes")
-    return Dataset(
-        train,
-        val,
-        from_dict(vocabulary["tokenizer"]),
-        vocabulary["fingerprint"],
-        val_bytes=sizes["val"] if sizes else None,
-        bytes=sum(sizes.values()) if sizes else None,
-        characters=vocabulary.get("characters"),
-    )
-
-
-def how_to_prepare(folder: Path, vocabulary: Mapping[str, Any] | None = None) -> str:
-    """The command that prepares a folder (again), as far as its vocab.pt tells."""
-    vocabulary = vocabulary or {}
-    source = vocabulary.get("source", None if vocabulary else "")  # of format 1
-    own_place = str(folder) == DataConfig.data_dir
-    words: list[str] = list(vocabulary.get("arguments", ()))
-    if "arguments" not in vocabulary and source != TINY_SHAKESPEARE and (source or not own_place):
-        words += ["--input_file", str(source or "YOUR_TEXT")]
-    if not own_place:
-        words += ["--data_dir", str(folder)]
-    return f"prepare it with: {shlex.join([*command('data'), *words])}"
-
-
-def load_split(folder: Path, name: str, shards: int | None, advice: str) -> Tokens:
-    """The tokens of a split, (N,): one file, or so many shards."""
-    if shards is None:
-        return load_tokens(folder / f"{name}.pt", advice)
-    return Shards([load_tokens(shard_path(folder, name, number), advice) for number in range(shards)])
-
-
-def shard_path(folder: Path, name: str, number: int) -> Path:
-    """Where a shard of a split is."""
-    return folder / f"{name}-{number:05}.pt"
-
-
-def load_tokens(path: Path, advice: str) -> NDArray[Any]:
-    """The tokens of a split, (N,), mapped from the file. Errors: UserError if it holds anything else."""
-    tokens = load_plain(path, advice, mmap=True)
-    if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
-        raise UserError(f"{path} does not hold tokens: {advice} --overwrite")
-    return tokens.numpy()
-
-
-def load_plain(path: Path, advice: str, *, mmap: bool = False) -> object:
-    """torch.load of plain types. Errors: UserError ending in `advice` if missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {advice}")
-    try:
-        return torch.load(path, mmap=mmap, weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} is damaged: {advice} --overwrite") from error
 
 
 class Batches:

@@ -1,11 +1,13 @@
 """What is in a prepared data folder: counts, frequent tokens, document lengths, an excerpt, a picture.
 
 Run:    nanogpt data info my_data
-Writes: info.png in the folder. Reads the token files in pieces, through their maps.
+Writes: info.png in the folder, if it can be written. Compares the token files with their checksums, and reads
+        them in pieces, through their maps.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from nanogpt import data
-from nanogpt.config import InfoConfig
-from nanogpt.console import progress_bar, say, terminal
+from nanogpt.config import InfoConfig, UserError
+from nanogpt.console import progress_bar, say, terminal, warn
+from nanogpt.documents import counted
 from nanogpt.files import replacing
 from nanogpt.plot import new_figure
 
@@ -41,7 +44,7 @@ class Counts:
 def main(config: InfoConfig) -> int:
     """Print the description of a data folder and draw its picture. Returns the exit code."""
     folder = Path(config.data_dir)
-    dataset = data.load(folder)
+    dataset = opened(folder)
     counts = count(dataset)
     for line in summary(dataset):
         say(line)
@@ -52,9 +55,21 @@ def main(config: InfoConfig) -> int:
     excerpt = dataset.tokenizer.decode(dataset.val[:EXCERPT].tolist())
     say("    " + excerpt.strip("\n").replace("\n", "\n    "), style="dim")
     path = folder / "info.png"
-    draw(counts, path)
-    say(f"Picture: {path}")
+    try:
+        draw(counts, path)
+    except UserError as error:  # a folder that is only to be read has told all the same
+        warn(f"No picture: {error}")
+    else:
+        say(f"Picture: {path}")
     return 0
+
+
+def opened(folder: Path) -> data.Dataset:
+    """The data set, compared with its checksums to the last byte."""
+    size = sum(path.stat().st_size for path in folder.glob("*.pt") if path.is_file())
+    with progress_bar("Verifying", size_in_bytes=True) as bar:
+        task = bar.add_task("", total=size, detail="")
+        return data.load(folder, most=None, advance=partial(bar.advance, task))
 
 
 def summary(dataset: data.Dataset) -> Iterator[str]:
@@ -68,6 +83,8 @@ def summary(dataset: data.Dataset) -> Iterator[str]:
             f"{dataset.characters / tokens:.2f} characters, {dataset.bytes / tokens:.2f} bytes"
         )
     yield f"Fingerprint: {dataset.fingerprint}"
+    if not dataset.sealed:
+        yield "Checksums: none, it was prepared by an earlier version (data.py --overwrite adds them)"
 
 
 def count(dataset: data.Dataset) -> Counts:
@@ -131,7 +148,7 @@ def draw(counts: Counts, path: Path) -> None:
     used: NDArray[Any] = sorted_down[sorted_down > 0]
     tokens.plot(np.arange(1, len(used) + 1), used, color="tab:orange")
     tokens.set(xscale="log", yscale="log", xlabel="rank of the token", ylabel="times it occurs")
-    tokens.set_title(f"{len(used):,} different tokens")
+    tokens.set_title(counted(len(used), "different token"))
     for axes in (documents, tokens):
         axes.grid(alpha=0.3)
     with replacing(path) as file:

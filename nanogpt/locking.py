@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,9 @@ HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 """How it says that it has no locks."""
+
+PAUSE = 0.05
+"""Seconds between two looks at whether another owner has gone."""
 
 SAME_START = 2.0
 """Seconds by which two readings of when a process began may differ."""
@@ -111,21 +115,27 @@ class Owner:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, busy: str) -> Generator[Owner]:
+def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[Owner]:
     """Own a folder, which is made if need be, for the length of the block.
 
-    Errors: UserError(busy) if another process owns it; OSError if it cannot be written.
+    wait: seconds to give another owner. Errors: UserError(busy) if another process owns it; OSError if it
+    cannot be written.
     """
     make_folder(folder)
-    owner = Owner(folder, busy)
-    try:
-        owner.acquire()
-    except BusyError as error:
-        owner.release()
-        raise UserError(busy) from error
-    except BaseException:
-        owner.release()
-        raise
+    owner, end = Owner(folder, busy), time.monotonic() + wait
+    while True:
+        try:
+            owner.acquire()
+            break
+        except BusyError as error:
+            owner.release()
+            if time.monotonic() >= end:
+                raise UserError(busy) from error
+            time.sleep(PAUSE)
+            owner = Owner(folder, busy)
+        except BaseException:
+            owner.release()
+            raise
     try:
         yield owner
     finally:

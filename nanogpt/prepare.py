@@ -3,51 +3,57 @@
 Run:    python data.py                                          Tiny Shakespeare into data/
         python data.py --input_file books/ dump.jsonl.gz --tokenizer bpe --data_dir my_data
 Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer, counts,
-        and a fingerprint of the text).
+        a fingerprint of the text, and the SHA-256 of each token file). What was there is replaced when
+        all of them are whole (swap.py).
 One pass over the corpus counts (survey.py), one encodes; each holds a few pieces of text and no more,
 whatever the size, and shares the work among threads. Killed, the second goes on where it was.
 """
 
-import hashlib
 import re
-import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from nanogpt.bpe import gpt2, train_bpe
 from nanogpt.config import DataConfig, UserError, require
 from nanogpt.console import progress_bar, say, warn
 from nanogpt.corpus import Corpus, find
-from nanogpt.data import FORMAT, SPLITS, load, save_plain, shard_path
+from nanogpt.data_folder import FORMAT, SPLITS, arguments, load, shard_names
 from nanogpt.documents import Piece, Report, counted
 from nanogpt.files import replacing
 from nanogpt.locking import lock
-from nanogpt.shakespeare import TINY_SHAKESPEARE, download, tiny_shakespeare
-from nanogpt.survey import Split, Survey, all_pieces, batches, fingerprint_of, in_order, take_survey
+from nanogpt.seals import Seal, write_sealed
+from nanogpt.shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
+from nanogpt.survey import Split, all_pieces, batches, fingerprint_of, in_order, take_survey
+from nanogpt.swap import WORK, commit, finish, fresh
 from nanogpt.token_files import Work, write_tokens
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Ids, Tokenizer, characters
-from nanogpt.vocabulary import from_file
-
-SAMPLE_BYTES = 1 << 26
-"""How much of the training split a BPE is learned from, spread evenly over it."""
+from nanogpt.tokenizer import CharTokenizer, Ids, Tokenizer
+from nanogpt.tokenizer_choice import given_tokenizer, learned_tokenizer
 
 SAVE_SECONDS = 5.0
 """Seconds of encoding that a kill may cost."""
+
+MOST_FILES = 10_000
+"""Files that a data set may have: the system lets a process map some 65,000, and each is synced twice."""
+
+OUT_OF_MEMORY = (
+    "can't start new thread",
+    "not enough memory",
+    "annot allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+)
 
 STDIN = "stdin.txt"
 
 SHOWN = 5
 """Broken records that are shown; the rest are in broken.txt."""
-
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 
 def main(config: DataConfig) -> int:
@@ -55,13 +61,25 @@ def main(config: DataConfig) -> int:
     folder = Path(config.data_dir)
     try:
         with lock(folder, f"another program is writing to {folder}: use another --data_dir"):
-            prepare(config)
+            try:
+                prepare(config)
+            finally:
+                if "-" in config.input_file + config.val_file:
+                    (folder / STDIN).unlink(missing_ok=True)
     except FileExistsError as error:
         raise UserError(f"--data_dir {folder} is a file: give a folder") from error
-    finally:
-        if "-" in config.input_file + config.val_file:
-            (folder / STDIN).unlink(missing_ok=True)
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "not enough memory to prepare the data: end other programs, or give a smaller --vocab_size"
+        ) from error
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is what was missing: threads, tensors and libraries to be loaded say it in words."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def prepare(config: DataConfig) -> None:
@@ -71,8 +89,9 @@ def prepare(config: DataConfig) -> None:
     another data set and overwrite is off, or if it cannot be written.
     """
     folder = Path(config.data_dir)
+    finish(folder)  # a swap that was cut short
     corpora = open_corpora(config, folder)
-    work = Work(folder / "preparing", config, [path for corpus in corpora.values() for path in corpus.files])
+    work = Work(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
     given = None if work.survey else given_tokenizer(config)  # before a long pass: it may not be there
     survey = work.survey or take_survey(corpora, config)
     fingerprint = fingerprint_of(survey, config)
@@ -87,34 +106,46 @@ def prepare(config: DataConfig) -> None:
         report_broken(survey.report, folder)
         work.begin(survey, given or learned_tokenizer(config, corpora, split, survey))
     else:
-        say(f"Going on with the preparation that was cut short, after {sum(work.tokens):,} tokens")
-    encode(corpora, split, work)
+        say(f"Going on with the preparation that was cut short, after {counted(sum(work.tokens), 'token')}")
+    encode(corpora, split, work, config.shard_tokens)
+    facts = write_set(config, folder, work, fingerprint)
+    work.remove()
+    describe(folder, facts, work.tokenizer, split)
+
+
+def write_set(config: DataConfig, folder: Path, work: Work, fingerprint: str) -> dict[str, Any]:
+    """Write the files of the set, then replace by them what is in the folder. Returns what vocab.pt says.
+
+    Errors: UserError if the disk is full; then what was there still is.
+    """
+    assert work.survey is not None
     tokens, sizes = (dict(zip(SPLITS, values, strict=True)) for values in (work.tokens, work.bytes))
     facts: dict[str, Any] = {
         "format": FORMAT,
         "tokenizer": work.tokenizer.to_dict(),
         "fingerprint": fingerprint,
         "arguments": arguments(config),
-        "characters": survey.total,
-        "documents": len(survey.characters),
+        "characters": work.survey.total,
+        "documents": len(work.survey.characters),
         "tokens": tokens,
         "bytes": sizes,
     }
-    (folder / "vocab.pt").unlink(missing_ok=True)  # written last: without it the folder is incomplete
-    remove_tokens(folder)
-    for name, count in tokens.items():
-        raw, dtype = work.tokens_file(name), work.tokenizer.dtype
-        if config.shard_tokens is None:
-            write_tokens(raw, folder / f"{name}.pt", dtype, 0, count)
-        else:
-            firsts = range(0, count, config.shard_tokens)
-            facts.setdefault("shards", {})[name] = len(firsts)
-            for number, first in enumerate(firsts):
-                size = min(config.shard_tokens, count - first)
-                write_tokens(raw, shard_path(folder, name, number), dtype, first, size)
-    save_plain(folder / "vocab.pt", facts)
-    work.remove()
-    describe(folder, facts, work.tokenizer, split)
+    most = config.shard_tokens or max(tokens.values())
+    counts = {name: -(-count // most) for name, count in tokens.items()}
+    if config.shard_tokens is not None:
+        facts["shards"] = counts
+    new, seals = fresh(folder), dict[str, Seal]()
+    for split, count in tokens.items():
+        names = [f"{split}.pt"] if config.shard_tokens is None else shard_names(split, counts[split])
+        for name, first in zip(names, range(0, count, most), strict=True):
+            size = min(most, count - first)
+            seals[name] = write_tokens(work.tokens_file(split), new / name, work.tokenizer.dtype, first, size)
+    facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
+    tables = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
+    facts["blocks"] = {name: torch.from_numpy(table.copy()) for name, table in tables.items()}
+    write_sealed(new / "vocab.pt", facts)
+    commit(folder, [*seals, "vocab.pt"], set(token_files(folder)) - set(seals))
+    return facts
 
 
 def open_corpora(config: DataConfig, folder: Path) -> dict[str, Corpus]:
@@ -134,11 +165,22 @@ def open_corpora(config: DataConfig, folder: Path) -> dict[str, Corpus]:
 
 
 def keep_standard_input(folder: Path) -> Path:
-    """Standard input as a file for as long as the preparation takes, since it is read more than once."""
+    """Standard input as a file for as long as the preparation takes, since it is read more than once.
+
+    Errors: UserError if it is closed, cannot be read, or does not fit on the disk.
+    """
+    require(sys.stdin is not None, "--input_file - is standard input, which is closed: pipe a text into it")
     path = folder / STDIN
     with replacing(path) as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-    return path
+        while True:
+            try:
+                piece = sys.stdin.buffer.read(1 << 20)
+            except (OSError, ValueError) as error:
+                why = (isinstance(error, OSError) and error.strerror) or str(error)
+                raise UserError(f"--input_file - cannot be read: {why}") from error
+            if not piece:
+                return path
+            file.write(piece)
 
 
 def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
@@ -149,7 +191,7 @@ def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
     if not (folder / "vocab.pt").exists():  # empty, or a preparation that was cut short
         return False
     try:
-        if load(folder).fingerprint == fingerprint:
+        if load(folder, most=None).fingerprint == fingerprint:
             return True
         found = "another data set"
     except UserError:
@@ -163,7 +205,7 @@ def report_broken(report: Report, folder: Path) -> None:
     for note in report.notes[:SHOWN]:
         say(note)
     if len(report.notes) > SHOWN:
-        say(f"... and {len(report.notes) - SHOWN:,} more notes of that kind")
+        say(f"... and {counted(len(report.notes) - SHOWN, 'more note')} of that kind")
     if report.repaired:
         say(f"Records with what is no character, which became U+FFFD: {report.repaired:,}")
     (folder / "broken.txt").unlink(missing_ok=True)
@@ -175,64 +217,6 @@ def report_broken(report: Report, folder: Path) -> None:
         warn(f"Broken records or files left out: {report.broken_count:,}, listed in {folder / 'broken.txt'}")
 
 
-def given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer that --tokenizer names, None if it is learned. Errors: UserError if it cannot be had."""
-    match config.tokenizer:
-        case "char" | "bpe":
-            return None
-        case "byte":
-            return ByteTokenizer()
-        case "gpt2":
-            return gpt2(published_merges())
-        case path:
-            return from_file(Path(path))
-
-
-def learned_tokenizer(
-    config: DataConfig, corpora: Mapping[str, Corpus], split: Split, survey: Survey
-) -> Tokenizer:
-    """Every character of the text, or a BPE learned from its training split.
-
-    Errors: UserError if it is too small for --vocab_size.
-    """
-    if config.tokenizer == "char":
-        return CharTokenizer(characters(survey.seen), end_of_text=len(survey.characters) > 1)
-    sample = training_sample(corpora, split, survey.total)
-    say(f"Learning a vocabulary of {config.vocab_size:,} from {len(sample) / 1e6:,.1f} MB of text")
-    return train_bpe(sample, config.vocab_size)
-
-
-def training_sample(corpora: Mapping[str, Corpus], split: Split, total: int) -> bytes:
-    """Pieces of the training split in UTF-8, about SAMPLE_BYTES of it, evenly spread.
-
-    The byte 0xFF stands between them: what follows a piece in the sample does not follow it in the text.
-    total: size of the whole corpus, in characters (a little less than in bytes: the sample is the larger).
-    """
-    sample: list[bytes] = []
-    taken = passed = 0
-    with progress_bar("Sampling", size_in_bytes=True) as bar:
-        task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
-        for piece, side in split(all_pieces(corpora, partial(bar.advance, task))):
-            if side == 0 and taken * total <= passed * SAMPLE_BYTES:
-                sample.append(piece.raw)
-                taken += len(piece.raw)
-            passed += len(piece.raw)
-    return b"\xff".join(sample)
-
-
-def published_merges() -> str:
-    """GPT-2's file of merges, from where it was published. Errors: UserError if it cannot be fetched."""
-    try:
-        raw = download(GPT2_URL)
-    except OSError as error:
-        raise UserError(
-            "--tokenizer gpt2 cannot be fetched: connect to the internet, or give --tokenizer the path "
-            f"of GPT-2's tokenizer.json ({type(error).__name__})"
-        ) from error
-    require(hashlib.sha256(raw).hexdigest() == GPT2_SHA256, "--tokenizer gpt2 arrived damaged: try again")
-    return raw.decode("utf-8")
-
-
 class Encoded(NamedTuple):
     """The tokens of a batch that go to one side, and the bytes of text they stand for."""
 
@@ -240,8 +224,21 @@ class Encoded(NamedTuple):
     bytes: int
 
 
-def encode(corpora: Mapping[str, Corpus], split: Split, work: Work) -> None:
-    """Append the tokens of every document to its side's file, from where `work` stands."""
+def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
+    """Raise UserError if the tokens so far make too many files already."""
+    files = sum(-(-count // shard_tokens) for count in tokens) if shard_tokens else 0
+    require(
+        files <= MOST_FILES,
+        f"--shard_tokens {shard_tokens} makes more than {MOST_FILES:,} files: "
+        "give a larger one, a million or more",
+    )
+
+
+def encode(corpora: Mapping[str, Corpus], split: Split, work: Work, shard_tokens: int | None = None) -> None:
+    """Append the tokens of every document to its side's file, from where `work` stands.
+
+    Errors: UserError if the disk is full, or if files of `shard_tokens` are too many.
+    """
     with progress_bar("Encoding", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
         pieces = split(all_pieces(corpora, partial(bar.advance, task)))
@@ -250,10 +247,9 @@ def encode(corpora: Mapping[str, Corpus], split: Split, work: Work) -> None:
         with work.writing() as files:
             for sides in in_order(partial(encode_batch, work.tokenizer), left):
                 for side, part in enumerate(sides):
-                    part.ids.tofile(files[side])
-                    work.tokens[side] += len(part.ids)
-                    work.bytes[side] += part.bytes
+                    work.add(files, side, part.ids, part.bytes)
                 work.batches += 1
+                reject_many_files(work.tokens, shard_tokens)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     work.save(files)
                     saved = time.monotonic()
@@ -274,25 +270,10 @@ def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Piece, int]]) -> list[E
     return encoded
 
 
-def arguments(config: DataConfig) -> list[str]:
-    """The arguments that prepare the same data again, for advice to the user."""
-    words: list[str] = []
-    for name in ("input_file", "val_file"):
-        values = getattr(config, name)
-        words += [f"--{name}", *values] if values else []
-    default = DataConfig()
-    for name in ("train_split", "split", "tokenizer", "vocab_size", "text_field", "shard_tokens"):
-        if getattr(config, name) != getattr(default, name):
-            words += [f"--{name}", str(getattr(config, name))]
-    return words
-
-
-def remove_tokens(folder: Path) -> None:
-    """Delete the token files of an older data set."""
-    for name in SPLITS:
-        for path in folder.glob(f"{name}*.pt"):
-            if re.fullmatch(rf"{name}(-\d{{5,}})?\.pt", path.name):
-                path.unlink()
+def token_files(folder: Path) -> list[str]:
+    """The names of the token files of the data set in a folder."""
+    patterns = [re.compile(rf"{split}(-\d{{5,}})?\.pt") for split in SPLITS]
+    return [path.name for path in folder.iterdir() if any(p.fullmatch(path.name) for p in patterns)]
 
 
 def describe(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split: Split) -> None:
@@ -303,13 +284,13 @@ def describe(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split
         copies, of = split.duplicates()
         if copies:
             warn(
-                f"{copies:,} of {counted(of, 'document')} for validation are also in the training split, "
-                "letter by letter: the validation loss will be too good (--split documents keeps copies "
-                "together)"
+                f"{copies:,} of {counted(of, 'document')} for validation {'is' if copies == 1 else 'are'} "
+                "also in the training split, letter by letter: the validation loss will be too good "
+                "(--split documents keeps copies together)"
             )
     different = "different characters" if isinstance(tokenizer, CharTokenizer) else "tokens"
     say(f"Vocabulary: {tokenizer.vocab_size:,} {different}")
     total = sum(facts["tokens"].values())
     for name, size in facts["tokens"].items():
-        files = f"-*.pt ({facts['shards'][name]} files)" if "shards" in facts else ".pt"
-        say(f"{folder / name}{files}: {size:,} tokens ({size / total:.0%})")
+        files = f"-*.pt ({counted(facts['shards'][name], 'file')})" if "shards" in facts else ".pt"
+        say(f"{folder / name}{files}: {counted(size, 'token')} ({size / total:.0%})")

@@ -23,7 +23,7 @@ from nanogpt import tokenizer as tokenizers
 from nanogpt.config import DataConfig, require
 from nanogpt.console import progress_bar
 from nanogpt.corpus import Corpus
-from nanogpt.data import FORMAT
+from nanogpt.data_folder import FORMAT
 from nanogpt.documents import Piece, Report, counted
 from nanogpt.shakespeare import TINY_SHAKESPEARE
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.bpe import BPETokenizer, ForeignTokenizer, is_byte_level
-from nanogpt.config import UserError
+from nanogpt.config import UserError, require
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 \u00a0 x==y;{}\n\u200bЁё 'll ''s   \x00 end  "
@@ -17,22 +17,37 @@ PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 \u00a0 
 
 
 def from_dict(saved: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that to_dict described. Errors: UserError if its kind is unknown."""
-    match saved.get("kind"):
+    """The tokenizer that to_dict described. Errors: UserError if it is of no known kind, or malformed."""
+    kind = saved.get("kind")
+    kind = kind if isinstance(kind, str) else None
+    if kind not in ("char", "byte", "bpe", "tokenizer.json"):
+        raise UserError(f"unknown tokenizer {kind!r:.40}: update NanoGPT")
+    try:
+        return built(saved)
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # compiled code panics in a class of its own
+        raise UserError(f"malformed tokenizer of kind {kind}") from error
+
+
+def built(saved: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a known kind. Errors: anything if it is malformed."""
+    match saved["kind"]:
         case "char":
             return CharTokenizer(saved["chars"], end_of_text=saved.get("end_of_text", False))
         case "byte":
             return ByteTokenizer()
         case "bpe":
             return BPETokenizer(saved["tokenizer.json"])
-        case "tokenizer.json":
+        case _:
             return ForeignTokenizer(saved["tokenizer.json"])
-        case kind:
-            raise UserError(f"unknown tokenizer {kind!r}: update NanoGPT")
 
 
 def from_file(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json. Errors: UserError if it is missing or is none."""
+    require(
+        not path.exists() or path.is_file(), f"--tokenizer {path} cannot be read: it is not a file"
+    )  # a pipe has no end
     try:
         source = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

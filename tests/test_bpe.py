@@ -270,3 +270,15 @@ def test_a_foreign_tokenizer_that_makes_something_up_never_fails():
 
     check()
     assert coder.end_of_text == 4
+
+
+def test_a_result_that_memory_had_no_room_for_is_no_bug():
+    tokenizer = train_bpe(b"the other thing " * 20, 260)
+
+    class Short:
+        def encode_batch(self, texts, parallel):
+            return [[1, 2]]
+
+    tokenizer.backend = Short()
+    with pytest.raises(MemoryError):
+        tokenizer.encode_batch([b"the"])

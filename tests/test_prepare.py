@@ -1,8 +1,13 @@
 """A preparation gives the tokens of the text, whole or not at all; killed, it goes on to the same files."""
 
+import errno
+import hashlib
+import io
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +22,7 @@ import torch
 from conftest import prepared
 from filelock import FileLock
 
-from nanogpt import data, prepare, survey, token_files
+from nanogpt import files, prepare, survey, token_files, tokenizer_choice
 from nanogpt.bpe import byte_level_json, gpt2
 from nanogpt.config import DataConfig, UserError
 from nanogpt.data import load
@@ -273,17 +278,17 @@ def test_bpe_learns_from_the_training_split_alone(tmp_path):
 
 def test_gpt2s_tokenizer_is_fetched_and_checked(tmp_path, monkeypatch):
     merges = "#version: 0.2\nt h\nth e\nĠ the\n".encode()
-    monkeypatch.setattr(prepare, "download", lambda url: merges)
+    monkeypatch.setattr(tokenizer_choice, "download", lambda url: merges)
     with pytest.raises(UserError, match="arrived damaged"):
         prepared(tmp_path / "data", TEXT, tokenizer="gpt2")
-    monkeypatch.setattr(prepare, "GPT2_SHA256", prepare.hashlib.sha256(merges).hexdigest())
+    monkeypatch.setattr(tokenizer_choice, "GPT2_SHA256", hashlib.sha256(merges).hexdigest())
     loaded = prepared(tmp_path / "data", TEXT, tokenizer="gpt2")
     assert loaded.tokenizer.to_dict() == gpt2(merges.decode()).to_dict()
 
     def unreachable(url):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(prepare, "download", unreachable)
+    monkeypatch.setattr(tokenizer_choice, "download", unreachable)
     with pytest.raises(UserError, match="cannot be fetched") as raised:
         prepared(tmp_path / "other", TEXT, tokenizer="gpt2")
     assert "\n" not in str(raised.value)
@@ -395,10 +400,11 @@ def test_a_preparation_cut_short_is_seen_and_done_again(config, tmp_path, monkey
             patch.setattr(token_files.Work, "remove", stop)
         else:
             patch.setattr(prepare, "write_tokens", stop_at(token_files.write_tokens))
-            patch.setattr(prepare, "save_plain", stop_at(data.save_plain))
+            patch.setattr(prepare, "write_sealed", stop_at(prepare.write_sealed))
         with pytest.raises(KeyboardInterrupt):
             main(config)
-    if done == "train.tokens":  # the old data set is there until the new one is ready
+    if done == "train.tokens" or (over_another and done != "preparing"):
+        # The old data set is there until the new one is ready.
         assert {name: raw for name, raw in contents(folder).items() if name in FILES} == old
     elif done == "preparing":
         assert whole_text(load(folder)) == TEXT
@@ -457,7 +463,7 @@ def test_a_preparation_that_is_cut_short_goes_on_to_the_same_files(many, tmp_pat
 
 
 @pytest.mark.usefixtures("small_batches")
-@pytest.mark.parametrize("change", ["file", "vocab_size", "train_split", "damage", "tokens"])
+@pytest.mark.parametrize("change", ["file", "vocab_size", "train_split", "damage", "flip", "tokens", "bits"])
 def test_anything_changed_since_starts_afresh(many, tmp_path, monkeypatch, capsys, change):
     many = replace(many, **SETTINGS["bpe"])
     with monkeypatch.context() as patch:
@@ -470,6 +476,11 @@ def test_anything_changed_since_starts_afresh(many, tmp_path, monkeypatch, capsy
         (tmp_path / "data/preparing/state.pt").write_bytes(b"damage")
     elif change == "tokens":
         (tmp_path / "data/preparing/train.tokens").write_bytes(b"")
+    elif change in ("flip", "bits"):
+        path = tmp_path / "data/preparing" / ("state.pt" if change == "flip" else "train.tokens")
+        raw = path.read_bytes()
+        middle = len(raw) // 2
+        path.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
     else:
         many = replace(many, **{"vocab_size": 280} if change == "vocab_size" else {"train_split": 0.7})
     capsys.readouterr()
@@ -522,7 +533,208 @@ def test_a_preparation_that_is_killed_goes_on_to_the_same_files(tmp_path):
     assert contents(tmp_path / "killed") == contents(tmp_path / "never")
 
 
+@posix
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("name", ["state.pt", "train.tokens", "val.tokens"])
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_pipe_or_a_link_in_an_unfinished_preparation_is_neither_waited_for_nor_written_to(
+    many, tmp_path, monkeypatch, name, kind
+):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            main(many)
+    path = tmp_path / "data/preparing" / name
+    path.rename(tmp_path / "kept")
+    before = (tmp_path / "kept").read_bytes()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "kept")
+    main(many)
+    assert (tmp_path / "kept").read_bytes() == before
+    main(replace(many, data_dir=str(tmp_path / "never")))
+    assert contents(tmp_path / "data") == contents(tmp_path / "never")
+
+
+@pytest.mark.parametrize("name", ["preparing", "broken.txt"])
+def test_a_file_or_folder_in_the_way_is_one_line_or_replaced(config, tmp_path, name):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_text("mine")
+    if name == "preparing":
+        with pytest.raises(UserError, match="move it away"):
+            main(config)
+        assert (tmp_path / "data/preparing").read_text() == "mine"
+    else:
+        assert main(config) == 0
+
+
+# Full disks
+
+
+class FullDisk:
+    """Lets so many writes through; then the disk is full."""
+
+    def __init__(self):
+        self.left = 0
+
+    def open(self, path, mode):
+        """As open does."""
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, data):
+                disk.left -= 1
+                if disk.left < 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return super().write(data)
+
+        if mode == "rb":
+            return open(path, mode)
+        raw = File(path, mode.replace("b", ""))
+        return io.BufferedWriter(raw) if mode == "ab" else io.BufferedRandom(raw)
+
+
+class Standard:
+    """Standard input with a text."""
+
+    def __init__(self, raw):
+        self.buffer = io.BytesIO(raw)
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(tmp_path, monkeypatch, source):
+    text = "quite another text\n" * 30 + "no\n"
+    file = write_lines(tmp_path / "a.jsonl", text.splitlines())
+    with open(file, "a") as lines:
+        lines.write("broken\n")
+    folder, name = tmp_path / "data", "-" if source == "standard input" else file
+    prepared(folder, TEXT)
+    config = DataConfig(input_file=(name,), data_dir=str(folder), overwrite=True)
+    disk = FullDisk()
+    monkeypatch.setattr(prepare, "SAVE_SECONDS", -1.0)
+    for module in (files, token_files):
+        monkeypatch.setattr(module, "open", disk.open, raising=False)
+    limit, messages = 0, set()
+    while True:
+        disk.left = limit
+        monkeypatch.setattr(sys, "stdin", Standard(text.encode()))
+        try:
+            main(config)
+            break
+        except UserError as error:
+            message = str(error)
+        assert "\n" not in message
+        assert "No space left on device" in message
+        messages.add(re.split("[: ]", message.partition(str(folder))[2])[0].strip("/"))
+        shutil.rmtree(folder / "preparing", ignore_errors=True)  # from the first write on
+        assert whole_text(load(folder)) == TEXT
+        limit += 1
+    assert "another" in whole_text(load(folder))
+    expected = {"preparing", "preparing/state.pt", "preparing/swap.json"}
+    expected |= {f"preparing/new/{name}" for name in FILES}
+    expected.add("stdin.txt" if source == "standard input" else "broken.txt")
+    assert messages == expected
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((3,), np.dtype(np.uint8)),
+        RuntimeError("can't start new thread"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes"),
+        ImportError("libx.so: failed to map segment from shared object"),
+    ],
+)
+def test_too_little_memory_is_one_line(config, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(prepare, "encode_batch", fail)
+    with pytest.raises(UserError, match="not enough memory") as raised:
+        main(config)
+    assert "\n" not in str(raised.value)
+    monkeypatch.setattr(prepare, "encode_batch", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        main(config)
+
+
+def test_too_many_files_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MOST_FILES", 50)
+    old = prepared(tmp_path / "data", TEXT)
+    with pytest.raises(UserError, match=r"--shard_tokens 1 makes more than 50 files: give a larger one"):
+        prepared(tmp_path / "data", TEXT + "!", shard_tokens=1, overwrite=True)
+    assert load(tmp_path / "data").fingerprint == old.fingerprint
+    assert len(prepared(tmp_path / "data", TEXT + "!", shard_tokens=22, overwrite=True).train.parts) == 44
+
+
+@posix
+def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n.txt")
+    try:
+        with open(path, "w") as file:
+            file.write(TEXT)
+    except OSError:
+        pytest.skip("a file system of UTF-8 alone")
+    folder = tmp_path / "data"
+    main(DataConfig(input_file=(path,), data_dir=str(folder)))
+    assert whole_text(load(folder)) == TEXT
+    (folder / "train.pt").unlink()
+    with pytest.raises(
+        UserError, match=r"prepare it with: python data\.py --input_file .*caf.*--data_dir"
+    ) as raised:
+        load(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_one_of_a_thing_is_not_several(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("It was")
+    (tmp_path / "b.txt").write_text("The")
+    main(
+        DataConfig(
+            input_file=(str(tmp_path / "a.txt"),),
+            val_file=(str(tmp_path / "b.txt"),),
+            data_dir=str(tmp_path / "data"),
+            shard_tokens=100,
+        )
+    )
+    said = capsys.readouterr().out
+    assert "train-*.pt (1 file): 7 tokens (64%)" in said
+
+
 # Standard input
+
+
+def test_a_closed_standard_input_is_one_line(tmp_path, monkeypatch):
+    config = DataConfig(input_file=("-",), data_dir=str(tmp_path / "data"))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="--input_file - is standard input, which is closed"):
+        main(config)
+    assert contents(tmp_path / "data") == {}
+
+
+def test_a_standard_input_that_cannot_be_read_is_not_a_full_disk(tmp_path, monkeypatch):
+    class Folder(io.RawIOBase):
+        def read(self, _):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+    monkeypatch.setattr(sys, "stdin", Standard(b""))
+    sys.stdin.buffer = Folder()
+    with pytest.raises(UserError, match="--input_file - cannot be read: Is a directory"):
+        main(DataConfig(input_file=("-",), data_dir=str(tmp_path / "data")))
+
+
+def test_a_program_that_is_kept_out_leaves_the_other_ones_standard_input(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / prepare.STDIN).write_text(TEXT)
+    with FileLock(folder / ".lock"), pytest.raises(UserError, match="another program is writing to"):
+        main(DataConfig(input_file=("-",), data_dir=str(folder)))
+    assert (folder / prepare.STDIN).read_text() == TEXT
 
 
 def pipe(tmp_path, text, *more):

@@ -1,5 +1,6 @@
 """Bare tokens become what torch.save would have written; a preparation's state is its own or nothing."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from nanogpt.config import DataConfig, UserError
+from nanogpt.seals import BLOCK
 from nanogpt.survey import Survey
 from nanogpt.token_files import Work, write_tokens
 from nanogpt.tokenizer import ByteTokenizer
@@ -26,6 +28,38 @@ def test_the_file_is_the_tensor_that_torch_saves(tmp_path, dtype, count):
         assert tensor.dtype == DTYPES[dtype]
         assert tensor.shape == (count,)
         assert np.array_equal(tensor.numpy(), ids)
+
+
+@pytest.mark.parametrize("count", [1, 300_001])
+def test_the_seal_is_taken_while_the_file_is_written(tmp_path, count):
+    np.arange(count, dtype=np.uint32).tofile(tmp_path / "train.tokens")
+    path = tmp_path / "train.pt"
+    seal = write_tokens(tmp_path / "train.tokens", path, np.uint32, 0, count)
+    raw = path.read_bytes()
+    assert seal.sha256 == hashlib.sha256(raw).hexdigest()
+    blocks = [hashlib.sha256(raw[start : start + BLOCK]).digest() for start in range(0, len(raw), BLOCK)]
+    assert (seal.blocks is None) == (len(blocks) == 1)
+    assert seal.blocks is None or seal.blocks.tobytes() == b"".join(blocks)
+
+
+def test_more_tokens_than_fit_into_memory_are_written(tmp_path, monkeypatch):
+    """What stands for them takes none."""
+
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("nanogpt.token_files.np.empty", refuse)
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.tokens")
+    write_tokens(tmp_path / "train.tokens", tmp_path / "train.pt", np.uint16, 100, 900)
+    tensor = torch.load(tmp_path / "train.pt", weights_only=True)
+    assert tensor.tolist() == list(range(100, 1000))
+
+
+def test_tokens_that_were_cut_are_not_written_as_zeros(tmp_path):
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.tokens")
+    with pytest.raises(UserError, match=r"train\.tokens was cut while it was being read"):
+        write_tokens(tmp_path / "train.tokens", tmp_path / "train.pt", np.uint16, 500, 501)
+    assert not (tmp_path / "train.pt").exists()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,10 +102,11 @@ def begun(folder, config, text):
     work.begin(survey, ByteTokenizer())
     with work.writing() as files:
         for file, values, count in ((files[0], b"abcd", 3), (files[1], b"xyz", 2)):
-            file.write(values)
-            work.tokens[files.index(file)] = count
-        work.bytes, work.batches = [3, 2], 1
+            work.add(files, files.index(file), np.frombuffer(values[:count], np.uint8), count)
+        work.batches = 1
         work.save(files)
+        files[0].write(b"d")
+        files[1].write(b"z")
     return work
 
 

@@ -66,7 +66,7 @@ def test_validation_loss_is_that_of_the_whole_split(config: TrainConfig) -> None
     saved = last(config)
     model = GPT(saved.model_config).eval()
     model.load_state_dict(saved.model)
-    val = torch.from_numpy(load(Path(config.data_dir)).val).long()
+    val = torch.from_numpy(load(Path(config.data_dir)).val.astype(np.int64))
     total = 0.0
     for start in range(0, len(val) - 1, config.block_size):
         piece = val[start : start + config.block_size + 1]
