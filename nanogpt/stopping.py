@@ -42,12 +42,13 @@ EXIT_CODES = {number: 128 + number for number in ENDS}
 STOP_REASONS = tuple(number.name for number in ENDS)
 """Their names, which a training gives as its reason to stop."""
 
-COMES_AGAIN = known("SIGHUP", "SIGXCPU")
-"""Signals that nobody sends a second time to say more: the kernel or a shell repeats them."""
+COMES_AGAIN = known("SIGTERM", "SIGHUP", "SIGXCPU")
+"""Signals that programs repeat, and not to say more: Slurm before and at the end of the time, `timeout` to a
+process and to its group, a shell as it closes, the kernel every second. They never break a save off: who
+wants that has Ctrl-C and SIGKILL."""
 
 SAME_WISH_SECONDS = 1.0
-"""Signals that follow one another as closely are one wish: `timeout`, Slurm and torchrun send to the group of
-a process as well as to itself."""
+"""Signals that follow one another as closely are one wish: a launcher passes on what has come already."""
 
 
 class StopRequest:
@@ -72,7 +73,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: remember the signal; one that comes later ends the process as if not caught."""
+        """Signal handler: remember the signal; Ctrl-C, coming later, ends the process as if not caught."""
         name = signal.Signals(number).name
         if number in SAVES:
             self.save_asked = True
@@ -80,7 +81,8 @@ class StopRequest:
         elif self.signal is None:
             self.signal, self.noted_at = signal.Signals(number), time.monotonic()
             hurry()
-            notice(f"{name}: finishing this step and saving (once more to stop at once)")
+            once_more = "" if number in COMES_AGAIN else " (once more to stop at once)"
+            notice(f"{name}: finishing this step and saving{once_more}")
         elif number not in COMES_AGAIN and time.monotonic() - self.noted_at >= SAME_WISH_SECONDS:
             self.give_up(number, frame)
 

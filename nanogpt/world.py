@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanogpt.config import UserError, require
+from nanogpt.console import one_line
 from nanogpt.device import KINDS
 
 if TYPE_CHECKING:  # a PyTorch without torch.distributed, as for AMD on Windows, has none of it
@@ -196,7 +197,7 @@ def fail(error: Exception, world: World, *, first: bool) -> NoReturn:
     if first and is_lost_connection(error):
         print(f"{place}: another one is gone", file=sys.stderr)
     elif first and isinstance(error, UserError):
-        print(f"error{'' if world.is_first else f' ({place})'}: {error}", file=sys.stderr)
+        print(f"error{'' if world.is_first else f' ({place})'}: {one_line(str(error))}", file=sys.stderr)
     elif first:
         traceback.print_exception(error)
         code = EXIT_BUG
