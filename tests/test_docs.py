@@ -119,6 +119,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (
         "my_corpus.txt",
         "novel.txt",
+        "scene.txt",
         "old.txt",
         "letters/one.txt",
         "notes/two.md",

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
@@ -44,12 +45,23 @@ class Life:
     ) -> None:
         self.log = folder / "storm.log"
         self.log.write_text("")
-        self.process = context.Process(target=live, args=(list(words), str(folder), (out, err), most))
+        self.heard, speaks = context.Pipe(duplex=False)  # a full disk does not silence a pipe
+        self.process = context.Process(target=live, args=(list(words), str(folder), (out, err), most, speaks))
         self.process.start()
+        speaks.close()
 
     @property
     def said(self) -> str:
         """What it wrote where anybody could read it."""
+        raw = b""
+        while self.heard.poll():
+            piece = os.read(self.heard.fileno(), 1 << 16)
+            if not piece:
+                break
+            raw += piece
+        if raw:
+            with open(self.log, "ab") as file:
+                file.write(raw)
         return self.log.read_text("utf-8", "replace")
 
     def send(self, number: int) -> None:
@@ -75,7 +87,9 @@ class Life:
         return self.process.exitcode
 
 
-def live(words: list[str], folder: str, streams: tuple[str, str], most: int | None) -> None:
+def live(
+    words: list[str], folder: str, streams: tuple[str, str], most: int | None, speaks: Connection
+) -> None:
     """Be the command, as if the interpreter had just started."""
     os.chdir(folder)
     torch.set_num_threads(1)
@@ -84,11 +98,14 @@ def live(words: list[str], folder: str, streams: tuple[str, str], most: int | No
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, kind in zip((1, 2), streams, strict=True):
         become(number, kind)
+    if most is not None and streams[1] == "log":
+        os.dup2(speaks.fileno(), 2)
+    speaks.close()
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    sys.stdout, sys.stderr = stream(1), stream(2)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = stream(1), stream(2)
     if most is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     os._exit(run(words))
 
 
@@ -103,6 +120,7 @@ def run(words: list[str]) -> int:
     except SystemExit as end:
         code = end.code
     except BaseException:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         traceback.print_exc(file=open("storm.log", "a", encoding="utf-8"))  # noqa: SIM115
         code = 1
     try:
