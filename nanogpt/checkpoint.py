@@ -14,13 +14,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 
-from nanogpt import parts, validation
+from nanogpt import parts, seals, validation
 from nanogpt.config import GPTConfig, TrainConfig, UserError, from_dict, require
-from nanogpt.files import replacing
 
 FORMAT = 2
 """Version of the checkpoint format. 1 is read too: see `upgraded`."""
@@ -102,23 +101,6 @@ class Checkpoint:
         return GPTConfig(**shape, vocab_size=self.vocab_size)
 
 
-class Hashing:
-    """A file to write to that keeps the SHA-256 of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, piece: bytes) -> int:
-        """Write and count in."""
-        self.digest.update(piece)
-        return self.file.write(piece)
-
-    def flush(self) -> None:
-        """Pass the call on."""
-        self.file.flush()
-
-
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; until it is complete, the file that was there stays untouched.
 
@@ -130,11 +112,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_sealed(path: Path, content: object) -> None:
-    """torch.save `content`, atomically, with the seal behind it. Errors: as `save`."""
-    with replacing(path) as file:
-        hashing = Hashing(file)
-        torch.save(content, cast(BinaryIO, hashing))
-        file.write(SEAL + hashing.digest.digest())
+    """Write anything as a sealed checkpoint. Errors: as `save`."""
+    seals.write_sealed(path, content, SEAL)
 
 
 def verify(path: Path) -> None:

@@ -146,15 +146,15 @@ class Hashing:
         self.file.flush()
 
 
-def write_sealed(path: Path, content: object) -> None:
-    """torch.save `content`, atomically, with the seal behind it.
+def write_sealed(path: Path, content: object, mark: bytes = MARK) -> None:
+    """torch.save `content`, atomically, with the seal behind it: a mark of its kind, and the SHA-256.
 
     Errors: UserError if the folder cannot be written or the disk is full.
     """
     with replacing(path) as file:
         hashing = Hashing(file)
         torch.save(content, cast(BinaryIO, hashing))
-        file.write(MARK + hashing.digest.digest())
+        file.write(mark + hashing.digest.digest())
 
 
 def read_sealed(path: Path) -> tuple[object, bool]:

@@ -23,6 +23,7 @@ from nanogpt.model import GPT
 from nanogpt.run import Run
 from nanogpt.run_folder import RUN_BY_RUN, RunFolder
 from nanogpt.saving import restore
+from nanogpt.seals import CHECKED
 from nanogpt.world import ALONE, World, check_same_start, local_device
 
 
@@ -33,7 +34,8 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     """
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest(warn, world, whole=not sharded) if config.resume else None
-    dataset = data.load(Path(config.data_dir))
+    unseen = CHECKED if config.resume else 0  # fit has verified the data of a new run
+    dataset = data.load(Path(config.data_dir), most=unseen)
     if saved:
         check_resume(config, saved, dataset)
     parallel.check_batch(config.batch_size, world)

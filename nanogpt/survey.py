@@ -6,7 +6,6 @@ Knows nothing of tokens. Holds 16 bytes a document and no text.
 """
 
 import hashlib
-import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from nanogpt import tokenizer as tokenizers
 from nanogpt.config import DataConfig, require
 from nanogpt.console import progress_bar
+from nanogpt.cores import usable_cores
 from nanogpt.corpus import Corpus
 from nanogpt.data_folder import FORMAT
 from nanogpt.documents import Piece, Report, counted
@@ -160,14 +160,9 @@ def batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[lis
         yield batch
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """function(item) for each item, in order, by as many threads as there are cores; few items are held."""
-    workers = cores()
+    workers = usable_cores(physical=False)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:

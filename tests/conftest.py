@@ -12,7 +12,9 @@ import torch
 import torch.compiler.config
 
 from nanogpt.config import DataConfig, TrainConfig
+from nanogpt.corpus import Corpus
 from nanogpt.data import Dataset, load
+from nanogpt.documents import Report
 from nanogpt.prepare import main as prepare
 
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die,\n"
@@ -56,6 +58,22 @@ def prepared(folder: Path, text: str, **settings: Any) -> Dataset:
     path.write_bytes(text.encode("utf-8"))
     prepare(DataConfig(input_file=(str(path),), data_dir=str(folder), **settings))
     return load(folder)
+
+
+def texts_in(path: Path, raw: str | bytes, text_field: str = "text") -> tuple[list[str], Report]:
+    """The texts of a file, and the report, whose lines begin behind the file's name."""
+    path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    report = Report()
+    found, waiting = [], b""
+    for piece, ends in Corpus((path,), text_field).pieces(report):
+        waiting += piece
+        if ends:
+            found.append(waiting.decode())
+            waiting = b""
+    assert report.broken_count == len(report.broken)
+    report.broken = [line.removeprefix(str(path)) for line in report.broken]
+    report.notes = [line.removeprefix(f"{path}: ") for line in report.notes]
+    return found, report
 
 
 @pytest.fixture

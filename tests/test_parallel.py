@@ -655,7 +655,7 @@ if os.environ["RANK"] == "1":
         ("set_up.torch.__version__ = '2.0'", "version of PyTorch: .* in process 1, 2.0 in process 2"),
         (
             "plain_load = set_up.data.load;"
-            " set_up.data.load = lambda path: replace(plain_load(path), fingerprint='another text')",
+            " set_up.data.load = lambda path, **_: replace(plain_load(path), fingerprint='another text')",
             "data: .* in process 1, another text in process 2",
         ),
         (

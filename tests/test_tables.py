@@ -7,6 +7,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import texts_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,22 +17,6 @@ from nanogpt.corpus import Corpus
 from nanogpt.documents import Report
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
-
-
-def texts_in(path, raw, text_field="text"):
-    """The texts of a file, and the report, whose lines begin behind the file's name."""
-    path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-    report = Report()
-    found, waiting = [], b""
-    for piece, ends in Corpus((path,), text_field).pieces(report):
-        waiting += piece
-        if ends:
-            found.append(waiting.decode())
-            waiting = b""
-    assert report.broken_count == len(report.broken)
-    report.broken = [line.removeprefix(str(path)) for line in report.broken]
-    report.notes = [line.removeprefix(f"{path}: ") for line in report.notes]
-    return found, report
 
 
 def written(rows, **dialect):
