@@ -82,6 +82,16 @@ def pick_muon_dtype(name: Dtype, device: torch.device) -> Choice:
     return Choice(narrow if pays(narrow, device) else torch.float32, compared(device, narrow))
 
 
+def pick_sampling_dtype(name: Dtype, device: torch.device, trained_in: str) -> torch.dtype:
+    """The dtype of the matrix products of sampling. "auto": that of the training if it is fast here too."""
+    dtype = cast(torch.dtype, getattr(torch, trained_in if name == "auto" else name))
+    if name != "auto":
+        return dtype
+    native = kind_of(device).native_dtype(device)
+    fast = not is_slow(dtype, device) if native else pays(dtype, device)
+    return dtype if fast else torch.float32
+
+
 def pays(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products in `dtype` are clearly faster than in float32."""
     rates = product_rates(device)

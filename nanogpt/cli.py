@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
@@ -57,6 +58,9 @@ COMMANDS = {
 IDLE_SPINS = "1000"
 """How long an idle thread of PyTorch's OpenMP spins before it sleeps. With the library's own 300,000 a
 training crawls as soon as anything else wants a core (bench/RESULTS.md)."""
+
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+"""Settings of PyTorch's memory allocator on GPUs, by their names of today and before."""
 
 SEVERAL = ("--input_file", "--input-file", "--val_file", "--val-file")
 """Flags that take several values, written after one another."""
@@ -120,10 +124,36 @@ def execute(name: str, arguments: Sequence[str], prog: str) -> int:
     command = COMMANDS[name]
     config = parse(command.config, arguments, prog)
     streams.insist(on=not command.writes)
-    os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
+    prepare_environment()
     with imports_explained():
         module = importlib.import_module(command.module)
     return cast(Callable[[Any], int], module.main)(config)
+
+
+def prepare_environment() -> None:
+    """Set the variables that PyTorch reads when it is imported, except those that the user has set.
+
+    Threads: the cores that this process may use. PyTorch asks for the affinity but not for the quota of a
+    container. (On Windows and macOS it counts right by itself.)
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
+    if sys.platform != "linux":
+        return
+    from nanogpt.cores import usable_cores
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # fused attention on more cards
+    if not ALLOCATOR_VARIABLES & os.environ.keys() and "rocm" not in torch_version():
+        renamed = torch_version().split(".")[:2] not in (["2", "7"], ["2", "8"])  # the old name warns since
+        name = "PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"
+        os.environ[name] = "expandable_segments:True"  # evaluation and training share memory of other sizes
+
+
+def torch_version() -> str:
+    """The version of the installed PyTorch, found without importing it; "" if there is none."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version("torch")
+    return ""
 
 
 def guarded(action: Callable[[], int]) -> int:

@@ -365,6 +365,8 @@ class SampleConfig(Settings):
     """Makes the text repeatable; None: another text each time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    dtype: Dtype = "auto"
+    """float32, bfloat16 or float16; auto: as in the training, where the device multiplies that fast."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

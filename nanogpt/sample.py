@@ -9,7 +9,7 @@ import io
 import secrets
 import sys
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from nanogpt import checkpoint, device
+from nanogpt.arithmetic import pick_sampling_dtype
+from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import SampleConfig, UserError, require
 from nanogpt.console import visible, warn
 from nanogpt.encoding import decoded
@@ -39,8 +41,13 @@ def main(config: SampleConfig) -> int:
     prompt = typed if config.prompt_file is None else read_prompt(config.prompt_file)
     stops = [unescape(stop) for stop in config.stop]
     seed = secrets.randbits(32) if config.seed is None else config.seed
-    with enough_memory():
-        model, tokens = load(path, config.device)
+    with enough_memory(), ExitStack() as arithmetic:
+        place = device.pick_device(config.device)
+        saved = read(path)
+        model, tokens = restored(saved, place)
+        dtype = pick_sampling_dtype(config.dtype, place, saved.arithmetic["dtype"])
+        arithmetic.enter_context(device.eagerly())
+        arithmetic.enter_context(device.autocast(place, dtype))
         flag = "--prompt" if config.prompt_file is None else "--prompt_file"
         ids = encode_prompt(tokens, prompt, skip=config.unknown == "skip", flag=flag)
         for number in range(config.num_samples):
@@ -119,11 +126,19 @@ def load(path: Path, device_name: str) -> tuple[GPT, Tokenizer]:
 
     Errors: UserError if the checkpoint is missing or damaged, or there is no such device.
     """
+    return restored(read(path), device.pick_device(device_name))
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint. Errors: UserError if it is missing or damaged."""
     last = path.with_name("last.pt")
     if not path.exists() and path.name == "ckpt.pt" and last.exists():
         raise UserError(f"{path} does not exist yet (no evaluation so far): give --checkpoint {last}")
-    place = device.pick_device(device_name)
-    saved = checkpoint.load(path)
+    return checkpoint.load(path)
+
+
+def restored(saved: Checkpoint, place: torch.device) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a checkpoint."""
     model = GPT(saved.model_config)
     model.load_state_dict(saved.weights)
     return model.to(place).eval(), from_dict(saved.tokenizer)

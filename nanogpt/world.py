@@ -26,6 +26,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanogpt import streams
 from nanogpt.config import UserError, require
 from nanogpt.console import one_line
 from nanogpt.device import KINDS
@@ -201,6 +202,7 @@ def fail(error: Exception, world: World, *, first: bool) -> NoReturn:
     elif first:
         traceback.print_exception(error)
         code = EXIT_BUG
+    streams.show_cursor()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

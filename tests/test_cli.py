@@ -290,14 +290,63 @@ def test_a_missing_library_says_how_to_install_it(project: Path, monkeypatch, ca
     assert capsys.readouterr().err == "error: tyro is not installed: pip install -c constraints.txt -e .\n"
 
 
-def test_idle_threads_sleep_soon_unless_told_otherwise(project: Path, monkeypatch) -> None:
+VARIABLES = (
+    "GOMP_SPINCOUNT",
+    "OMP_NUM_THREADS",
+    "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
+    *sorted(cli.ALLOCATOR_VARIABLES),
+)
+
+
+@pytest.fixture
+def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No variable is set that the command line sets; what it sets is undone."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setattr("nanogpt.prepare.main", lambda config: 0)
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    run("python data.py")
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    run("python data.py")
-    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.setattr(cli.sys, "platform", "linux")
+    return monkeypatch
+
+
+def test_pytorch_finds_an_environment_for_this_machine(project: Path, unset) -> None:
+    unset.setattr("nanogpt.cores.usable_cores", lambda: 5)
+    unset.setattr(cli, "torch_version", lambda: "2.11.0+cu128")
+    assert run("python data.py") == 0
+    assert {name: os.environ[name] for name in VARIABLES if name in os.environ} == {
+        "GOMP_SPINCOUNT": "1000",
+        "OMP_NUM_THREADS": "5",
+        "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_of_the_users_is_left_alone(project: Path, unset, name: str) -> None:
+    unset.setenv(name, "7")
+    assert run("python data.py") == 0
+    assert os.environ[name] == "7"
+    assert len([name for name in cli.ALLOCATOR_VARIABLES if name in os.environ]) == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.8.0+cu126", {"PYTORCH_CUDA_ALLOC_CONF"}),
+        ("2.13.0", {"PYTORCH_ALLOC_CONF"}),
+        ("2.13.0+rocm7.0", set()),
+    ],
+)
+def test_the_allocator_is_told_by_the_name_that_this_pytorch_knows(unset, version: str, expected) -> None:
+    unset.setattr(cli, "torch_version", lambda: version)
+    cli.prepare_environment()
+    assert os.environ.keys() & cli.ALLOCATOR_VARIABLES == expected
+
+
+def test_other_systems_count_their_threads_themselves(unset) -> None:
+    unset.setattr(cli.sys, "platform", "darwin")
+    cli.prepare_environment()
+    assert [name for name in VARIABLES if name in os.environ] == ["GOMP_SPINCOUNT"]
 
 
 def parse(cls: type, line: str):

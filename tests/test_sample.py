@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanogpt import arithmetic
 from nanogpt.config import DataConfig, SampleConfig, TrainConfig, UserError
 from nanogpt.prepare import main as prepare
 from nanogpt.sample import main, read_prompt, show, unescape, until
 from nanogpt.train import fit
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
@@ -44,6 +48,37 @@ def test_a_seed_repeats_and_samples_differ(sampling: SampleConfig, capsys) -> No
     assert capsys.readouterr().out == first
     one, other = re.split(r"\n-{40}\n", first)
     assert one != other
+
+
+@pytest.fixture
+def dtypes_of_products(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """The dtypes of the vectors that come out of linear layers from here on."""
+    seen: set[torch.dtype] = set()
+    linear = torch.nn.functional.linear
+
+    def watched(*arguments: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        result = linear(*arguments, **named)
+        seen.add(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    return seen
+
+
+@pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_sampling_computes_as_the_training_did_where_that_is_fast(
+    config: TrainConfig, monkeypatch, dtypes_of_products, trained_in, fast
+) -> None:
+    fit(replace(config, dtype=trained_in))
+    monkeypatch.setattr(arithmetic, "product_rates", lambda device: dict.fromkeys(DTYPES, 1.0) | {fast: 2.0})
+    dtypes_of_products.clear()
+    sampling = SampleConfig(checkpoint=str(Path(config.out_dir) / "ckpt.pt"), num_tokens=3, device="cpu")
+    main(sampling)
+    assert dtypes_of_products == {fast if trained_in == "bfloat16" else torch.float32}
+    dtypes_of_products.clear()
+    main(replace(sampling, dtype="bfloat16"))
+    assert dtypes_of_products == {torch.bfloat16}
 
 
 def test_temperature_zero_is_the_same_for_every_seed(sampling: SampleConfig, capsys) -> None:
@@ -291,7 +326,7 @@ def test_a_folder_without_a_name_is_a_folder(path: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
-@pytest.mark.parametrize("place", ["load", "generate"])
+@pytest.mark.parametrize("place", ["restored", "generate"])
 def test_too_little_memory_is_one_line(sampling: SampleConfig, monkeypatch, error, place: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
