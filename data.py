@@ -1,6 +1,6 @@
-"""Prepare a text for training: `python data.py --help`. The code is in nanogpt/data.py."""
+"""Prepare a text for training: `python data.py --help`. The code is in nanogpt/data/batches.py."""
 
-from nanogpt.cli import script
+from nanogpt.cli.main import script
 
 if __name__ == "__main__":
     script("data")

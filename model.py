@@ -1,13 +1,14 @@
 """The model, as `from model import GPT, GPTConfig`; run, it prints what a model costs.
 
-The code is in nanogpt/model.py (the model) and nanogpt/summary.py (the print-out).
+The code is in nanogpt/model/gpt.py (the model) and nanogpt/cli/info.py (the print-out).
 """
 
 if __name__ == "__main__":
-    from nanogpt.cli import script
+    from nanogpt.cli.main import script
 
     script("model")
 else:
-    from nanogpt.model import GPT, GPTConfig
+    from nanogpt.config import GPTConfig
+    from nanogpt.model.gpt import GPT
 
     __all__ = ["GPT", "GPTConfig"]

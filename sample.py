@@ -1,6 +1,6 @@
-"""Generate text: `python sample.py --help`. The code is in nanogpt/sample.py."""
+"""Generate text: `python sample.py --help`. The code is in nanogpt/cli/sample.py."""
 
-from nanogpt.cli import script
+from nanogpt.cli.main import script
 
 if __name__ == "__main__":
     script("sample")

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nanogpt import presets
-from nanogpt.arithmetic import pick_dtype, pick_muon_dtype, product_rates
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.device import name_of
+from nanogpt.precision import pick_dtype, pick_muon_dtype, product_rates
 
 BASE = "AdamW in float32"
 

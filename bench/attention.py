@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.model import plain_attention
+from nanogpt.model.gpt import plain_attention
 
 SHAPES = ((12, 4, 64, 32), (32, 4, 128, 32), (8, 6, 256, 64), (4, 12, 512, 64), (2, 12, 1024, 64))
 """B, H, T, D."""

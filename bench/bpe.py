@@ -22,10 +22,10 @@ from rich.table import Table
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
-from nanogpt.bpe import END_OF_TEXT, GPT2_ORDER, train_bpe, unspell
-from nanogpt.documents import Piece
-from nanogpt.survey import batches, cores, in_order
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from nanogpt.data.scan import batches, cores, in_order
+from nanogpt.text.documents import Piece
+from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
+from nanogpt.tokenizer.bpe import GPT2_ORDER, train_bpe, unspell
 
 VOCABULARY = 4096
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from nanogpt import device as devices
-from nanogpt.arithmetic import pick_muon_dtype
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.model import GPT
-from nanogpt.optim import build
-from nanogpt.parallel import checkpoint_activations
+from nanogpt.distributed.parallelize import checkpoint_activations
+from nanogpt.model.gpt import GPT
+from nanogpt.precision import pick_muon_dtype
+from nanogpt.training.optimizer import build_optimizers
 
 FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ def our_step(  # noqa: PLR0917
     model = GPT(config).to(place)
     settings = settings or TrainConfig()
     checkpoint_activations(model, settings.grad_checkpoint)
-    optimizers = build(model, settings, muon_dtype or pick_muon_dtype("auto", place).dtype)
+    optimizers = build_optimizers(model, settings, muon_dtype or pick_muon_dtype("auto", place).dtype)
     loss_of = torch.compile(model.loss, mode=compiled) if compiled else model.loss
 
     def step(x: Tensor, y: Tensor) -> None:

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device, memory
+from nanogpt import device
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.model import GPT, flops_per_token
+from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.training import memory_estimate
 
 BASE = TrainConfig(n_layer=4, n_head=4, n_embd=256, block_size=128, batch_size=8, dropout=0.0)
 
@@ -50,12 +51,12 @@ def main() -> None:
         steps[name] = lambda step=step, x=x, y=y: step(x, y)
         with torch.device("meta"):
             parameters = GPT(model).num_parameters()
-        plan = memory.predict(model, config, place, dtype, config.batch_size)
+        plan = memory_estimate.predict(model, config, place, dtype, config.batch_size)
         costs[name] = {
             "parameters": parameters,
             "gflop": flops_per_token(model, parameters) * x.numel() / 1e9,
-            "held_mib": plan.held / memory.MIB,
-            "activations_mib": plan.activations / memory.MIB,
+            "held_mib": plan.held / memory_estimate.MIB,
+            "activations_mib": plan.activations / memory_estimate.MIB,
         }
     times = common.in_turn(steps, options.rounds, place)
     table = Table("shape", "parameters", "GFLOP", "ms", "GFLOP/s", "held, MiB", "activations, MiB")

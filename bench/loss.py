@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from nanogpt.loss import chunked_cross_entropy
+from nanogpt.model.loss import chunked_cross_entropy
 
 
 def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device, parallel
-from nanogpt.model import GPT, GPTConfig
+from nanogpt import device
+from nanogpt.config import GPTConfig
+from nanogpt.distributed import parallelize
+from nanogpt.model.gpt import GPT
 
 MODES = ("off", "selective", "blocks")
 
@@ -41,7 +43,7 @@ def measure(options: argparse.Namespace) -> None:
             dropout=0.2,
         )
     ).to(place)
-    parallel.checkpoint_activations(model, options.mode)
+    parallelize.checkpoint_activations(model, options.mode)
     dtype = getattr(torch, options.dtype)
     x, y = torch.randint(65, (2, options.batch_size, options.block_size), device=place)
     for parameter in model.parameters():

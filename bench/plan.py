@@ -20,11 +20,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device, memory, optim, parallel
+from nanogpt import device
+from nanogpt.cli.plan import MODES
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.model import GPT
-from nanogpt.plan import MODES
-from nanogpt.world import joined, local_device
+from nanogpt.distributed import parallelize
+from nanogpt.distributed.world import joined, local_device
+from nanogpt.model.gpt import GPT
+from nanogpt.training import memory_estimate
+from nanogpt.training.optimizer import build_optimizers
 
 SHAPES = {
     "6 layers of 384, 16 x 256": (65, TrainConfig(batch_size=16)),
@@ -60,22 +63,22 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
         sharded = config.parallel == "fsdp"
         with torch.device("meta" if sharded else place):
             model = GPT(model_config(config, vocab_size))
-        parallel.checkpoint_activations(model, config.grad_checkpoint)
+        parallelize.checkpoint_activations(model, config.grad_checkpoint)
         if sharded:
-            parallel.shard(model, place, dtype)
-            parallel.initialize_parts(model, 1)
-        loss_of = parallel.shared_loss(model, world, place)
-        optimizers = optim.build(model, config, torch.bfloat16, world.rank, world.size)
+            parallelize.shard(model, place, dtype)
+            parallelize.initialize_parts(model, 1)
+        loss_of = parallelize.shared_loss(model, world, place)
+        optimizers = build_optimizers(model, config, torch.bfloat16, world.rank, world.size)
         x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
         for _ in range(2):
             for last in (False, True):
-                with parallel.without_sync(loss_of, last=last):
+                with parallelize.without_sync(loss_of, last=last):
                     with device.autocast(place, dtype):
                         loss = loss_of(x, y)
                     loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            model.zero_grad(set_to_none=not parallel.keeps_gradients(loss_of))
+            model.zero_grad(set_to_none=not parallelize.keeps_gradients(loss_of))
         return max(world.gather([common.peak_memory(place) - before]))
 
 
@@ -121,7 +124,7 @@ def main() -> None:
         vocab_size, config = SHAPES[shape]
         config = replace(config, grad_checkpoint=mode, parallel=kind)
         model = model_config(config, vocab_size)
-        plan = memory.predict(model, config, place, dtype, config.batch_size, processes)
+        plan = memory_estimate.predict(model, config, place, dtype, config.batch_size, processes)
         predicted = plan.total / 2**20
         measured = in_a_process(shape, mode, kind, options.dtype, processes=processes)
         name = shape + f", {kind} on 2" * (processes > 1)

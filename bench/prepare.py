@@ -44,7 +44,7 @@ KILLS = 3
 
 def command(path: Path, way: str, folder: Path) -> list[str]:
     """What prepares the corpus at `path`."""
-    words = [sys.executable, "-m", "nanogpt.cli", "data", "--input_file", str(path)]
+    words = [sys.executable, "-m", "nanogpt", "data", "--input_file", str(path)]
     return [*words, "--data_dir", str(folder), "--tokenizer", *WAYS[way]]
 
 

@@ -25,9 +25,10 @@ from rich.table import Table
 from step import SMALL, their_model, their_update
 from transformers import GPT2LMHeadModel
 
-from nanogpt import data
 from nanogpt.config import TrainConfig
-from nanogpt.optim import learning_rate
+from nanogpt.data.batches import evaluation_batches, gather
+from nanogpt.data.dataset import Dataset, load_dataset
+from nanogpt.training.optimizer import learning_rate
 
 PLAIN = TrainConfig(learning_rate=1e-3, max_iters=2000, warmup_iters=100, block_size=64, batch_size=12)
 
@@ -35,14 +36,14 @@ PLAIN = TrainConfig(learning_rate=1e-3, max_iters=2000, warmup_iters=100, block_
 def plain_run(seed: int, folder: Path) -> list[dict[str, float]]:
     """Train the plain recipe. Returns a row for each evaluation: elapsed_s, val_loss."""
     torch.manual_seed(seed)
-    dataset = data.load(folder)
+    dataset = load_dataset(folder)
     model = their_model(replace(SMALL, vocab_size=dataset.tokenizer.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     random, rows, elapsed = torch.Generator().manual_seed(seed), [], 0.0
     for step in range(PLAIN.max_iters):
         start = time.perf_counter()
         starts = torch.randint(len(dataset.train) - PLAIN.block_size, (PLAIN.batch_size,), generator=random)
-        x, y = data.gather(dataset.train, starts.numpy(), PLAIN.block_size)
+        x, y = gather(dataset.train, starts.numpy(), PLAIN.block_size)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, PLAIN)
         their_update(model, optimizer, x, y)
@@ -53,12 +54,12 @@ def plain_run(seed: int, folder: Path) -> list[dict[str, float]]:
 
 
 @torch.inference_mode()
-def plain_loss(model: GPT2LMHeadModel, dataset: data.Dataset) -> float:
+def plain_loss(model: GPT2LMHeadModel, dataset: Dataset) -> float:
     """Mean loss over the validation split."""
     total = 0.0
-    batches = data.evaluation_batches(dataset.val, block_size=PLAIN.block_size, batch_size=64)
+    batches = evaluation_batches(dataset.val, block_size=PLAIN.block_size, batch_size=64)
     for starts, length in batches:
-        x, y = data.gather(dataset.val, starts, length)
+        x, y = gather(dataset.val, starts, length)
         logits = model(x).logits
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     return total / (len(dataset.val) - 1)
@@ -67,7 +68,7 @@ def plain_loss(model: GPT2LMHeadModel, dataset: data.Dataset) -> float:
 def preset_run(preset: str, seed: int, folder: Path) -> list[dict[str, float]]:
     """Train a preset. Returns a row for each evaluation."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "nanogpt.cli", "train", "--preset", preset, "--seed", str(seed)]
+        command = [sys.executable, "-m", "nanogpt", "train", "--preset", preset, "--seed", str(seed)]
         command += ["--data_dir", str(folder), "--out_dir", out]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(out) / "metrics.jsonl").read_text("utf-8").splitlines()

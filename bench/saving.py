@@ -20,12 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
-from nanogpt.run_folder import RunFolder
-from nanogpt.saving import begin_save, finish_save
-from nanogpt.set_up import set_up
-from nanogpt.step import settle, train_step
-from nanogpt.world import joined
+from nanogpt.distributed.world import joined
+from nanogpt.training.checkpointing import begin_save, finish_save
+from nanogpt.training.setup import set_up
+from nanogpt.training.step import settle, train_step
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
+from nanogpt.cli.info import count_parameters
 from nanogpt.config import GPTConfig
-from nanogpt.model import flops_per_token
-from nanogpt.summary import count_parameters
+from nanogpt.model.gpt import flops_per_token
 
 DEFAULT = GPTConfig()
 SMALL = replace(DEFAULT, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0)

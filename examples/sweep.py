@@ -15,9 +15,10 @@ from pathlib import Path
 import optuna
 
 from nanogpt import presets
-from nanogpt.config import TrainConfig, UserError
-from nanogpt.stopping import STOP_REASONS
-from nanogpt.train import fit
+from nanogpt.config import TrainConfig
+from nanogpt.errors import UserError
+from nanogpt.training.stopping import STOP_REASONS
+from nanogpt.training.trainer import fit
 
 
 def config_of(trial: optuna.Trial, options: argparse.Namespace) -> TrainConfig:

@@ -1,6 +1,6 @@
 """`python -m nanogpt COMMAND`, the same as `nanogpt COMMAND`."""
 
-from nanogpt.cli import main
+from nanogpt.cli.main import main
 
 if __name__ == "__main__":
     main()

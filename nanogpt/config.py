@@ -1,7 +1,7 @@
 """Every setting of every command: frozen dataclasses, each default written once.
 
 Use:    config = TrainConfig(n_layer=4, max_iters=200); replace(config, seed=2)
-Flags:  cli.py turns each field into a flag of the same name; the text under a field is its help.
+Flags:  cli/main.py turns each field into a flag of the same name; the text under a field is its help.
 Knows nothing of torch, of files, or of how a flag is typed.
 """
 
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from nanogpt.errors import UserError as UserError  # noqa: PLC0414 - imported from here
-from nanogpt.errors import require
+from nanogpt.errors import (
+    require,
+)
 from nanogpt.settings import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -1,8 +1,9 @@
-"""What commands show a person: lines, warnings, progress bars.
+"""What commands show a person: lines, warnings, progress bars, pictures.
 
 On a terminal, colours and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
 """
 
+import logging
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ import weakref
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import IO, Any, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +25,9 @@ from rich.progress import (
 )
 
 from nanogpt.streams import speaks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LONGEST_WORD, LONGEST_LINE = 256, 1000
 """Characters; what is longer is cut in the middle, in a message. No file's name is longer than the first."""
@@ -158,3 +162,15 @@ def stop_bars() -> None:
     for bar in list(BARS):
         if bar.live.is_started:
             bar.stop()
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty picture of this size, in inches (matplotlib).
+
+    Where the home folder cannot be written, matplotlib keeps its cache in a temporary one, which need not
+    be said: only its errors are.
+    """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    return Figure(figsize=(width, height), layout="constrained")

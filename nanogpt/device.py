@@ -2,7 +2,7 @@
 
 Use:    device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.runs_ahead
 A kind of device is a class below, with a row in KINDS; another accelerator is another row (the tests register
-one of their own there). Which dtype a device multiplies fast: arithmetic.py.
+one of their own there). Which dtype a device multiplies fast: precision.py.
 Returns its findings as values; it prints nothing and reads no files.
 """
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanogpt.config import Switch, UserError, require
+from nanogpt.config import Switch
+from nanogpt.errors import UserError, require
 
 GIB = 1024**3
 
@@ -133,7 +134,7 @@ class CPU(Kind):
         return [f"Using CPU ({name}, {threads} thread{'s' * (threads > 1)})"]
 
     def free_memory(self, device: torch.device) -> float:
-        """Bytes of main memory; a container may allow less (memory.py)."""
+        """Bytes of main memory; a container may allow less (training/memory_estimate.py)."""
         return psutil.virtual_memory().available
 
 

@@ -16,8 +16,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
-from nanogpt.config import UserError
 from nanogpt.console import warn
+from nanogpt.errors import UserError
 
 TEMPORARY_SUFFIX = ".part"
 

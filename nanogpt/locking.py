@@ -21,8 +21,8 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from nanogpt.config import UserError, require
 from nanogpt.console import warn
+from nanogpt.errors import UserError, require
 from nanogpt.files import lacks, make_folder
 
 HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}

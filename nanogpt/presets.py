@@ -8,7 +8,8 @@ Order:  defaults < preset < flags. To add one, write a function and put it in PR
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nanogpt.config import TrainConfig, UserError
+from nanogpt.config import TrainConfig
+from nanogpt.errors import UserError
 
 
 def quick(config: TrainConfig) -> TrainConfig:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanogpt.config import UserError
+from nanogpt.errors import UserError
 from nanogpt.files import replacing
 
 MARK = b"\nnanogpt sha256 "

@@ -14,7 +14,7 @@ import select
 import sys
 from typing import Any, cast
 
-from nanogpt.config import UserError
+from nanogpt.errors import UserError
 
 NAMES = ("stdin", "stdout", "stderr")
 """Of the descriptors 0, 1 and 2."""

@@ -12,10 +12,10 @@ import torch
 import torch.compiler.config
 
 from nanogpt.config import DataConfig, TrainConfig
-from nanogpt.corpus import Corpus
-from nanogpt.data import Dataset, load
-from nanogpt.documents import Report
-from nanogpt.prepare import main as prepare
+from nanogpt.data.dataset import Dataset, load_dataset
+from nanogpt.data.prepare import main as prepare
+from nanogpt.text.corpus import Corpus
+from nanogpt.text.documents import Report
 
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die,\n"
 
@@ -57,7 +57,7 @@ def prepared(folder: Path, text: str, **settings: Any) -> Dataset:
     path = folder.with_name(f"{folder.name}.txt")
     path.write_bytes(text.encode("utf-8"))
     prepare(DataConfig(input_file=(str(path),), data_dir=str(folder), **settings))
-    return load(folder)
+    return load_dataset(folder)
 
 
 def texts_in(path: Path, raw: str | bytes, text_field: str = "text") -> tuple[list[str], Report]:

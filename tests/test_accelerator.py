@@ -15,14 +15,19 @@ import torch
 import torch.distributed as dist
 from accelerator import CudaLike, MpsLike, OnDevice, WaitedError, forbid_waiting, standing_in_for
 
-from nanogpt import checkpoint, data, device, sample, step, train, world
+from nanogpt import device
+from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.cli import sample
 from nanogpt.config import SampleConfig, TrainConfig
-from nanogpt.loss import chunked_cross_entropy
-from nanogpt.run import Run
-from nanogpt.run_folder import RunFolder
-from nanogpt.set_up import set_up
-from nanogpt.train import fit
-from nanogpt.world import World
+from nanogpt.data.batches import Windows
+from nanogpt.distributed import world
+from nanogpt.distributed.world import World
+from nanogpt.model.loss import chunked_cross_entropy
+from nanogpt.training import step, trainer
+from nanogpt.training.setup import set_up
+from nanogpt.training.state import Run
+from nanogpt.training.trainer import fit
 
 accelerator.register()
 
@@ -53,7 +58,7 @@ def cuda() -> Iterator[device.Kind]:
 @pytest.fixture
 def there(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The tiny run, on the stand-in."""
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 5)
+    monkeypatch.setattr(trainer, "SAMPLE_TOKENS", 5)
     settings = {"device": "gpu", "dropout": 0.0, "max_iters": 8, "eval_interval": 4}
     return replace(config, **settings, out_dir=f"{config.out_dir}-there")
 
@@ -63,8 +68,8 @@ def losses(config: TrainConfig) -> list[float]:
     return [row["train_loss"] for row in map(json.loads, lines) if "train_loss" in row]
 
 
-def last(config: TrainConfig) -> checkpoint.Checkpoint:
-    return checkpoint.load(Path(config.out_dir) / "last.pt")
+def last(config: TrainConfig) -> Checkpoint:
+    return load_checkpoint(Path(config.out_dir) / "last.pt")
 
 
 # What works
@@ -199,7 +204,7 @@ def test_it_finds_a_device_without_its_number(there, cuda, monkeypatch):
 
 
 def test_it_finds_a_tensor_of_the_cpu_among_those_of_the_device(there, cuda, monkeypatch):
-    monkeypatch.setattr(data.Windows, "send", lambda self, values: values)
+    monkeypatch.setattr(Windows, "send", lambda self, values: values)
     with pytest.raises(RuntimeError, match="two devices"):
         fit(there)
 
@@ -219,7 +224,7 @@ def test_it_finds_a_step_that_waits(there, cuda, monkeypatch):
 
 def test_it_finds_a_copy_that_is_not_in_the_background(there, cuda, monkeypatch):
     run = running(there)
-    monkeypatch.setattr(data.Windows, "send", lambda self, values: values.to(self.device))
+    monkeypatch.setattr(Windows, "send", lambda self, values: values.to(self.device))
     with pytest.raises(WaitedError), forbid_waiting():
         step.train_step(run)
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogpt import arithmetic, device
-from nanogpt.arithmetic import bfloat16_pays, is_slow, pick_dtype, pick_muon_dtype, product_rates
-from nanogpt.config import UserError
+from nanogpt import device, precision
 from nanogpt.device import autocast
+from nanogpt.errors import UserError
+from nanogpt.precision import bfloat16_pays, is_slow, pick_dtype, pick_muon_dtype, product_rates
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda:0"), torch.device("mps")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -33,7 +33,7 @@ def rates(monkeypatch):
 
     def build(*speeds):
         measured = dict(zip((F32, BF16, F16), speeds, strict=True))
-        monkeypatch.setattr(arithmetic, "product_rates", lambda _: measured)
+        monkeypatch.setattr(precision, "product_rates", lambda _: measured)
 
     return build
 
@@ -92,7 +92,7 @@ def test_a_cpu_computes_in_what_is_fast(  # noqa: PLR0917
         return pays
 
     rates(*speeds)
-    monkeypatch.setattr(arithmetic, "bfloat16_pays", trial)
+    monkeypatch.setattr(precision, "bfloat16_pays", trial)
     assert pick_dtype("auto", CPU, 96).dtype == training
     assert pick_muon_dtype("auto", CPU).dtype == muon
 
@@ -137,7 +137,7 @@ def clock(monkeypatch):
             now[0] += cost(x.dtype, x.shape[-1])
 
         monkeypatch.setattr(torch, "bmm", bmm)
-        monkeypatch.setattr(arithmetic.time, "thread_time", lambda: now[0])
+        monkeypatch.setattr(precision.time, "thread_time", lambda: now[0])
         product_rates.cache_clear()
         return ran
 
@@ -174,7 +174,7 @@ def test_the_speeds_are_measured_once(clock):
 
 def test_a_trial_runs_in_one_thread_and_gives_the_others_back():
     torch.set_num_threads(2)
-    with arithmetic.alone(CPU):
+    with precision.alone(CPU):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
 
@@ -187,16 +187,16 @@ def test_the_trial_tells_the_faster_dtype(monkeypatch, slow, expected):
         now[0] += 2.0 if dtype == slow else 1.0
         return autocast(place, dtype)
 
-    monkeypatch.setattr(arithmetic, "TRIAL_ROWS", 4)
-    monkeypatch.setattr(arithmetic, "autocast", clocked)
-    monkeypatch.setattr(arithmetic.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(precision, "TRIAL_ROWS", 4)
+    monkeypatch.setattr(precision, "autocast", clocked)
+    monkeypatch.setattr(precision.time, "thread_time", lambda: now[0])
     assert bfloat16_pays(8) is expected
 
 
 def test_one_slow_round_does_not_decide_the_trial(monkeypatch):
     ticks = iter([0, 1, 0, 2, 0, 3, 0, 2, 0, 3, 0, 2, 0, 3, 0, 2])  # float32 and bfloat16 in turn
-    monkeypatch.setattr(arithmetic, "TRIAL_ROWS", 4)
-    monkeypatch.setattr(arithmetic.time, "thread_time", lambda: next(ticks))
+    monkeypatch.setattr(precision, "TRIAL_ROWS", 4)
+    monkeypatch.setattr(precision.time, "thread_time", lambda: next(ticks))
     assert bfloat16_pays(8) is False  # best of float32: 1; best of bfloat16: 2
 
 

@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from nanogpt import presets
-from nanogpt.config import Architecture, GPTConfig, UserError, model_config
-from nanogpt.model import GPT, Dropout, NgramEmbedding, rotate, rotation_table
-from nanogpt.summary import count_parameters
+from nanogpt.cli.info import count_parameters
+from nanogpt.config import Architecture, GPTConfig, model_config
+from nanogpt.errors import UserError
+from nanogpt.model.gpt import GPT, Dropout, NgramEmbedding, rotate, rotation_table
 
 TINY = GPTConfig(block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
 QWEN3 = replace(

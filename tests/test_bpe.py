@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nanogpt import documents
-from nanogpt.bpe import ForeignTokenizer, gpt2, spell, train_bpe, unspell
-from nanogpt.config import DataConfig, UserError
-from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer
-from nanogpt.vocabulary import from_dict
+from nanogpt.config import DataConfig
+from nanogpt.errors import UserError
+from nanogpt.text import documents
+from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer
+from nanogpt.tokenizer.bpe import ForeignTokenizer, gpt2, spell, train_bpe, unspell
+from nanogpt.tokenizer.registry import from_dict
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 

@@ -9,12 +9,21 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 
-from nanogpt import checkpoint as checkpoints
-from nanogpt.checkpoint import FORMAT, Checkpoint, Progress, load, peek, save, write_sealed
-from nanogpt.config import GPTConfig, TrainConfig, UserError, to_dict
-from nanogpt.model import GPT
-from nanogpt.optim import adamw
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.checkpoint import format as checkpoints
+from nanogpt.checkpoint.format import (
+    FORMAT,
+    Checkpoint,
+    Progress,
+    load_checkpoint,
+    peek,
+    save_checkpoint,
+    write_sealed,
+)
+from nanogpt.config import GPTConfig, TrainConfig, to_dict
+from nanogpt.errors import UserError
+from nanogpt.model.gpt import GPT
+from nanogpt.tokenizer.base import CharTokenizer
+from nanogpt.training.optimizer import adamw
 
 CONFIG = TrainConfig(
     block_size=4, n_layer=1, n_head=2, n_embd=8, dropout=0.0, max_iters=9, learning_rate=0.01
@@ -69,7 +78,7 @@ def original():
 def path(tmp_path, original):
     """That checkpoint in a file."""
     path = tmp_path / "ckpt.pt"
-    save(path, original)
+    save_checkpoint(path, original)
     return path
 
 
@@ -77,7 +86,7 @@ def path(tmp_path, original):
 def raw(tmp_path_factory, original):
     """The bytes of that file."""
     path = tmp_path_factory.mktemp("raw") / "ckpt.pt"
-    save(path, original)
+    save_checkpoint(path, original)
     return path.read_bytes()
 
 
@@ -98,7 +107,7 @@ def same(a, b):
 
 def refusal(path):
     with pytest.raises(UserError) as raised:
-        load(path)
+        load_checkpoint(path)
     message = str(raised.value)
     assert "\n" not in message
     return message
@@ -108,7 +117,7 @@ def refusal(path):
 
 
 def test_what_is_saved_is_loaded(path, original):
-    loaded = load(path)
+    loaded = load_checkpoint(path)
     assert same(loaded, original)
     assert loaded.format == FORMAT
     assert loaded.train_config == CONFIG
@@ -131,15 +140,15 @@ def test_the_comparison_sees_a_difference(original):
 
 def test_infinite_loss_and_empty_parts_survive(tmp_path, original):
     bare = replace(original, progress=asdict(Progress()), optimizers=[], scaler={})
-    save(tmp_path / "bare.pt", bare)
-    assert same(load(tmp_path / "bare.pt"), bare)
+    save_checkpoint(tmp_path / "bare.pt", bare)
+    assert same(load_checkpoint(tmp_path / "bare.pt"), bare)
 
 
 def test_training_goes_on_from_it_bit_for_bit(path):
     """The model and the optimizer of a file take the step that those in memory would have taken."""
     model, optimizer = model_and_optimizer()
     train_a_step(model, optimizer)
-    loaded = load(path)
+    loaded = load_checkpoint(path)
     other, other_optimizer = model_and_optimizer(seed=2)
     other.load_state_dict(loaded.model)
     other_optimizer.load_state_dict(loaded.optimizers[0])
@@ -150,8 +159,8 @@ def test_training_goes_on_from_it_bit_for_bit(path):
 
 
 def test_it_does_not_share_memory_with_the_model(tmp_path, original):
-    save(tmp_path / "one.pt", original)
-    loaded = load(tmp_path / "one.pt")
+    save_checkpoint(tmp_path / "one.pt", original)
+    loaded = load_checkpoint(tmp_path / "one.pt")
     loaded.model["ln_f.bias"].add_(1)
     assert not torch.equal(loaded.model["ln_f.bias"], original.model["ln_f.bias"])
 
@@ -164,8 +173,8 @@ def test_the_tied_weight_is_in_the_file_once(raw, original):
 
 def test_saving_over_another_replaces_it(path, original):
     later = replace(original, progress=asdict(Progress(step=2)))
-    save(path, later)
-    assert same(load(path), later)
+    save_checkpoint(path, later)
+    assert same(load_checkpoint(path), later)
     assert os.listdir(path.parent) == ["ckpt.pt"]  # noqa: PTH208 - names alone
 
 
@@ -174,15 +183,15 @@ def test_a_quick_look_at_the_settings(path):
 
 
 def test_settings_of_a_later_version(tmp_path, original):
-    save(tmp_path / "later.pt", replace(original, config={**original.config, "n_expert": 8}))
+    save_checkpoint(tmp_path / "later.pt", replace(original, config={**original.config, "n_expert": 8}))
     with pytest.raises(UserError, match=r"another version .*n_expert"):
-        _ = load(tmp_path / "later.pt").train_config
+        _ = load_checkpoint(tmp_path / "later.pt").train_config
 
 
 def test_settings_that_an_earlier_version_did_not_have(tmp_path, original):
     config = {name: value for name, value in original.config.items() if name != "patience"}
-    save(tmp_path / "earlier.pt", replace(original, config=config))
-    assert load(tmp_path / "earlier.pt").train_config == CONFIG
+    save_checkpoint(tmp_path / "earlier.pt", replace(original, config=config))
+    assert load_checkpoint(tmp_path / "earlier.pt").train_config == CONFIG
 
 
 def test_a_full_disk_leaves_the_old_file(path, original):
@@ -192,10 +201,10 @@ def test_a_full_disk_leaves_the_old_file(path, original):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
         with pytest.raises(UserError, match="cannot write"):
-            save(path, larger)
+            save_checkpoint(path, larger)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert same(load(path), original)
+    assert same(load_checkpoint(path), original)
 
 
 # Damaged. Warnings are silenced: nobody turns them into errors where training runs.
@@ -221,7 +230,7 @@ def whole_or_refused(path, raw, original):
     """Whether a file with these bytes is refused; if it is not, its content must be the original's."""
     path.write_bytes(raw)
     try:
-        loaded = load(path)
+        loaded = load_checkpoint(path)
     except UserError as error:
         message = str(error)
     else:
@@ -251,7 +260,7 @@ def test_a_flipped_bit_in_what_the_table_of_contents_says_of_a_tensor(tmp_path, 
     """Every bit of the entry: none of them is under a checksum."""
     path = tmp_path / "flip.pt"
     small = replace(original, model={"weight": torch.arange(1.0, 9.0)}, optimizers=[])
-    save(path, small)
+    save_checkpoint(path, small)
     raw = path.read_bytes()
     end = raw.rindex(b"archive/data/0") + len("archive/data/0")
     start = raw.rindex(b"PK\x01\x02", 0, end)
@@ -345,7 +354,7 @@ def test_a_prepared_vocabulary_is_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("version", [FORMAT + 1, 0, "1.0", [1]])
 def test_another_format(tmp_path, original, version):
-    save(tmp_path / "ckpt.pt", replace(original, format=version))
+    save_checkpoint(tmp_path / "ckpt.pt", replace(original, format=version))
     message = refusal(tmp_path / "ckpt.pt")
     assert f"has format {version}, this is {FORMAT}" in message
 
@@ -430,7 +439,7 @@ def test_weights_only_is_asked_for_whatever_the_environment_says(path, monkeypat
     monkeypatch.setattr(
         checkpoints.torch, "load", lambda *args, **kwargs: (asked.append(kwargs), real(*args, **kwargs))[1]
     )
-    load(path)
+    load_checkpoint(path)
     peek(path)
     assert [kwargs["weights_only"] for kwargs in asked] == [True, True]
 
@@ -447,7 +456,7 @@ def test_a_checkpoint_of_format_1(tmp_path, original):
         "progress": {"step": 3, "best_val_loss": 2.0, "evaluated_at": 2, "worse_evaluations": 0, "order": 0},
     }
     write_sealed(tmp_path / "ckpt.pt", old)
-    loaded = load(tmp_path / "ckpt.pt")
+    loaded = load_checkpoint(tmp_path / "ckpt.pt")
     assert (loaded.format, loaded.average, len(loaded.optimizers)) == (FORMAT, {}, 1)
     assert loaded.train_config.mlp == loaded.model_config.mlp == "gelu_tanh"
     assert Progress(**loaded.progress).step == 3

@@ -14,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nanogpt
-from nanogpt import cli, console, shakespeare
-from nanogpt.config import DataConfig, SampleConfig, TrainConfig, UserError
+from nanogpt import console
+from nanogpt.cli import main as cli
+from nanogpt.config import DataConfig, SampleConfig, TrainConfig
+from nanogpt.errors import UserError
+from nanogpt.text import tiny_shakespeare
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,8 +41,8 @@ def project(tmp_path: Path, monkeypatch, text: str) -> Path:
     """An empty folder as the working directory, with a stand-in for the download."""
     raw = (text * 3).encode()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shakespeare, "download", lambda url: raw)
-    monkeypatch.setattr(shakespeare, "SHAKESPEARE_SHA256", shakespeare.sha256(raw))
+    monkeypatch.setattr(tiny_shakespeare, "download", lambda url: raw)
+    monkeypatch.setattr(tiny_shakespeare, "SHAKESPEARE_SHA256", tiny_shakespeare.sha256(raw))
     (tmp_path / "my_corpus.txt").write_text(text, encoding="utf-8")
     (tmp_path / "empty").mkdir()
     return tmp_path
@@ -98,15 +101,13 @@ def test_the_scripts_in_the_root_folder_are_the_commands(project: Path) -> None:
     assert python("sample.py", "--num_tokens", "20", "--prompt", "From").startswith("From")
     assert "parameters" in python("model.py", "--preset", "cpu")
     assert "vocabulary 50257" in python("model.py", "--preset", "gpt2")
-    code = (
-        "import model, nanogpt.model as ours; print(model.GPT is ours.GPT, model.GPTConfig is ours.GPTConfig)"
-    )
+    code = "import model, nanogpt.model.gpt as o; print(model.GPT is o.GPT, model.GPTConfig is o.GPTConfig)"
     assert python("-c", code) == "True True\n"
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_imports_nothing_heavy(name: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "nanogpt.cli", name, "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "nanogpt.cli.main", name, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "usage:" in done.stdout
     assert not re.search(r"\| +(torch|numpy|matplotlib|requests)$", done.stderr, re.MULTILINE)
@@ -176,7 +177,7 @@ def test_a_closed_pipe_does_not_end_a_training(project: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "nanogpt.cli",
+        "nanogpt.cli.main",
         "train",
         *SMALL,
         "--max_iters",
@@ -200,7 +201,7 @@ def test_output_that_cannot_show_a_character_does_not_end_the_program(project: P
     run("python data.py --input_file my.txt --data_dir my")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     for arguments in (["train", "--data_dir", "my", *SMALL], ["sample", "--num_tokens", "20"]):
-        command = [sys.executable, "-m", "nanogpt.cli", *arguments]
+        command = [sys.executable, "-m", "nanogpt.cli.main", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -279,7 +280,7 @@ def test_the_package_is_a_command() -> None:
 
 
 def test_a_bug_keeps_its_traceback(project: Path, monkeypatch) -> None:
-    monkeypatch.setattr("nanogpt.prepare.main", lambda config: 1 // 0)
+    monkeypatch.setattr("nanogpt.data.prepare.main", lambda config: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         run("python data.py")
 
@@ -304,7 +305,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr("nanogpt.prepare.main", lambda config: 0)
+    monkeypatch.setattr("nanogpt.data.prepare.main", lambda config: 0)
     monkeypatch.setattr(cli.sys, "platform", "linux")
     return monkeypatch
 

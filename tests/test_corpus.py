@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanogpt import archives, compressed, documents, encoding
-from nanogpt.config import UserError
-from nanogpt.corpus import Corpus, find
-from nanogpt.documents import Report
+from nanogpt.errors import UserError
+from nanogpt.text import archives, compressed, documents, encoding
+from nanogpt.text.corpus import Corpus, find
+from nanogpt.text.documents import Report
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -12,11 +12,14 @@ from conftest import TINY, prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, data, sample
-from nanogpt.config import SampleConfig, TrainConfig, UserError
-from nanogpt.data import Batches, Dataset, evaluation_batches, gather, load
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.train import fit
+from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
+from nanogpt.cli import sample
+from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.data.batches import Batches, evaluation_batches, gather
+from nanogpt.data.dataset import FORMAT, SPLITS, Dataset, load_dataset
+from nanogpt.errors import UserError
+from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
+from nanogpt.training.trainer import fit
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
@@ -40,17 +43,17 @@ def one_line(raised):
 
 def test_the_files_and_what_they_hold(folder):
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == set(FILES)
-    train, val = (torch.load(folder / f"{name}.pt", mmap=True, weights_only=True) for name in data.SPLITS)
+    train, val = (torch.load(folder / f"{name}.pt", mmap=True, weights_only=True) for name in SPLITS)
     vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
     assert train.dim() == val.dim() == 1
     assert train.dtype == val.dtype == torch.uint8
     tokenizer = CharTokenizer(vocabulary["tokenizer"]["chars"])
     assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == TEXT
-    assert vocabulary["format"] == data.FORMAT
+    assert vocabulary["format"] == FORMAT
 
 
 def test_load_gives_back_the_text(folder):
-    loaded = load(folder)
+    loaded = load_dataset(folder)
     ids = np.concatenate((loaded.train, loaded.val))
     assert loaded.tokenizer.decode(ids) == TEXT
 
@@ -59,7 +62,7 @@ def test_load_gives_back_the_text(folder):
 def test_a_missing_file(folder, name):
     (folder / name).unlink()
     with pytest.raises(UserError) as raised:
-        load(folder)
+        load_dataset(folder)
     source = "YOUR_TEXT" if name == "vocab.pt" else f"{folder}.txt"  # vocab.pt knows how it was made
     command = f"python data.py --input_file {source} --data_dir {folder}"
     assert f"{name} is missing: prepare it with: {command}" in one_line(raised)
@@ -67,17 +70,17 @@ def test_a_missing_file(folder, name):
 
 def test_a_missing_folder(tmp_path):
     with pytest.raises(UserError, match="prepare it with"):
-        load(tmp_path / "nowhere")
+        load_dataset(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 30, 0.3, 0.9, -1])
 @pytest.mark.parametrize("name", FILES)
 def test_a_truncated_file(folder, name, keep):
-    before = load(folder).fingerprint
+    before = load_dataset(folder).fingerprint
     raw = (folder / name).read_bytes()
     (folder / name).write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
     with pytest.raises(UserError, match=rf"{name} is damaged( \(its checksum.*\))?: .*--overwrite") as raised:
-        load(folder)
+        load_dataset(folder)
     one_line(raised)
     with pytest.raises(UserError, match="damaged data set: give --overwrite"):
         prepared(folder, TEXT)
@@ -98,24 +101,24 @@ FOREIGN = {
 def test_a_foreign_vocabulary(folder, kind):
     torch.save(FOREIGN[kind], folder / "vocab.pt")
     with pytest.raises(UserError) as raised:
-        load(folder)
+        load_dataset(folder)
     one_line(raised)
 
 
 @pytest.mark.parametrize("kind", ["list", "model", "matrix", "floats"])
-@pytest.mark.parametrize("name", data.SPLITS)
+@pytest.mark.parametrize("name", SPLITS)
 def test_foreign_tokens(folder, name, kind):
     torch.save(FOREIGN[kind], folder / f"{name}.pt")
     with pytest.raises(UserError) as raised:
-        load(folder)
+        load_dataset(folder)
     one_line(raised)
 
 
 def test_a_folder_of_another_version(folder):
     vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
-    torch.save({**vocabulary, "format": data.FORMAT + 1}, folder / "vocab.pt")
+    torch.save({**vocabulary, "format": FORMAT + 1}, folder / "vocab.pt")
     with pytest.raises(UserError, match="version") as raised:
-        load(folder)
+        load_dataset(folder)
     one_line(raised)
 
 
@@ -146,7 +149,7 @@ def old_folder(tmp_path):
 
 
 def test_a_folder_of_format_1_loads(old_folder):
-    loaded = load(old_folder)
+    loaded = load_dataset(old_folder)
     assert loaded.tokenizer.decode(np.concatenate((loaded.train, loaded.val))) == TEXT
     assert loaded.fingerprint == "f" * 64
     assert loaded.tokenizer.end_of_text is None
@@ -156,13 +159,13 @@ def test_a_folder_of_format_1_loads(old_folder):
 def test_a_folder_of_format_1_says_how_it_was_prepared(old_folder):
     (old_folder / "val.pt").unlink()
     with pytest.raises(UserError, match=r"--input_file times\.txt --data_dir"):
-        load(old_folder)
+        load_dataset(old_folder)
 
 
 def test_a_folder_of_format_1_is_not_overwritten_unless_told(old_folder):
     with pytest.raises(UserError, match="--overwrite"):
         prepared(old_folder, TEXT)
-    assert load(old_folder).fingerprint == "f" * 64
+    assert load_dataset(old_folder).fingerprint == "f" * 64
     assert prepared(old_folder, TEXT, overwrite=True).fingerprint != "f" * 64
 
 
@@ -173,8 +176,8 @@ def test_training_on_a_folder_of_format_1_and_sampling_from_its_checkpoint(old_f
     assert any("val_loss" in json.loads(line) for line in lines)
     assert not any("val_bits_per_byte" in json.loads(line) for line in lines)
     path = tmp_path / "out/ckpt.pt"
-    saved = checkpoint.load(path)
-    checkpoint.save(path, replace(saved, tokenizer={"kind": "char", "chars": saved.tokenizer["chars"]}))
+    saved = load_checkpoint(path)
+    save_checkpoint(path, replace(saved, tokenizer={"kind": "char", "chars": saved.tokenizer["chars"]}))
     capsys.readouterr()
     sample.main(SampleConfig(checkpoint=str(path), prompt="It", num_tokens=20, seed=1, device="cpu"))
     printed = capsys.readouterr().out

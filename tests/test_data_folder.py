@@ -12,11 +12,15 @@ import pytest
 import torch
 from conftest import TINY, prepared
 
-from nanogpt import data, data_folder, seals, train
-from nanogpt.config import TrainConfig, UserError
-from nanogpt.data import Windows, load
+from nanogpt import seals
+from nanogpt.config import TrainConfig
+from nanogpt.data import dataset
+from nanogpt.data.batches import Windows
+from nanogpt.data.dataset import load_dataset
+from nanogpt.errors import UserError
 from nanogpt.seals import read_sealed, write_sealed
-from nanogpt.train import fit
+from nanogpt.training import trainer
+from nanogpt.training.trainer import fit
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -32,7 +36,7 @@ def folder(tmp_path):
 def refused(folder, match=None, **values):
     """One line, with advice."""
     with pytest.raises(UserError, match=match) as raised:
-        load(folder, **values)
+        load_dataset(folder, **values)
     message = str(raised.value)
     assert "\n" not in message
     assert len(message) < 1500
@@ -42,7 +46,7 @@ def refused(folder, match=None, **values):
 def loads(folder, most):
     """Whether it does."""
     try:
-        load(folder, most=most)
+        load_dataset(folder, most=most)
     except UserError:
         return False
     return True
@@ -86,12 +90,12 @@ def test_exchanged_shards_are_seen(sharded):
 
 def test_every_changed_byte_of_the_vocabulary_is_seen(folder):
     raw = (folder / "vocab.pt").read_bytes()
-    whole = load(folder)
+    whole = load_dataset(folder)
     for place in range(0, len(raw), 7):
         (folder / "vocab.pt").write_bytes(raw[:place] + bytes([raw[place] ^ 4]) + raw[place + 1 :])
         refused(folder, r"vocab\.pt is damaged")
     (folder / "vocab.pt").write_bytes(raw)
-    assert load(folder).fingerprint == whole.fingerprint
+    assert load_dataset(folder).fingerprint == whole.fingerprint
 
 
 def test_a_resume_sees_damage_and_goes_on_when_it_is_mended(folder, tmp_path):
@@ -128,7 +132,7 @@ def test_a_file_changed_during_a_training_ends_it_and_no_wrong_loss_is_recorded(
     folder, tmp_path, monkeypatch, name, change
 ):
     config = TrainConfig(**TINY, data_dir=str(folder), out_dir=str(tmp_path / "out"))
-    path, really = folder / f"{name}.pt", train.train_step
+    path, really = folder / f"{name}.pt", trainer.train_step
 
     def step(run):
         if run.progress.step == 12:
@@ -142,7 +146,7 @@ def test_a_file_changed_during_a_training_ends_it_and_no_wrong_loss_is_recorded(
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
         return really(run)
 
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(trainer, "train_step", step)
     with pytest.raises(UserError, match=rf"{name}\.pt was changed while it was in use"):
         fit(config)
     lines = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
@@ -150,12 +154,12 @@ def test_a_file_changed_during_a_training_ends_it_and_no_wrong_loss_is_recorded(
 
 
 def test_a_new_set_beside_a_training_disturbs_it_in_nothing(folder, tmp_path):
-    before = load(folder)
+    before = load_dataset(folder)
     first = before.train[:50].tolist()
     prepared(folder, "Something else entirely, and longer.\n" * 60, overwrite=True)
     assert before.train[:50].tolist() == first
     assert before.train[np.arange(50)].tolist() == first
-    assert load(folder).train[:50].tolist() != first
+    assert load_dataset(folder).train[:50].tolist() != first
 
 
 # Malformed content
@@ -238,7 +242,7 @@ def test_a_vocabulary_with_wrong_content_loads_whole_or_is_one_line(folder, key,
     for changed in changes:
         write(folder / "vocab.pt", changed)
         try:
-            found = load(folder)
+            found = load_dataset(folder)
         except UserError as error:
             assert "\n" not in str(error)  # noqa: PT017 - either is right
         else:
@@ -305,9 +309,9 @@ def test_token_files_with_wrong_content_are_one_line(folder, kind, name):
 
 def test_folders_of_earlier_versions_load_and_their_ids_are_watched(folder, monkeypatch):
     unsealed(folder)
-    assert not load(folder).sealed
+    assert not load_dataset(folder).sealed
     torch.save(TOKENS["one beyond"], folder / "train.pt")
-    loaded = load(folder, most=100)  # as if it were too large to be looked at
+    loaded = load_dataset(folder, most=100)  # as if it were too large to be looked at
     windows = Windows(loaded.train, torch.device("cpu"))
     windows(np.array([0, 5]), 8)
     with pytest.raises(UserError, match=r"train\.pt is malformed \(it has the id 255"):
@@ -348,7 +352,7 @@ def test_what_is_no_file_is_named_and_nothing_waits_for_it(folder, name, kind):
 def test_a_link_to_a_file_is_that_file(folder, tmp_path):
     (folder / "train.pt").rename(tmp_path / "elsewhere.pt")
     (folder / "train.pt").symlink_to(tmp_path / "elsewhere.pt")
-    assert len(load(folder).train) == 954
+    assert len(load_dataset(folder).train) == 954
 
 
 def test_a_missing_folder_advises_to_name_it(tmp_path, monkeypatch):
@@ -363,7 +367,7 @@ def test_a_file_that_must_not_be_read_is_one_line(folder, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(data_folder, "open_tokens", refuse)
+    monkeypatch.setattr(dataset, "open_tokens", refuse)
     refused(folder, r"train\.pt cannot be read: Permission denied")
 
 
@@ -371,10 +375,5 @@ def test_lack_of_memory_is_no_damage(folder, monkeypatch):
     def refuse(path):
         raise MemoryError
 
-    monkeypatch.setattr(data_folder, "read_sealed", refuse)
+    monkeypatch.setattr(dataset, "read_sealed", refuse)
     assert "damaged" not in refused(folder, "not enough memory")
-
-
-def test_the_names_that_others_use_are_there():
-    assert data.load is load
-    assert data.FORMAT == 2

@@ -5,9 +5,11 @@ import pytest
 import torch
 from conftest import prepared
 
-from nanogpt import data_info
-from nanogpt.config import InfoConfig, UserError
-from nanogpt.data_info import main
+from nanogpt.config import InfoConfig
+from nanogpt.data import inspect
+from nanogpt.data.dataset import load_dataset
+from nanogpt.data.inspect import main
+from nanogpt.errors import UserError
 from nanogpt.seals import read_sealed
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
@@ -25,7 +27,7 @@ def test_a_folder_that_is_only_to_be_read_is_described_all_the_same(folder, monk
     def refuse(path):
         raise UserError(f"cannot write {path}: Read-only file system")
 
-    monkeypatch.setattr(data_info, "replacing", refuse)
+    monkeypatch.setattr(inspect, "replacing", refuse)
     assert main(InfoConfig(data_dir=str(folder))) == 0
     said = capsys.readouterr()
     assert "Tokens: 954 to train on, 106 to validate" in said.out
@@ -52,8 +54,8 @@ def test_a_folder_without_checksums_is_said_to_have_none(folder, capsys):
 
 
 def test_the_counts_are_those_of_the_text(folder):
-    loaded = data_info.data.load(folder)
-    counts = data_info.count(loaded)
+    loaded = load_dataset(folder)
+    counts = inspect.count(loaded)
     expected = np.bincount(
         [loaded.tokenizer.chars.index(char) for char in TEXT], minlength=loaded.tokenizer.vocab_size
     )

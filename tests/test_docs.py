@@ -22,8 +22,11 @@ import pytest
 import torch
 from conftest import prepared
 
-from nanogpt import cli, plan, shakespeare, train
+from nanogpt.cli import main as cli
+from nanogpt.cli import plan
 from nanogpt.config import TrainConfig
+from nanogpt.text import tiny_shakespeare
+from nanogpt.training import trainer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -136,7 +139,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepared(folder / name, text)
     for name in ("out", "my_model", "out/previous/1"):
         config = replace(SMALL, data_dir=str(folder / "data"), out_dir=str(folder / name), max_iters=4)
-        train.fit(config, keep_going=lambda step, loss: step < 2)
+        trainer.fit(config, keep_going=lambda step, loss: step < 2)
     return folder
 
 
@@ -145,16 +148,16 @@ def reader(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Stand in a copy of that folder; trainings are small, and the small text is Tiny Shakespeare."""
     folder = shutil.copytree(shelf, tmp_path / "shelf")
     monkeypatch.chdir(folder)
-    digest = shakespeare.sha256((folder / "data" / "input.txt").read_bytes())
-    monkeypatch.setattr(shakespeare, "SHAKESPEARE_SHA256", digest)
-    fit, plan_main = train.fit, plan.main
+    digest = tiny_shakespeare.sha256((folder / "data" / "input.txt").read_bytes())
+    monkeypatch.setattr(tiny_shakespeare, "SHAKESPEARE_SHA256", digest)
+    fit, plan_main = trainer.fit, plan.main
 
     def small(config: TrainConfig) -> TrainConfig:
         if config.resume:
             return replace(config, max_iters=4, data_dir="data", compile="off")
         return replace(config, **{name: getattr(SMALL, name) for name in SHRUNK})
 
-    monkeypatch.setattr(train, "fit", lambda config, *rest: fit(small(config), *rest))
+    monkeypatch.setattr(trainer, "fit", lambda config, *rest: fit(small(config), *rest))
     monkeypatch.setattr(plan, "main", lambda config: plan_main(small(config)))
 
 
@@ -232,7 +235,7 @@ def test_every_training_flag_is_documented() -> None:
     assert not [field.name for field in fields(TrainConfig) if f"--{field.name}" not in text]
 
 
-def test_the_readme_maps_every_file() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    files = {path.name for path in (ROOT / "nanogpt").glob("*.py")} - {"__init__.py"}
-    assert not [name for name in sorted(files) if f"[`{name}`]" not in text and f"/{name}`]" not in text]
+def test_the_map_of_the_code_has_every_file() -> None:
+    text = (ROOT / "docs" / "code.md").read_text("utf-8")
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nanogpt").rglob("*.py")}
+    assert not [name for name in sorted(files) if f"(../{name})" not in text and "__init__" not in name]

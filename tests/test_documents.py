@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import documents
-from nanogpt.config import UserError
-from nanogpt.documents import MISSING, Piece, Report, counted, cut, strings
+from nanogpt.errors import UserError
+from nanogpt.text import documents
+from nanogpt.text.documents import MISSING, Piece, Report, counted, cut, strings
 
 quick = settings(deadline=None, derandomize=True, max_examples=150)
 prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categories=["Cs"]), max_size=80)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import encoding
-from nanogpt.config import UserError
-from nanogpt.encoding import decoded, encoding_of
+from nanogpt.errors import UserError
+from nanogpt.text import encoding
+from nanogpt.text.encoding import decoded, encoding_of
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import cli
+from nanogpt.cli import main as cli
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHELL = sorted(EXAMPLES.glob("*.sh"))

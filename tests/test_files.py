@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanogpt import files
-from nanogpt.config import UserError
+from nanogpt.errors import UserError
 from nanogpt.files import replacing
 
 OLD = b"the old file, whole"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.config import GPTConfig
-from nanogpt.generate import generate, keep_top_k, keep_top_p, sample
-from nanogpt.model import GPT
+from nanogpt.inference.generate import generate, keep_top_k, keep_top_p, sample
+from nanogpt.model.gpt import GPT
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 TINY = GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0, vocab_size=20)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanogpt.checkpoint.format import load_model
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.cli.sample import main as sample
 from nanogpt.config import SampleConfig
-from nanogpt.data import load
-from nanogpt.run_folder import RunFolder
-from nanogpt.sample import load as load_model
-from nanogpt.sample import main as sample
-from nanogpt.train import fit
+from nanogpt.data.dataset import load_dataset
+from nanogpt.training.trainer import fit
 
 GOLDEN = Path(__file__).with_name("golden.tar.xz")
 
@@ -43,7 +43,7 @@ def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("name", "kind"), [("data", "char"), ("bytes", "byte"), ("bpe", "bpe")])
 def test_data_folders_load(golden: Path, name: str, kind: str) -> None:
-    dataset = load(golden / name)
+    dataset = load_dataset(golden / name)
     assert dataset.tokenizer.to_dict()["kind"] == kind
     text = dataset.tokenizer.decode(map(int, dataset.train))
     assert text.startswith("The owl and the pussy-cat went to sea\nIn a beautiful")

@@ -8,10 +8,10 @@ from conftest import texts_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import json_records, records
-from nanogpt.config import UserError
-from nanogpt.corpus import Corpus
-from nanogpt.documents import Report
+from nanogpt.errors import UserError
+from nanogpt.text import formats, json_formats
+from nanogpt.text.corpus import Corpus
+from nanogpt.text.documents import Report
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -79,11 +79,11 @@ def test_behind_a_broken_string_the_reading_goes_on(tmp_path, raw):
 
 
 def test_a_record_that_is_too_long_loses_no_other_and_little_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "RECORD", 1000)
-    monkeypatch.setattr(json_records, "CHUNK", 100)
+    monkeypatch.setattr(formats, "RECORD", 1000)
+    monkeypatch.setattr(json_formats, "CHUNK", 100)
     sizes = []
-    more = json_records.Values.more
-    monkeypatch.setattr(json_records.Values, "more", lambda self: sizes.append(len(self.text)) or more(self))
+    more = json_formats.Values.more
+    monkeypatch.setattr(json_formats.Values, "more", lambda self: sizes.append(len(self.text)) or more(self))
     raw = json.dumps([{"text": "one"}, {"text": "x" * 50_000}, {"text": "three"}])
     found, report = texts_in(tmp_path / "a.json", raw)
     assert found == ["one", "three"]
@@ -201,8 +201,8 @@ def test_every_record_comes_out_or_is_counted(tmp_path_factory, values, kind, dr
 
 
 def test_random_json_is_read_or_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "RECORD", 60)
-    monkeypatch.setattr(json_records, "CHUNK", 7)
+    monkeypatch.setattr(formats, "RECORD", 60)
+    monkeypatch.setattr(json_formats, "CHUNK", 7)
     chance = random.Random(5)
     for trial in range(300):
         raw = "".join(chance.choices('ab"",,::{}[]\\\n\r\ufeff\x00 1', k=chance.randrange(150)))

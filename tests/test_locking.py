@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from nanogpt import files, locking
-from nanogpt.config import UserError
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.errors import UserError
 from nanogpt.locking import lock
-from nanogpt.run_folder import RunFolder
 
 fcntl = pytest.importorskip("fcntl")
 

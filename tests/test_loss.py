@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt import device, model
-from nanogpt.loss import chunked_cross_entropy
-from nanogpt.model import GPT, GPTConfig
+from nanogpt import device
+from nanogpt.config import GPTConfig
+from nanogpt.model import gpt as model_module
+from nanogpt.model.gpt import GPT
+from nanogpt.model.loss import chunked_cross_entropy
 
 
 def plain(x, weight, targets, cap):
@@ -64,7 +66,7 @@ def test_float16_does_not_lose_the_gradient_of_unlikely_tokens():
 def test_it_can_be_compiled(monkeypatch):
     """Whole: fullgraph refuses to fall back to PyTorch as it is."""
     torch.manual_seed(1)
-    monkeypatch.setattr(model, "LARGE_VOCAB", 50)
+    monkeypatch.setattr(model_module, "LARGE_VOCAB", 50)
     monkeypatch.setattr(device.CPU, "chunk_logits", 10 * 70)
     network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
     x, y = torch.randint(70, (2, 3, 8))
@@ -93,7 +95,7 @@ def test_a_large_vocabulary_trains_the_same(monkeypatch, tied):
     x, y = torch.randint(70, (2, 3, 8))
     gradients = []
     for limit in (71, 70):
-        monkeypatch.setattr(model, "LARGE_VOCAB", limit)
+        monkeypatch.setattr(model_module, "LARGE_VOCAB", limit)
         value = network.loss(x, y)
         gradients.append([value, *torch.autograd.grad(value, list(network.parameters()))])
     torch.testing.assert_close(gradients[0], gradients[1])

@@ -5,17 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import cores, memory, optim
+from nanogpt import cores
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.memory import Memory
-from nanogpt.model import GPT
+from nanogpt.model.gpt import GPT
+from nanogpt.training import memory_estimate
+from nanogpt.training import optimizer as optim_module
+from nanogpt.training.memory_estimate import Memory
+from nanogpt.training.optimizer import build_optimizers
 
 SMALL = TrainConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, device="cpu")
 CPU = torch.device("cpu")
 
 
 def predict(config: TrainConfig, micro: int = 8, processes: int = 1, dtype=torch.float32) -> Memory:
-    return memory.predict(model_config(config, 65), config, CPU, dtype, micro, processes)
+    return memory_estimate.predict(model_config(config, 65), config, CPU, dtype, micro, processes)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -23,7 +26,7 @@ def test_weights_gradients_and_moments_are_those_of_a_real_update(optimizer):
     config = replace(SMALL, optimizer=optimizer)
     predicted = predict(config)
     model = GPT(model_config(config, 65))
-    optimizers = optim.build(model, config, torch.bfloat16)
+    optimizers = build_optimizers(model, config, torch.bfloat16)
     x, y = torch.randint(65, (2, 8, 64))
     model.loss(x, y).backward()
     for one in optimizers:
@@ -69,7 +72,7 @@ def test_averaged_weights_count():
 def test_many_layers_follow_from_few(monkeypatch, mode, dtype, optimizer):
     config = replace(SMALL, n_layer=7, grad_checkpoint=mode, optimizer=optimizer)
     followed = predict(config, dtype=dtype)
-    monkeypatch.setattr(memory, "FEW", 7)
+    monkeypatch.setattr(memory_estimate, "FEW", 7)
     assert followed == predict(config, dtype=dtype)
 
 
@@ -96,7 +99,7 @@ def test_parts_of_a_model_take_their_share_and_what_is_put_together():
 def test_muon_takes_a_few_matrices_at_a_time(monkeypatch):
     config = replace(SMALL, optimizer="muon", grad_checkpoint="blocks", n_layer=8)
     at_once = predict(config, micro=1).step
-    monkeypatch.setattr(optim, "STACK", 1)
+    monkeypatch.setattr(optim_module, "STACK", 1)
     assert predict(config, micro=1).step < at_once / 4
 
 
@@ -104,7 +107,7 @@ def test_a_cpu_that_stands_in_for_a_gpu_counts_without_its_own_ways():
     """On a GPU attention in bfloat16 keeps no (T, T) weights, and dropout keeps a bit for each activation."""
     config = replace(SMALL, block_size=512, dropout=0.2)
     usual = predict(config, dtype=torch.bfloat16)
-    with memory.as_on_a_gpu():
+    with memory_estimate.as_on_a_gpu():
         elsewhere = predict(config, dtype=torch.bfloat16)
     assert elsewhere.activations < 0.7 * usual.activations
     assert elsewhere.held == usual.held
@@ -142,16 +145,16 @@ def test_the_narrowest_control_group_counts(limits, tmp_path, root, line, limit,
     limits(f"{root}job", {limit: "5000", usage: "1000", "memory.stat": STAT})
     limits(f"{root}job/step", {limit: "9000", usage: "600", "memory.stat": STAT})
     (tmp_path / "membership").write_text(line.format("/job/step"))
-    assert memory.cgroup_room() == 4300
+    assert memory_estimate.cgroup_room() == 4300
     (tmp_path / "membership").write_text(line.format("/other"))
-    assert memory.cgroup_room() == float("inf")
+    assert memory_estimate.cgroup_room() == float("inf")
 
 
 def test_no_limit_is_no_limit(limits, tmp_path):
     limits("job", {"memory.max": "max\n", "memory.current": "1000", "memory.stat": STAT})
     (tmp_path / "membership").write_text("0::/job\n")
-    assert memory.cgroup_room() == float("inf")
+    assert memory_estimate.cgroup_room() == float("inf")
 
 
 def test_what_is_free_is_at_most_what_the_machine_has():
-    assert 0 < memory.free(CPU) < 2**50
+    assert 0 < memory_estimate.free(CPU) < 2**50

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from nanogpt import console, files
-from nanogpt.config import UserError
-from nanogpt.metrics import ConsoleReader, JsonLines, Metrics, TensorBoard, duration, forget_after
-from nanogpt.plot import plot_losses
+from nanogpt.errors import UserError
+from nanogpt.training.metrics import ConsoleReader, JsonLines, Metrics, TensorBoard, duration, forget_after
+from nanogpt.training.plot import plot_losses
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 PNG = b"\x89PNG\r\n\x1a\n"

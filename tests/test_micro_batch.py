@@ -7,13 +7,14 @@ import pytest
 import torch
 from accelerator import CudaLike, MpsLike, standing_in_for
 
-from nanogpt import checkpoint, memory, micro_batch, step
+from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
-from nanogpt.micro_batch import first_pieces, foresee, micro_batches
-from nanogpt.run_folder import RunFolder
-from nanogpt.set_up import set_up
-from nanogpt.train import fit
-from nanogpt.world import World
+from nanogpt.distributed.world import World
+from nanogpt.training import memory_estimate, out_of_memory, step
+from nanogpt.training.out_of_memory import first_pieces, foresee, micro_batches
+from nanogpt.training.setup import set_up
+from nanogpt.training.trainer import fit
 
 
 @pytest.mark.parametrize(
@@ -61,15 +62,17 @@ def test_micro_batches_shrink_until_they_fit(config, tmp_path, most, pieces, cap
 @pytest.fixture
 def counted(monkeypatch):
     """Even a short training is worth counting."""
-    monkeypatch.setattr(micro_batch, "WORTH_COUNTING", 0)
+    monkeypatch.setattr(out_of_memory, "WORTH_COUNTING", 0)
 
 
 def room_for(monkeypatch, run, micro: int) -> None:
     """So much main memory that micro-batches of this size just fit, the weights being there already."""
     model = run.model.config
-    need = memory.predict(model, run.config, run.device, run.dtype, micro)
+    need = memory_estimate.predict(model, run.config, run.device, run.dtype, micro)
     monkeypatch.setattr(
-        memory, "free", lambda _: (need.need(run.device) - need.weights + 1) / memory.HEADROOM
+        memory_estimate,
+        "free",
+        lambda _: (need.need(run.device) - need.weights + 1) / memory_estimate.HEADROOM,
     )
 
 
@@ -91,15 +94,17 @@ def test_they_are_foreseen_on_a_gpu_too(config, monkeypatch, capsys, kind):
     """Windows and macOS go on in main memory, or on the disk, instead of running out."""
     with standing_in_for(kind()):
         run = set_up(replace(config, device="gpu"), RunFolder(Path(config.out_dir)))
-        need = memory.predict(run.model.config, config, torch.device("cpu"), run.dtype, 4)
-        monkeypatch.setattr(micro_batch.memory, "predict", lambda *args: replace_size(need, args[4]))
-        monkeypatch.setattr(memory, "free", lambda _: (need.total - need.weights + 1) / memory.HEADROOM)
+        need = memory_estimate.predict(run.model.config, config, torch.device("cpu"), run.dtype, 4)
+        monkeypatch.setattr(memory_estimate, "predict", lambda *args: replace_size(need, args[4]))
+        monkeypatch.setattr(
+            memory_estimate, "free", lambda _: (need.total - need.weights + 1) / memory_estimate.HEADROOM
+        )
         foresee(run)
     assert run.pieces == 2
     assert "going on with 2 micro-batches" in capsys.readouterr().err
 
 
-def replace_size(memory_of_four: memory.Memory, micro: int) -> memory.Memory:
+def replace_size(memory_of_four: memory_estimate.Memory, micro: int) -> memory_estimate.Memory:
     """As if activations were all that counts."""
     scaled = {name: getattr(memory_of_four, name) * micro // 4 for name in ("forward", "backward")}
     return replace(memory_of_four, **scaled)
@@ -120,7 +125,7 @@ def test_memory_that_python_or_numpy_runs_out_of_is_halved_too(config, monkeypat
 
 def test_what_cannot_fit_is_said_and_tried(config, counted, monkeypatch, capsys):
     run = set_up(config, RunFolder(Path(config.out_dir)))
-    monkeypatch.setattr(memory, "free", lambda _: 0.0)
+    monkeypatch.setattr(memory_estimate, "free", lambda _: 0.0)
     foresee(run)
     assert run.pieces == 8
     assert "more than is free: nanogpt plan says what to change" in capsys.readouterr().err
@@ -129,8 +134,8 @@ def test_what_cannot_fit_is_said_and_tried(config, counted, monkeypatch, capsys)
 @pytest.mark.parametrize("settings", [{"micro_batch": 8}, {"max_iters": 1}])
 def test_what_the_user_asks_for_is_left_alone_and_a_short_run_is_not_counted(config, monkeypatch, settings):
     config = replace(config, **settings)
-    monkeypatch.setattr(micro_batch, "WORTH_COUNTING", 0 if "micro_batch" in settings else 1e12)
-    monkeypatch.setattr(memory, "free", lambda _: 0.0)
+    monkeypatch.setattr(out_of_memory, "WORTH_COUNTING", 0 if "micro_batch" in settings else 1e12)
+    monkeypatch.setattr(memory_estimate, "free", lambda _: 0.0)
     run = set_up(config, RunFolder(Path(config.out_dir)))
     foresee(run)
     assert run.pieces == 1
@@ -154,14 +159,14 @@ def test_a_resumed_run_keeps_its_micro_batches_and_so_every_bit(config, counted,
         fit(never)
         fit(replace(stopped, max_seconds=1e-9))
     fit(replace(stopped, resume=True))
-    ours, theirs = (checkpoint.load(Path(c.out_dir) / "last.pt") for c in (never, stopped))
+    ours, theirs = (load_checkpoint(Path(c.out_dir) / "last.pt") for c in (never, stopped))
     assert ours.arithmetic["pieces"] == theirs.arithmetic["pieces"] == "4"
     assert all(torch.equal(ours.model[name], theirs.model[name]) for name in ours.model)
 
 
 def test_a_resumed_run_takes_other_micro_batches_if_told(config):
     fit(replace(config, gradient_accumulation_steps=4))
-    saved = checkpoint.load(Path(config.out_dir) / "last.pt")
+    saved = load_checkpoint(Path(config.out_dir) / "last.pt")
     as_before = saved.train_config
     assert first_pieces(as_before, World(), saved) == 4
     assert first_pieces(as_before, World(0, 2), saved) == 2

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import nanogpt.model
 from nanogpt.config import GPTConfig
-from nanogpt.model import GPT, Dropout, flash_attention, flops_per_token, plain_attention
+from nanogpt.model.gpt import GPT, Dropout, flash_attention, flops_per_token, plain_attention
 
 TINY = GPTConfig(block_size=16, n_layer=3, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
 GPT2 = GPTConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, vocab_size=50257)
@@ -359,5 +359,5 @@ def test_the_root_model_file_exports_the_same_classes(monkeypatch):
     monkeypatch.delitem(sys.modules, "model", raising=False)
     root = importlib.import_module("model")
     sys.modules.pop("model")
-    assert root.GPT is nanogpt.model.GPT
-    assert root.GPTConfig is nanogpt.model.GPTConfig is GPTConfig
+    assert root.GPT is nanogpt.model.gpt.GPT
+    assert root.GPTConfig is nanogpt.model.gpt.GPTConfig is GPTConfig

@@ -9,8 +9,16 @@ import torch
 from torch import nn
 
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.model import GPT
-from nanogpt.optim import Muon, adamw, build, learning_rate, orthogonalize, relative_rate, set_learning_rate
+from nanogpt.model.gpt import GPT
+from nanogpt.training.optimizer import (
+    Muon,
+    adamw,
+    build_optimizers,
+    learning_rate,
+    orthogonalize,
+    relative_rate,
+    set_learning_rate,
+)
 
 CONFIG = TrainConfig(learning_rate=1e-2, warmup_iters=10, max_iters=110, min_lr=0.1, weight_decay=0.3)
 TINY = GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0, vocab_size=20)
@@ -53,7 +61,9 @@ def test_frozen_parameters_are_left_out():
     model.wpe.weight.requires_grad_(False)
     for config in (CONFIG, replace(CONFIG, optimizer="muon")):
         groups = [
-            group for optimizer in build(model, config, torch.float32) for group in optimizer.param_groups
+            group
+            for optimizer in build_optimizers(model, config, torch.float32)
+            for group in optimizer.param_groups
         ]
         held = {id(p) for group in groups for p in group["params"]}
         assert held == {id(p) for p in model.parameters() if p is not model.wpe.weight}
@@ -184,7 +194,7 @@ def test_orthogonalize_keeps_the_singular_vectors():
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = GPT(TINY)
-    rest, muon = build(model, replace(CONFIG, optimizer="muon"), torch.bfloat16)
+    rest, muon = build_optimizers(model, replace(CONFIG, optimizer="muon"), torch.bfloat16)
     assert isinstance(muon, Muon)
     matrices = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
     assert {id(p) for group in muon.param_groups for p in group["params"]} == matrices

@@ -20,15 +20,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanogpt import checkpoint, train, world
-from nanogpt.config import TrainConfig, UserError
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.parallel import checkpoint_activations, initialize_parts, shard, whole_for_a_while
-from nanogpt.report import shares
-from nanogpt.run_folder import RunFolder
-from nanogpt.sharding import whole
-from nanogpt.train import enough_memory, fit
-from nanogpt.world import World, local_device
+from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.distributed import world
+from nanogpt.distributed.dtensor import whole
+from nanogpt.distributed.parallelize import checkpoint_activations, initialize_parts, shard, whole_for_a_while
+from nanogpt.distributed.world import World, local_device
+from nanogpt.errors import UserError
+from nanogpt.model.gpt import GPT
+from nanogpt.training import trainer
+from nanogpt.training.report import shares
+from nanogpt.training.trainer import enough_memory, fit
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
 
@@ -37,15 +40,16 @@ import faulthandler, os, signal, sys
 faulthandler.dump_traceback_later(500)  # shows where, should it hang
 import torch
 torch.set_num_threads(1)
-from nanogpt import cli, train, step
-from nanogpt.config import UserError
+from nanogpt.cli import main as cli
+from nanogpt.errors import UserError
+from nanogpt.training import setup, step, trainer
 rank, life = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 plain = step.train_step
 def train_step(run):
     at = run.progress.step
     {fault}
     return plain(run)
-train.train_step = train_step
+trainer.train_step = train_step
 {setup}
 cli.script("train")
 """
@@ -117,7 +121,7 @@ def same_course(one: TrainConfig, other: TrainConfig) -> None:
         ours, theirs = rows(one, kind), rows(other, kind)
         assert ours.keys() == theirs.keys()
         assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
-    weights = [checkpoint.load(Path(config.out_dir) / "last.pt").model for config in (one, other)]
+    weights = [load_checkpoint(Path(config.out_dir) / "last.pt").model for config in (one, other)]
     for name, tensor in weights[0].items():
         assert (weights[1][name] - tensor).norm() < 5e-3 * tensor.norm(), name
 
@@ -257,9 +261,9 @@ def test_parts_that_cannot_be_written_do_not_end_the_training(plain, tmp_path):
     calm, hit = (replace(plain, out_dir=str(tmp_path / name), parallel="fsdp") for name in ("calm", "hit"))
     fit(calm)
     full = (
-        "from nanogpt import parts; parts.really = getattr(parts, 'really', parts.sha256);"
-        " parts.sha256 = (lambda path: open('/dev/full', 'w', 1).write(chr(10)))"
-        " if rank == 1 and 5 < at < 15 else parts.really"
+        "from nanogpt.checkpoint import sharded; sharded.really = getattr(sharded, 'really', sharded.sha256);"
+        " sharded.sha256 = (lambda path: open('/dev/full', 'w', 1).write(chr(10)))"
+        " if rank == 1 and 5 < at < 15 else sharded.really"
     )
     code, _, err = torchrun(tmp_path, hit, fault=full)
     assert code == 0, err
@@ -423,7 +427,7 @@ def test_a_restarted_job_goes_on_with_its_own_run_alone(plain, tmp_path):
 )
 def test_a_process_of_torchruns_leaves_without_taking_the_interpreter_down(environment, said):
     script = (
-        "import atexit, sys; from nanogpt.world import leave; atexit.register(print, 'late');"
+        "import atexit, sys; from nanogpt.distributed.world import leave; atexit.register(print, 'late');"
         " print('early'); leave(3); sys.exit(3)"
     )
     done = subprocess.run(
@@ -526,7 +530,7 @@ def test_what_never_fits_ends_in_one_line_with_the_fix(config, monkeypatch, sett
 @pytest.mark.parametrize(("batch_size", "pieces", "fix"), [(9, 2, 1), (64, 1, 16), (64, 4, 4)])
 def test_sharded_processes_are_told_the_size_to_try(monkeypatch, batch_size, pieces, fix):
     """Half of what they took at last."""
-    monkeypatch.setattr(train, "is_sharded", lambda _: True)
+    monkeypatch.setattr(trainer, "is_sharded", lambda _: True)
     config = TrainConfig(batch_size=batch_size, parallel="fsdp")
     run = SimpleNamespace(pieces=pieces, model=None)
     expected = pytest.raises(UserError, match=f"out of memory: give --micro_batch {fix},")
@@ -629,7 +633,8 @@ def test_a_launcher_that_speaks_as_torchrun_does_is_understood(plain, tmp_path):
 def test_a_process_that_fails_leaves_at_once(error, rank, first, code, said):
     """Not by way of the interpreter's end, which can wait for the others' ends of the connection."""
     script = (
-        "import atexit; from nanogpt.world import World, fail; from nanogpt.config import UserError;"
+        "import atexit; from nanogpt.distributed.world import World, fail;"
+        "from nanogpt.errors import UserError;"
         f" atexit.register(print, 'late'); fail({error}, World({rank}, 2), first={first})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -643,7 +648,6 @@ def test_a_process_that_fails_leaves_at_once(error, rank, first, code, said):
 
 DIFFERENT = """
 from dataclasses import replace
-from nanogpt import set_up
 if os.environ["RANK"] == "1":
     {difference}
 """
@@ -652,14 +656,14 @@ if os.environ["RANK"] == "1":
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
-        ("set_up.torch.__version__ = '2.0'", "version of PyTorch: .* in process 1, 2.0 in process 2"),
+        ("setup.torch.__version__ = '2.0'", "version of PyTorch: .* in process 1, 2.0 in process 2"),
         (
-            "plain_load = set_up.data.load;"
-            " set_up.data.load = lambda path, **_: replace(plain_load(path), fingerprint='another text')",
+            "plain_load = setup.load_dataset;"
+            " setup.load_dataset = lambda path, **_: replace(plain_load(path), fingerprint='another text')",
             "data: .* in process 1, another text in process 2",
         ),
         (
-            "plain_set_up = train.set_up; train.set_up ="
+            "plain_set_up = trainer.set_up; trainer.set_up ="
             " lambda config, *rest: plain_set_up(replace(config, seed=7), *rest)",
             "--seed: 1337 in process 1, 7 in process 2",
         ),
@@ -683,11 +687,11 @@ def test_processes_that_resume_from_different_steps_refuse_to_train(plain, tmp_p
     fit(replace(other, max_iters=3))
     setup = f"""
 from dataclasses import replace
-from nanogpt import run_folder, train
+from nanogpt.checkpoint import run_dir
 if os.environ["RANK"] == "1":
-    plain_set_up = train.set_up
-    train.set_up = lambda config, folder, world: plain_set_up(
-        config, run_folder.RunFolder(run_folder.Path({str(other.out_dir)!r})), world)
+    plain_set_up = trainer.set_up
+    trainer.set_up = lambda config, folder, world: plain_set_up(
+        config, run_dir.RunFolder(run_dir.Path({str(other.out_dir)!r})), world)
 """
     resumed = replace(config, max_iters=9, resume=True)
     code, _, err = torchrun(tmp_path, resumed, setup=setup)
@@ -739,7 +743,8 @@ builtins.__import__ = guarded
 torch.distributed.is_available = lambda: False
 for name in ("is_torchelastic_launched", "is_nccl_available", "all_reduce", "init_process_group", "get_rank"):
     delattr(torch.distributed, name)
-from nanogpt import train, sample, plan
+from nanogpt.cli import plan, sample
+from nanogpt.training import trainer
 from nanogpt.config import TrainConfig, SampleConfig
 """
 
@@ -749,8 +754,8 @@ def test_a_pytorch_without_torch_distributed_trains_and_samples(config, tmp_path
     settings = asdict(replace(config, optimizer="muon", max_iters=4))
     script = f"""{WITHOUT_DISTRIBUTED}
 settings = {settings!r}
-assert train.main(TrainConfig(**settings)) == 0
-assert train.main(TrainConfig(**settings | {{"resume": True, "max_iters": 6}})) == 0
+assert trainer.main(TrainConfig(**settings)) == 0
+assert trainer.main(TrainConfig(**settings | {{"resume": True, "max_iters": 6}})) == 0
 assert sample.main(SampleConfig(checkpoint={config.out_dir + "/ckpt.pt"!r}, num_tokens=5, seed=1)) == 0
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

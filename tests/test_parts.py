@@ -9,18 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanogpt import checkpoint, parts
-from nanogpt.config import TrainConfig, UserError
-from nanogpt.run_folder import RunFolder
+from nanogpt.checkpoint import sharded
+from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.config import TrainConfig
+from nanogpt.errors import UserError
 
 
 @pytest.fixture
 def alone_in_a_group():
     """A process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parts.connection.cache_clear()
+    sharded.connection.cache_clear()
     yield
-    parts.connection.cache_clear()
+    sharded.connection.cache_clear()
     dist.destroy_process_group()
 
 
@@ -28,40 +30,40 @@ def alone_in_a_group():
 def tensors() -> dict[str, torch.Tensor]:
     moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(4, 6)}, 2: {"exp_avg": torch.randn(6)}}
     weights = {"wte.weight": torch.randn(4, 6), "blocks.0.norm.weight": torch.randn(6, dtype=torch.bfloat16)}
-    return parts.flat(weights, {"wte.weight": torch.randn(4, 6)}, [moments, {}])
+    return sharded.flat(weights, {"wte.weight": torch.randn(4, 6)}, [moments, {}])
 
 
 def test_flat_and_nested_are_inverse():
     model, average = {"a.b": torch.ones(1)}, {"a.b": torch.ones(2)}
     states = [{3: {"exp_avg": torch.ones(3), "step": torch.ones(4)}}, {}]
-    assert parts.nested(parts.flat(model, average, states), 2) == (model, average, states)
+    assert sharded.nested(sharded.flat(model, average, states), 2) == (model, average, states)
 
 
 def test_what_is_written_is_what_the_tensors_were(alone_in_a_group, tensors, tmp_path):
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    writing = parts.begin(tmp_path / "5", tensors)
+    writing = sharded.begin(tmp_path / "5", tensors)
     for tensor in tensors.values():
         tensor.zero_()  # the training goes on
     digests = writing.result()
     assert set(digests) == {path.name for path in (tmp_path / "5").iterdir()}
-    parts.verify(tmp_path / "5", digests)
-    found = parts.read_whole(tmp_path / "5")
+    sharded.verify(tmp_path / "5", digests)
+    found = sharded.read_whole(tmp_path / "5")
     assert found.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(found[name], tensor)
         assert found[name].dtype == tensor.dtype
-    parts.read(tmp_path / "5", tensors)
+    sharded.read(tmp_path / "5", tensors)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(alone_in_a_group, tensors, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"^cannot write .*/file/5: Not a directory$"):
-        parts.begin(tmp_path / "file" / "5", tensors).result()
+        sharded.begin(tmp_path / "file" / "5", tensors).result()
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    return parts.begin(folder, tensors).result()
+    return sharded.begin(folder, tensors).result()
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
@@ -71,10 +73,10 @@ def test_damage_is_noticed(alone_in_a_group, tensors, tmp_path, name):
     content[len(content) // 2] ^= 1
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} is damaged"):
-        parts.verify(tmp_path, digests)
+        sharded.verify(tmp_path, digests)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
-        parts.verify(tmp_path, digests)
+        sharded.verify(tmp_path, digests)
 
 
 class Hostile:
@@ -87,33 +89,33 @@ class Hostile:
 
 def test_a_hostile_index_runs_nothing(alone_in_a_group, tensors, tmp_path):
     written(tmp_path / "5", tensors)
-    (tmp_path / "5" / parts.INDEX).write_bytes(pickle.dumps(Hostile(tmp_path / "touched")))
+    (tmp_path / "5" / sharded.INDEX).write_bytes(pickle.dumps(Hostile(tmp_path / "touched")))
     with pytest.raises(UserError, match="is not a checkpoint"):
-        parts.read_whole(tmp_path / "5")
+        sharded.read_whole(tmp_path / "5")
     assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"plain": 1})])
 def test_an_index_that_is_none_is_an_error(tmp_path, content):
-    (tmp_path / parts.INDEX).write_bytes(content)
+    (tmp_path / sharded.INDEX).write_bytes(content)
     with pytest.raises(UserError, match="is not a checkpoint"):
-        parts.shapes(tmp_path)
+        sharded.shapes(tmp_path)
 
 
 def test_an_index_of_objects_is_refused(alone_in_a_group, tmp_path):
     """torch.distributed.checkpoint would unpickle them."""
-    parts.begin(tmp_path, {"model.a": torch.ones(1), "model.b": "text"}).result()  # pyright: ignore
+    sharded.begin(tmp_path, {"model.a": torch.ones(1), "model.b": "text"}).result()  # pyright: ignore
     with pytest.raises(UserError, match="BytesStorageMetadata has no place"):
-        parts.shapes(tmp_path)
+        sharded.shapes(tmp_path)
 
 
 def test_what_is_not_there_cannot_be_read(alone_in_a_group, tensors, tmp_path):
     written(tmp_path, tensors)
     with pytest.raises(UserError, match=r"^cannot read .*model\.more"):
-        parts.read(tmp_path, {"model.more": torch.empty(1)})
+        sharded.read(tmp_path, {"model.more": torch.empty(1)})
     (tmp_path / "__0_0.distcp").unlink()
     with pytest.raises(UserError, match=r"^cannot read .*No such file or directory"):
-        parts.read_whole(tmp_path)
+        sharded.read_whole(tmp_path)
 
 
 # A run folder
@@ -122,25 +124,25 @@ def test_what_is_not_there_cannot_be_read(alone_in_a_group, tensors, tmp_path):
 @pytest.fixture
 def folder(alone_in_a_group, config: TrainConfig, tmp_path) -> RunFolder:
     """A run of 10 steps in ckpt.pt, and in last.pt, whose tensors are in parts."""
-    from nanogpt.train import fit
+    from nanogpt.training.trainer import fit
 
     fit(replace(config, max_iters=10))
     folder = RunFolder(Path(config.out_dir))
-    saved = checkpoint.load(folder.last)
+    saved = load_checkpoint(folder.last)
     states = [optimizer["state"] for optimizer in saved.optimizers]
-    digests = written(folder.parts / "11", parts.flat(saved.model, saved.average, states))
+    digests = written(folder.parts / "11", sharded.flat(saved.model, saved.average, states))
     head = replace(
         saved,
         model={}, average={}, optimizers=[group | {"state": {}} for group in saved.optimizers],
         progress=saved.progress | {"step": 11},
         parts={f"parts/11/{name}": digest for name, digest in digests.items()},
     )  # fmt: skip
-    checkpoint.save(folder.last, head)
+    save_checkpoint(folder.last, head)
     return folder
 
 
 def test_a_checkpoint_in_parts_is_put_together(folder):
-    best, last = checkpoint.load(folder.best), checkpoint.load(folder.last)
+    best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
     assert last.parts == {}
     assert last.optimizers[0]["param_groups"] == best.optimizers[0]["param_groups"]
     for name, tensor in best.model.items():
@@ -152,7 +154,7 @@ def test_a_checkpoint_in_parts_is_put_together(folder):
 
 def test_the_parts_may_move_with_the_folder(folder, tmp_path):
     folder.path.rename(tmp_path / "elsewhere")
-    assert checkpoint.load(tmp_path / "elsewhere" / "last.pt").progress["step"] == 11
+    assert load_checkpoint(tmp_path / "elsewhere" / "last.pt").progress["step"] == 11
 
 
 def test_a_damaged_part_is_passed_over(folder):
@@ -170,7 +172,7 @@ def test_a_damaged_part_is_passed_over(folder):
 def test_an_earlier_run_takes_its_parts_along(folder):
     previous = folder.set_aside()
     assert previous is not None
-    assert checkpoint.load(previous / "last.pt").progress["step"] == 11
+    assert load_checkpoint(previous / "last.pt").progress["step"] == 11
     assert not folder.parts.exists()
 
 
@@ -186,6 +188,6 @@ def test_putting_it_together_needs_no_processes_and_warns_of_nothing(folder):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert checkpoint.load(folder.last).progress["step"] == 11
+            assert load_checkpoint(folder.last).progress["step"] == 11
     finally:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import plan
-from nanogpt.config import PlanConfig, UserError, model_config
-from nanogpt.memory import HEADROOM
-from nanogpt.model import GPT
-from nanogpt.plan import Machine, main
+from nanogpt.cli import plan
+from nanogpt.cli.plan import Machine, main
+from nanogpt.config import PlanConfig, model_config
+from nanogpt.errors import UserError
+from nanogpt.model.gpt import GPT
+from nanogpt.training.memory_estimate import HEADROOM
 
 SMALL = PlanConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, vocab_size=65, device="cpu")
 HERE = Machine(torch.device("cpu"), torch.float32, 2.0**40)

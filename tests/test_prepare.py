@@ -22,11 +22,13 @@ import torch
 from conftest import prepared
 from filelock import FileLock
 
-from nanogpt import files, prepare, survey, token_files, tokenizer_choice
-from nanogpt.bpe import byte_level_json, gpt2
-from nanogpt.config import DataConfig, UserError
-from nanogpt.data import load
-from nanogpt.prepare import main
+from nanogpt import files
+from nanogpt.config import DataConfig
+from nanogpt.data import prepare, scan, token_writer, tokenizer_choice
+from nanogpt.data.dataset import load_dataset
+from nanogpt.data.prepare import main
+from nanogpt.errors import UserError
+from nanogpt.tokenizer.bpe import byte_level_json, gpt2
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
 FILES = ["train.pt", "val.pt", "vocab.pt"]
@@ -105,7 +107,7 @@ def test_tokens_have_the_narrowest_type(tmp_path, size, dtype):
 @pytest.mark.parametrize("split", [0.5, 0.9, 0.99, 1 / 3])
 def test_sizes_of_the_splits_and_what_is_said(config, capsys, split):
     main(replace(config, train_split=split))
-    loaded = load(Path(config.data_dir))
+    loaded = load_dataset(Path(config.data_dir))
     assert len(loaded.train) == math.floor(len(TEXT) * split)
     assert len(loaded.train) + len(loaded.val) == len(TEXT)
     said = capsys.readouterr().out
@@ -188,7 +190,7 @@ def test_broken_records_are_shown_and_listed(many, tmp_path, capsys):
     listed = (tmp_path / "data/broken.txt").read_text().splitlines()
     assert len(listed) == 20
     assert listed[0] == said[0].removeprefix("left out: ")
-    loaded = load(tmp_path / "data")
+    loaded = load_dataset(tmp_path / "data")
     assert split_documents(loaded, np.concatenate((loaded.train, loaded.val))) == DOCUMENTS
     with pytest.raises(UserError, match="--strict"):
         main(replace(many, strict=True, data_dir=str(tmp_path / "strict")))
@@ -200,7 +202,7 @@ def test_broken_records_are_shown_and_listed(many, tmp_path, capsys):
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe"])
 def test_every_document_ends_and_nothing_else_does(many, tokenizer):
     main(replace(many, tokenizer=tokenizer, vocab_size=300))
-    loaded = load(Path(many.data_dir))
+    loaded = load_dataset(Path(many.data_dir))
     ids = np.concatenate((loaded.train, loaded.val))
     assert split_documents(loaded, ids) == DOCUMENTS
     before = loaded.tokenizer.decode(loaded.train[loaded.train != loaded.tokenizer.end_of_text].tolist())
@@ -211,7 +213,7 @@ def test_documents_of_white_space_alone_are_left_out(many):
     texts = [text for document in DOCUMENTS for text in (document, " \n\t", "")]
     write_lines(Path(many.input_file[0]), texts)
     main(many)
-    loaded = load(Path(many.data_dir))
+    loaded = load_dataset(Path(many.data_dir))
     assert split_documents(loaded, np.concatenate((loaded.train, loaded.val))) == DOCUMENTS
 
 
@@ -219,7 +221,7 @@ def by_document(config, texts):
     """The documents of the two splits, drawn document by document."""
     write_lines(Path(config.input_file[0]), texts)
     main(replace(config, split="documents", overwrite=True))
-    loaded = load(Path(config.data_dir))
+    loaded = load_dataset(Path(config.data_dir))
     return split_documents(loaded, loaded.train), split_documents(loaded, loaded.val)
 
 
@@ -240,7 +242,7 @@ def test_whole_documents_keep_their_side_when_the_corpus_grows(many, share):
 def test_validation_files_validate_and_nothing_else_does(many, tmp_path):
     (tmp_path / "val.txt").write_text("Something else.")
     main(replace(many, val_file=(str(tmp_path / "val.txt"),)))
-    loaded = load(Path(many.data_dir))
+    loaded = load_dataset(Path(many.data_dir))
     assert split_documents(loaded, loaded.train) == DOCUMENTS
     assert split_documents(loaded, loaded.val) == ["Something else."]
     assert loaded.val_bytes == len("Something else.")
@@ -335,7 +337,7 @@ def test_another_data_set_is_not_overwritten_unless_told(config, tmp_path, chang
     assert "\n" not in str(raised.value)
     assert contents(folder) == before
     main(replace(config, overwrite=True))
-    assert load(folder).tokenizer.decode(load(folder).train[:-1].tolist()) in text
+    assert load_dataset(folder).tokenizer.decode(load_dataset(folder).train[:-1].tolist()) in text
     assert contents(folder) != before
     assert set(contents(folder)) == set(FILES)
 
@@ -349,7 +351,7 @@ def test_another_tokenizer_file_of_the_same_name_is_another_data_set(config, tmp
     with pytest.raises(UserError, match="--overwrite"):
         main(config)
     main(replace(config, overwrite=True))
-    assert b"it" in load(Path(config.data_dir)).tokenizer.tokens
+    assert b"it" in load_dataset(Path(config.data_dir)).tokenizer.tokens
 
 
 def test_two_preparations_in_one_folder_are_refused(config):
@@ -365,7 +367,7 @@ def test_main_reads_a_file_and_says_what_it_did(config, capsys):
     Path(config.input_file[0]).write_bytes(TEXT.replace("\n", "\r\n").encode())
     assert main(config) == 0
     assert "20 Windows line ends" in capsys.readouterr().out
-    assert whole_text(load(Path(config.data_dir))) == TEXT
+    assert whole_text(load_dataset(Path(config.data_dir))) == TEXT
 
 
 # Cut short
@@ -397,9 +399,9 @@ def test_a_preparation_cut_short_is_seen_and_done_again(config, tmp_path, monkey
         if done == "train.tokens":
             patch.setattr(prepare, "encode_batch", stop)
         elif done == "preparing":
-            patch.setattr(token_files.Work, "remove", stop)
+            patch.setattr(token_writer.Work, "remove", stop)
         else:
-            patch.setattr(prepare, "write_tokens", stop_at(token_files.write_tokens))
+            patch.setattr(prepare, "write_tokens", stop_at(token_writer.write_tokens))
             patch.setattr(prepare, "write_sealed", stop_at(prepare.write_sealed))
         with pytest.raises(KeyboardInterrupt):
             main(config)
@@ -407,32 +409,32 @@ def test_a_preparation_cut_short_is_seen_and_done_again(config, tmp_path, monkey
         # The old data set is there until the new one is ready.
         assert {name: raw for name, raw in contents(folder).items() if name in FILES} == old
     elif done == "preparing":
-        assert whole_text(load(folder)) == TEXT
+        assert whole_text(load_dataset(folder)) == TEXT
     else:
         with pytest.raises(UserError, match=r"vocab.pt is missing"):
-            load(folder)
+            load_dataset(folder)
     main(config)
-    assert whole_text(load(folder)) == TEXT
+    assert whole_text(load_dataset(folder)) == TEXT
     assert set(contents(folder)) == set(FILES)
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
     """Text in many small batches, saved after each."""
-    monkeypatch.setattr(survey, "BATCH_BYTES", 500)
+    monkeypatch.setattr(scan, "BATCH_BYTES", 500)
     monkeypatch.setattr(prepare, "SAVE_SECONDS", -1.0)
 
 
 def stop_after(monkeypatch, count):
     """Cut a preparation short in the encoding, after so many batches."""
-    really, left = token_files.Work.save, iter(range(count))
+    really, left = token_writer.Work.save, iter(range(count))
 
     def save(work, files):
         really(work, files)
         if next(left, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(token_files.Work, "save", save)
+    monkeypatch.setattr(token_writer.Work, "save", save)
 
 
 SETTINGS = {
@@ -498,17 +500,17 @@ def test_overwriting_that_is_cut_short_leaves_the_old_data_set(many, tmp_path, m
         stop_after(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             main(many)
-    assert load(tmp_path / "data").fingerprint == old
+    assert load_dataset(tmp_path / "data").fingerprint == old
     main(many)
-    assert load(tmp_path / "data").fingerprint != old
+    assert load_dataset(tmp_path / "data").fingerprint != old
 
 
 @posix
 def test_a_preparation_that_is_killed_goes_on_to_the_same_files(tmp_path):
     write_lines(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(40) for text in DOCUMENTS])
     code = (
-        "import sys, time; from nanogpt import prepare, survey; from nanogpt.config import DataConfig\n"
-        "survey.BATCH_BYTES, prepare.SAVE_SECONDS = 20_000, -1.0\n"
+        "import sys, time; from nanogpt.data import prepare, scan; from nanogpt.config import DataConfig\n"
+        "scan.BATCH_BYTES, prepare.SAVE_SECONDS = 20_000, -1.0\n"
         "prepare.main(DataConfig(input_file=(sys.argv[1],), data_dir=sys.argv[2], tokenizer='byte'))"
     )
 
@@ -613,7 +615,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(tmp_path, monkey
     config = DataConfig(input_file=(name,), data_dir=str(folder), overwrite=True)
     disk = FullDisk()
     monkeypatch.setattr(prepare, "SAVE_SECONDS", -1.0)
-    for module in (files, token_files):
+    for module in (files, token_writer):
         monkeypatch.setattr(module, "open", disk.open, raising=False)
     limit, messages = 0, set()
     while True:
@@ -628,9 +630,9 @@ def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(tmp_path, monkey
         assert "No space left on device" in message
         messages.add(re.split("[: ]", message.partition(str(folder))[2])[0].strip("/"))
         shutil.rmtree(folder / "preparing", ignore_errors=True)  # from the first write on
-        assert whole_text(load(folder)) == TEXT
+        assert whole_text(load_dataset(folder)) == TEXT
         limit += 1
-    assert "another" in whole_text(load(folder))
+    assert "another" in whole_text(load_dataset(folder))
     expected = {"preparing", "preparing/state.pt", "preparing/swap.json"}
     expected |= {f"preparing/new/{name}" for name in FILES}
     expected.add("stdin.txt" if source == "standard input" else "broken.txt")
@@ -668,7 +670,7 @@ def test_too_many_files_are_refused_before_they_are_made(tmp_path, monkeypatch):
     old = prepared(tmp_path / "data", TEXT)
     with pytest.raises(UserError, match=r"--shard_tokens 1 makes more than 50 files: give a larger one"):
         prepared(tmp_path / "data", TEXT + "!", shard_tokens=1, overwrite=True)
-    assert load(tmp_path / "data").fingerprint == old.fingerprint
+    assert load_dataset(tmp_path / "data").fingerprint == old.fingerprint
     assert len(prepared(tmp_path / "data", TEXT + "!", shard_tokens=22, overwrite=True).train.parts) == 44
 
 
@@ -682,12 +684,12 @@ def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
         pytest.skip("a file system of UTF-8 alone")
     folder = tmp_path / "data"
     main(DataConfig(input_file=(path,), data_dir=str(folder)))
-    assert whole_text(load(folder)) == TEXT
+    assert whole_text(load_dataset(folder)) == TEXT
     (folder / "train.pt").unlink()
     with pytest.raises(
         UserError, match=r"prepare it with: python data\.py --input_file .*caf.*--data_dir"
     ) as raised:
-        load(folder)
+        load_dataset(folder)
     assert "\n" not in str(raised.value)
 
 
@@ -742,7 +744,7 @@ def pipe(tmp_path, text, *more):
     command = [
         sys.executable,
         "-m",
-        "nanogpt.cli",
+        "nanogpt",
         "data",
         "--input_file",
         "-",
@@ -755,7 +757,7 @@ def pipe(tmp_path, text, *more):
 
 def test_standard_input_is_a_text_and_leaves_no_copy(tmp_path):
     assert pipe(tmp_path, TEXT) == (0, "")
-    assert whole_text(load(tmp_path / "data")) == TEXT
+    assert whole_text(load_dataset(tmp_path / "data")) == TEXT
     assert set(contents(tmp_path / "data")) == set(FILES)
     assert pipe(tmp_path, TEXT) == (0, "")  # already prepared
     assert set(contents(tmp_path / "data")) == set(FILES)
@@ -780,6 +782,6 @@ def test_a_pipe_in_place_of_a_file_is_read_once_or_refused(tmp_path):
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either is right
     else:
-        assert whole_text(load(tmp_path / "data")) == TEXT
+        assert whole_text(load_dataset(tmp_path / "data")) == TEXT
     finally:
         os.close(reading)

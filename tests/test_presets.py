@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import presets, show_presets
-from nanogpt.config import PresetsConfig, TrainConfig, UserError, model_config
+from nanogpt import presets
+from nanogpt.cli import presets as show_presets
+from nanogpt.cli.info import count_parameters
+from nanogpt.config import PresetsConfig, TrainConfig, model_config
+from nanogpt.errors import UserError
 from nanogpt.presets import PRESETS
-from nanogpt.summary import count_parameters
-from nanogpt.train import fit
+from nanogpt.training.trainer import fit
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
 

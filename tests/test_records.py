@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import documents, encoding, records
-from nanogpt.config import UserError
-from nanogpt.corpus import Corpus
-from nanogpt.documents import Report, counted
+from nanogpt.errors import UserError
+from nanogpt.text import documents, encoding, formats
+from nanogpt.text.corpus import Corpus
+from nanogpt.text.documents import Report, counted
 
 quick = settings(deadline=None, derandomize=True, max_examples=50)
 RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог"
@@ -219,7 +219,7 @@ def test_bytes_that_are_no_text_break_their_own_line_alone(tmp_path, before):
 
 @pytest.mark.parametrize("size", [39, 40, 41, 79, 80, 81, 120, 500])
 def test_a_line_that_is_too_long_loses_no_other(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(records, "RECORD", 40)
+    monkeypatch.setattr(formats, "RECORD", 40)
     long = b'"' + b"x" * (size - 2) + b'"'
     found, lines = broken(tmp_path, "a.jsonl", b'"one"\n' + long + b'\n"two"\n"three"\n')
     assert [text for text in found if "x" not in text] == ["one", "two", "three"]
@@ -229,7 +229,7 @@ def test_a_line_that_is_too_long_loses_no_other(tmp_path, monkeypatch, size):
 
 
 def test_a_json_record_that_is_too_long_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "RECORD", 100_000)
+    monkeypatch.setattr(formats, "RECORD", 100_000)
     raw = json.dumps(["one", "x" * 500_000, "two"]).encode()
     found, lines = broken(tmp_path, "a.json", raw)
     assert found[0] == "one"
@@ -252,7 +252,7 @@ def test_a_row_of_another_length_is_counted_with_its_line(tmp_path, name, row, l
 
 
 def test_a_field_that_is_too_long_loses_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "RECORD", 100)
+    monkeypatch.setattr(formats, "RECORD", 100)
     found, lines = broken(tmp_path, "a.csv", b"text\none\n" + b"x" * 200 + b"\ntwo\n")
     assert found == ["one", "two"]
     assert len(lines) == 1
@@ -260,7 +260,7 @@ def test_a_field_that_is_too_long_loses_no_other(tmp_path, monkeypatch):
 
 
 def test_a_line_of_names_that_is_too_long_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "RECORD", 100)
+    monkeypatch.setattr(formats, "RECORD", 100)
     with pytest.raises(UserError) as raised:
         broken(tmp_path, "a.csv", b"x" * 200 + b"\none\n")
     assert "\n" not in str(raised.value)

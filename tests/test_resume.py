@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from nanogpt import checkpoint, files, train
-from nanogpt.checkpoint import Checkpoint, load
-from nanogpt.config import TrainConfig, UserError
+from nanogpt import files
+from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
+from nanogpt.config import TrainConfig
+from nanogpt.errors import UserError
 from nanogpt.locking import lock
-from nanogpt.train import fit
+from nanogpt.training import trainer
+from nanogpt.training.trainer import fit
 
 KILLS = 20
 
@@ -39,7 +41,7 @@ def child(config: TrainConfig, die_in_save: int) -> None:
     torch.set_num_threads(1)
     if die_in_save:
         arm(die_in_save)
-    os._exit(train.main(config))
+    os._exit(trainer.main(config))
 
 
 def arm(die_in_save: int) -> None:
@@ -55,7 +57,7 @@ def arm(die_in_save: int) -> None:
             file.file.truncate(file.file.tell() // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.torch.save = half
+    torch.save = half
 
 
 def live(config: TrainConfig, die_in_save: int = 0) -> BaseProcess:
@@ -83,7 +85,7 @@ def end_of(config: TrainConfig) -> tuple[Checkpoint, Checkpoint, list[tuple[floa
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = ("step", "train_loss", "val_loss", "lr", "grad_norm")
     losses = [tuple(row.get(key, 0.0) for key in keys) for row in rows]
-    return checkpoint.load(folder / "last.pt"), checkpoint.load(folder / "ckpt.pt"), losses
+    return load_checkpoint(folder / "last.pt"), load_checkpoint(folder / "ckpt.pt"), losses
 
 
 def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
@@ -160,16 +162,16 @@ def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: 
 def test_a_signal_saves_and_exits_with_its_code(config: TrainConfig, tmp_path: Path, number, code) -> None:
     config = replace(config, max_iters=60)
     never = replace(config, out_dir=str(tmp_path / "never"))
-    train.main(never)
+    trainer.main(never)
     endless = replace(config, save_seconds=1000.0)
     process = live(endless)
     wait_for(lambda: steps_logged(config) > 3, process)
     os.kill(process.pid or 0, number)
     process.join(600)
     assert process.exitcode == code
-    stopped_at = checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"]
+    stopped_at = load_checkpoint(Path(config.out_dir) / "last.pt").progress["step"]
     assert 3 < stopped_at < 60
-    assert train.main(replace(config, resume=True)) == 0
+    assert trainer.main(replace(config, resume=True)) == 0
     assert_same_end(config, never)
 
 
@@ -177,8 +179,8 @@ def test_evaluating_and_logging_change_no_weight(config: TrainConfig, tmp_path: 
     often = replace(config, eval_interval=1, log_interval=1, out_dir=str(tmp_path / "often"))
     seldom = replace(config, eval_interval=7, log_interval=9, eval_iters=1, save_seconds=0.0)
     for run in (often, seldom):
-        train.main(run)
-    one, other = (checkpoint.load(Path(run.out_dir) / "last.pt") for run in (often, seldom))
+        trainer.main(run)
+    one, other = (load_checkpoint(Path(run.out_dir) / "last.pt") for run in (often, seldom))
     assert_equal(one.model, other.model)
     assert_equal(one.optimizers, other.optimizers)
 
@@ -188,15 +190,15 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_other(
 ) -> None:
     never = replace(config, out_dir=str(tmp_path / "never"))
     for run in (config, never):
-        train.main(run)
+        trainer.main(run)
     last = Path(config.out_dir) / "last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     longer = {"max_iters": 45, "resume": True}
-    assert train.main(replace(config, **longer)) == 0
+    assert trainer.main(replace(config, **longer)) == 0
     assert "passing it over" in capsys.readouterr().err
-    train.main(replace(never, **longer))
+    trainer.main(replace(never, **longer))
     assert_same_end(config, never)
 
 
@@ -212,9 +214,9 @@ def test_a_full_disk_leaves_the_checkpoint_and_the_training_goes_on(config, monk
         really(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    assert train.main(config) == 0
+    assert trainer.main(config) == 0
     assert "No space left on device" in capsys.readouterr().err
-    assert checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"] == config.max_iters
+    assert load_checkpoint(Path(config.out_dir) / "last.pt").progress["step"] == config.max_iters
 
 
 def test_resuming_a_finished_run_leaves_its_last_checkpoint_as_it_is(config: TrainConfig) -> None:
@@ -224,7 +226,7 @@ def test_resuming_a_finished_run_leaves_its_last_checkpoint_as_it_is(config: Tra
     fit(replace(config, max_iters=3, resume=True))
     assert last.read_bytes() == before
     fit(replace(config, max_iters=3, beta1=0.8, resume=True))  # a new setting is kept
-    assert load(last).train_config.beta1 == 0.8
+    assert load_checkpoint(last).train_config.beta1 == 0.8
 
 
 def test_a_training_whose_folder_another_has_taken_writes_nothing_there(config: TrainConfig, capsys) -> None:

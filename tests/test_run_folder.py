@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt import files, run_folder
-from nanogpt.checkpoint import Checkpoint, Progress, save
-from nanogpt.config import TrainConfig, UserError, model_config, to_dict
-from nanogpt.model import GPT
-from nanogpt.run_folder import RunFolder
+from nanogpt import files
+from nanogpt.checkpoint import run_dir
+from nanogpt.checkpoint.format import Checkpoint, Progress, save_checkpoint
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.config import TrainConfig, model_config, to_dict
+from nanogpt.errors import UserError
+from nanogpt.model.gpt import GPT
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def put(path, step, **settings):
         tokenizer={"kind": "char", "chars": "abcde"},
         fingerprint="f",
     )
-    save(path, checkpoint)
+    save_checkpoint(path, checkpoint)
 
 
 def damage(path):
@@ -371,7 +373,7 @@ def test_two_runs_in_one_folder_are_kept_apart(unequal, capsys):
 
 def test_the_move_is_synced(unequal, monkeypatch):
     synced = []
-    monkeypatch.setattr(run_folder, "sync_folder", synced.append)
+    monkeypatch.setattr(run_dir, "sync_folder", synced.append)
     unequal.set_aside()
     assert synced == [unequal.moving, unequal.path / "previous", unequal.path]
 

@@ -16,11 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import arithmetic
-from nanogpt.config import DataConfig, SampleConfig, TrainConfig, UserError
-from nanogpt.prepare import main as prepare
-from nanogpt.sample import main, read_prompt, show, unescape, until
-from nanogpt.train import fit
+from nanogpt import precision
+from nanogpt.cli.sample import main, read_prompt, show, unescape, until
+from nanogpt.config import DataConfig, SampleConfig, TrainConfig
+from nanogpt.data.prepare import main as prepare
+from nanogpt.errors import UserError
+from nanogpt.training.trainer import fit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +72,7 @@ def test_sampling_computes_as_the_training_did_where_that_is_fast(
     config: TrainConfig, monkeypatch, dtypes_of_products, trained_in, fast
 ) -> None:
     fit(replace(config, dtype=trained_in))
-    monkeypatch.setattr(arithmetic, "product_rates", lambda device: dict.fromkeys(DTYPES, 1.0) | {fast: 2.0})
+    monkeypatch.setattr(precision, "product_rates", lambda device: dict.fromkeys(DTYPES, 1.0) | {fast: 2.0})
     dtypes_of_products.clear()
     sampling = SampleConfig(checkpoint=str(Path(config.out_dir) / "ckpt.pt"), num_tokens=3, device="cpu")
     main(sampling)
@@ -222,7 +223,7 @@ def test_training_and_sampling_with_somebody_elses_tokenizer(
 
 def test_text_appears_token_by_token(sampling: SampleConfig) -> None:
     """The first characters can be read while the rest is being made; then the reader leaves."""
-    command = [sys.executable, "-m", "nanogpt.cli", "sample", "--checkpoint", sampling.checkpoint]
+    command = [sys.executable, "-m", "nanogpt.cli.main", "sample", "--checkpoint", sampling.checkpoint]
     command += ["--num_tokens", "1000000", "--prompt", "From", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
@@ -326,12 +327,12 @@ def test_a_folder_without_a_name_is_a_folder(path: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
-@pytest.mark.parametrize("place", ["restored", "generate"])
+@pytest.mark.parametrize("place", ["build_model", "generate"])
 def test_too_little_memory_is_one_line(sampling: SampleConfig, monkeypatch, error, place: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(f"nanogpt.sample.{place}", fail)
+    monkeypatch.setattr(f"nanogpt.cli.sample.{place}", fail)
     with pytest.raises(UserError, match="out of memory: give --device cpu"):
         main(sampling)
 
@@ -340,7 +341,7 @@ def test_another_error_is_no_lack_of_memory(sampling: SampleConfig, monkeypatch)
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("nanogpt.sample.generate", fail)
+    monkeypatch.setattr("nanogpt.cli.sample.generate", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(sampling)
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from nanogpt import cli
-from nanogpt.checkpoint import load as load_checkpoint
+from nanogpt.checkpoint.format import load_checkpoint, load_model
+from nanogpt.cli import main as cli
 from nanogpt.config import (
     Architecture,
     DataConfig,
@@ -27,13 +27,12 @@ from nanogpt.config import (
     OptimizerName,
     SampleConfig,
     TrainConfig,
-    UserError,
     from_dict,
     to_dict,
 )
-from nanogpt.sample import load as load_model
+from nanogpt.errors import UserError
 from nanogpt.settings import Settings
-from nanogpt.train import fit
+from nanogpt.training.trainer import fit
 
 CONFIGS = [Architecture, GPTConfig, *dict.fromkeys(command.config for command in cli.COMMANDS.values())]
 

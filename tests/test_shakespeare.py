@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt import shakespeare
-from nanogpt.config import UserError
-from nanogpt.shakespeare import download, tiny_shakespeare, unpack_wheel
+from nanogpt.errors import UserError
+from nanogpt.text import tiny_shakespeare as shakespeare
+from nanogpt.text.tiny_shakespeare import download, tiny_shakespeare, unpack_wheel
 
 POEM = b"Shall I compare thee to a summer's day?\n"
 

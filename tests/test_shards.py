@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import data
-from nanogpt.data import Batches, shuffled
-from nanogpt.shards import Shards
+from nanogpt.data import batches as data_module
+from nanogpt.data.batches import Batches, shuffled
+from nanogpt.data.shards import Shards
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -46,7 +46,7 @@ def test_a_computed_shuffle_looks_like_one():
 
 
 def test_batches_of_a_long_epoch_are_disjoint_windows_each_once(monkeypatch):
-    monkeypatch.setattr(data, "LISTED", 10)
+    monkeypatch.setattr(data_module, "LISTED", 10)
     batches = Batches(np.zeros(1003, np.uint8), block_size=10, batch_size=33, seed=5)
     visits = np.concatenate([batches(step) for step in range(3)])
     assert batches.windows == 99

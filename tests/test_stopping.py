@@ -21,11 +21,13 @@ from typing import cast
 import pytest
 import torch
 
-from nanogpt import checkpoint, cli, stopping, streams, train
-from nanogpt.checkpoint import Progress
+from nanogpt import streams
+from nanogpt.checkpoint.format import Progress, load_checkpoint, peek
+from nanogpt.cli import main as cli
 from nanogpt.config import TrainConfig
-from nanogpt.run import Run
-from nanogpt.stopping import EXIT_CODES, StopRequest
+from nanogpt.training import stopping, trainer
+from nanogpt.training.state import Run
+from nanogpt.training.stopping import EXIT_CODES, StopRequest
 
 ROOT = Path(__file__).parent.parent
 FOREVER = 1_000_000
@@ -140,7 +142,7 @@ def steps(config: TrainConfig) -> list[int]:
 
 
 def saved_step(config: TrainConfig) -> int:
-    return checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"]
+    return load_checkpoint(Path(config.out_dir) / "last.pt").progress["step"]
 
 
 def stop(process: BaseProcess, number: int) -> int | None:
@@ -229,7 +231,7 @@ def test_a_signal_that_says_that_time_is_short_saves_and_the_training_goes_on(en
         wait_for(lambda: len(steps(endless)) > 3, process)
         before = saved_step(endless)
         os.kill(process.pid or 0, number)
-        wait_for(lambda before=before: checkpoint.peek(last)[1] > before, process)
+        wait_for(lambda before=before: peek(last)[1] > before, process)
     reached = saved_step(endless)
     wait_for(lambda: steps(endless)[-1] > reached + 3, process)
     assert saved_step(endless) == reached  # once for each
@@ -244,7 +246,7 @@ def slow_save() -> None:
         Path("saving").touch()
         time.sleep(1000)
 
-    train.keep = keep
+    trainer.keep = keep
 
 
 @pytest.mark.parametrize(
@@ -300,43 +302,43 @@ def test_all_signals_are_given_back() -> None:
 
 def interrupted_set_up() -> None:
     """A signal in the middle of set-up."""
-    whole = train.set_up
+    whole = trainer.set_up
 
     def set_up(*arguments):
         signal.raise_signal(signal.SIGINT)
         return whole(*arguments)
 
-    train.set_up = set_up
+    trainer.set_up = set_up
 
 
 def interrupted_first_save() -> None:
-    whole = train.save
+    whole = trainer.save
 
     def save(*arguments):
         signal.raise_signal(signal.SIGINT)
         whole(*arguments)
 
-    train.save = save
+    trainer.save = save
 
 
 def interrupted_evaluation() -> None:
-    whole = train.evaluate
+    whole = trainer.evaluate
 
     def evaluate(*arguments):
         signal.raise_signal(signal.SIGINT)
         return whole(*arguments)
 
-    train.evaluate = evaluate
+    trainer.evaluate = evaluate
 
 
 def interrupted_picture() -> None:
-    whole = train.conclude
+    whole = trainer.conclude
 
     def conclude(*arguments):
         signal.raise_signal(signal.SIGINT)
         whole(*arguments)
 
-    train.conclude = conclude
+    trainer.conclude = conclude
 
 
 @pytest.mark.parametrize(
@@ -355,7 +357,7 @@ def test_a_signal_at_any_stage_leaves_a_run_that_goes_on(endless, before, code: 
     assert process.exitcode == code
     assert saved_step(config) == step
     assert "Traceback" not in Path("err.txt").read_text()
-    assert train.fit(replace(config, resume=True)).step == 20
+    assert trainer.fit(replace(config, resume=True)).step == 20
 
 
 @pytest.mark.parametrize("here", [False, True])
@@ -375,7 +377,7 @@ def test_what_a_signal_asks_of_one_process_all_do(here: bool) -> None:
     with StopRequest() as stop:
         if here:
             signal.raise_signal(signal.SIGUSR1)
-        assert train.agreed(cast(Run, run), stop) == ("", True)
+        assert trainer.agreed(cast(Run, run), stop) == ("", True)
     assert votes == [(0, here, False)]
 
 
@@ -407,7 +409,7 @@ def test_a_command_is_interrupted_without_a_traceback(tmp_path: Path, number, mo
         f"import time\ndef wait():\n    print('here', flush=True)\n    time.sleep(99)\n{late or 'wait()'}\n"
     )
     code = (
-        "from nanogpt import cli; from dataclasses import replace\n"
+        "from nanogpt.cli import main as cli; from dataclasses import replace\n"
         "cli.COMMANDS['sample'] = replace(cli.COMMANDS['sample'], module='slow')\n"
         "cli.script('sample')"
     )

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt import streams
-from nanogpt.config import UserError
+from nanogpt.errors import UserError
 from nanogpt.streams import Secured, over
 
 ROOT = Path(__file__).parent.parent
@@ -187,8 +187,10 @@ def test_a_home_that_cannot_be_written_is_no_matter(data_dir: Path, place: dict[
 
 ON_A_TERMINAL = """
 import sys, time
-from nanogpt import cli, console, stopping
-from nanogpt.config import UserError
+from nanogpt import console
+from nanogpt.cli import main as cli
+from nanogpt.errors import UserError
+from nanogpt.training import stopping
 
 def main(config):
     bar = console.progress_bar("Working")

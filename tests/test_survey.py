@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import survey
-from nanogpt.config import DataConfig, UserError
+from nanogpt.config import DataConfig
 from nanogpt.cores import usable_cores
-from nanogpt.documents import Piece
-from nanogpt.survey import Split, Survey, batches, fingerprint_of, in_order
+from nanogpt.data import scan
+from nanogpt.data.scan import Split, Survey, batches, fingerprint_of, in_order
+from nanogpt.errors import UserError
+from nanogpt.text.documents import Piece
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -70,8 +71,8 @@ def test_an_error_in_a_thread_or_in_the_items_comes_out_and_ends_the_threads():
 @given(st.lists(st.integers(0, 9)), st.integers(1, 20), st.integers(1, 5))
 def test_batches_are_all_items_in_order_and_of_bounded_size(sizes, characters, count):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survey, "BATCH_BYTES", characters)
-        patch.setattr(survey, "BATCH_DOCUMENTS", count)
+        patch.setattr(scan, "BATCH_BYTES", characters)
+        patch.setattr(scan, "BATCH_DOCUMENTS", count)
         found = list(batches(sizes, lambda size: size))
     assert [size for batch in found for size in batch] == sizes
     assert all(0 < len(batch) <= count and sum(batch[:-1]) < characters for batch in found)

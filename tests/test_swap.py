@@ -14,10 +14,11 @@ import pytest
 from conftest import prepared
 from filelock import FileLock
 
-from nanogpt import swap
-from nanogpt.config import DataConfig, UserError
-from nanogpt.data import load
-from nanogpt.prepare import main
+from nanogpt.config import DataConfig
+from nanogpt.data import swap
+from nanogpt.data.dataset import load_dataset
+from nanogpt.data.prepare import main
+from nanogpt.errors import UserError
 
 OLD, NEW = "It was the best of times.\n" * 20, "It was the worst of times!\n" * 30
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -68,7 +69,7 @@ hooks = []
 
 
 def text_of(folder):
-    loaded = load(folder)
+    loaded = load_dataset(folder)
     return loaded.tokenizer.decode(np.concatenate((loaded.train, loaded.val)).tolist())
 
 
@@ -129,8 +130,8 @@ def load_names(settings):
 
 CHILD = """
 import os, signal, sys
-from nanogpt import prepare
 from nanogpt.config import DataConfig
+from nanogpt.data import prepare
 left = int(sys.argv[3])
 def watch(event, arguments):
     global left
@@ -183,7 +184,7 @@ def test_a_swap_that_cannot_be_finished_is_one_line_and_stays_to_be_finished(tmp
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
         with pytest.raises(UserError, match=r"cannot finish replacing .*Permission denied") as raised:
-            load(folder)
+            load_dataset(folder)
         assert "\n" not in str(raised.value)
     assert text_of(folder) == NEW
 
@@ -195,7 +196,7 @@ def test_a_swap_that_another_program_is_at_is_waited_for(tmp_path, monkeypatch):
         FileLock(folder / ".lock"),
         pytest.raises(UserError, match="another program is writing to"),
     ):
-        load(folder)
+        load_dataset(folder)
     assert text_of(folder) == NEW
 
 
@@ -236,9 +237,9 @@ def test_a_link_or_a_pipe_in_place_of_the_folder_or_the_journal_is_not_followed(
 def test_a_reader_that_comes_between_two_renames_reads_again(tmp_path, monkeypatch):
     """vocab.pt of the old set, then the files of the new one: it looks like damage, and is none."""
     config = replace(start(tmp_path), data_dir=str(tmp_path / "first"))
-    from nanogpt import data_folder
+    from nanogpt.data import dataset
 
-    really, done = data_folder.verify, []
+    really, done = dataset.verify, []
 
     def swapped(*arguments, **values):
         if not done:
@@ -246,7 +247,7 @@ def test_a_reader_that_comes_between_two_renames_reads_again(tmp_path, monkeypat
             main(config)
         really(*arguments, **values)
 
-    monkeypatch.setattr(data_folder, "verify", swapped)
+    monkeypatch.setattr(dataset, "verify", swapped)
     assert text_of(tmp_path / "first") == NEW
 
 

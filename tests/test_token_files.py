@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.config import DataConfig, UserError
+from nanogpt.config import DataConfig
+from nanogpt.data.scan import Survey
+from nanogpt.data.token_writer import Work, write_tokens
+from nanogpt.errors import UserError
 from nanogpt.seals import BLOCK
-from nanogpt.survey import Survey
-from nanogpt.token_files import Work, write_tokens
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.tokenizer.base import ByteTokenizer
 
 DTYPES = {np.uint8: torch.uint8, np.uint16: torch.uint16, np.uint32: torch.uint32}
 
@@ -48,7 +49,7 @@ def test_more_tokens_than_fit_into_memory_are_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise MemoryError
 
-    monkeypatch.setattr("nanogpt.token_files.np.empty", refuse)
+    monkeypatch.setattr("nanogpt.data.token_writer.np.empty", refuse)
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.tokens")
     write_tokens(tmp_path / "train.tokens", tmp_path / "train.pt", np.uint16, 100, 900)
     tensor = torch.load(tmp_path / "train.pt", weights_only=True)
@@ -79,7 +80,7 @@ def test_the_file_that_was_there_is_whole_until_the_new_one_is(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     np.arange(10, dtype=np.uint8).tofile(tmp_path / "train.tokens")
-    monkeypatch.setattr("nanogpt.token_files.torch.save", full)
+    monkeypatch.setattr("nanogpt.data.token_writer.torch.save", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_tokens(tmp_path / "train.tokens", tmp_path / "train.pt", np.uint8, 0, 10)
     assert (tmp_path / "train.pt").read_bytes() == b"old"

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import token_map
-from nanogpt.config import UserError
+from nanogpt.data import token_map
+from nanogpt.data.token_map import TokenFile, open_tokens
+from nanogpt.errors import UserError
 from nanogpt.seals import DamageError
-from nanogpt.token_map import TokenFile, open_tokens
 
 DTYPES = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 

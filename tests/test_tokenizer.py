@@ -8,10 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import tokenizer
-from nanogpt.config import UserError
-from nanogpt.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, code_points, narrowest, utf8
-from nanogpt.vocabulary import from_dict
+from nanogpt.errors import UserError
+from nanogpt.text.encoding import utf8
+from nanogpt.tokenizer import base
+from nanogpt.tokenizer.base import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    code_points,
+    narrowest,
+)
+from nanogpt.tokenizer.registry import from_dict
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 texts = st.text(st.characters(), max_size=60)  # surrogates and NUL too
@@ -46,8 +53,8 @@ def test_cutting_into_chunks_changes_nothing(text, size):
     whole = CharTokenizer.train(text)
     ids = whole.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "CHUNK", size)
-        assert "".join(tokenizer.chunks(text)) == text
+        patch.setattr(base, "CHUNK", size)
+        assert "".join(base.chunks(text)) == text
         assert CharTokenizer.train(text).chars == whole.chars
         assert whole.encode(text).tolist() == ids.tolist()
 
@@ -115,7 +122,7 @@ def test_the_unknown_character_is_named(char, code):
 
 
 def test_the_position_counts_from_the_start_of_the_text_not_of_the_chunk(monkeypatch):
-    monkeypatch.setattr(tokenizer, "CHUNK", 4)
+    monkeypatch.setattr(base, "CHUNK", 4)
     coder = CharTokenizer.train("ab")
     with pytest.raises(UserError, match=r"'x' \(U\+0078\) at position 9 "):
         coder.encode("abababab" + "bx" + "x")

@@ -16,19 +16,23 @@ import torch
 from conftest import prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt import arithmetic, checkpoint, data, device, report, step, train
-from nanogpt.checkpoint import Checkpoint
-from nanogpt.config import TrainConfig, UserError
+from nanogpt import device, precision
+from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, save_checkpoint
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.config import TrainConfig
 from nanogpt.cores import CoreWatch
-from nanogpt.data import load
-from nanogpt.model import GPT
-from nanogpt.run_folder import RunFolder
-from nanogpt.set_up import set_up
-from nanogpt.train import fit
+from nanogpt.data import batches as data_module
+from nanogpt.data.batches import Windows, gather
+from nanogpt.data.dataset import load_dataset
+from nanogpt.errors import UserError
+from nanogpt.model.gpt import GPT
+from nanogpt.training import checkpointing, report, step, trainer
+from nanogpt.training.setup import set_up
+from nanogpt.training.trainer import fit
 
 
 def last(config: TrainConfig) -> Checkpoint:
-    return checkpoint.load(Path(config.out_dir) / "last.pt")
+    return load_checkpoint(Path(config.out_dir) / "last.pt")
 
 
 def rows(config: TrainConfig) -> list[dict[str, float]]:
@@ -66,7 +70,7 @@ def test_validation_loss_is_that_of_the_whole_split(config: TrainConfig) -> None
     saved = last(config)
     model = GPT(saved.model_config).eval()
     model.load_state_dict(saved.model)
-    val = torch.from_numpy(load(Path(config.data_dir)).val.astype(np.int64))
+    val = torch.from_numpy(load_dataset(Path(config.data_dir)).val.astype(np.int64))
     total = 0.0
     for start in range(0, len(val) - 1, config.block_size):
         piece = val[start : start + config.block_size + 1]
@@ -230,7 +234,7 @@ def test_a_ruined_newest_checkpoint_gives_way_to_the_best(config: TrainConfig, m
 
     def bad(run) -> bool:
         if run.progress.step == 12 and run.progress.order == 0:
-            train.save(run, run.folder.last)
+            trainer.save(run, run.folder.last)
         return run.progress.step >= 15 and run.progress.order < 2
 
     poison(monkeypatch, bad)
@@ -240,7 +244,7 @@ def test_a_ruined_newest_checkpoint_gives_way_to_the_best(config: TrainConfig, m
 
 
 def test_a_rollback_in_an_evaluation_leaves_no_gap_and_no_double(config: TrainConfig, monkeypatch) -> None:
-    really, failed = train.evaluate, []
+    really, failed = trainer.evaluate, []
 
     def evaluate(run, stop):
         if run.progress.step == 20 and not failed:
@@ -248,7 +252,7 @@ def test_a_rollback_in_an_evaluation_leaves_no_gap_and_no_double(config: TrainCo
             return math.nan
         return really(run, stop)
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
     fit(replace(config, log_interval=5))
     assert failed
     assert [row["step"] for row in rows(config) if "train_loss" in row] == [5, 10, 15, 20, 25, 30]
@@ -276,8 +280,8 @@ def test_float16_keeps_its_scaler_over_a_resume(config: TrainConfig, tmp_path: P
 def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch) -> None:
     config = replace(config, dtype="auto", max_iters=5)
     rates = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 0.0}
-    monkeypatch.setattr(arithmetic, "product_rates", lambda _: rates)
-    monkeypatch.setattr(arithmetic, "bfloat16_pays", lambda _: True)
+    monkeypatch.setattr(precision, "product_rates", lambda _: rates)
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda _: True)
     fit(config)
     rates[torch.bfloat16] = 0.5  # another machine: it would choose otherwise, and can go on all the same
     fit(replace(config, resume=True, max_iters=6))
@@ -288,8 +292,8 @@ def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch
 def test_resume_leaves_a_dtype_that_crawls_here_and_says_so(config, monkeypatch, capsys, optimizer) -> None:
     config = replace(config, dtype="auto", max_iters=5, optimizer=optimizer)
     rates = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 0.0}
-    monkeypatch.setattr(arithmetic, "product_rates", lambda _: rates)
-    monkeypatch.setattr(arithmetic, "bfloat16_pays", lambda _: True)
+    monkeypatch.setattr(precision, "product_rates", lambda _: rates)
+    monkeypatch.setattr(precision, "bfloat16_pays", lambda _: True)
     fit(config)
     assert "Arithmetic: bfloat16" in capsys.readouterr().out
     rates[torch.bfloat16] = 0.05
@@ -305,12 +309,12 @@ def test_a_run_of_an_earlier_version_orthogonalises_as_it_did(config: TrainConfi
     """In bfloat16, which was fixed, and is not written in its checkpoints."""
     config = replace(config, dtype="auto", max_iters=5, optimizer="muon")
     rates = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.0}
-    monkeypatch.setattr(arithmetic, "product_rates", lambda _: rates)
+    monkeypatch.setattr(precision, "product_rates", lambda _: rates)
     fit(config)
     path = Path(config.out_dir) / "last.pt"
     old = last(config)
     assert old.arithmetic.pop("muon_dtype") == "float32"
-    checkpoint.save(path, old)
+    save_checkpoint(path, old)
     fit(replace(config, resume=True, max_iters=6))
     assert last(config).arithmetic["muon_dtype"] == "bfloat16"
 
@@ -382,11 +386,12 @@ COMPILED = """
 import warnings, torch
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-from nanogpt import checkpoint, train
+from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.training import trainer
 from nanogpt.config import TrainConfig
-train.fit(TrainConfig(**{settings}))
+trainer.fit(TrainConfig(**{settings}))
 assert "NaN" not in open({out!r} + "/metrics.jsonl").read()
-model = checkpoint.load(train.Path({out!r}) / "last.pt").model
+model = load_checkpoint(trainer.Path({out!r}) / "last.pt").model
 print(*(repr(weight.double().sum().item()) for weight in model.values()))
 """
 
@@ -423,7 +428,7 @@ def test_evaluating_and_sampling_compile_nothing(config: TrainConfig, monkeypatc
 
     monkeypatch.setattr(torch, "compile", lambda f, **settings: really(f, backend=backend, **settings))
     run = set_up(config, RunFolder(Path(config.out_dir)))
-    train.compile_model(run)
+    trainer.compile_model(run)
     compiled = len(graphs)
     assert compiled > 0
     with device.eagerly(), torch.no_grad():
@@ -463,7 +468,7 @@ def test_the_average_follows_the_weights_and_is_what_counts(config: TrainConfig,
     """Against the recursion computed from the weights of every step."""
     config = replace(config, ema_decay=0.8, max_iters=12, eval_interval=12)
     trail = []
-    really = train.train_step
+    really = trainer.train_step
 
     def train_step(run):
         before = [p.detach().clone() for p in (run.average.parameters() if not trail else trail[-1])]
@@ -472,7 +477,7 @@ def test_the_average_follows_the_weights_and_is_what_counts(config: TrainConfig,
         trail.append([old * decay + new * (1 - decay) for old, new in zip(before, run.model.parameters())])  # noqa: B905
         return outcome
 
-    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(trainer, "train_step", train_step)
     result = fit(config)
     saved = last(config)
     model = GPT(saved.model_config).eval()
@@ -480,8 +485,8 @@ def test_the_average_follows_the_weights_and_is_what_counts(config: TrainConfig,
     for expected, parameter in zip(trail[-1], model.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), expected.detach())
     assert not torch.equal(saved.average["wte.weight"], saved.model["wte.weight"])
-    val = load(Path(config.data_dir)).val
-    x, y = data.gather(val, np.arange(0, len(val) - 17, 16), 16)
+    val = load_dataset(Path(config.data_dir)).val
+    x, y = gather(val, np.arange(0, len(val) - 17, 16), 16)
     with torch.no_grad():
         assert model(x, y)[1].item() == pytest.approx(result.best_val_loss, rel=0.1)
 
@@ -510,9 +515,9 @@ def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypa
     ahead = replace(config, out_dir=str(tmp_path / "ahead"))
     monkeypatch.setattr(device.CPU, "runs_ahead", True)
     most = []
-    really = train.settle
+    really = trainer.settle
     monkeypatch.setattr(
-        train,
+        trainer,
         "settle",
         lambda run, outcome: most.append(run.progress.step - outcome.step) or really(run, outcome),
     )
@@ -536,10 +541,10 @@ def test_running_ahead_goes_back_too(config: TrainConfig, monkeypatch, capsys) -
 
 
 def test_a_split_on_the_device_gives_the_same_windows(monkeypatch) -> None:
-    monkeypatch.setattr(data, "PIECE", 300)
+    monkeypatch.setattr(data_module, "PIECE", 300)
     for dtype in (np.uint8, np.uint16, np.uint32):
         tokens = np.random.default_rng(1).integers(0, 200, 1000).astype(dtype)
-        away, resident = (data.Windows(tokens, torch.device("cpu")) for _ in range(2))
+        away, resident = (Windows(tokens, torch.device("cpu")) for _ in range(2))
         resident.make_resident()
         starts = np.array([0, 5, 800])
         for one, other in zip(away(starts, 199), resident(starts, 199), strict=True):
@@ -551,8 +556,8 @@ def test_a_split_on_the_device_gives_the_same_windows(monkeypatch) -> None:
 def test_a_split_lives_on_a_gpu_if_it_fits(monkeypatch, free: int, there: bool) -> None:
     made = []
     monkeypatch.setattr(device.CUDA, "free_memory", lambda *_: free)
-    monkeypatch.setattr(data.Windows, "make_resident", lambda self: made.append(1))
-    data.Windows(np.zeros(1000, np.uint8), torch.device("cuda"))
+    monkeypatch.setattr(Windows, "make_resident", lambda self: made.append(1))
+    Windows(np.zeros(1000, np.uint8), torch.device("cuda"))
     assert bool(made) == there
 
 
@@ -614,30 +619,30 @@ def test_a_caller_can_end_a_run_after_an_evaluation(config: TrainConfig) -> None
 
 def test_a_training_that_ends_with_an_evaluation_saves_its_end_once(config, monkeypatch):
     written: list[tuple[str, int]] = []
-    really = checkpoint.save
+    really = save_checkpoint
 
-    def counted(path: Path, saved: checkpoint.Checkpoint) -> None:
+    def counted(path: Path, saved: Checkpoint) -> None:
         written.append((path.name, saved.progress["step"]))
         really(path, saved)
 
-    monkeypatch.setattr(checkpoint, "save", counted)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", counted)
     fit(config)
     assert written.count(("last.pt", 30)) == 1
     fit(replace(config, resume=True, max_iters=35, eval_interval=20))
     assert written.count(("last.pt", 35)) == 1
-    assert checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"] == 35
+    assert load_checkpoint(Path(config.out_dir) / "last.pt").progress["step"] == 35
 
 
 def test_an_end_that_could_not_be_saved_at_its_evaluation_is_saved_then(config, monkeypatch, capsys):
     full = iter([True])
-    really = checkpoint.save
+    really = save_checkpoint
 
-    def save(path: Path, saved: checkpoint.Checkpoint) -> None:
+    def save(path: Path, saved: Checkpoint) -> None:
         if path.name == "last.pt" and saved.progress["step"] == 30 and next(full, False):
             raise UserError("the disk is full")
         really(path, saved)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", save)
     fit(config)
     assert "the disk is full (training goes on" in capsys.readouterr().err
-    assert checkpoint.load(Path(config.out_dir) / "last.pt").progress["step"] == 30
+    assert load_checkpoint(Path(config.out_dir) / "last.pt").progress["step"] == 30

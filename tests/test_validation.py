@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import checkpoint
-from nanogpt.checkpoint import Checkpoint, load, write_sealed
-from nanogpt.config import TrainConfig, UserError
-from nanogpt.run_folder import RunFolder
-from nanogpt.sample import load as load_model
-from nanogpt.set_up import set_up
-from nanogpt.train import fit
+from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, load_model, save_checkpoint, write_sealed
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.config import TrainConfig
+from nanogpt.errors import UserError
+from nanogpt.training.setup import set_up
+from nanogpt.training.trainer import fit
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def small(config: TrainConfig) -> TrainConfig:
 @pytest.fixture
 def content(small: TrainConfig) -> dict[str, Any]:
     """What its last.pt holds."""
-    return vars(load(Path(small.out_dir) / "last.pt"))
+    return vars(load_checkpoint(Path(small.out_dir) / "last.pt"))
 
 
 def drop(part: Any, key: Any) -> Any:
@@ -178,7 +177,7 @@ def test_what_would_not_load_again_is_not_written(content: dict[str, Any], tmp_p
     for value in (np.int64(3), Path("a"), torch.bfloat16, {1, 2}, 2**3000, object()):
         wrong = Checkpoint(**{**content, "config": {**content["config"], "seed": value}})
         with pytest.raises(TypeError, match=r"checkpoint\[config\]\[seed\]"):
-            checkpoint.save(path, wrong)
+            save_checkpoint(path, wrong)
     assert path.read_bytes() == b"the old file"
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".part"] == []
 
@@ -189,7 +188,7 @@ def test_a_pickle_of_another_protocol_is_one_line_without_a_warning(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError, match=r"ckpt\.pt"):
-            load(path)
+            load_checkpoint(path)
         assert RunFolder(tmp_path).saved_config() is None
     write_sealed(path, {"format": 2})
     raw = path.read_bytes()
@@ -210,5 +209,5 @@ def test_a_file_system_that_maps_no_files_shows_the_settings_all_the_same(
             raise RuntimeError("unable to mmap 100 bytes from file <last.pt>: No such device (19)")
         return real(*args, **options)
 
-    monkeypatch.setattr(checkpoint.torch, "load", no_mmap)
+    monkeypatch.setattr(torch, "load", no_mmap)
     assert RunFolder(Path(small.out_dir)).saved_config() == small

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from nanogpt.bpe import BPETokenizer, ForeignTokenizer, byte_level_json, train_bpe
-from nanogpt.config import UserError
-from nanogpt.vocabulary import from_dict, from_file
+from nanogpt.errors import UserError
+from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, byte_level_json, train_bpe
+from nanogpt.tokenizer.registry import from_dict, from_file
 
 quick = settings(deadline=None, derandomize=True, max_examples=50)
 TEXT = "In the beginning, the naïve end: there's 1,234 — the other thing.\n" * 30

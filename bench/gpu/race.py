@@ -27,9 +27,9 @@ from rows import Results, attempt, parser_of, place_of
 
 from nanogpt import presets
 from nanogpt.config import DataConfig, TrainConfig
-from nanogpt.prepare import main as prepare
-from nanogpt.shakespeare import SHAKESPEARE_SHA256
-from nanogpt.train import fit
+from nanogpt.data.prepare import main as prepare
+from nanogpt.text.tiny_shakespeare import SHAKESPEARE_SHA256
+from nanogpt.training.trainer import fit
 
 INPUT = Path(__file__).parents[2] / "data" / "input.txt"
 

@@ -34,7 +34,7 @@ from rows import Results, attempt, fresh, parser_of, place_of, reset_peak
 
 from nanogpt import presets
 from nanogpt.config import DataConfig, TrainConfig, model_config
-from nanogpt.model import GPT, flops_per_token
+from nanogpt.model.gpt import GPT, flops_per_token
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 """Ways to compile, the quick ones first; "" is not at all."""
@@ -84,9 +84,9 @@ def bare_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype) 
 
 def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype, folder: Path) -> Update:
     """An update as the command makes it: its numbers are read when the next one has been queued."""
-    from nanogpt.run_folder import RunFolder
-    from nanogpt.set_up import set_up
-    from nanogpt.step import settle, train_step
+    from nanogpt.checkpoint.run_dir import RunFolder
+    from nanogpt.training.setup import set_up
+    from nanogpt.training.step import settle, train_step
 
     config = replace(
         case.config,
@@ -112,7 +112,7 @@ def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype,
 
 def prepared(vocab_size: int, folder: Path) -> Path:
     """A data folder of random text with so many different characters, written once for each number."""
-    from nanogpt.prepare import prepare
+    from nanogpt.data.prepare import prepare
 
     data = folder / f"data-{vocab_size}"
     if not (data / "vocab.pt").exists():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-arithmetic = pytest.importorskip("nanogpt.arithmetic", exc_type=ImportError)
+arithmetic = pytest.importorskip("nanogpt.precision", exc_type=ImportError)
 
 SIZE, BATCH = 2048, 4
 """Products that keep a GPU busy."""

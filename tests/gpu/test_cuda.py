@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import checkpoint, data, device, sample, step
-from nanogpt.config import SampleConfig, TrainConfig
-from nanogpt.loss import chunked_cross_entropy
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.run_folder import RunFolder
-from nanogpt.set_up import set_up
-from nanogpt.train import fit
+from nanogpt import device
+from nanogpt.checkpoint.format import load_checkpoint, load_model
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.cli import sample
+from nanogpt.config import GPTConfig, SampleConfig, TrainConfig
+from nanogpt.data.batches import Windows, gather
+from nanogpt.model.gpt import GPT
+from nanogpt.model.loss import chunked_cross_entropy
+from nanogpt.training import step
+from nanogpt.training.setup import set_up
+from nanogpt.training.trainer import fit
 
 from .conftest import numbers
 
@@ -26,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_TYRO = """
 import sys
 from nanogpt.config import TrainConfig
-from nanogpt.train import main
+from nanogpt.training.trainer import main
 sys.exit(main(TrainConfig(**{settings!r})))
 """
 
@@ -105,7 +109,7 @@ def test_it_writes_what_the_cpu_writes(config: TrainConfig, capsys) -> None:
     best = Path(config.out_dir) / "ckpt.pt"
     logits = {}
     for name in (config.device, "cpu"):
-        model, tokens = sample.load(best, name)
+        model, tokens = load_model(best, name)
         ids = sample.encode_prompt(tokens, "From fairest", skip=False)
         with torch.no_grad():
             logits[name] = model(ids.to(next(model.parameters()).device))[0].float().cpu()
@@ -132,7 +136,7 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
 
     monkeypatch.setattr(step, "forward_backward", poisoned)
     assert fit(replace(config, dtype=dtype, optimizer="muon")).reason == "finished"
-    saved = checkpoint.load(Path(config.out_dir) / "last.pt")
+    saved = load_checkpoint(Path(config.out_dir) / "last.pt")
     assert all(weight.isfinite().all() for weight in saved.model.values())
     for optimizer in saved.optimizers:
         for state in optimizer["state"].values():
@@ -172,10 +176,10 @@ def test_compiling_gives_the_same_training(config: TrainConfig, tmp_path: Path, 
 
 def test_windows_live_on_the_gpu(place: torch.device) -> None:
     tokens = np.random.default_rng(1).integers(0, 50_000, 10_000).astype(np.uint16)
-    windows = data.Windows(tokens, place)
+    windows = Windows(tokens, place)
     assert (windows.resident is None) == (place.type == "cpu")
     starts = np.array([0, 77, 9_000])
-    for here, there in zip(data.gather(tokens, starts, 64), windows(starts, 64), strict=True):
+    for here, there in zip(gather(tokens, starts, 64), windows(starts, 64), strict=True):
         assert there.device == place
         assert torch.equal(here, there.cpu())
 

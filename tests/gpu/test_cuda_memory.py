@@ -5,9 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import device, memory, optim, parallel
+from nanogpt import device
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.model import GPT
+from nanogpt.distributed import parallelize
+from nanogpt.model.gpt import GPT
+from nanogpt.training import memory_estimate
+from nanogpt.training.optimizer import build_optimizers
 
 CONFIG = TrainConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=8, dropout=0.1)
 
@@ -18,8 +21,8 @@ def measured(config: TrainConfig, vocab_size: int, place: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     model = GPT(model_config(config, vocab_size)).to(place)
-    parallel.checkpoint_activations(model, config.grad_checkpoint)
-    optimizers = optim.build(model, config, torch.bfloat16)
+    parallelize.checkpoint_activations(model, config.grad_checkpoint)
+    optimizers = build_optimizers(model, config, torch.bfloat16)
     x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
     for _ in range(2):
         for _ in range(2):
@@ -36,9 +39,9 @@ def measured(config: TrainConfig, vocab_size: int, place: torch.device) -> int:
 def test_what_is_predicted_is_what_is_allocated(gpu_alone, mode, vocab_size):
     config = replace(CONFIG, grad_checkpoint=mode)
     model = model_config(config, vocab_size)
-    predicted = memory.predict(model, config, gpu_alone, torch.bfloat16, config.batch_size).total
+    predicted = memory_estimate.predict(model, config, gpu_alone, torch.bfloat16, config.batch_size).total
     assert predicted == pytest.approx(measured(config, vocab_size, gpu_alone), rel=0.1)
-    with memory.as_on_a_gpu():  # a plan for a GPU, made where there is none
+    with memory_estimate.as_on_a_gpu():  # a plan for a GPU, made where there is none
         cpu = torch.device("cpu")
-        elsewhere = memory.predict(model, config, cpu, torch.bfloat16, config.batch_size).total
+        elsewhere = memory_estimate.predict(model, config, cpu, torch.bfloat16, config.batch_size).total
     assert elsewhere == pytest.approx(predicted, rel=0.1)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt import checkpoint
+from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.train import fit
+from nanogpt.training.trainer import fit
 
 from .conftest import numbers
 
@@ -24,7 +24,7 @@ CHILD = """
 import faulthandler, sys
 faulthandler.dump_traceback_later(200)  # shows where, should it hang
 from nanogpt.config import TrainConfig
-from nanogpt.train import main
+from nanogpt.training.trainer import main
 sys.exit(main(TrainConfig(**{settings!r})))
 """
 
@@ -69,7 +69,7 @@ def test_what_two_gpus_saved_one_goes_on_with(config: TrainConfig, tmp_path: Pat
     config = replace(config, dropout=0.0, parallel=kind, dtype="bfloat16")
     torchrun(tmp_path, replace(config, max_iters=10))
     assert fit(replace(config, resume=True)).step == config.max_iters
-    saved = checkpoint.load(Path(config.out_dir) / "last.pt")
+    saved = load_checkpoint(Path(config.out_dir) / "last.pt")
     assert all(weight.isfinite().all() for weight in saved.model.values())
     losses = numbers(config)
     assert len(losses) == config.max_iters

@@ -27,7 +27,7 @@ STREAMS = ("log", "null", "full", "closed", "broken", "hung up")
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["nanogpt.train", "nanogpt.sample", "nanogpt.prepare", "torch._dynamo", __name__]
+    ["nanogpt.training.trainer", "nanogpt.cli.sample", "nanogpt.data.prepare", "torch._dynamo", __name__]
 )
 
 
@@ -111,7 +111,7 @@ def live(
 
 def run(words: list[str]) -> int:
     """The command's exit code, as the interpreter would give it."""
-    from nanogpt import cli
+    from nanogpt.cli import main as cli
 
     sys.argv = ["nanogpt", *words]
     code: object = 0

@@ -20,8 +20,9 @@ import pytest
 import torch
 from lives import STREAMS, Life
 
-from nanogpt import checkpoint, data
-from nanogpt.config import UserError
+from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.data.dataset import load_dataset
+from nanogpt.errors import UserError
 
 SEEDS = [int(seed) for seed in os.environ.get("NANOGPT_STORM_SEEDS", "1").split(",")]
 
@@ -95,7 +96,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def step_of(path: Path) -> int:
-    return int(checkpoint.load(path).progress["step"])
+    return int(load_checkpoint(path).progress["step"])
 
 
 def logged(folder: Path) -> list[int]:
@@ -106,7 +107,7 @@ def logged(folder: Path) -> list[int]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Two runs ended with the same weights, moments and logged losses, bit for bit."""
-    ours, theirs = (checkpoint.load(folder / "last.pt") for folder in (one, other))
+    ours, theirs = (load_checkpoint(folder / "last.pt") for folder in (one, other))
     assert ours.progress | {"elapsed_s": 0} == theirs.progress | {"elapsed_s": 0}
     for name, tensor in theirs.model.items():
         assert torch.equal(ours.model[name], tensor), name
@@ -158,7 +159,7 @@ def test_new_trainings_that_are_killed_while_they_set_the_earlier_one_aside(plac
         life.end()
     life = Life(words, place)
     assert life.end() == 0, life.said
-    found = [path for path in (place / "out").rglob("last.pt") if checkpoint.load(path).config["seed"] != 5]
+    found = [path for path in (place / "out").rglob("last.pt") if load_checkpoint(path).config["seed"] != 5]
     assert len(found) == 1
     assert_same_run(found[0].parent, never)
     assert (found[0].parent / "ckpt.pt").exists()
@@ -179,10 +180,10 @@ def test_preparations_that_are_killed(place: Path, chance: random.Random) -> Non
         life.process.join(chance.uniform(0.2, 1.0) * lasts)
         life.send(signal.SIGKILL)
         life.end()
-        dataset = data.load(place / "data")  # nothing less than a whole one, which may finish the swap
+        dataset = load_dataset(place / "data")  # nothing less than a whole one, which may finish the swap
         there = {path: content for path, content in files_of(place / "data").items() if path != "vocab.pt"}
         assert there in [{p: c for p, c in one.items() if p != "vocab.pt"} for one in sets.values()]
-        assert dataset.fingerprint in [data.load(place / name).fingerprint for name in sets]
+        assert dataset.fingerprint in [load_dataset(place / name).fingerprint for name in sets]
     assert Life(["data", "--input_file", "other.txt", "--overwrite"], place).end() == 0
     assert files_of(place / "data") == sets["other"]
 
@@ -219,7 +220,7 @@ def test_trainings_that_are_told_to_stop_whatever_became_of_the_terminal(place, 
         assert "Traceback" not in life.said, (name, streams, life.said)
         assert step_of(out / "last.pt") == max(logged(out)) > before, (name, streams, code)
     assert Life(["train", "--resume", "--max_seconds", "None", "--out_dir", "out"], place).end() == 0
-    ours, theirs = (checkpoint.load(folder / "last.pt") for folder in (out, never))
+    ours, theirs = (load_checkpoint(folder / "last.pt") for folder in (out, never))
     assert all(torch.equal(ours.model[name], tensor) for name, tensor in theirs.model.items())
 
 
@@ -342,7 +343,7 @@ def test_files_that_are_damaged(place: Path, chance: random.Random) -> None:
         try:
             well_said(life, code)
             if code == 0 and words[0] == "train":
-                ours, theirs = (checkpoint.load(place / run / "last.pt") for run in ("out", "never"))
+                ours, theirs = (load_checkpoint(place / run / "last.pt") for run in ("out", "never"))
                 assert all(torch.equal(ours.model[key], value) for key, value in theirs.model.items())
         except (AssertionError, UserError) as error:
             raise AssertionError(f"{target}, {how.__name__}, {' '.join(words)}: {error}") from error
@@ -363,7 +364,7 @@ def test_flags_of_any_kind(place: Path, chance: random.Random) -> None:
     """Random values for random flags: each works, or is refused in a line."""
     from dataclasses import fields
 
-    from nanogpt import cli
+    from nanogpt.cli import main as cli
 
     life = Life(["train", *TINY, "--max_iters", "2"], place)
     assert life.end() == 0, life.said
@@ -435,7 +436,7 @@ def test_disks_that_are_full(place: Path, chance: random.Random) -> None:
         code = life.end()
         well_said(life, code)
         if words[0] == "data" and code != 0:
-            data.load(place / "data")
+            load_dataset(place / "data")
             assert files_of(place / "data") == old, (words, most, life.said)
         elif words[0] == "data":
             assert Life(["data", "--input_file", "text.txt", "--overwrite"], place).end() == 0
@@ -443,5 +444,5 @@ def test_disks_that_are_full(place: Path, chance: random.Random) -> None:
         assert step_of(place / "out" / "last.pt") >= before
     life = Life(["train", "--resume", "--max_seconds", "None", "--out_dir", "out"], place)
     assert life.end() == 0, life.said
-    ours, theirs = (checkpoint.load(place / run / "last.pt") for run in ("out", "never"))
+    ours, theirs = (load_checkpoint(place / run / "last.pt") for run in ("out", "never"))
     assert all(torch.equal(ours.model[name], tensor) for name, tensor in theirs.model.items())

@@ -1,0 +1,1 @@
+"""Runs on disk: the file format, its validation, sharded checkpoints, the run folder."""

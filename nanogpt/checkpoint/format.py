@@ -1,0 +1,266 @@
+"""What a run must keep, written so that it cannot be lost, read so that it cannot harm.
+
+Use:    save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
+        model, tokenizer = load_model("out/ckpt.pt")
+A checkpoint is one self-contained file of plain types and tensors (torch.save, read back with
+weights_only=True, so a hostile file runs nothing), followed by a seal: the SHA-256 of all that
+stands before it. The seal is verified before anything is used. torch.load reads the file too.
+The tensors of a model that several processes share (--parallel fsdp) lie beside it, in a folder that the
+file vouches for (checkpoint/sharded.py); `load_checkpoint` puts them together. Which file is the best one and
+which is resumed: checkpoint/run_dir.py.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import torch
+
+from nanogpt import device, seals
+from nanogpt.checkpoint import sharded, validation
+from nanogpt.config import GPTConfig, TrainConfig, from_dict
+from nanogpt.errors import UserError, require
+from nanogpt.model.gpt import GPT
+from nanogpt.tokenizer.base import Tokenizer
+from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
+
+FORMAT = 2
+"""Version of the checkpoint format. 1 is read too: see `upgraded`."""
+
+FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
+
+SEAL = b"nanogpt\n"
+SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything that moves, apart from tensors."""
+
+    step: int = 0
+    """Updates done."""
+    best_val_loss: float = float("inf")
+    """Lowest validation loss so far, in nats per token."""
+    evaluated_at: int = 0
+    """Step of the last evaluation."""
+    worse_evaluations: int = 0
+    """Evaluations since the best one."""
+    elapsed_s: float = 0.0
+    """Seconds spent in training steps."""
+    order: int = 0
+    """Number of the data order: how often the run went back to step around a broken batch."""
+    broken: int = 0
+    """Steps in a row whose loss or gradient was not finite."""
+    rollbacks: int = 0
+    """Times the run went back without getting past `broken_at`."""
+    broken_at: int = -1
+    """Furthest step at which the training broke down."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint file.
+
+    The randomness of a step is a function of (seed, order, step), so config and progress hold
+    the whole state of the random-number generators.
+    """
+
+    config: dict[str, Any]
+    """The resolved TrainConfig (config.to_dict)."""
+    vocab_size: int
+    progress: dict[str, Any]
+    """The fields of Progress."""
+    model: dict[str, torch.Tensor]
+    """The weights that are trained."""
+    average: dict[str, torch.Tensor]
+    """Their moving average; empty if the run keeps none."""
+    optimizers: list[dict[str, Any]]
+    scaler: dict[str, Any]
+    """The float16 gradient scaler; empty in other dtypes."""
+    arithmetic: dict[str, str]
+    """What "auto" stood for: the device, the dtype, and pieces, the micro-batches of all processes."""
+    tokenizer: dict[str, Any]
+    fingerprint: str
+    """Fingerprint of the training data."""
+    format: int = FORMAT
+    parts: dict[str, str] = field(default_factory=dict[str, str])
+    """The files beside this one that hold the tensors, with their SHA-256; empty if they are here."""
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights to use: the average if there is one."""
+        return self.average or self.model
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The settings of the run."""
+        return from_dict(TrainConfig, self.config)
+
+    @property
+    def model_config(self) -> GPTConfig:
+        """The settings of the model."""
+        names = {field.name for field in fields(GPTConfig)}
+        shape = {name: value for name, value in self.config.items() if name in names}
+        return GPTConfig(**shape, vocab_size=self.vocab_size)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; until it is complete, the file that was there stays untouched.
+
+    Errors: UserError if the folder cannot be written or the disk is full.
+    """
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    validation.require_plain(content)  # before the file that is there is touched
+    write_sealed(path, content)
+
+
+def write_sealed(path: Path, content: object) -> None:
+    """Write anything as a sealed checkpoint. Errors: as `save`."""
+    seals.write_sealed(path, content, SEAL)
+
+
+def verify(path: Path) -> None:
+    """Check the seal at the end of the file against all that stands before it.
+
+    Errors: UserError if a single bit has changed, or if the file has no seal.
+    """
+    left = path.stat().st_size - SEAL_SIZE
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+        seal = file.read()
+    require(seal.startswith(SEAL), f"{path} is cut short, or {FOREIGN}")
+    require(seal == SEAL + digest.digest(), f"checkpoint {path} is damaged (its checksum does not match)")
+
+
+def load_model(path: str | Path, device_name: str = "auto") -> tuple[GPT, Tokenizer]:
+    """The model of a checkpoint on a device, ready to generate, and its tokenizer.
+
+    Errors: UserError if the checkpoint is missing or damaged, or there is no such device.
+    """
+    return build_model(load_checkpoint(Path(path)), device.pick_device(device_name))
+
+
+def build_model(saved: Checkpoint, place: torch.device) -> tuple[GPT, Tokenizer]:
+    """The model of a checkpoint in memory on a device, ready to generate, and its tokenizer."""
+    model = GPT(saved.model_config)
+    model.load_state_dict(saved.weights)
+    return model.to(place).eval(), tokenizer_from_dict(saved.tokenizer)
+
+
+def parts_folder(path: Path, names: Iterable[str]) -> Path:
+    """The folder of the parts of a checkpoint at `path` that have these names."""
+    return (path.parent / next(iter(names))).parent
+
+
+def load_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
+    """Read a checkpoint onto the CPU, after verifying every bit of it.
+
+    whole: with all its tensors; else those that lie in parts stay where they are, unverified.
+    Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
+    """
+    try:
+        if not path.exists():
+            last = path.with_name("last.pt")
+            require(
+                path.name != "ckpt.pt" or not last.exists(),
+                f"{path} does not exist yet (no evaluation so far): give --checkpoint {last}",
+            )
+            raise UserError(f"checkpoint {path} does not exist: train one, or check the path")
+        require(path.is_file(), f"checkpoint {path} is not a file: give the ckpt.pt or last.pt of a run")
+        verify(path)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    try:
+        content = read_plain(path)
+    except Exception as error:  # sealed, but hostile: whatever the reader then raises
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
+    content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
+    version = content.get("format")
+    require(version is not None and not isinstance(version, torch.Tensor), f"{path} {FOREIGN}")
+    content = upgraded(content)
+    require(
+        content["format"] == FORMAT,
+        f"checkpoint {path} has format {version}, this is {FORMAT}: update NanoGPT",
+    )
+    names = {field.name for field in fields(Checkpoint)}
+    require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
+    verify_content(path, content)
+    found = Checkpoint(**content)
+    if not found.parts or not whole:
+        return found
+    together = put_together(path, found)
+    verify_content(path, vars(together))
+    return together
+
+
+def verify_content(path: Path, content: Mapping[str, Any]) -> None:
+    """Errors: UserError if a part of the checkpoint is missing, or not what it must be."""
+    try:
+        validation.check(content, get_type_hints(Progress))
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is malformed: {error}") from error
+
+
+def put_together(path: Path, head: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that lie beside it in parts.
+
+    Errors: UserError if one of the files is missing or damaged.
+    """
+    sharded.verify(path.parent, head.parts)
+    tensors = sharded.read_whole(parts_folder(path, head.parts))
+    try:
+        model, average, states = sharded.nested(tensors, len(head.optimizers))
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"checkpoint {path} is malformed: its parts have wrong names ({error})") from error
+    optimizers = [saved | {"state": state} for saved, state in zip(head.optimizers, states, strict=True)]
+    return replace(head, model=model, average=average, optimizers=optimizers, parts={})
+
+
+def upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of format 1 is in format 2; any other is left alone.
+
+    Format 1 had no averaged weights, at first a single optimizer, and GPT-2's approximation of GELU only.
+    Format 2 had at first no parts.
+    """
+    content = {"parts": {}, **content}
+    if content["format"] != 1 or not isinstance(content.get("config"), dict):
+        return content
+    content = {"average": {}, **content, "format": 2}
+    if "optimizer" in content:
+        content["optimizers"] = [content.pop("optimizer")]
+    settings: dict[str, Any] = content["config"]
+    approximate = settings.get("mlp", "gelu") == "gelu"
+    content["config"] = {**settings, "mlp": "gelu_tanh"} if approximate else settings
+    return content
+
+
+def peek(path: Path) -> tuple[TrainConfig, int]:
+    """The settings in a checkpoint and its step, without reading its tensors or verifying anything.
+
+    Errors: whatever a missing or damaged file raises.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(path)
+    try:
+        content = read_plain(path, mmap=True)
+    except (OSError, RuntimeError):  # a file system that maps no files
+        content = read_plain(path)
+    content = upgraded(cast(dict[str, Any], content))
+    return from_dict(TrainConfig, content["config"]), int(content["progress"]["step"])
+
+
+def read_plain(path: Path, *, mmap: bool = False) -> object:
+    """What torch.load finds in a file, on the CPU: tensors and plain types alone, without a warning.
+
+    Errors: whatever it raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of unusual pickles: what they hold is judged by whoever asks
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)

@@ -1,0 +1,1 @@
+"""The commands: the parser, and a thin file for each command."""

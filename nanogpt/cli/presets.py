@@ -1,0 +1,38 @@
+"""The presets as a table: what each is for, how large it is, what it reaches and how fast.
+
+Run:    nanogpt presets
+"""
+
+from rich.table import Table
+
+from nanogpt.cli.info import count_parameters
+from nanogpt.config import PresetsConfig, model_config
+from nanogpt.console import say, terminal
+from nanogpt.presets import MACHINE, PRESETS
+
+
+def main(_: PresetsConfig) -> int:
+    """Print the table. Returns the exit code."""
+    table = Table("preset", "layers", "context", "parameters", "steps", "loss", "training", box=None)
+    for name, preset in PRESETS.items():
+        config = preset.make()
+        parameters = sum(count_parameters(model_config(config, preset.vocab_size)).values())
+        table.add_row(
+            name,
+            f"{config.n_layer} x {config.n_embd}",
+            f"{config.block_size:,}",
+            f"{parameters / 1e6:,.1f} M",
+            f"{config.max_iters:,} x {config.batch_size * config.block_size:,}",
+            preset.loss or "-",
+            preset.time or "-",
+        )
+    terminal().print(table)
+    say()
+    for name, preset in PRESETS.items():
+        say(f"  {name:12} {preset.purpose}")
+    say()
+    say("steps: updates x tokens in each. loss: nats a character over Tiny Shakespeare's whole")
+    say(f"validation split. training: time in updates on {MACHINE}.")
+    say("-: not measured yet.")
+    say("Use one with: nanogpt train --preset NAME (other flags change what it says)")
+    return 0

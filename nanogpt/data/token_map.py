@@ -1,0 +1,317 @@
+"""One token file, opened for reading: mapped into memory, read-only, wherever that is possible.
+
+Use:    tokens = open_tokens(Path("train.pt")); tokens[100:200]
+The file is a tensor as torch.save writes it. torch.load would map it writable and private, which the system
+charges as if it were memory; so the place of the tokens in the file is looked up here, and they are mapped
+read-only: such a file may be larger than memory and swap. Knows neither vocabularies nor what to do about
+a file that is damaged.
+"""
+
+import errno
+import mmap
+import os
+import pickletools
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanogpt.console import warn
+from nanogpt.errors import UserError, require
+from nanogpt.seals import DamageError
+
+PLACE = 26
+"""Where a zip entry's header says how long its name and its extra field are (APPNOTE.TXT 4.3.7)."""
+
+HEADER_BYTES = 1 << 16
+"""More than the description of any one tensor takes; a hostile one is not read."""
+
+DTYPES: dict[str, type[np.integer[Any]]] = {
+    "torch ByteStorage": np.uint8,
+    "torch CharStorage": np.int8,
+    "torch ShortStorage": np.int16,
+    "torch IntStorage": np.int32,
+    "torch LongStorage": np.int64,
+    "torch uint16": np.uint16,
+    "torch uint32": np.uint32,
+    "torch uint64": np.uint64,
+}
+"""Integer types by what torch.save calls them."""
+
+ARGUMENTS = {"GLOBAL", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+CONSTANTS: dict[str, Any] = {"NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
+NOTHING = {"PROTO", "BINPUT", "LONG_BINPUT", "BINPERSID", "STOP"}
+"""Instructions of a pickle: those that push their argument, those that push a value of their own, and those
+that change nothing here (a storage is the tuple that stands for it)."""
+
+NO_MAPS = {
+    errno.ENODEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EACCES,
+    errno.EPERM,
+}
+"""What file systems answer that know no maps (network drives, FUSE)."""
+
+NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
+
+WINDOWS_NO_MEMORY = {8, 14, 1455}
+"""Windows' own numbers for it; the last: the paging file is too small."""
+
+
+class Described(NamedTuple):
+    """A tensor in a file: its type, its length, and at which byte its values begin."""
+
+    dtype: np.dtype[Any]
+    length: int
+    offset: int
+
+
+class Stamp(NamedTuple):
+    """What tells that a file was changed: file, which one it is; size, bytes; time, of the last change."""
+
+    file: tuple[int, int]
+    size: int
+    time: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "Stamp":
+        """The stamp of a file."""
+        return cls((stat.st_dev, stat.st_ino), stat.st_size, stat.st_mtime_ns)
+
+
+class Guard:
+    """Watches a mapped file: to read from one that was cut kills the process, from a rewritten one is wrong.
+
+    verify: None, or what raises DamageError if the file is not what was written; then a new time alone is
+    no harm. above: None, or the number that ids have to stay below, looked at in whatever is read.
+    """
+
+    def __init__(self, path: Path, stamp: Stamp) -> None:
+        self.path, self.stamp = path.absolute(), stamp
+        self.verify: Callable[[], None] | None = None
+        self.above: int | None = None
+
+    def check(self) -> None:
+        """Errors: UserError if the file was changed in place since it was opened."""
+        try:
+            now = Stamp.of(self.path.stat())
+        except OSError:
+            return  # deleted or moved: its content stays as long as it is mapped
+        if now == self.stamp or now.file != self.stamp.file:  # or another file has its name
+            return
+        same = False
+        if now.size == self.stamp.size and self.verify is not None:
+            with suppress(DamageError, OSError):
+                self.verify()
+                same = True
+        require(
+            same,
+            f"{self.path} was changed while it was in use: prepare the data again (data.py --overwrite), "
+            "then go on with --resume",
+        )
+        self.stamp = now
+
+
+class TokenFile(np.ndarray[Any, np.dtype[Any]]):
+    """The tokens in a mapped file, (N,). What is selected is a plain array, read from an unchanged file."""
+
+    guard: Guard | None
+
+    def __array_finalize__(self, array: NDArray[Any] | None) -> None:
+        self.guard = getattr(array, "guard", None)
+
+    def __getitem__(self, index: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.guard is None:
+            return super().__getitem__(index)
+        self.guard.check()
+        found: Any = super().__getitem__(index)
+        if isinstance(found, TokenFile):
+            found = found.view(np.ndarray)
+            if self.guard.above is not None:
+                check_ids(found, self.guard.above, self.guard.path)
+            if not np.may_share_memory(found, self):  # was copied: from what, had it changed by then?
+                self.guard.check()
+        return found
+
+
+def check_ids(tokens: NDArray[Any], vocab_size: int, path: Path) -> None:
+    """Errors: DamageError if one of the ids is none of a vocabulary of this size."""
+    if len(tokens) and np.iinfo(tokens.dtype).max >= vocab_size and int(tokens.max()) >= vocab_size:
+        raise DamageError(
+            f"{path} is malformed (it has the id {int(tokens.max())}, the vocabulary {vocab_size:,})"
+        )
+    if len(tokens) and np.iinfo(tokens.dtype).min < 0 and int(tokens.min()) < 0:
+        raise DamageError(f"{path} is malformed (it has the id {int(tokens.min())})")
+
+
+def open_tokens(path: Path) -> NDArray[Any]:
+    """The tokens in a file, (N,): a TokenFile; or in memory, where the file system cannot map.
+
+    Errors: DamageError if the file is not a vector of integers; UserError if there is not the memory for it;
+    OSError if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            described = describe(file)
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # whatever a damaged archive makes of its reader, a wrong place to read too
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise
+            raise DamageError(f"{path} is damaged") from error
+        if described is None:
+            raise DamageError(f"{path} does not hold tokens")
+        stamp = Stamp.of(os.fstat(file.fileno()))
+        try:
+            tokens = mapped(file, described).view(TokenFile)
+        except ValueError as error:  # the file was cut since
+            raise DamageError(f"{path} is damaged") from error
+        except OSError as error:
+            return unmapped(file, path, described, error)
+        tokens.guard = Guard(path, stamp)
+        return tokens
+
+
+def describe(file: BinaryIO) -> Described | None:
+    """Where a .pt file keeps its tensor, without reading that; None if it is not a vector of integers.
+
+    Errors: whatever zipfile raises on what is no archive, ValueError on one that is cut.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        header = next(entry for name, entry in entries.items() if name.endswith("/data.pkl"))
+        if header.file_size > HEADER_BYTES:
+            return None
+        found = tensor_in(archive.read(header))
+        root = header.filename.removesuffix("data.pkl")
+        order = entries.get(root + "byteorder")
+        foreign = order is not None and archive.read(order).decode() != sys.byteorder
+    if found is None or foreign:
+        return None
+    dtype, key, first, count = found
+    entry = entries[f"{root}data/{key}"]
+    file.seek(entry.header_offset + PLACE)
+    name, extra = struct.unpack("<HH", file.read(4))
+    offset = entry.header_offset + PLACE + 4 + name + extra + first * dtype.itemsize
+    size = os.fstat(file.fileno()).st_size
+    if entry.compress_type != zipfile.ZIP_STORED or offset + count * dtype.itemsize > size:
+        raise ValueError("cut, or compressed")
+    return Described(dtype, count, offset)
+
+
+def tensor_in(pickled: bytes) -> tuple[np.dtype[Any], str, int, int] | None:
+    """What a pickle says if it is of one vector of integers: type, storage, first of its values, how many.
+
+    The pickle is read as a list of instructions and never run: a hostile one can do nothing.
+    """
+    match read_pickle(pickled):
+        case [
+            "torch._utils _rebuild_tensor_v2" | "torch._utils _rebuild_tensor_v3",
+            (("storage", kind, str(key), _, int()), int(first), (int(count),), (int(stride),), _, _, *more),
+        ] if first >= 0 and count > 0 and (stride == 1 or count == 1):
+            name = more[0] if more else kind
+            dtype = DTYPES.get(name) if isinstance(name, str) else None
+            return (np.dtype(dtype), key, first, count) if dtype else None
+        case _:
+            return None
+
+
+def read_pickle(pickled: bytes) -> list[Any] | None:
+    """What a pickle calls, and with which arguments; None if it has an instruction that no tensor needs."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    for instruction, argument, _ in pickletools.genops(pickled):
+        name = instruction.name
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ARGUMENTS:
+            stack.append(argument)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name.startswith("TUPLE"):
+            first = marks.pop() if name == "TUPLE" else len(stack) - int(name[-1])
+            stack[first:] = [tuple(stack[first:])]
+        elif name == "REDUCE":
+            stack[-2:] = [[stack[-2], stack[-1]]]
+        elif name not in NOTHING:
+            return None
+    return cast("list[Any]", stack[-1]) if isinstance(stack[-1], list) else None
+
+
+def mapped(file: BinaryIO, described: Described) -> NDArray[Any]:
+    """The values as a map of the file, read-only, (N,).
+
+    Errors: OSError if they cannot be mapped, ValueError if the file is too short.
+    """
+    start = described.offset - described.offset % mmap.ALLOCATIONGRANULARITY
+    size = described.offset + described.length * described.dtype.itemsize - start
+    try:
+        region = map_region(file.fileno(), size, start)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE) or not allow_more_files():
+            raise
+        region = map_region(file.fileno(), size, start)
+    return np.frombuffer(region, described.dtype, described.length, described.offset - start)
+
+
+def map_region(descriptor: int, size: int, start: int) -> mmap.mmap:
+    """A part of a file, read-only. A map keeps a descriptor of its own before Python 3.13."""
+    if sys.version_info >= (3, 13) and sys.platform != "win32":
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, offset=start, trackfd=False)
+    return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, offset=start)
+
+
+def allow_more_files() -> bool:
+    """Let this process open as many files as the system lets it. False: it does already."""
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return True
+    return False
+
+
+def unmapped(file: BinaryIO, path: Path, described: Described, error: OSError) -> NDArray[Any]:
+    """The values in memory, (N,), after the system refused to map them: `error`.
+
+    Errors: UserError if memory is what is missing.
+    """
+    size = described.length * described.dtype.itemsize
+    lacking = f"not enough memory to map {path} ({size:,} bytes): end other programs, or raise `ulimit -v`"
+    windows = getattr(error, "winerror", None)
+    require(error.errno not in NO_MEMORY and windows not in WINDOWS_NO_MEMORY, lacking)
+    require(
+        error.errno not in (errno.EMFILE, errno.ENFILE),
+        f"too many files are open to open {path}: raise `ulimit -n`, or prepare the data with a "
+        "larger --shard_tokens",
+    )
+    if error.errno not in NO_MAPS:
+        raise error
+    warn(f"{path} cannot be mapped here ({error.strerror}): its {size:,} bytes are read into memory instead")
+    try:
+        file.seek(described.offset)
+        tokens = np.fromfile(file, described.dtype, described.length)
+    except MemoryError as lack:
+        raise UserError(
+            f"not enough memory for {path} ({size:,} bytes), which cannot be mapped here: copy the folder "
+            "to a disk of this machine, and give it with --data_dir"
+        ) from lack
+    if len(tokens) < described.length:
+        raise DamageError(f"{path} is damaged")
+    return tokens

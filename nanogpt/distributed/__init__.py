@@ -1,0 +1,1 @@
+"""Several processes: who is who, and how they share a model."""

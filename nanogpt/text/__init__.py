@@ -1,0 +1,1 @@
+"""Where text comes from: folders, archives, file formats, encodings. Needs no PyTorch."""

@@ -1,0 +1,218 @@
+"""One file to documents, whatever it is: by the end of its name, packed or not.
+
+Use:    for piece in read(source): ...
+Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in place and never unpacked. What is
+damaged or hostile is refused in one line.
+"""
+
+import csv
+import io
+import lzma
+import posixpath
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from tarfile import HeaderError, ReadError
+from typing import IO, BinaryIO, cast
+
+from nanogpt.errors import UserError, require
+from nanogpt.text.compressed import DECOMPRESSORS, Bounded, Counted
+from nanogpt.text.documents import Piece, Report, one_line
+from nanogpt.text.formats import Source, read_text, reason, spooled
+from nanogpt.text.json_formats import read_json, read_json_lines
+from nanogpt.text.tables import read_parquet, read_table
+
+TAR_SHORTS = (".tgz", ".tbz2", ".txz", ".tzst")
+
+DEPTH = 4
+"""Archives inside archives."""
+
+LINK = 1 << 12
+"""Bytes of the target of a link."""
+
+RUBBISH = (".DS_Store", ".localized", "._")
+"""How names of hidden files begin that a system writes and nobody misses."""
+
+
+def reporting(pieces: Iterator[Piece], name: str, report: Report) -> Iterator[Piece]:
+    """The pieces of one of several files: if it fails, that is reported, and its last document ends there."""
+    open_document = False
+    try:
+        for piece in pieces:
+            open_document = not piece.ends
+            yield piece
+    except UserError as error:
+        if report.strict:
+            raise
+        report.reject(name, str(error).removeprefix(f"--input_file {name} "))
+    if open_document:
+        yield Piece(b"", True)
+
+
+def read(source: Source) -> Iterator[Piece]:
+    """The documents in a file, whatever it is.
+
+    Errors: UserError if it is damaged, or not what its name says.
+    """
+    with refusals(source.name):
+        yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
+
+
+@contextmanager
+def refusals(name: str) -> Generator[None]:
+    """Put the name of a file before what is wrong with it. Errors: UserError, also if it is damaged."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        if message.startswith((name, "--input_file")) or "--strict" in message:
+            raise
+        raise UserError(f"--input_file {name} {message}") from error
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise UserError(f"--input_file {name} is damaged: {reason(error)}") from error
+
+
+def unpacked(source: Source, file: io.RawIOBase, kind: str) -> Source:
+    """What a compressed file holds. Errors: UserError if it is compressed over and over."""
+    require(source.depth < DEPTH, f"has archives inside archives, more than {DEPTH} deep: unpack it first")
+    buffered = cast(BinaryIO, io.BufferedReader(file, 1 << 18))
+    return replace(source, file=buffered, kind=kind, depth=source.depth + 1)
+
+
+def read_member(
+    source: Source, name: str, packed: int, opener: Callable[[], IO[bytes] | None]
+) -> Iterator[Piece]:
+    """The documents in a file of an archive, of `packed` bytes there; if it is damaged, that is reported."""
+    whole_name = f"{source.name}/{name}"
+
+    def pieces() -> Iterator[Piece]:
+        """Open it only when its turn has come."""
+        with refusals(whole_name), cast(IO[bytes], opener()) as stream:
+            bounded = Bounded(cast(BinaryIO, stream), partial(int, packed))
+            yield from read(replace(unpacked(source, bounded, name), name=whole_name))
+
+    return reporting(pieces(), whole_name, source.report)
+
+
+def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Piece]:
+    """What is inside a compressed file."""
+    counted = Counted(source.file, int)
+    stream = Bounded(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
+    path = Path(source.kind)
+    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SHORTS else "")
+    yield from read(unpacked(source, stream, str(kind)))
+
+
+def read_zip(source: Source) -> Iterator[Piece]:
+    """The files in a zip archive, in its order."""
+    hidden = Hidden()
+    with spooled(source.file) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.is_dir() or not is_inside(source, member.filename, hidden):
+                continue
+            opener = partial(archive.open, member)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                with refusals(f"{source.name}/{member.filename}"), opener() as link:
+                    not_followed(source, member.filename, link.read(LINK).decode("utf-8", "replace"))
+            else:
+                yield from read_member(source, member.filename, member.compress_size, opener)
+    source.report.notes += hidden.notes(source.name)
+
+
+def read_tar(source: Source) -> Iterator[Piece]:
+    """The files in a tar archive, in its order; of archives one after the other too."""
+    hidden = Hidden()
+    with tarfile.open(fileobj=source.file, mode="r|", tarinfo=Header, ignore_zeros=True) as archive:
+        for member in archive:
+            if member.isdir() or not is_inside(source, member.name, hidden):
+                continue
+            if member.isfile():
+                opener = partial(archive.extractfile, member)
+                yield from read_member(source, member.name, member.size, opener)
+            elif member.issym():
+                not_followed(source, member.name, member.linkname)
+            elif not member.islnk():  # whose text has come before, under the name that it links to
+                source.report.reject(f"{source.name}/{member.name}", "no file but a device or a pipe")
+    source.report.notes += hidden.notes(source.name)
+
+
+def not_followed(source: Source, name: str, target: str) -> None:
+    """Report a link in an archive, unless what it leads to is a member too and comes by itself."""
+    place = PureWindowsPath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
+    if ".." in place.parts or place.anchor:
+        source.report.reject(f"{source.name}/{name}", f"a link that leads out of the archive, to {target}")
+
+
+@dataclass
+class Hidden:
+    """Hidden files and folders that are left out. number: how many; first: the first of them."""
+
+    number: int = 0
+    first: str = ""
+
+    def add(self, name: str) -> None:
+        """Count one, unless it is a file that a system writes by itself."""
+        if not PureWindowsPath(name).name.startswith(RUBBISH):
+            self.number += 1
+            self.first = self.first or name
+
+    def notes(self, place: str = "") -> tuple[str, ...]:
+        """A line on them, if there are any."""
+        where = f"{place}: " if place else ""
+        said = f"{where}hidden files and folders left out: {self.number:,}, the first: {self.first}"
+        return (one_line(said),) if self.number else ()
+
+
+class Header(tarfile.TarInfo):
+    """The header of a member of a tar archive. The library takes a damaged one for the end, silently."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "Header":
+        """The header at the archive's position. Errors: ReadError if it is damaged."""
+        try:
+            return super().fromtarfile(tarfile)
+        except HeaderError as error:
+            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
+                raise ReadError(f"a header at byte {tarfile.offset:,}: {error}") from error
+            raise
+
+
+def is_inside(source: Source, name: str, hidden: Hidden) -> bool:
+    """Whether a member is to be read: not hidden, and not named as if it lay outside the archive."""
+    path = PureWindowsPath(name)  # which knows drives and both kinds of slashes
+    if ".." in path.parts or path.anchor:
+        source.report.reject(f"{source.name}/{name}", "a path that leads out of the archive: refused")
+        return False
+    if any(part.startswith(".") for part in path.parts):
+        hidden.add(name)
+        return False
+    return True
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether the reader of an archive gave up on its bytes (and not the disk on the file)."""
+    known = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, csv.Error)
+    of_library = type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow")
+    of_file = isinstance(error, OSError) and error.errno is None
+    return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
+
+
+READERS: dict[str, Callable[[Source], Iterator[Piece]]] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": partial(read_table, ","),
+    ".tsv": partial(read_table, "\t"),
+    ".parquet": read_parquet,
+    **{suffix: partial(read_compressed, opener) for suffix, opener in DECOMPRESSORS.items()},
+    ".zip": read_zip,
+    ".tar": read_tar,
+}

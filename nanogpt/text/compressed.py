@@ -1,0 +1,180 @@
+"""Compressed files (gzip, bzip2, xz, zstd): streams out of them, which end in an error and never silently.
+
+Use:    stream = Bounded(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
+What expands without end is refused. Knows no names and no archives.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+from collections.abc import Callable
+from typing import Any, BinaryIO, Protocol, cast
+
+from nanogpt.errors import require
+from nanogpt.text.formats import missing
+
+BOMB_RATIO, BOMB_BYTES = 200, 1 << 26
+"""What expands more often than this, to more than this, is no text."""
+
+PACKED = 1 << 16
+"""Compressed bytes that are read at a time."""
+
+
+class Counted(io.RawIOBase):
+    """A file that tells how much of it has been read."""
+
+    def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
+        self.file, self.advance, self.taken = file, advance, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """As the file is."""
+        return self.file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """As the file does."""
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As the file does."""
+        return self.file.tell()
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read into `buffer`, and count."""
+        size = cast(io.RawIOBase, self.file).readinto(buffer) or 0
+        self.taken += size
+        self.advance(size)
+        return size
+
+
+class Decompressor(Protocol):
+    """What bz2, lzma and zstd have in common: one compressed frame, piece by piece."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the frame has ended."""
+        ...
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether nothing more comes out without more input."""
+        ...
+
+    @property
+    def unused_data(self) -> bytes:
+        """What followed the frame."""
+        ...
+
+    def decompress(self, data: bytes, max_length: int = ...) -> bytes:
+        """What comes out, no more than so much."""
+        ...
+
+
+class Frames(io.RawIOBase):
+    """A decompressed stream out of one frame after the other.
+
+    The libraries' own files end without a word where what follows a frame is none.
+    """
+
+    def __init__(self, file: BinaryIO, new: Callable[[], Decompressor]) -> None:
+        self.file, self.new = file, new
+        self.frame: Decompressor | None = None
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read into `buffer`. Errors: EOFError if a frame breaks off; the library's if it is none."""
+        data = b""
+        while not data:
+            given = b""
+            if self.frame is None or self.frame.eof:
+                given = self.frame.unused_data if self.frame else b""
+                given = given or self.file.read(PACKED)
+                given = given.lstrip(b"\0") or self.behind_padding()
+                if not given:
+                    return 0
+                self.frame = self.new()
+            elif self.frame.needs_input:
+                given = self.file.read(PACKED)
+                if not given:
+                    raise EOFError("it breaks off")
+            data = self.frame.decompress(given, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def behind_padding(self) -> bytes:
+        """What follows zeros, which may fill a file up to the size of a block."""
+        while (given := self.file.read(PACKED)) and not given.strip(b"\0"):
+            pass
+        return given.lstrip(b"\0")
+
+
+class Bounded(io.RawIOBase):
+    """A decompressed stream that refuses to expand without end.
+
+    packed: how many compressed bytes went into it so far.
+    """
+
+    def __init__(self, file: BinaryIO, packed: Callable[[], int]) -> None:
+        self.file, self.packed, self.given = file, packed, 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read into `buffer`. Errors: UserError if it is a decompression bomb."""
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        self.given += len(data)
+        require(
+            self.given <= BOMB_BYTES or self.given <= BOMB_RATIO * self.packed(),
+            f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
+        )
+        return len(data)
+
+
+def ungzip(file: BinaryIO) -> BinaryIO:
+    """A stream out of a gzip file."""
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+
+
+def unbzip(file: BinaryIO) -> BinaryIO:
+    """A stream out of a bzip2 file."""
+    return cast(BinaryIO, Frames(file, bz2.BZ2Decompressor))
+
+
+def unxz(file: BinaryIO) -> BinaryIO:
+    """A stream out of an xz file."""
+    return cast(BinaryIO, Frames(file, lzma.LZMADecompressor))
+
+
+def unzstd(file: BinaryIO) -> BinaryIO:
+    """A stream out of zstd frames. Errors: UserError if the library is not installed."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ModuleNotFoundError as error:
+        raise missing("backports.zstd") from error
+    return cast(BinaryIO, Frames(file, zstd.ZstdDecompressor))
+
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": ungzip,
+    ".tgz": ungzip,
+    ".bz2": unbzip,
+    ".tbz2": unbzip,
+    ".xz": unxz,
+    ".txz": unxz,
+    ".zst": unzstd,
+    ".tzst": unzstd,
+}

@@ -1,0 +1,232 @@
+"""Where text comes from: files, folders, globs and standard input, in any of the usual formats.
+
+Use:    corpus = find(["books/", "dump.jsonl.gz"], text_field="text")
+        for piece in corpus.pieces(Report()): piece.text; piece.ends
+One pass holds one piece of one document, whatever the size of the corpus; passing again gives the same
+pieces. What is there and cannot be read is reported. Knows nothing of tokens.
+"""
+
+import glob
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from nanogpt.config import DataConfig
+from nanogpt.errors import UserError, require
+from nanogpt.text.archives import Hidden, read, reporting
+from nanogpt.text.compressed import Counted
+from nanogpt.text.documents import Piece, Report, one_line
+from nanogpt.text.formats import Source
+
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""What is not read, because reading it may never end."""
+
+SHOWN = 200
+"""Characters of a name in a message: it may be a whole text, given in the place of its file."""
+
+SYSTEM_FILES = "/proc"
+"""A folder whose files have no size, and other text each time that they are read."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in files, in order.
+
+    text_field: which field of a record is its text; dots lead into nested ones.
+    lost: what else is there and cannot be read: where, and why. notes: what is left out on purpose.
+    """
+
+    files: tuple[Path, ...]
+    text_field: str = DataConfig.text_field
+    lost: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files on the disk."""
+        return sum(size_of(path) for path in self.files)
+
+    def pieces(self, report: Report, advance: Callable[[int], object] = int) -> Iterator[Piece]:
+        """Every document, piece by piece.
+
+        advance: called with the number of bytes read from the disk since the last call.
+        Errors: UserError if the only file there is cannot be read; of several, such a one is reported.
+        """
+        report.notes += self.notes
+        for where, why in self.lost:
+            report.reject(where, why)
+        for path in self.files:
+            source = partial(self.pieces_of, path, report, advance)
+            yield from source() if len(self.files) == 1 else reporting(source(), str(path), report)
+
+    def pieces_of(self, path: Path, report: Report, advance: Callable[[int], object]) -> Iterator[Piece]:
+        """The documents in a file. Errors: UserError if it cannot be read."""
+        try:
+            with open(path, "rb", buffering=0, opener=open_file) as raw:
+                file = cast(BinaryIO, io.BufferedReader(Counted(raw, advance), 1 << 18))
+                yield from read(Source(file, str(path), str(path), self.text_field, report))
+        except OSError as error:
+            raise UserError(f"--input_file {path} cannot be read: {error.strerror or error}") from error
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file on the disk, 0 if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def open_file(path: str, flags: int) -> int:
+    """Open a file, and nothing that could be waited for without end. Errors: OSError."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if (kind := kind_of(os.fstat(descriptor))) is not None:
+        os.close(descriptor)
+        raise OSError(f"it is {kind}")
+    return descriptor
+
+
+def kind_of(status: os.stat_result) -> str | None:
+    """What something is, if it is neither a file nor a folder."""
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_dev == system_device():
+        return f"a file of the system in {SYSTEM_FILES}"
+    return KINDS.get(stat.S_IFMT(status.st_mode))
+
+
+def system_device() -> int | None:
+    """The device of SYSTEM_FILES, None where there is none."""
+    try:
+        return Path(SYSTEM_FILES).stat().st_dev
+    except OSError:
+        return None
+
+
+def find(names: Sequence[str], text_field: str = DataConfig.text_field) -> Corpus:
+    """The files that are meant by files, folders and globs, in that order; inside each by name, each once.
+
+    Errors: UserError if one is missing or holds no files.
+    """
+    search = Search()
+    for name in names:
+        search.take(name)
+    return Corpus(
+        tuple(search.files.values()),
+        text_field,
+        tuple(search.lost.items()),
+        search.hidden.notes(),
+    )
+
+
+@dataclass
+class Search:
+    """A search for files.
+
+    files: what was found, by its real path. lost: what cannot be read, by its path, and why.
+    hidden: what is left out because it is hidden.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict[str, Path])
+    lost: dict[str, str] = field(default_factory=dict[str, str])
+    hidden: Hidden = field(default_factory=Hidden)
+
+    def take(self, name: str) -> None:
+        """Look for what is meant by a file, a folder or a glob. Errors: UserError if it is nothing."""
+        found: list[Path] = []
+        lost_before = len(self.lost)
+        for match in self.matches(name):
+            if match.is_dir():
+                found += self.walk(match)
+            elif self.is_readable(match):
+                found.append(match)
+        for file in found:
+            self.files.setdefault(os.path.realpath(file), file)
+        for where, why in list(self.lost.items())[lost_before:]:
+            require(bool(found), f"--input_file {name} holds nothing that can be read: {where} is {why}")
+        require(bool(found), f"--input_file {name} is a folder without files: give another one")
+
+    def matches(self, name: str) -> list[Path]:
+        """The files and folders that a name means. Errors: UserError if there are none."""
+        require(bool(name), "--input_file is empty: give a file")
+        shown = one_line(name)[:SHOWN]
+        try:
+            kind = kind_of(Path(name).stat())
+            advice = f"is {kind}, no file: pipe what comes out of it into --input_file -"
+            require(kind is None, f"--input_file {shown} {advice}")
+            return [Path(name)]
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            pass
+        except OSError as error:
+            if not glob.has_magic(name):
+                raise UserError(f"--input_file {shown} cannot be read: {error.strerror}") from error
+        require(not Path(name).is_symlink(), f"--input_file {shown} is a link to a file that is not there")
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
+        self.look_behind(name)
+        for where, why in self.lost.items() if not matches else ():
+            raise UserError(f"--input_file {shown} finds nothing: {where} is {why}")
+        require(bool(matches), f"--input_file {shown} does not exist: check the path")
+        return matches
+
+    def look_behind(self, pattern: str) -> None:
+        """Report the folders that a glob cannot look into: it passes over them without a word."""
+        while glob.has_magic(pattern):
+            head, tail = os.path.split(pattern)
+            folders = glob.glob(head, recursive=True) if head else [os.curdir]  # noqa: PTH207
+            for folder in filter(os.path.isdir, folders):
+                self.look_into(folder, "*" if head.endswith("**") else tail)
+            pattern = head
+
+    def look_into(self, folder: str, name: str) -> None:
+        """Report a folder where it cannot be seen whether there is a name, or what matches it."""
+        try:
+            if glob.has_magic(name):
+                os.scandir(folder).close()
+            else:
+                Path(folder, name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            self.lose_folder(error, folder)
+
+    def lose_folder(self, error: OSError, folder: str = "") -> None:
+        """Report a folder that cannot be read."""
+        self.lost[str(error.filename or folder)] = f"a folder that cannot be read: {error.strerror or error}"
+
+    def is_readable(self, path: Path) -> bool:
+        """Whether there is a file. What else is there is reported."""
+        try:
+            why = kind_of(path.stat())
+        except FileNotFoundError:
+            why = "a link to a file that is not there"
+        except OSError as error:
+            why = f"a file that cannot be read: {error.strerror or error}"
+        if why is not None:
+            self.lost[str(path)] = why
+        return why is None
+
+    def walk(self, folder: Path) -> Iterator[Path]:
+        """The files in a folder and its folders, by name, hidden ones left out; a loop of links ends."""
+        seen: set[str] = set()
+        for place, folders, files in os.walk(folder, onerror=self.lose_folder, followlinks=True):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            for name in (*folders, *files):
+                if name.startswith("."):
+                    self.hidden.add(str(Path(place, name)))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                path = Path(place, name)
+                if not name.startswith(".") and self.is_readable(path):
+                    yield path

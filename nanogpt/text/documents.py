@@ -1,0 +1,171 @@
+"""Documents: what a corpus is made of, in pieces of bounded length.
+
+Use:    for piece in cut(texts): piece.raw; piece.ends
+        report.reject("dump.jsonl:17", "not JSON")
+Knows neither files nor tokens.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, cast
+
+from nanogpt.config import DataConfig
+from nanogpt.errors import require
+
+PIECE = 1 << 17
+"""Bytes in a piece: longer documents come in several."""
+
+MARGIN = 1 << 12
+"""How far from its end a piece may be cut to end where a word does, in bytes."""
+
+ASCII = bytes(range(128))
+
+KEPT = 10_000
+"""Broken records that are remembered with their place; more are counted."""
+
+
+MISSING: Final = object()
+"""Stands where a record does not have a field: null is a value."""
+
+
+class Piece(NamedTuple):
+    """A part of a document, in UTF-8; ends: nothing of it follows."""
+
+    raw: bytes
+    ends: bool
+
+    @property
+    def characters(self) -> int:
+        """How many characters it has."""
+        beyond = self.raw.translate(None, ASCII)  # multi-byte characters, one after the other
+        return len(self.raw) - len(beyond) + len(beyond.decode())
+
+
+@dataclass
+class Report:
+    """What a pass over a corpus met on its way.
+
+    strict: the first broken record is an error. notes: how files were read, a line each.
+    """
+
+    strict: bool = False
+    notes: list[str] = field(default_factory=list[str])
+    broken: list[str] = field(default_factory=list[str])
+    broken_count: int = 0
+    repaired: int = 0
+    """Records with half a surrogate pair, or bytes that are no characters, which became U+FFFD."""
+    with_fields: int = field(default=0, compare=False)
+    """Files whose records or columns have names."""
+    plain: list[str] = field(default_factory=list[str], compare=False)
+    """The first file that was read as plain text, if there was one."""
+    plain_count: int = field(default=0, compare=False)
+
+    def reject(self, where: str, what: str) -> None:
+        """Count a record that cannot be read. Errors: UserError if strict."""
+        line = one_line(f"{where}: {what}")
+        require(not self.strict, f"{line} (--strict stops at the first broken record)")
+        self.broken_count += 1
+        if len(self.broken) < KEPT:
+            self.broken.append(line)
+
+    def note(self, where: str, what: str) -> None:
+        """Say how a file is read."""
+        self.notes.append(one_line(f"{where}: {what}"))
+
+    def read_plain(self, name: str) -> None:
+        """Count a file that has no fields."""
+        self.plain_count += 1
+        if not self.plain:
+            self.plain.append(one_line(name))
+
+    def idle_field(self, text_field: str) -> tuple[str, ...]:
+        """A note if the name of a field was given, and some files, or all, have no fields."""
+        if text_field == DataConfig.text_field or not self.plain:
+            return ()
+        if self.with_fields:
+            files = counted(self.plain_count, "file")
+            return (f"{files} without fields read as plain text, whole (the first: {self.plain[0]})",)
+        return (
+            f"--text_field {text_field} does nothing: {self.plain[0]} is read as plain text, which has no "
+            "fields (JSON Lines, JSON, CSV, TSV and Parquet have)",
+        )
+
+
+def one_line(text: str) -> str:
+    """A text that can be shown in a line: names of files may have line ends, and bytes that are no text."""
+    return " ".join(text.splitlines()).encode("utf-8", "replace").decode()
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with the noun that it counts: 1 byte, 2 bytes."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def cut(blocks: Iterable[bytes]) -> Iterator[Piece]:
+    """A document, given in blocks of whole characters of UTF-8, in pieces of PIECE bytes.
+
+    A piece ends before a space that follows a word, if there is one: no token of a byte-level BPE spans
+    that, and so the cut changes no token. White space alone is no document.
+    """
+    waiting, begun = b"", False
+    for block in blocks:
+        waiting = waiting + block if waiting else block
+        start = 0
+        while len(waiting) - start > PIECE:
+            end = word_end(waiting, start, start + PIECE)
+            yield Piece(waiting[start:end], False)
+            start, begun = end, True
+        waiting = waiting[start:]
+    if begun or not is_blank(waiting):
+        yield Piece(waiting, True)
+
+
+def word_end(raw: bytes, start: int, stop: int) -> int:
+    """Where to cut raw[start:stop]: before its last space that follows a word; or where a character ends."""
+    least = max(start + 1, stop - MARGIN)
+    end = raw.rfind(b" ", least, stop)
+    while end > 0:
+        if ord("!") <= raw[end - 1] <= ord("~"):
+            return end
+        end = raw.rfind(b" ", least, end)
+    while stop < len(raw) and raw[stop] & 0xC0 == 0x80:
+        stop += 1
+    return stop
+
+
+def is_blank(raw: bytes) -> bool:
+    """Whether there is nothing but white space, of any script."""
+    return not raw or raw.isspace() or (len(raw) <= MARGIN and raw.decode().isspace())
+
+
+def strings(value: object, path: Sequence[str]) -> Iterator[object]:
+    """The values of a field, in every element of every list on the way; MISSING where it leads nowhere.
+
+    A key that has the dots of the path in it comes before the path. An object in the field that has a
+    field of the same name gives that, as the parts of a message in a chat do.
+    """
+    waiting = [(value, tuple(path))]  # a stack and no recursion: lists may be nested deeper than that goes
+    while waiting:
+        value, left = waiting.pop()
+        if isinstance(value, list):
+            waiting += [(item, left) for item in reversed(cast(list[object], value))]
+        elif isinstance(value, dict):
+            record = cast(dict[str, object], value)
+            own = [] if left else [name for name in (".".join(path), path[-1]) if name in record]
+            if left:
+                waiting.append(step(record, left))
+            elif own:
+                waiting.append((record[own[0]], ()))
+            else:
+                yield record
+        else:
+            yield value
+
+
+def step(record: dict[str, object], path: tuple[str, ...]) -> tuple[object, tuple[str, ...]]:
+    """The value of the longest beginning of `path` that is a key, and the rest of the path."""
+    for size in range(len(path), 0, -1):
+        key = ".".join(path[:size])
+        if key in record:
+            return record[key], path[size:]
+    return MISSING, ()

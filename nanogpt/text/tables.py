@@ -1,0 +1,296 @@
+"""CSV, TSV and Parquet: the column of a table that is its text.
+
+Use:    for piece in read_table(",", source): ...
+The delimiter of a CSV file and the column are found in its line of names. A quote that is never closed
+costs the row it is in and no other. Knows neither files nor archives.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from nanogpt.errors import UserError
+from nanogpt.text import formats
+from nanogpt.text.documents import Piece, counted
+from nanogpt.text.formats import (
+    Lines,
+    LongLine,
+    Source,
+    decoded_text,
+    document,
+    listed,
+    missing,
+    note_marks,
+    reason,
+    spooled,
+)
+
+ROWS = 256
+"""Rows of a Parquet file in memory at a time."""
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+
+REREAD = 4
+"""Characters read again because of unclosed quotes, at most, for each one of the file: time stays linear."""
+
+SEPARATOR_LINE = re.compile(r"sep=([^\"\r\n])[\r\n]*", re.IGNORECASE)
+"""With which spreadsheets say the delimiter, above the names."""
+
+TRIED = 32
+"""Lines at the start and end of a broken row that are tried as the first of another row."""
+
+END = "end\n"
+"""A line that shows whether those before it are complete."""
+
+LINE_OF_NAMES = 1 << 20
+"""Characters in the names of the columns that may be cut into several lines."""
+
+LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def read_table(delimiter: str, source: Source) -> Iterator[Piece]:
+    """CSV or TSV with a line of names: text_field says which column is the text."""
+    csv.field_size_limit(formats.RECORD)
+    rows = Rows(Lines(decoded_text(source)), source)
+    column = rows.begin(delimiter)
+    for number, row in rows:
+        if len(row) == rows.width:
+            yield from document(source, f"{source.name}:{number}", row[column])
+        elif row:
+            what = f"{counted(len(row), 'field')} instead of {rows.width}"
+            source.report.reject(f"{source.name}:{number}", what)
+    note_marks(source, rows.lines.marks)
+
+
+class Layout(NamedTuple):
+    """How a line of names is cut. spaced: spaces around the names, and behind delimiters, mean nothing."""
+
+    delimiter: str
+    spaced: bool
+    names: list[str]
+
+
+class Feed:
+    """The lines of one row, for csv.reader.
+
+    held: those that it took so far. size: characters in them. limit: how many there may be before the last.
+    ended: whether the file ended inside the row.
+    """
+
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+        self.start(0)
+
+    def start(self, limit: int) -> None:
+        """Begin a row."""
+        self.held: list[str] = []
+        self.size, self.limit, self.ended = 0, limit, False
+
+    def __iter__(self) -> "Feed":
+        """Itself: it may go on behind its end, once lines are given back."""
+        return self
+
+    def __next__(self) -> str:
+        """The next line. Errors: csv.Error if the row or the line is too long."""
+        if self.held and self.size > self.limit:
+            raise csv.Error(f"longer than {self.limit:,} characters")
+        line = self.lines.read()
+        if not line:
+            self.ended = True
+            raise StopIteration
+        self.held.append(line)
+        self.size += len(line)
+        if isinstance(line, LongLine):
+            raise csv.Error(f"longer than {formats.RECORD:,} characters")
+        return line
+
+    def again(self) -> None:
+        """Have the lines read once more."""
+        self.lines.give_back(self.held)
+
+
+class Rows:
+    """The rows of a table, each with the number of its first line.
+
+    width: how many columns there are. spent: characters that unclosed quotes have cost.
+    """
+
+    def __init__(self, lines: Lines, source: Source) -> None:
+        self.lines, self.source, self.feed = lines, source, Feed(lines)
+        self.delimiter, self.spaced, self.width, self.spent = ",", False, 0, 0
+
+    def begin(self, delimiter: str) -> int:
+        """Read the line of names: which column is the text. Errors: UserError if none is."""
+        while (line := self.lines.read()) and not line.strip():
+            pass
+        match = SEPARATOR_LINE.fullmatch(line)
+        if line and not match:
+            self.lines.give_back([line])
+        layout = self.layout(match[1] if match else delimiter)
+        column = find_column(self.source, layout.names)
+        self.delimiter, self.spaced, self.width = layout.delimiter, layout.spaced, len(layout.names)
+        if layout.delimiter != delimiter:
+            said = DELIMITERS.get(layout.delimiter, repr(layout.delimiter))
+            self.source.note(f"columns separated by {said}, by the line of names")
+        return column
+
+    def layout(self, delimiter: str) -> Layout:
+        """How the line of names is cut so that the text field is there; else so that there are most names."""
+        field, layouts = self.source.text_field, list[Layout]()
+        for candidate in (delimiter, *(other for other in DELIMITERS if other != delimiter)):
+            for spaced in (False, True):
+                names = self.names(candidate, spaced)
+                layouts.append(Layout(candidate, spaced, names))
+                self.feed.again()
+        found = [layout for layout in layouts if field in layout.names]
+        found += [layout for layout in layouts if field.split(".")[0] in layout.names]
+        best = found[0] if found else max(layouts[1::2], key=lambda layout: len(layout.names))
+        self.names(best.delimiter, best.spaced)
+        return best
+
+    def names(self, delimiter: str, spaced: bool) -> list[str]:
+        """The line of names, cut in a certain way. Errors: csv.Error if it is too long."""
+        self.feed.start(LINE_OF_NAMES)
+        names = next(csv.reader(self.feed, delimiter=delimiter, skipinitialspace=spaced), list[str]())
+        return [name.strip() for name in names] if spaced else names
+
+    def reader(self, lines: Iterable[str], *, strict: bool = False) -> Iterator[list[str]]:
+        """The rows in lines. strict: csv.Error at a quote that is not closed, or not where a field ends."""
+        return csv.reader(lines, delimiter=self.delimiter, skipinitialspace=self.spaced, strict=strict)
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        """Every row. What is broken is reported."""
+        strict = self.reader(self.feed, strict=True)
+        while True:
+            number = self.lines.number + 1
+            self.start()
+            try:
+                row = next(strict)
+            except StopIteration:
+                return
+            except csv.Error:
+                self.feed.again()
+                found = self.tolerant(number)
+            else:
+                following = self.swallowed(row, closed=True)
+                found = self.unclosed(number, 0, following) if following else row
+            if found is not None:
+                yield number, found
+
+    def start(self) -> None:
+        """Begin a row, which may be as long as what has been read allows."""
+        limit = formats.RECORD + REREAD * self.lines.taken - self.spent
+        self.feed.start(max(0, min(formats.RECORD, limit)))
+
+    def tolerant(self, number: int) -> list[str] | None:
+        """The row with quotes anywhere; None if that is no row, which is reported then."""
+        self.start()
+        feed = self.feed
+        try:
+            row = next(self.reader(feed))
+        except csv.Error as error:
+            if len(feed.held) == 1:
+                self.source.report.reject(f"{self.source.name}:{number}", reason(error))
+                return None
+            opened = self.opened(feed.held[:-1])
+            return self.unclosed(number, opened, opened + 1)
+        if feed.ended:
+            opened = self.opened(feed.held)
+            return self.unclosed(number, opened, opened + 1)
+        following = self.swallowed(row, closed=False)
+        return self.unclosed(number, 0, following) if following else row
+
+    def opened(self, lines: list[str]) -> int:
+        """In which of the lines of an unfinished row its last quote opens."""
+        *_, row = self.reader(lines)
+        ends = lines[-1].endswith(("\n", "\r"))
+        return len(lines) - len(LINE_END.findall(row[-1])) - (not ends)
+
+    def swallowed(self, row: list[str], *, closed: bool) -> int:
+        """From which of its lines on a row is other rows, into which a quote in it ran; 0 if it is one row.
+
+        closed: every quote in it ends where its field does. Then only a wrong number of fields is suspicious.
+        """
+        held, fits = self.feed.held, len(row) == self.width
+        if len(held) == 1 or (fits and (closed or self.width == 1)):
+            return 0
+        firsts = [first for first in range(1, len(held)) if first <= TRIED or first >= len(held) - TRIED]
+        return next((first for first in firsts if self.are_rows(held[first:])), 0)
+
+    def are_rows(self, lines: list[str]) -> bool:
+        """Whether lines are rows of the table by themselves, of which the last may go on.
+
+        The end of a text over several lines is none: it has the quote that closes it, but not the other.
+        """
+        try:
+            *rows, last = self.reader([*lines, END])
+        except csv.Error:
+            return False
+        if last == [END.strip()]:
+            whole = sum(line.count('"') for line in lines) % 2 == 0
+        else:
+            whole = len(last) <= self.width
+        return whole and all(len(row) == self.width for row in rows)
+
+    def unclosed(self, number: int, opened: int, first: int) -> None:
+        """Report the row with a quote that is never closed; have the lines behind it read as rows, if any is.
+
+        number: of its first line. opened: in which of its lines the quote is. first: the first behind it.
+        """
+        held, where = self.feed.held, f"{self.source.name}:{number + opened}"
+        following, what = held[first:], "a quote that opens here is not closed"
+        self.spent += self.feed.size
+        if self.has_row(following):
+            self.lines.give_back(following)
+            what += ": its row is left out, the lines behind it are read as rows of their own"
+        elif following:
+            what += f": {counted(len(held), 'line')} left out, up to line {number + len(held) - 1}"
+        self.source.report.reject(where, what)
+
+    def has_row(self, lines: list[str]) -> bool:
+        """Whether there is a row with the right number of fields in lines."""
+        try:
+            return any(len(row) == self.width for row in self.reader(lines))
+        except csv.Error:
+            return True  # it is told when its turn comes
+
+
+def read_parquet(source: Source) -> Iterator[Piece]:
+    """A column of a Parquet file."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise missing("pyarrow") from error
+    source.report.with_fields += 1
+    number = 0
+    with spooled(source.file) as file:
+        table: Any = ParquetFile(file)
+        names = list(map(str, table.schema_arrow.names))
+        name = names[find_column(source, names)]
+        for batch in table.iter_batches(batch_size=ROWS, columns=[name]):
+            for value in batch.column(batch.schema.names.index(name)):
+                number += 1
+                where = f"{source.name}, row {number}"
+                try:
+                    record = {name: value.as_py()}
+                except UnicodeDecodeError as error:
+                    source.report.reject(where, f"bytes that are no text ({reason(error)})")
+                    continue
+                yield from document(source, where, record)
+
+
+def find_column(source: Source, names: Sequence[str]) -> int:
+    """Where text_field is among the columns: its name, or that of a column it leads into.
+
+    Errors: UserError if it is not.
+    """
+    path = source.text_field.split(".")
+    for size in range(len(path), 0, -1):
+        name = ".".join(path[:size])
+        if name in names:
+            if names.count(name) > 1:
+                source.note(f"several columns {name!r}: the first is read")
+            return list(names).index(name)
+    known = listed(names) or "none"
+    raise UserError(f"has no column {source.text_field!r}: give --text_field, one of {known}")

@@ -1,0 +1,227 @@
+"""Tokenizers: text <-> ids. Here what they have in common, and the two simplest: characters and bytes.
+
+Use:    tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
+Saved:  to_dict (and vocabulary.from_dict), plain types, inside vocab.pt and inside every checkpoint.
+
+Encoding is a table lookup, of bytes or of code points; no Python loop touches a character.
+
+# V vocab_size, N tokens
+"""
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanogpt.errors import UserError
+from nanogpt.text.encoding import utf8
+
+CHUNK = 1 << 16
+"""Characters encoded at once: their copy in UTF-32 (256 KiB) stays in the processor's cache."""
+
+UNICODE = 0x110000
+"""Number of code points in Unicode."""
+
+END_OF_TEXT = "<|endoftext|>"
+"""How the token that ends a document is shown. Text that spells it is encoded like any other."""
+
+Ids = NDArray[np.unsignedinteger[Any]]
+
+
+class Tokenizer(ABC):
+    """Text <-> ids.
+
+    tokens: the UTF-8 bytes of each id, V of them; end_of_text: the id between documents, if there is one.
+    """
+
+    tokens: list[bytes]
+    end_of_text: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different ids."""
+        return len(self.tokens)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        """The narrowest integer type that holds every id."""
+        return narrowest(self.vocab_size)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
+        """Ids of several texts in UTF-8, one after the other, (N,), and how many each has, (len(texts),)."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All of the tokenizer, as plain types."""
+
+    def encode(self, text: str) -> Ids:
+        """Ids of `text`, (N,), of the narrowest type. Half a surrogate pair, no character, is U+FFFD.
+
+        Errors: UserError if a character has none.
+        """
+        return self.encode_batch([utf8(text)])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, the inverse of encode. Bytes that are not UTF-8 come out as U+FFFD."""
+        return b"".join([self.tokens[i] for i in ids]).decode("utf-8", "replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` as they come; a character cut between tokens waits for its rest."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self.tokens[i])
+        yield decoder.decode(b"", final=True)
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in order of code point.
+
+    chars: the vocabulary; the id of a character is its position in it, and len(chars) ends a document.
+    """
+
+    def __init__(self, chars: str, *, end_of_text: bool = False) -> None:
+        self.chars = chars
+        self.tokens = [char.encode("utf-8", "surrogatepass") for char in chars]
+        if end_of_text:
+            self.end_of_text = len(chars)
+            self.tokens.append(END_OF_TEXT.encode())
+        self.points = code_points(chars)  # (V,) id -> code point
+        self.ids = np.full(UNICODE, -1, dtype=np.int32)  # code point -> id, -1 if unknown
+        self.ids[self.points] = np.arange(len(chars), dtype=np.int32)
+        # Ids of ASCII characters are below 128, since ids are in order of code point.
+        self.ascii = bytes(max(i, 0) for i in self.ids[:256].tolist() if i < 256).ljust(256)
+        self.unknown_ascii = bytes(np.flatnonzero(self.ids[:128] < 0).tolist())
+
+    @classmethod
+    def train(cls, text: str, *, end_of_text: bool = False) -> "CharTokenizer":
+        """The tokenizer whose vocabulary is every character that occurs in `text`."""
+        seen = np.zeros(UNICODE, dtype=np.bool_)
+        for chunk in chunks(text):
+            mark_characters(seen, chunk.encode("utf-8", "surrogatepass"))
+        return cls(characters(seen), end_of_text=end_of_text)
+
+    def encode(self, text: str) -> Ids:
+        """Ids of the characters of `text`, lone surrogates too. Errors: UserError naming the unknown ones."""
+        return self.encode_raw(text.encode("utf-8", "surrogatepass"))
+
+    def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
+        """As Tokenizer.encode_batch. Errors: UserError naming the characters not in the vocabulary."""
+        if len(texts) == 1:
+            ids = self.encode_raw(texts[0])
+            return ids, np.array([len(ids)])
+        parts = [self.encode_raw(text) for text in texts] if any_wide(texts) else None
+        if parts is None:
+            return self.encode_raw(b"".join(texts)), np.array([len(text) for text in texts], np.int64)
+        return np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
+
+    def encode_raw(self, raw: bytes) -> Ids:
+        """Ids of the characters of UTF-8. Errors: UserError naming the unknown ones."""
+        if raw.isascii() and not has_any(raw, self.unknown_ascii):
+            return np.frombuffer(raw.translate(self.ascii), np.uint8).astype(self.dtype, copy=False)
+        text = raw.decode("utf-8", "surrogatepass")
+        ids = np.empty(len(text), dtype=self.dtype)
+        start = 0
+        for chunk in chunks(text):
+            found = self.ids[code_points(chunk)]
+            if found.min() < 0:
+                raise UserError(self.complaint(text))
+            ids[start : start + len(chunk)] = found
+            start += len(chunk)
+        return ids
+
+    def complaint(self, text: str) -> str:
+        """What is wrong with `text`: which characters are unknown, and where the first is."""
+        missing = self.unknown(text)
+        names = ", ".join(describe(char) for char in missing[:5]) + ", ..." * (len(missing) > 5)
+        where = f"at position {text.index(missing[0])}"
+        of = f"not in the vocabulary of {len(self.chars)} characters"
+        if len(missing) == 1:
+            return f"character {names} {where} is {of}: leave it out"
+        return f"characters {names} (the first {where}) are {of}: leave them out"
+
+    def unknown(self, text: str) -> list[str]:
+        """The characters of `text` that are not in the vocabulary, each once, in the order they come."""
+        return [char for char in dict.fromkeys(text) if self.ids[ord(char)] < 0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, the inverse of encode, lone surrogates too."""
+        return b"".join([self.tokens[i] for i in ids]).decode("utf-8", "surrogatepass")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` as they come."""
+        return (self.decode([i]) for i in ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of the tokenizer, as plain types."""
+        return {"kind": "char", "chars": self.chars, "end_of_text": self.end_of_text is not None}
+
+
+class ByteTokenizer(Tokenizer):
+    """One id per byte of UTF-8: 256 of them, and no text that fails.
+
+    The byte 0xFF never occurs in UTF-8: it ends a document.
+    """
+
+    end_of_text = 255
+
+    def __init__(self) -> None:
+        self.tokens = [bytes([i]) for i in range(255)] + [END_OF_TEXT.encode()]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
+        """As Tokenizer.encode_batch."""
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        return np.frombuffer(b"".join(texts), np.uint8), lengths
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of the tokenizer, as plain types."""
+        return {"kind": "byte"}
+
+
+def narrowest(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+    """The narrowest unsigned type that holds the ids 0 .. vocab_size - 1."""
+    if vocab_size <= 1 << 8:
+        return np.uint8
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def mark_characters(seen: NDArray[np.bool_], raw: bytes) -> None:
+    """Set seen[c], (UNICODE,), for every code point c in UTF-8."""
+    known = bytes(np.flatnonzero(seen[:128]).tolist())
+    rest = raw.translate(None, known)  # most often nothing, or characters of several bytes, is left
+    for char in set(rest.decode("utf-8", "surrogatepass")):
+        seen[ord(char)] = True
+
+
+def characters(seen: NDArray[np.bool_]) -> str:
+    """The characters that mark_characters has marked, in order of code point."""
+    return "".join(map(chr, np.flatnonzero(seen).tolist()))
+
+
+def any_wide(texts: Sequence[bytes]) -> bool:
+    """Whether one of the texts has a character of several bytes."""
+    return not all(text.isascii() for text in texts)
+
+
+def has_any(raw: bytes, values: bytes) -> bool:
+    """Whether one of the byte values occurs in `raw`."""
+    return len(raw.translate(None, values)) < len(raw)
+
+
+def code_points(text: str) -> NDArray[np.uint32]:
+    """The Unicode code points of `text`, shape (len(text),)."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def chunks(text: str) -> Iterator[str]:
+    """`text` in pieces of at most CHUNK characters."""
+    for start in range(0, len(text), CHUNK):
+        yield text[start : start + CHUNK]
+
+
+def describe(char: str) -> str:
+    """A character as a person can recognise it: itself and its code point."""
+    return f"{char!r} (U+{ord(char):04X})"

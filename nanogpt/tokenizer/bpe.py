@@ -1,0 +1,244 @@
+"""Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a token is a piece of a word.
+
+Use:    tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
+Learning and encoding run in gigatoken; a tokenizer.json that asks for anything else runs in Hugging
+Face's tokenizers, which defined the format.
+
+# V vocab_size, N tokens
+"""
+
+import json
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanogpt.config import LEAST_BPE
+from nanogpt.errors import require
+from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer
+
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
+"""What the token that ends a text is called in other people's vocabularies."""
+
+PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
+"""Bytes that a byte-level vocabulary spells as the character of the same number."""
+
+GPT2_ORDER = (*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE))
+"""Bytes in the order of GPT-2's ids."""
+
+CHAR_OF = {
+    byte: chr(byte if byte in PRINTABLE else 256 + i - len(PRINTABLE)) for i, byte in enumerate(GPT2_ORDER)
+}
+"""How a byte is spelled in a byte-level vocabulary (Radford et al. 2019): always as something visible."""
+
+
+BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-pair encoding as a tokenizer.json describes it, in gigatoken.
+
+    source: the whole text of the tokenizer.json. Only what a byte-level BPE without a normalizer
+    says is done here (`is_byte_level`).
+    """
+
+    def __init__(self, source: str) -> None:
+        import awkward  # noqa: F401 - gigatoken hides that it cannot be had, and why  # pyright: ignore
+        import gigatoken
+
+        self.source = source
+        described = json.loads(source)
+        vocabulary, added = described["model"]["vocab"], added_tokens(described)
+        size = max([*vocabulary.values(), *added.values()]) + 1
+        self.tokens = [b""] * size
+        for token, i in vocabulary.items():
+            self.tokens[i] = bytes(BYTE_OF[char] for char in token)
+        for token, i in added.items():
+            self.tokens[i] = token.encode()
+        self.end_of_text = end_of_text(self.tokens, added)
+        described["added_tokens"] = []  # so that text which spells one is text
+        self.backend = gigatoken.Tokenizer.from_json(json.dumps(described))
+
+    def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
+        """As Tokenizer.encode_batch."""
+        encoded: Any = self.backend.encode_batch(list(texts), parallel=False)
+        if isinstance(encoded, list):  # what it falls back to where memory is short
+            raise MemoryError("no room for the result of an encoding")
+        ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data
+        return ids.astype(self.dtype, copy=False), np.diff(offsets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of the tokenizer, as plain types."""
+        return {"kind": "bpe", "tokenizer.json": self.source}
+
+
+class ForeignTokenizer(Tokenizer):
+    """Any other tokenizer.json, in the library that defined the format: slower, and right by definition.
+
+    It may change text on the way (as normalizers do): decode need not be the inverse of encode.
+    """
+
+    def __init__(self, source: str) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.source = source
+        self.backend = Backend.from_str(source)
+        self.backend.encode_special_tokens = True  # text that spells a special token is text
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.tokens = [
+            self.backend.decode([i], skip_special_tokens=False).encode("utf-8", "replace")
+            for i in range(max(vocabulary.values()) + 1)
+        ]
+        self.end_of_text = end_of_text(self.tokens, added_tokens(json.loads(source)))
+
+    def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
+        """As Tokenizer.encode_batch."""
+        encoded = self.backend.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        lengths = np.array([len(one.ids) for one in encoded], dtype=np.int64)
+        ids = np.concatenate(
+            [np.array(one.ids, dtype=self.dtype) for one in encoded] or [np.empty(0, self.dtype)]
+        )
+        return ids, lengths
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`."""
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` as they come."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=False)
+        own_end = self.backend.id_to_token(self.end_of_text or 0) is None
+        for i in ids:
+            if own_end and i == self.end_of_text:
+                yield END_OF_TEXT
+            else:
+                yield decoder.step(self.backend, int(i)) or ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of the tokenizer, as plain types."""
+        return {"kind": "tokenizer.json", "tokenizer.json": self.source}
+
+
+def is_byte_level(described: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json is a byte-level BPE that changes nothing in the text."""
+    model: dict[str, Any] = described["model"]
+    decoder: dict[str, Any] = described.get("decoder") or {}
+    added: list[dict[str, Any]] = described.get("added_tokens") or []
+    special = all(token.get("special") for token in added)
+    return bool(
+        model.get("type") == "BPE"
+        and not model.get("dropout")
+        and not model.get("byte_fallback")
+        and described.get("normalizer") is None
+        and decoder.get("type") == "ByteLevel"
+        and special
+    )
+
+
+def added_tokens(described: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens that a tokenizer.json puts beside its model's vocabulary: token -> id."""
+    tokens: list[dict[str, Any]] = described.get("added_tokens") or []
+    return {token["content"]: token["id"] for token in tokens}
+
+
+def end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:
+    """The id that ends a document: the vocabulary's own, or a new one, appended to `tokens`."""
+    for name in END_NAMES:
+        if name in added:
+            return added[name]
+    tokens.append(END_OF_TEXT.encode())
+    return len(tokens) - 1
+
+
+def train_bpe(text: bytes, vocab_size: int) -> BPETokenizer:
+    """Learn a byte-level BPE of `vocab_size` ids from UTF-8 text, with GPT-2's rule for what a word is.
+
+    Ids: 256 bytes, the merges in the order they were learned, end-of-text last. The byte 0xFF separates
+    documents in `text`. Merges equal those of Hugging Face's trainer, ties included.
+    Errors: UserError if the text is too small for so many merges.
+    """
+    from gigatoken.gigatoken_rs import train_bpe as learn
+
+    with muted():  # it reports on its own
+        _, merges = learn(text, vocab_size, [END_OF_TEXT], separator=b"\xff")
+    require(
+        len(merges) == vocab_size - LEAST_BPE,
+        f"--vocab_size {vocab_size} is too large for this text, which has only {len(merges)} pairs to merge: "
+        f"use at most {len(merges) + LEAST_BPE}, or --tokenizer byte",
+    )
+    return BPETokenizer(byte_level_json(merges))
+
+
+def byte_level_json(merges: Iterable[tuple[bytes, bytes]], alphabet: Iterable[int] = range(256)) -> str:
+    """The tokenizer.json of a byte-level BPE with GPT-2's pre-tokenizer.
+
+    alphabet: the bytes in the order of their ids.
+    """
+    spelled = [(spell(left), spell(right)) for left, right in merges]
+    vocabulary = {CHAR_OF[byte]: i for i, byte in enumerate(alphabet)}
+    for left, right in spelled:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": len(vocabulary), "content": END_OF_TEXT, **added}],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": vocabulary,
+                "merges": spelled,
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+def gpt2(vocab_bpe: str) -> BPETokenizer:
+    """GPT-2's tokenizer, from the file of merges that was published with it (vocab.bpe)."""
+    pairs = (line.split(" ") for line in vocab_bpe.splitlines()[1:] if line)
+    merges = ((unspell(left), unspell(right)) for left, right in pairs)
+    return BPETokenizer(byte_level_json(merges, alphabet=GPT2_ORDER))
+
+
+def spell(token: bytes) -> str:
+    """A token's bytes as a byte-level vocabulary writes them."""
+    return "".join(CHAR_OF[byte] for byte in token)
+
+
+def unspell(token: str) -> bytes:
+    """Inverse of spell."""
+    return bytes(BYTE_OF[char] for char in token)
+
+
+@contextmanager
+def muted() -> Generator[None]:
+    """Silence what compiled code writes to standard output and error by itself."""
+    with open(os.devnull, "w") as nowhere:
+        saved = {stream: os.dup(stream) for stream in (1, 2)}
+        try:
+            for stream in saved:
+                os.dup2(nowhere.fileno(), stream)
+            yield
+        finally:
+            for stream, copy in saved.items():
+                os.dup2(copy, stream)
+                os.close(copy)

@@ -1,0 +1,47 @@
+"""The picture of a run: loss against steps, out of metrics.jsonl, into loss.png.
+
+Use:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
+"""
+
+from pathlib import Path
+from typing import Any
+
+from nanogpt.console import new_figure
+from nanogpt.files import replacing
+from nanogpt.training.metrics import rows
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draw training and validation loss, with the best evaluation marked (matplotlib).
+
+    Errors: UserError if the metrics cannot be read, or the picture cannot be written.
+    """
+    found = [row for _, row in rows(metrics) if row is not None]
+    train, val = points(found, "train_loss"), points(found, "val_loss")
+    figure = new_figure(8, 4.5)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1, label="training")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="#d94801", marker="o", markersize=3, label="validation")
+        step, loss = min(val, key=lambda point: point[1])
+        axes.annotate(
+            f"best {loss:.4f} at step {step:,}",
+            (step, loss),
+            xytext=(0, 24),
+            textcoords="offset points",
+            ha="right",
+            arrowprops={"arrowstyle": "-", "color": "#888888"},
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend()
+    with replacing(picture) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def points(found: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Step and value of every record that has the number `name`."""
+    return [(row["step"], row[name]) for row in found if type(row.get(name)) in (int, float)]

@@ -1,0 +1,134 @@
+"""What a training says to the person who waits for it: the plan, the time it will take, how it ended.
+
+Use:    plan(run); forecast(run); conclude(run, reason)
+Changes nothing in the run but `forecast_done`; writes loss.png.
+"""
+
+import shlex
+
+import numpy as np
+import torch
+
+from nanogpt.config import TrainConfig
+from nanogpt.console import command, say, warn
+from nanogpt.cores import usable_cores
+from nanogpt.device import name_of
+from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.training.memory_estimate import MIB
+from nanogpt.training.metrics import duration
+from nanogpt.training.plot import plot_losses
+from nanogpt.training.state import Run
+from nanogpt.training.stopping import STOP_REASONS
+
+FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
+"""Training after which the time to come is foretold: this long, and at least so many steps."""
+
+ONE_HOUR = 3600.0
+
+BUSY = 0.5
+"""Cores held by other programs from which that is worth a line."""
+
+
+def plan(run: Run) -> None:
+    """Before the first step: say what will be trained, on what, for how long in steps."""
+    config, progress = run.config, run.progress
+    tokens = config.batch_size * config.block_size
+    say(f"Starting training on {run.device.type.upper()}...")
+    say(
+        f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
+        f"vocabulary of {run.dataset.tokenizer.vocab_size}"
+    )
+    say(f"Arithmetic: {name_of(run.dtype)} ({run.products.why})")
+    if config.optimizer == "muon":
+        say(f"Muon orthogonalises in {name_of(run.newton_schulz.dtype)} ({run.newton_schulz.why})")
+    say(
+        f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
+        f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
+        + (f", from step {progress.step:,}" * config.resume)
+    )
+    activations = f"{run.memory.activations / MIB:,.1f} MiB for" if run.memory else "besides"
+    say(
+        f"A step: {run.work / 1e9:,.1f} GFLOP; {held(run) / MIB:,.1f} MiB for weights, gradients and "
+        f"moments, {activations} activations"
+    )
+    if run.world.size > 1 or run.pieces > 1:
+        say(f"Batch: {shares(config.batch_size, run.world.size, run.pieces)}")
+
+
+def held(run: Run) -> float:
+    """Bytes that this process holds all the time, of its weights, their average, gradients and moments."""
+    if run.memory:
+        return run.memory.held
+    weights = sum(parameter.nbytes for parameter in run.model.parameters())
+    moments = sum(
+        parameter.nbytes * (2 if "betas" in optimizer.defaults else 1)
+        for optimizer in run.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    total = weights * (3 if run.average else 2) + moments
+    return total / (run.world.size if is_sharded(run.model) else 1)
+
+
+def shares(batch_size: int, processes: int, pieces: int) -> str:
+    """How a batch is cut up, in words. pieces: micro-batches of each process."""
+    portions = [len(part) for part in np.array_split(np.arange(batch_size), processes)]
+    sizes = [len(cut) for part in portions for cut in np.array_split(np.arange(part), min(pieces, part))]
+    each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} or {max(sizes)}"
+    among = f"{processes} processes x " if processes > 1 else ""
+    count = min(pieces, max(portions))
+    return f"{batch_size} sequences = {among}{count} micro-batch{'es' * (count > 1)} of {each}"
+
+
+def forecast(run: Run) -> None:
+    """Once, after the first measured steps: say how long the training will take."""
+    pace, config = run.pace, run.config
+    if run.forecast_done or pace.steps < FORECAST_STEPS or pace.seconds < FORECAST_SECONDS:
+        return
+    run.forecast_done = True
+    a_step = pace.seconds / pace.steps
+    expected = a_step * (config.max_iters - run.progress.step)
+    if config.max_seconds is not None:
+        expected = min(expected, config.max_seconds - run.progress.elapsed_s)
+    say(f"Expected: {duration(expected)} more ({a_step * 1000:,.0f} ms a step, evaluation not counted)")
+    others, cores = run.watch.held_by_others(), usable_cores()
+    if run.kind.shares_memory and others > BUSY and others + torch.get_num_threads() > cores + BUSY:
+        say(
+            f"Other programs hold {others:.1f} of {cores} cores: without them it is faster, and with them "
+            "maybe with fewer threads (OMP_NUM_THREADS)"
+        )
+    if expected > ONE_HOUR and run.kind.shares_memory and config.preset != "cpu":
+        say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
+
+
+def conclude(run: Run, reason: str) -> None:
+    """Say how the run ended and what to do next; draw the loss curve unless interrupted."""
+    config, progress, folder = run.config, run.progress, run.folder
+    if reason in STOP_REASONS:
+        say(f"Stopped at step {progress.step} and saved. To continue: {resume_command(run)}")
+        return
+    why = {
+        "finished": f"{progress.step:,} steps done",
+        "time": f"--max_seconds {config.max_seconds:g} reached" if config.max_seconds else "",
+        "told": f"{progress.step:,} steps done, then told to stop",
+        "patience": f"no better for {config.patience} evaluations",
+    }
+    say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")
+    say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")
+    try:
+        plot_losses(folder.metrics, folder.plot)
+        say(f"Loss curve: {folder.plot}")
+    except Exception as error:  # everything is saved: a picture must not make a failure of it
+        warn(f"No loss curve: {error}")
+    checkpoint = [] if config.out_dir == TrainConfig.out_dir else ["--checkpoint", str(folder.best)]
+    say(f"Now try: {shlex.join([*command('sample'), *checkpoint])}")
+
+
+def resume_command(run: Run) -> str:
+    """The command that continues the run, with as many processes."""
+    given = run.config.out_dir
+    folder = [] if given == TrainConfig.out_dir else ["--out_dir", given]
+    start = command("train")
+    if run.world.size > 1:
+        start = ["torchrun", f"--nproc_per_node={run.world.local_size}", "train.py"]
+    return shlex.join([*start, "--resume", *folder])
