@@ -1,4 +1,4 @@
-"""Prepare a text for training: `python data.py --help`. The code is in nanogpt/data/batches.py."""
+"""Prepare a text for training: `python data.py --help`. The code is in nanogpt/data/prepare.py."""
 
 from nanogpt.cli.main import script
 

@@ -337,6 +337,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype called float32, bfloat16 or float16: the inverse of name_of."""
+    return cast(torch.dtype, getattr(torch, name))
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """The context in which matrix products run in `dtype`."""
     if dtype == torch.float32:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from nanogpt.config import Dtype
-from nanogpt.device import autocast, kind_of, name_of
+from nanogpt.device import autocast, dtype_of, kind_of, name_of
 from nanogpt.errors import require
 
 SIZES = (128, 512)
@@ -54,7 +54,7 @@ def pick_dtype(name: Dtype, device: torch.device, width: int) -> Choice:
         "--dtype float16 does not train on Apple GPUs: use float32 or bfloat16",
     )
     if name != "auto":
-        return Choice(cast(torch.dtype, getattr(torch, name)), "as --dtype says")
+        return Choice(dtype_of(name), "as --dtype says")
     native = kind.native_dtype(device)
     if native:
         return Choice(*native)
@@ -74,7 +74,7 @@ def pick_muon_dtype(name: Dtype, device: torch.device) -> Choice:
     Everything in it is at most 1, so float16 will do where bfloat16 is slow.
     """
     if name != "auto":
-        return Choice(cast(torch.dtype, getattr(torch, name)), "as --dtype says")
+        return Choice(dtype_of(name), "as --dtype says")
     native = kind_of(device).native_dtype(device)
     if native:
         return Choice(*native)
@@ -85,9 +85,9 @@ def pick_muon_dtype(name: Dtype, device: torch.device) -> Choice:
 
 def pick_sampling_dtype(name: Dtype, device: torch.device, trained_in: str) -> torch.dtype:
     """The dtype of the matrix products of sampling. "auto": that of the training if it is fast here too."""
-    dtype = cast(torch.dtype, getattr(torch, trained_in if name == "auto" else name))
     if name != "auto":
-        return dtype
+        return dtype_of(name)
+    dtype = dtype_of(trained_in)
     native = kind_of(device).native_dtype(device)
     fast = not is_slow(dtype, device) if native else pays(dtype, device)
     return dtype if fast else torch.float32

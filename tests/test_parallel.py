@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from waiting import HANGS, wait_for
 
 from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
@@ -55,9 +55,6 @@ cli.script("train")
 """
 
 NEVER = "pass"
-
-HANGS = 600.0
-"""Seconds after which a process is taken to hang, however busy the machine is."""
 
 
 def arguments(config: TrainConfig) -> list[str]:
@@ -341,10 +338,7 @@ def test_a_signal_to_the_launcher_stops_all_after_the_same_step(plain, tmp_path)
     config = replace(plain, max_iters=100_000, eval_interval=100_000)
     process = start(tmp_path, config)
     path = Path(config.out_dir) / "metrics.jsonl"
-    end = time.monotonic() + HANGS
-    while not (path.exists() and path.read_text().count("\n") > 20):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    assert wait_for(lambda: path.exists() and path.read_text().count("\n") > 20, process)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=HANGS)
     assert out.count("Stopped at step") == 1
@@ -365,12 +359,8 @@ def test_of_two_machines_one_dies_and_comes_back(plain, tmp_path):
     host, guest = (f"--rdzv_conf=keep_alive_interval=1,is_host={answer}" for answer in ("true", "false"))
     first = start(tmp_path, hit, *flags, host, fault=slowly)
     second = start(tmp_path, hit, *flags, guest, fault=slowly)
-    end = time.monotonic() + HANGS
     path = Path(hit.out_dir) / "metrics.jsonl"
-    while not (path.exists() and path.read_text().count("train_loss") > 10):
-        assert time.monotonic() < end
-        assert first.poll() is None
-        time.sleep(0.05)
+    assert wait_for(lambda: path.exists() and path.read_text().count("train_loss") > 10, first)
     kill_tree(second.pid)
     second.communicate()
     again = start(tmp_path, hit, *flags, guest, fault=slowly)

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import wait_for
 
 from nanogpt import files
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
@@ -64,14 +64,6 @@ def live(config: TrainConfig, die_in_save: int = 0) -> BaseProcess:
     process = context.Process(target=child, args=(config, die_in_save))
     process.start()
     return process
-
-
-def wait_for(happened: Callable[[], bool], process: BaseProcess, seconds: float = 600) -> None:
-    """Until it has happened or the process has ended."""
-    end = time.monotonic() + seconds
-    while not happened() and process.is_alive():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def steps_logged(config: TrainConfig) -> int:

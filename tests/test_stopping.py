@@ -20,6 +20,7 @@ from typing import cast
 
 import pytest
 import torch
+from waiting import wait_for
 
 from nanogpt import streams
 from nanogpt.checkpoint.format import Progress, load_checkpoint, peek
@@ -125,13 +126,9 @@ def flags(config: TrainConfig) -> list[str]:
     return [f"--{name}={value}" for name, value in given.items() if value != getattr(default, name)]
 
 
-def wait_for(happened: Callable[[], bool], process: BaseProcess) -> None:
-    """Until it has happened. The process must live."""
-    end = time.monotonic() + 120
-    while not happened():
-        assert process.is_alive(), Path("err.txt").read_text()
-        assert time.monotonic() < end
-        time.sleep(0.002)
+def lives_until(happened: Callable[[], bool], process: BaseProcess) -> None:
+    """Wait until it has happened. The process must live."""
+    assert wait_for(happened, process), Path("err.txt").read_text()
 
 
 def steps(config: TrainConfig) -> list[int]:
@@ -165,7 +162,7 @@ def endless(config: TrainConfig, tmp_path: Path, monkeypatch) -> TrainConfig:
 @pytest.mark.parametrize("number", EXIT_CODES, ids=lambda number: number.name)
 def test_every_signal_saves_and_has_its_exit_code(endless, number) -> None:
     process = live(endless)
-    wait_for(lambda: len(steps(endless)) > 3, process)
+    lives_until(lambda: len(steps(endless)) > 3, process)
     assert stop(process, number) == 128 + number
     assert saved_step(endless) == steps(endless)[-1] > 3
     assert "Traceback" not in Path("err.txt").read_text()
@@ -181,9 +178,9 @@ def test_a_stop_loses_nothing_whatever_became_of_the_terminal(endless, streams_a
         config = replace(endless, out_dir=number.name)
         process = live(config, streams_are)
         if waits:  # the training stands still until its first line is read
-            wait_for(Path(config.out_dir, ".lock").exists, process)
+            lives_until(Path(config.out_dir, ".lock").exists, process)
         else:
-            wait_for(lambda config=config: len(steps(config)) > 3, process)
+            lives_until(lambda config=config: len(steps(config)) > 3, process)
         assert stop(process, number) == 128 + number
         assert saved_step(config) == max(steps(config), default=0)
         assert waits or saved_step(config) > 3
@@ -215,11 +212,11 @@ def in_the_background() -> None:
 )
 def test_what_was_ignored_at_the_start_stays_ignored(endless, before, ignored) -> None:
     process = live(endless, before=before)
-    wait_for(lambda: len(steps(endless)) > 3, process)
+    lives_until(lambda: len(steps(endless)) > 3, process)
     for number in ignored:
         os.kill(process.pid or 0, number)
     reached = len(steps(endless))
-    wait_for(lambda: len(steps(endless)) > reached + 20, process)
+    lives_until(lambda: len(steps(endless)) > reached + 20, process)
     assert stop(process, signal.SIGTERM) == 143
 
 
@@ -228,12 +225,12 @@ def test_a_signal_that_says_that_time_is_short_saves_and_the_training_goes_on(en
     process = live(endless)
     last = Path(endless.out_dir) / "last.pt"
     for _ in range(2):
-        wait_for(lambda: len(steps(endless)) > 3, process)
+        lives_until(lambda: len(steps(endless)) > 3, process)
         before = saved_step(endless)
         os.kill(process.pid or 0, number)
-        wait_for(lambda before=before: peek(last)[1] > before, process)
+        lives_until(lambda before=before: peek(last)[1] > before, process)
     reached = saved_step(endless)
-    wait_for(lambda: steps(endless)[-1] > reached + 3, process)
+    lives_until(lambda: steps(endless)[-1] > reached + 3, process)
     assert saved_step(endless) == reached  # once for each
     process.kill()
 
@@ -254,9 +251,9 @@ def slow_save() -> None:
 )
 def test_a_second_signal_ends_at_once_and_quietly(endless, first: str, second: str) -> None:
     process = live(endless, before=slow_save)
-    wait_for(lambda: len(steps(endless)) > 3, process)
+    lives_until(lambda: len(steps(endless)) > 3, process)
     os.kill(process.pid or 0, signal.Signals[first])
-    wait_for(Path("saving").exists, process)
+    lives_until(Path("saving").exists, process)
     assert stop(process, signal.Signals[second]) == EXIT_CODES[signal.Signals[second]]
     lines = [line for line in Path("err.txt").read_text().split("\n") if line]
     assert len(lines) == 1
@@ -388,9 +385,7 @@ def test_nothing_is_written_into_a_file_that_has_the_number_of_a_closed_stream(e
     """A whole program with all three closed: the numbers are taken before any file is opened."""
     command = [sys.executable, str(ROOT / "train.py"), *flags(endless)]
     process = subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], env=environment())
-    while len(steps(endless)) <= 3:
-        assert process.poll() is None
-        time.sleep(0.01)
+    assert wait_for(lambda: len(steps(endless)) > 3, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) == 130
     assert saved_step(endless) == steps(endless)[-1]

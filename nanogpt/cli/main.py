@@ -144,8 +144,9 @@ def prepare_environment() -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # fused attention on more cards
-    if not ALLOCATOR_VARIABLES & os.environ.keys() and "rocm" not in torch_version():
-        renamed = torch_version().split(".")[:2] not in (["2", "7"], ["2", "8"])  # the old name warns since
+    torch = torch_version()
+    if not ALLOCATOR_VARIABLES & os.environ.keys() and "rocm" not in torch:
+        renamed = not torch.startswith(("2.7.", "2.8."))  # since then the old name warns
         name = "PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"
         os.environ[name] = "expandable_segments:True"  # evaluation and training share memory of other sizes
 

@@ -9,7 +9,7 @@ import io
 import secrets
 import sys
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path
 
@@ -41,23 +41,22 @@ def main(config: SampleConfig) -> int:
     prompt = typed if config.prompt_file is None else read_prompt(config.prompt_file)
     stops = [unescape(stop) for stop in config.stop]
     seed = secrets.randbits(32) if config.seed is None else config.seed
-    with enough_memory(), ExitStack() as arithmetic:
+    with enough_memory():
         place = device.pick_device(config.device)
         saved = load_checkpoint(path)
         model, tokens = build_model(saved, place)
         dtype = pick_sampling_dtype(config.dtype, place, saved.arithmetic["dtype"])
-        arithmetic.enter_context(device.eagerly())
-        arithmetic.enter_context(device.autocast(place, dtype))
         flag = "--prompt" if config.prompt_file is None else "--prompt_file"
         ids = encode_prompt(tokens, prompt, skip=config.unknown == "skip", flag=flag)
-        for number in range(config.num_samples):
-            if number:
-                show("\n" + "-" * 40 + "\n")
-            show(prompt)
-            pieces = stream(model, tokens, ids, config, seed + number)
-            for piece in until(pieces, stops):
-                show(piece)
-            show("\n")
+        with device.eagerly(), device.autocast(place, dtype):
+            for number in range(config.num_samples):
+                if number:
+                    show("\n" + "-" * 40 + "\n")
+                show(prompt)
+                pieces = stream(model, tokens, ids, config, seed + number)
+                for piece in until(pieces, stops):
+                    show(piece)
+                show("\n")
     return 0
 
 

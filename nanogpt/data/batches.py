@@ -1,6 +1,7 @@
 """Tokens to batches.
 
-Use:    data = load(Path("data")); batches = Batches(data.train, block_size=256, batch_size=64, seed=1)
+Use:    data = load_dataset(Path("data"))
+        batches = Batches(data.train, block_size=256, batch_size=64, seed=1)
         windows = Windows(data.train, device); x, y = windows(batches(step), 256)
 The folder is opened in data/dataset.py. Does not know the model.
 

@@ -1,8 +1,8 @@
 """A prepared data folder, opened: train.pt, val.pt (or shards) and vocab.pt, which names and seals them.
 
-Use:    data = load(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
-Whatever is in the folder, `load` gives the data set whole or says in one line what is wrong. The files are
-those that data/prepare.py wrote. Knows nothing of batches.
+Use:    data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
+Whatever is in the folder, `load_dataset` gives the data set whole or says in one line what is wrong. The
+files are those that data/prepare.py wrote. Knows nothing of batches.
 """
 
 import math
@@ -108,7 +108,7 @@ def identity(folder: Path) -> tuple[int, int] | None:
 
 
 def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Dataset:
-    """As `load`, of a folder that nobody replaces meanwhile."""
+    """As `load_dataset`, of a folder that nobody replaces meanwhile."""
     path = folder / LAST
     unprepared = how_to_prepare(folder)
     elsewhere = "" if folder.is_dir() else " (or give --data_dir the folder that you prepared)"

@@ -204,7 +204,7 @@ def bytes_of(module: nn.Module) -> int:
 
 
 def together(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Bytes that FSDP puts together while it computes: see parallel.shard.
+    """Bytes that FSDP puts together while it computes: see parallelize.shard.
 
     In `dtype` what is outside of the blocks, and two blocks, one of which is on its way, with the buffer that
     it arrives in; and the gradients of one, with the float32 in which they are averaged.

@@ -1,6 +1,7 @@
 """Parameter groups, the optimizers, and the learning-rate schedule.
 
-Use:    optimizers = build(model, config); set_learning_rate(optimizers, relative_rate(step, config))
+Use:    optimizers = build_optimizers(model, config)
+        set_learning_rate(optimizers, relative_rate(step, config))
 Does not know the data, the loop or the device.
 """
 

@@ -7,7 +7,6 @@ import hashlib
 from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -18,7 +17,7 @@ from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, model_config, t
 from nanogpt.console import say, warn
 from nanogpt.data.batches import Batches, Windows
 from nanogpt.data.dataset import Dataset, load_dataset
-from nanogpt.device import name_of
+from nanogpt.device import dtype_of, name_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
@@ -160,7 +159,7 @@ def kept(config: TrainConfig, place: torch.device, saved: Checkpoint | None, wha
     """The dtype that a resumed run had, unless --dtype has changed or it would crawl here; else None."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
-    had = cast(torch.dtype, getattr(torch, saved.arithmetic.get(what, "bfloat16")))  # before it was saved
+    had = dtype_of(saved.arithmetic.get(what, "bfloat16"))  # before it was saved
     scaled = what == "dtype" and had == torch.float16 and not device.kind_of(place).scales
     if config.dtype == "auto" and (scaled or is_slow(had, place)):
         who = "the run computed" if what == "dtype" else "Muon orthogonalised"

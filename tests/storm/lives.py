@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -18,9 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-
-HANGS = 600.0
-"""Seconds after which a life is taken to hang, however busy the machine is."""
+from waiting import HANGS, wait_for
 
 STREAMS = ("log", "null", "full", "closed", "broken", "hung up")
 """What can become of a standard stream; broken: a pipe without a reader; hung up: a closed terminal."""
@@ -71,10 +68,7 @@ class Life:
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
         """Until it has happened, or the life is over."""
-        end = time.monotonic() + HANGS
-        while not happened() and self.process.is_alive():
-            assert time.monotonic() < end, f"hangs: {self.said}"
-            time.sleep(0.002)
+        wait_for(happened, self.process)
 
     def end(self) -> int:
         """The exit code: negative if a signal ended it."""

@@ -1,0 +1,28 @@
+"""Waiting for what another process does.
+
+Use:    assert wait_for(path.exists, process), "it ended first"
+No test fails by the clock: a process that hangs is killed after HANGS seconds; what it has not done tells.
+"""
+
+import subprocess
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+
+HANGS = 600.0
+"""Seconds after which a process is taken to hang, however busy the machine is."""
+
+
+def wait_for(happened: Callable[[], bool], process: "BaseProcess | subprocess.Popen[str]") -> bool:
+    """Until it has happened or the process has ended. Returns whether it has happened."""
+    started = time.monotonic()
+    while not happened():
+        ended = (
+            process.poll() is not None if isinstance(process, subprocess.Popen) else not process.is_alive()
+        )
+        if ended:
+            return happened()
+        if time.monotonic() - started > HANGS:
+            process.kill()
+        time.sleep(0.002)
+    return True
