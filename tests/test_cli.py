@@ -107,7 +107,7 @@ def test_the_scripts_in_the_root_folder_are_the_commands(project: Path) -> None:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_imports_nothing_heavy(name: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "nanogpt.cli.main", name, "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "nanogpt", name, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "usage:" in done.stdout
     assert not re.search(r"\| +(torch|numpy|matplotlib|requests)$", done.stderr, re.MULTILINE)
@@ -177,7 +177,7 @@ def test_a_closed_pipe_does_not_end_a_training(project: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "nanogpt.cli.main",
+        "nanogpt",
         "train",
         *SMALL,
         "--max_iters",
@@ -201,7 +201,7 @@ def test_output_that_cannot_show_a_character_does_not_end_the_program(project: P
     run("python data.py --input_file my.txt --data_dir my")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     for arguments in (["train", "--data_dir", "my", *SMALL], ["sample", "--num_tokens", "20"]):
-        command = [sys.executable, "-m", "nanogpt.cli.main", *arguments]
+        command = [sys.executable, "-m", "nanogpt", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
 

@@ -223,7 +223,7 @@ def test_training_and_sampling_with_somebody_elses_tokenizer(
 
 def test_text_appears_token_by_token(sampling: SampleConfig) -> None:
     """The first characters can be read while the rest is being made; then the reader leaves."""
-    command = [sys.executable, "-m", "nanogpt.cli.main", "sample", "--checkpoint", sampling.checkpoint]
+    command = [sys.executable, "-m", "nanogpt", "sample", "--checkpoint", sampling.checkpoint]
     command += ["--num_tokens", "1000000", "--prompt", "From", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
