@@ -3,7 +3,6 @@
 The children come from a fork server that has imported torch already.
 """
 
-import json
 import multiprocessing
 import os
 import pty
@@ -20,7 +19,7 @@ from typing import cast
 
 import pytest
 import torch
-from waiting import wait_for
+from waiting import wait_for, written_rows
 
 from nanogpt import streams
 from nanogpt.checkpoint.format import Progress, load_checkpoint, peek
@@ -134,7 +133,7 @@ def lives_until(happened: Callable[[], bool], process: BaseProcess) -> None:
 def steps(config: TrainConfig) -> list[int]:
     """The updates that were logged."""
     path = Path(config.out_dir) / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = written_rows(path)
     return [row["step"] for row in rows if "train_loss" in row]
 
 

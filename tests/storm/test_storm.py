@@ -6,7 +6,6 @@ What happens is drawn from the seed; when it happens is up to the machine. Marke
 it out.
 """
 
-import json
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from lives import STREAMS, Life
+from waiting import written_rows
 
 from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.data.dataset import load_dataset
@@ -101,7 +101,7 @@ def step_of(path: Path) -> int:
 
 def logged(folder: Path) -> list[int]:
     path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = written_rows(path)
     return [row["step"] for row in rows if "train_loss" in row]
 
 
