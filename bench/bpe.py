@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
 from nanogpt.data.scan import batches, cores, in_order
-from nanogpt.text.documents import Piece
+from nanogpt.text.documents import Chunk
 from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import GPT2_ORDER, train_bpe, unspell
 
@@ -49,13 +49,13 @@ def learn(documents: list[str]) -> Library:
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     """Our way: documents in batches, batches on threads."""
-    pieces = [Piece(text.encode(), True) for text in documents]
+    pieces = [Chunk(text.encode(), True) for text in documents]
     groups = batches(pieces, lambda piece: len(piece.raw))
     work = partial(encode_group, tokenizer)
     return np.concatenate(list(in_order(work, groups)))
 
 
-def encode_group(tokenizer: Tokenizer, group: list[Piece]) -> np.ndarray:
+def encode_group(tokenizer: Tokenizer, group: list[Chunk]) -> np.ndarray:
     """Ids of a batch of documents."""
     return tokenizer.encode_batch([piece.raw for piece in group])[0]
 

@@ -24,7 +24,7 @@ from nanogpt import device
 from nanogpt.cli.plan import MODES
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.distributed import parallelize
-from nanogpt.distributed.world import joined, local_device
+from nanogpt.distributed.world import distributed_world, local_device
 from nanogpt.model.gpt import GPT
 from nanogpt.training import memory_estimate
 from nanogpt.training.optimizer import build_optimizers
@@ -56,7 +56,7 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
     """MiB that two updates take at their peak, in this process."""
     place = device.pick_device("auto")
     warm_up(place, dtype)
-    with joined() as world:
+    with distributed_world() as world:
         place = device.pick_device(local_device("auto", world))
         before = common.peak_memory(place)
         torch.manual_seed(1)
@@ -66,8 +66,8 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
         parallelize.checkpoint_activations(model, config.grad_checkpoint)
         if sharded:
             parallelize.shard(model, place, dtype)
-            parallelize.initialize_parts(model, 1)
-        loss_of = parallelize.shared_loss(model, world, place)
+            parallelize.initialize_shards(model, 1)
+        loss_of = parallelize.distributed_loss(model, world, place)
         optimizers = build_optimizers(model, config, torch.bfloat16, world.rank, world.size)
         x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
         for _ in range(2):
@@ -79,7 +79,7 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad(set_to_none=not parallelize.keeps_gradients(loss_of))
-        return max(world.gather([common.peak_memory(place) - before]))
+        return max(world.all_gather([common.peak_memory(place) - before]))
 
 
 def warm_up(place: torch.device, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from step import SMALL, their_model, their_update
 from transformers import GPT2LMHeadModel
 
 from nanogpt.config import TrainConfig
-from nanogpt.data.batches import evaluation_batches, gather
+from nanogpt.data.batches import BatchLoader, evaluation_batches
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.training.optimizer import learning_rate
 
@@ -43,7 +43,7 @@ def plain_run(seed: int, folder: Path) -> list[dict[str, float]]:
     for step in range(PLAIN.max_iters):
         start = time.perf_counter()
         starts = torch.randint(len(dataset.train) - PLAIN.block_size, (PLAIN.batch_size,), generator=random)
-        x, y = gather(dataset.train, starts.numpy(), PLAIN.block_size)
+        x, y = BatchLoader(dataset.train, torch.device("cpu"))(starts.numpy(), PLAIN.block_size)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, PLAIN)
         their_update(model, optimizer, x, y)
@@ -59,7 +59,7 @@ def plain_loss(model: GPT2LMHeadModel, dataset: Dataset) -> float:
     total = 0.0
     batches = evaluation_batches(dataset.val, block_size=PLAIN.block_size, batch_size=64)
     for starts, length in batches:
-        x, y = gather(dataset.val, starts, length)
+        x, y = BatchLoader(dataset.val, torch.device("cpu"))(starts, length)
         logits = model(x).logits
         total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
     return total / (len(dataset.val) - 1)

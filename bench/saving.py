@@ -22,10 +22,10 @@ from rich.table import Table
 
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
-from nanogpt.distributed.world import joined
+from nanogpt.distributed.world import distributed_world
 from nanogpt.training.checkpointing import begin_save, finish_save
 from nanogpt.training.setup import set_up
-from nanogpt.training.step import settle, train_step
+from nanogpt.training.step import read_result, train_step
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -41,10 +41,10 @@ def measure(options: argparse.Namespace) -> None:
     def step() -> float:
         """Seconds of an update, on the process that takes longest."""
         start = time.perf_counter()
-        settle(run, train_step(run))
-        return max(world.gather([time.perf_counter() - start]))
+        read_result(run, train_step(run))
+        return max(world.all_gather([time.perf_counter() - start]))
 
-    with joined() as world:
+    with distributed_world() as world:
         run = set_up(config, RunFolder(Path(options.out_dir)), world)
         step()
         begin_save(run, run.folder.last)
@@ -53,8 +53,8 @@ def measure(options: argparse.Namespace) -> None:
             found["plain"] += [step() for _ in range(3)]
             start = time.perf_counter()
             begin_save(run, run.folder.last)
-            found["waiting"].append(max(world.gather([time.perf_counter() - start])))
-            while world.agree(int(run.writing is not None and not run.writing.digests.done()))[0]:
+            found["waiting"].append(max(world.all_gather([time.perf_counter() - start])))
+            while world.max_over_ranks(int(run.writing is not None and not run.writing.digests.done()))[0]:
                 found["beside"].append(step())
             finish_save(run)
             found["until_there"].append(time.perf_counter() - start)

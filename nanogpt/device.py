@@ -1,6 +1,6 @@
 """Which device, and what it can do: the one place that asks for a device's type.
 
-Use:    device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.runs_ahead
+Use:    device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.is_async
 A kind of device is a class below, with a row in KINDS; another accelerator is another row (the tests register
 one of their own there). Which dtype a device multiplies fast: precision.py.
 Returns its findings as values; it prints nothing and reads no files.
@@ -49,7 +49,7 @@ class Kind(ABC):
 
     type: str
     """What PyTorch calls it."""
-    runs_ahead = False
+    is_async = False
     """Whether it takes work without being waited for: then no step may ask for a number."""
     pins = False
     """Whether what is copied to it in the background has to lie in pinned memory."""
@@ -142,7 +142,7 @@ class CUDA(Kind):
     """A GPU of NVIDIA's, or of AMD's with a ROCm build of PyTorch."""
 
     type = "cuda"
-    runs_ahead = True
+    is_async = True
     pins = True
     compiles = sys.platform == "linux"
     chunk_logits = 2**27

@@ -15,7 +15,7 @@ from nanogpt.config import DataConfig, TrainConfig
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.data.prepare import main as prepare
 from nanogpt.text.corpus import Corpus
-from nanogpt.text.documents import Report
+from nanogpt.text.documents import SkipReport
 
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die,\n"
 
@@ -60,12 +60,12 @@ def prepared(folder: Path, text: str, **settings: Any) -> Dataset:
     return load_dataset(folder)
 
 
-def texts_in(path: Path, raw: str | bytes, text_field: str = "text") -> tuple[list[str], Report]:
+def texts_in(path: Path, raw: str | bytes, text_field: str = "text") -> tuple[list[str], SkipReport]:
     """The texts of a file, and the report, whose lines begin behind the file's name."""
     path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-    report = Report()
+    report = SkipReport()
     found, waiting = [], b""
-    for piece, ends in Corpus((path,), text_field).pieces(report):
+    for piece, ends in Corpus((path,), text_field).chunks(report):
         waiting += piece
         if ends:
             found.append(waiting.decode())

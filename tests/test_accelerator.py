@@ -20,7 +20,7 @@ from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
 from nanogpt.config import SampleConfig, TrainConfig
-from nanogpt.data.batches import Windows
+from nanogpt.data.batches import BatchLoader
 from nanogpt.distributed import world
 from nanogpt.distributed.world import World
 from nanogpt.model.loss import chunked_cross_entropy
@@ -105,7 +105,7 @@ def test_narrow_arithmetic_trains_and_keeps_its_state_over_a_resume(there, cuda,
     fit(never)
     fit(replace(there, max_seconds=1e-9))
     fit(replace(there, resume=True))
-    assert last(there).arithmetic["dtype"] == ("bfloat16" if dtype == "auto" else dtype)
+    assert last(there).precision["dtype"] == ("bfloat16" if dtype == "auto" else dtype)
     assert last(there).scaler == last(never).scaler
     assert losses(there) == losses(never)
 
@@ -134,7 +134,7 @@ def running(config: TrainConfig) -> Run:
     """A run some steps on its way."""
     run = set_up(config, RunFolder(Path(config.out_dir)))
     for _ in range(2):
-        step.settle(run, step.train_step(run))
+        step.read_result(run, step.train_step(run))
     return run
 
 
@@ -143,7 +143,7 @@ def test_a_step_waits_for_nothing(there, cuda, settings):
     run = running(replace(there, **settings))
     with forbid_waiting():
         outcomes = [step.train_step(run) for _ in range(3)]
-    assert all(step.settle(run, outcome)["train_loss"] > 0 for outcome in outcomes)
+    assert all(step.read_result(run, outcome)["train_loss"] > 0 for outcome in outcomes)
 
 
 def test_where_a_device_does_not_run_ahead_a_step_waits_once(there):
@@ -151,7 +151,7 @@ def test_where_a_device_does_not_run_ahead_a_step_waits_once(there):
         run = running(replace(there, **MODERN))
         run.train_windows.send = OnDevice  # the batch comes by a copy that counts, too
         before = accelerator.State.waits
-        step.settle(run, step.train_step(run))
+        step.read_result(run, step.train_step(run))
         assert accelerator.State.waits - before == 1
 
 
@@ -188,10 +188,10 @@ def test_several_processes_send_what_lies_on_either_side(there, cuda, group):
     """Votes lie in main memory, losses on the device: each finds a library."""
     run = running(there)
     run.world = World(0, 2)  # which asks, and is answered by its group of one
-    batch = run.world.total(torch.ones((), device=run.device))
+    batch = run.world.all_reduce_sum(torch.ones((), device=run.device))
     assert isinstance(batch, OnDevice)
-    assert run.world.agree(3, 4) == [3, 4]
-    step.settle(run, step.train_step(run))
+    assert run.world.max_over_ranks(3, 4) == [3, 4]
+    step.read_result(run, step.train_step(run))
 
 
 # What goes wrong is found
@@ -204,7 +204,7 @@ def test_it_finds_a_device_without_its_number(there, cuda, monkeypatch):
 
 
 def test_it_finds_a_tensor_of_the_cpu_among_those_of_the_device(there, cuda, monkeypatch):
-    monkeypatch.setattr(Windows, "send", lambda self, values: values)
+    monkeypatch.setattr(BatchLoader, "send", lambda self, values: values)
     with pytest.raises(RuntimeError, match="two devices"):
         fit(there)
 
@@ -224,7 +224,7 @@ def test_it_finds_a_step_that_waits(there, cuda, monkeypatch):
 
 def test_it_finds_a_copy_that_is_not_in_the_background(there, cuda, monkeypatch):
     run = running(there)
-    monkeypatch.setattr(Windows, "send", lambda self, values: values.to(self.device))
+    monkeypatch.setattr(BatchLoader, "send", lambda self, values: values.to(self.device))
     with pytest.raises(WaitedError), forbid_waiting():
         step.train_step(run)
 
@@ -249,6 +249,6 @@ def test_it_finds_a_tensor_of_the_cpu_in_a_collective_of_the_device(there, cuda,
     connect(tmp_path, "gpu:fake")
     try:
         with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
-            World(0, 2).agree(1)
+            World(0, 2).max_over_ranks(1)
     finally:
         dist.destroy_process_group()

@@ -68,7 +68,7 @@ def original():
         average={},
         optimizers=[optimizer.state_dict()],
         scaler={"scale": 65536.0, "growth_factor": 2.0},
-        arithmetic={"device": "cpu", "dtype": "float32"},
+        precision={"device": "cpu", "dtype": "float32"},
         tokenizer=CharTokenizer.train(CHARS).to_dict(),
         fingerprint="0123abcd",
     )

@@ -21,7 +21,7 @@ import pytest
 from nanogpt.errors import UserError
 from nanogpt.text import archives, compressed, documents, encoding
 from nanogpt.text.corpus import Corpus, find
-from nanogpt.text.documents import Report
+from nanogpt.text.documents import SkipReport
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -35,7 +35,7 @@ TEXTS = ["One, twö.\nthree", "  four", '"five" 🙂\t']
 
 def documents_in(path, report=None, **settings):
     """The documents of one file."""
-    return joined(Corpus((path,), **settings).pieces(report or Report()))
+    return joined(Corpus((path,), **settings).chunks(report or SkipReport()))
 
 
 def joined(pieces):
@@ -121,10 +121,10 @@ def test_the_same_documents_however_they_are_packed(tmp_path, name, packed):
         path.write_bytes(packer(tarred([("in/" + name, raw), ("b.txt", b"last")])))
     else:
         path.write_bytes(raw)
-    report = Report()
+    report = SkipReport()
     last = ["last"] if packed == ".zip" or packed.startswith(".t") else []
     assert documents_in(path, report) == TEXTS + last
-    assert report == Report()
+    assert report == SkipReport()
 
 
 def test_parts_of_a_compressed_file_are_read_one_after_the_other(tmp_path):
@@ -168,8 +168,8 @@ def test_passing_again_gives_the_same_pieces_and_counts_every_byte(tmp_path):
     source = find([str(tmp_path)])
     assert source.size == sum(path.stat().st_size for path in tmp_path.iterdir())
     read = []
-    first = list(source.pieces(Report(), read.append))
-    assert list(source.pieces(Report())) == first
+    first = list(source.chunks(SkipReport(), read.append))
+    assert list(source.chunks(SkipReport())) == first
     assert sum(read) >= source.size  # a Parquet file is read from its end first
 
 
@@ -254,13 +254,13 @@ def test_a_file_that_is_gone_since(tmp_path):
 def test_of_several_files_one_that_cannot_be_read_is_reported(tmp_path):
     for name, raw in (("1.txt", b"one"), ("2.txt", b"\0\0"), ("3.gz", b"no"), ("4.txt", b"four")):
         (tmp_path / name).write_bytes(raw)
-    source, report = find([str(tmp_path)]), Report()
-    assert joined(source.pieces(report)) == ["one", "four"]
+    source, report = find([str(tmp_path)]), SkipReport()
+    assert joined(source.chunks(report)) == ["one", "four"]
     assert report.broken_count == 2
     assert report.broken[0].startswith(f"{tmp_path / '2.txt'}: is not a text file")
     assert report.broken[1].startswith(f"{tmp_path / '3.gz'}: is damaged")
     with pytest.raises(UserError, match=r"2\.txt is not a text file"):
-        list(source.pieces(Report(strict=True)))
+        list(source.chunks(SkipReport(strict=True)))
 
 
 def test_a_file_that_breaks_off_ends_its_document_there(tmp_path, monkeypatch):
@@ -268,8 +268,8 @@ def test_a_file_that_breaks_off_ends_its_document_there(tmp_path, monkeypatch):
     whole = gzip.compress(random.Random(1).randbytes(30_000).hex().encode())
     (tmp_path / "1.txt.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "2.txt").write_bytes(b"two")
-    report = Report()
-    found = joined(find([str(tmp_path)]).pieces(report))
+    report = SkipReport()
+    found = joined(find([str(tmp_path)]).chunks(report))
     assert found[-1] == "two"
     assert report.broken_count == 1
 
@@ -279,8 +279,8 @@ def test_a_file_that_breaks_off_ends_its_document_there(tmp_path, monkeypatch):
 
 def lost(*names):
     """What a search reports as lost, by name."""
-    report = Report()
-    list(find([str(name) for name in names]).pieces(report))
+    report = SkipReport()
+    list(find([str(name) for name in names]).chunks(report))
     assert report.broken_count == len(report.broken)
     return report.broken
 
@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_read_is_reported_however_it_is_found(tmp_path, 
         f"{tmp_path / 'closed'}: a folder that cannot be read: Permission denied"
     ]
     with pytest.raises(UserError, match=r"closed: a folder that cannot be read: .*--strict"):
-        list(find([str(tmp_path / glob)]).pieces(Report(strict=True)))
+        list(find([str(tmp_path / glob)]).chunks(SkipReport(strict=True)))
 
 
 @pytest.mark.usefixtures("closed")
@@ -363,8 +363,8 @@ def test_hidden_files_are_left_out_on_purpose_and_that_is_said(tmp_path):
     for name in ("one.txt", ".env", ".git/config", ".DS_Store", "in/.secret"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
-    report = Report(strict=True)
-    assert joined(find([str(tmp_path), str(tmp_path / "in/.secret")]).pieces(report)) == ["one", "one"]
+    report = SkipReport(strict=True)
+    assert joined(find([str(tmp_path), str(tmp_path / "in/.secret")]).chunks(report)) == ["one", "one"]
     assert report.notes[0].startswith("hidden files and folders left out: 3, the first: ")
 
 
@@ -381,18 +381,18 @@ def test_names_that_are_not_utf8_are_read_and_reported(tmp_path):
     Path(name).mkdir()
     (Path(name) / "\udce9.txt").write_text("one")
     (Path(name) / "\udcff.jsonl").write_text('"two"\nno\n')
-    source, report = find([name]), Report()
-    assert joined(source.pieces(report)) == ["one", "two"]
+    source, report = find([name]), SkipReport()
+    assert joined(source.chunks(report)) == ["one", "two"]
     assert report.broken[0].startswith(f"{tmp_path}/caf?/?.jsonl:2: not JSON")
 
 
 def test_the_end_of_a_text_inside_a_character_is_a_loss(tmp_path):
     (tmp_path / "a.txt").write_bytes("Grüße, schöne Grüße".encode() + b"\xc3")
-    report = Report()
+    report = SkipReport()
     assert documents_in(tmp_path / "a.txt", report) == ["Grüße, schöne Grüße"]
     assert report.broken == [f"{tmp_path / 'a.txt'}: ends inside a character: 1 byte left out"]
     with pytest.raises(UserError, match="--strict"):
-        documents_in(tmp_path / "a.txt", Report(strict=True))
+        documents_in(tmp_path / "a.txt", SkipReport(strict=True))
 
 
 def test_the_name_of_a_field_that_does_nothing_is_said(tmp_path):
@@ -400,8 +400,8 @@ def test_the_name_of_a_field_that_does_nothing_is_said(tmp_path):
     (tmp_path / "z.txt").write_text("two")
 
     def said(names, field):
-        report = Report()
-        list(find([str(tmp_path / name) for name in names], field).pieces(report))
+        report = SkipReport()
+        list(find([str(tmp_path / name) for name in names], field).chunks(report))
         return report.idle_field(field)
 
     assert said(["tweets.js"], "text") == ()
@@ -428,7 +428,7 @@ def test_byte_order_marks_at_later_lines_of_a_text_are_dropped_and_said(tmp_path
             + "thr\ufeffee".encode(name)
         )
         (tmp_path / "a.txt").write_bytes(raw)
-        report = Report()
+        report = SkipReport()
         assert documents_in(tmp_path / "a.txt", report) == ["one\ntwo\nthr\ufeffee"]
         said = "3 byte order marks at the start of a later line dropped (were files joined?)"
         assert report.notes[-1] == f"{tmp_path / 'a.txt'}: {said}"
@@ -443,7 +443,7 @@ def test_byte_order_marks_at_later_lines_of_a_text_are_dropped_and_said(tmp_path
 def test_a_member_that_leads_out_of_its_archive_is_refused_and_counted(tmp_path, name):
     for pack, path in ((zipped, tmp_path / "a.zip"), (tarred, tmp_path / "a.tar")):
         path.write_bytes(pack([("one.txt", b"one"), (name, b"evil"), ("two.txt", b"two")]))
-        report = Report()
+        report = SkipReport()
         assert documents_in(path, report) == ["one", "two"]
         assert report.broken_count == 1
         assert "leads out of the archive" in report.broken[0]
@@ -458,9 +458,9 @@ def test_hidden_members_and_folders_are_left_out_silently(tmp_path):
     members = [(".DS_Store", b"\0"), ("__MACOSX/._one.txt", b"\0"), ("./one.txt", b"one"), ("folder/", b"")]
     for pack, path in ((zipped, tmp_path / "a.zip"), (tarred, tmp_path / "a.tar")):
         path.write_bytes(pack(members[: 4 if pack is zipped else 3]))
-        report = Report()
+        report = SkipReport()
         assert documents_in(path, report) == ["one"]
-        assert report == Report()
+        assert report == SkipReport()
 
 
 def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
@@ -474,7 +474,7 @@ def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
         last = tarfile.TarInfo("last.txt")
         last.size = 4
         archive.addfile(last, io.BytesIO(b"last"))
-    report = Report()
+    report = SkipReport()
     assert documents_in(tmp_path / "a.tar", report) == ["last"]
     assert [line.removeprefix(f"{tmp_path / 'a.tar'}/") for line in report.broken] == [
         f"member2.txt: a link that leads out of the archive, to {secret}",
@@ -496,7 +496,7 @@ def test_a_link_in_an_archive_is_a_loss_if_it_leads_out(tmp_path, target, lost):
         member.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(member, target)
     for path in (tmp_path / "a.tar", tmp_path / "a.zip"):
-        report = Report()
+        report = SkipReport()
         assert documents_in(path, report) == []
         assert (
             report.broken == [f"{path}/in/link.txt: a link that leads out of the archive, to {target}"] * lost
@@ -510,7 +510,7 @@ def test_archives_one_after_the_other_in_a_tar_are_all_read(tmp_path):
 
 def test_hidden_members_that_no_system_wrote_are_said(tmp_path):
     (tmp_path / "a.zip").write_bytes(zipped([("in/.env", b"x"), (".git/config", b"y"), ("1.txt", b"one")]))
-    report = Report()
+    report = SkipReport()
     assert documents_in(tmp_path / "a.zip", report) == ["one"]
     assert report.notes == [f"{tmp_path / 'a.zip'}: hidden files and folders left out: 2, the first: in/.env"]
 
@@ -522,14 +522,14 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"bomb{suffix}"
     if suffix == ".zip":
         path.write_bytes(zipped([("a.txt", zeros), ("b.txt", b"text")]))
-        report = Report()
+        report = SkipReport()
         assert documents_in(path, report) == ["text"]
         assert "decompression bomb" in report.broken[0]
         return
     raw = tarred([("a.txt", zeros)]) if suffix == ".tar.gz" else zeros
     path.write_bytes(PACKERS[suffix[suffix.rindex(".") :]](raw))
     try:
-        report = Report()
+        report = SkipReport()
         assert documents_in(path, report) == []
         said = report.broken[0]
     except UserError as error:
@@ -553,7 +553,7 @@ def test_archives_too_deep_inside_one_another_are_refused(tmp_path, kind):
         (tmp_path / name).write_bytes(raw)
         if depth <= archives.DEPTH:
             assert documents_in(tmp_path / name) == ["text"]
-    report = Report()
+    report = SkipReport()
     try:
         assert documents_in(tmp_path / name, report) == []
         said = report.broken[0]
@@ -576,7 +576,7 @@ THREE = [("1.txt", b"one" * 20), ("2.txt", b"two" * 20), ("3.txt", b"three" * 20
 
 def test_a_damaged_member_of_a_zip_loses_no_other(tmp_path):
     (tmp_path / "a.zip").write_bytes(damaged_member(zipped(THREE, zipfile.ZIP_STORED), "2.txt"))
-    report = Report()
+    report = SkipReport()
     found = documents_in(tmp_path / "a.zip", report)
     assert found[0] == "one" * 20
     assert found[-1] == "three" * 20
@@ -591,7 +591,7 @@ def test_a_member_of_a_zip_that_cannot_be_opened_loses_no_other(tmp_path):
     encrypted[raw.rindex(b"2.txt") - 46 + 8] |= 1  # the flag in the directory says that it is encrypted
     for changed in (raw[: places[0]] + b"X" + raw[places[0] + 1 :], bytes(encrypted)):
         (tmp_path / "a.zip").write_bytes(changed)
-        report = Report()
+        report = SkipReport()
         assert documents_in(tmp_path / "a.zip", report) == ["one" * 20, "three" * 20]
         assert report.broken_count == 1
         assert "2.txt" in report.broken[0]
@@ -606,7 +606,7 @@ def test_a_binary_member_loses_no_other(tmp_path):
     ]
     for pack, path in ((zipped, tmp_path / "a.zip"), (tarred, tmp_path / "a.tar")):
         path.write_bytes(pack(members))
-        report = Report()
+        report = SkipReport()
         assert documents_in(path, report) == ["one", "four"]
         assert report.broken_count == 2
 
@@ -614,7 +614,7 @@ def test_a_binary_member_loses_no_other(tmp_path):
 def test_a_tar_that_is_damaged_in_the_middle_does_not_end_silently(tmp_path):
     raw = tarred(THREE)
     (tmp_path / "a.tar").write_bytes(raw[:1024] + b"\xff" * 512 + raw[1536:])  # the second header
-    report = Report()
+    report = SkipReport()
     try:
         assert documents_in(tmp_path / "a.tar", report) in (["one" * 20], ["one" * 20, "three" * 20])
         said = report.broken
@@ -627,7 +627,7 @@ def test_a_tar_that_breaks_off_does_not_end_silently(tmp_path):
     raw = tarred(THREE)
     for size in (700, 1100, 1400, 1600):  # in a member, in a header
         (tmp_path / "a.tar").write_bytes(raw[:size])
-        report = Report()
+        report = SkipReport()
         try:
             documents_in(tmp_path / "a.tar", report)
             said = report.broken
@@ -641,7 +641,7 @@ def test_a_compressed_file_that_breaks_off_is_damaged(tmp_path, suffix):
     whole = PACKERS[suffix](random.Random(1).randbytes(3000).hex().encode())
     for size in (0, 1, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / f"a.txt{suffix}").write_bytes(whole[:size])
-        report = Report()
+        report = SkipReport()
         try:
             found = documents_in(tmp_path / f"a.txt{suffix}", report)
         except UserError as error:
@@ -656,7 +656,7 @@ SUFFIXES = [*archives.READERS, ".txt", ".tar.gz", ".jsonl.gz", ".csv.zst", ".par
 def outcome(path):
     """Read a file: it gives documents or is refused in one line, and nothing else."""
     try:
-        assert all(isinstance(text, str) for text in documents_in(path, Report()))
+        assert all(isinstance(text, str) for text in documents_in(path, SkipReport()))
         return "read"
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either is right

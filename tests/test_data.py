@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
 from nanogpt.cli import sample
 from nanogpt.config import SampleConfig, TrainConfig
-from nanogpt.data.batches import Batches, evaluation_batches, gather
+from nanogpt.data.batches import BatchLoader, BatchSampler, evaluation_batches
 from nanogpt.data.dataset import FORMAT, SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
@@ -224,7 +224,7 @@ def starts_of(batches, steps, order=0):
     """Where the windows of these steps begin, told from tokens that are their own positions."""
     firsts = []
     for step in steps:
-        x, y = gather(batches.tokens, batches(step, order), batches.block_size)
+        x, y = BatchLoader(batches.tokens, torch.device("cpu"))(batches(step, order), batches.block_size)
         assert torch.equal(x, x[:, :1] + torch.arange(batches.block_size))  # unbroken windows
         assert torch.equal(y, x + 1)  # targets are the inputs one further
         firsts += x[:, 0].tolist()
@@ -233,12 +233,16 @@ def starts_of(batches, steps, order=0):
 
 def counting(n, *, block_size, batch_size, seed=1):
     """Batches of the tokens 0, 1, ..., n - 1."""
-    return Batches(np.arange(n, dtype=np.uint32), block_size=block_size, batch_size=batch_size, seed=seed)
+    return BatchSampler(
+        np.arange(n, dtype=np.uint32), block_size=block_size, batch_size=batch_size, seed=seed
+    )
 
 
 def test_shapes_types_and_values():
     tokens = np.arange(100, dtype=np.uint8)
-    x, y = gather(tokens, Batches(tokens, block_size=8, batch_size=5, seed=1)(0), 8)
+    x, y = BatchLoader(tokens, torch.device("cpu"))(
+        BatchSampler(tokens, block_size=8, batch_size=5, seed=1)(0), 8
+    )
     assert x.shape == y.shape == (5, 8)
     assert x.dtype == y.dtype == torch.int64
     assert torch.equal(x[:, 1:], y[:, :-1])
@@ -326,9 +330,9 @@ def test_every_token_is_seen_in_the_long_run():
 def test_a_block_size_too_long_for_the_split():
     tokens = np.zeros(10, dtype=np.uint8)
     with pytest.raises(UserError, match=r"--block_size 10 .* 10 tokens: use at most 9") as raised:
-        Batches(tokens, block_size=10, batch_size=1, seed=1)
+        BatchSampler(tokens, block_size=10, batch_size=1, seed=1)
     one_line(raised)
-    assert Batches(tokens, block_size=9, batch_size=3, seed=1)(0).tolist() == [0, 0, 0]
+    assert BatchSampler(tokens, block_size=9, batch_size=3, seed=1)(0).tolist() == [0, 0, 0]
 
 
 def test_late_steps_do_not_overflow():
@@ -344,7 +348,7 @@ def test_late_steps_do_not_overflow():
 def test_evaluation_predicts_every_token_but_the_first_once_in_order(n, block_size, batch_size):
     predicted = []
     for starts, length in evaluation_batches(np.zeros(n), block_size=block_size, batch_size=batch_size):
-        x, y = gather(np.arange(n), starts, length)
+        x, y = BatchLoader(np.arange(n), torch.device("cpu"))(starts, length)
         assert torch.equal(y, x + 1)
         assert len(starts) <= batch_size
         assert length <= block_size

@@ -15,7 +15,7 @@ from conftest import TINY, prepared
 from nanogpt import seals
 from nanogpt.config import TrainConfig
 from nanogpt.data import dataset
-from nanogpt.data.batches import Windows
+from nanogpt.data.batches import BatchLoader
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.seals import read_sealed, write_sealed
@@ -312,7 +312,7 @@ def test_folders_of_earlier_versions_load_and_their_ids_are_watched(folder, monk
     assert not load_dataset(folder).sealed
     torch.save(TOKENS["one beyond"], folder / "train.pt")
     loaded = load_dataset(folder, most=100)  # as if it were too large to be looked at
-    windows = Windows(loaded.train, torch.device("cpu"))
+    windows = BatchLoader(loaded.train, torch.device("cpu"))
     windows(np.array([0, 5]), 8)
     with pytest.raises(UserError, match=r"train\.pt is malformed \(it has the id 255"):
         windows(np.array([0, 940]), 13)

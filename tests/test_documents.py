@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nanogpt.errors import UserError
 from nanogpt.text import documents
-from nanogpt.text.documents import MISSING, Piece, Report, counted, cut, strings
+from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, cut, strings
 
 quick = settings(deadline=None, derandomize=True, max_examples=150)
 prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categories=["Cs"]), max_size=80)
@@ -43,7 +43,7 @@ def test_how_the_text_comes_does_not_matter(texts, piece):
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_characters_are_counted(text):
-    assert Piece(text.encode(), True).characters == len(text)
+    assert Chunk(text.encode(), True).characters == len(text)
 
 
 def test_a_cut_is_before_a_space_behind_a_word(monkeypatch):
@@ -100,13 +100,13 @@ def test_what_a_field_leads_to(value, path, found):
 
 def test_broken_records_are_counted_and_so_many_are_kept(monkeypatch):
     monkeypatch.setattr(documents, "KEPT", 3)
-    report = Report()
+    report = SkipReport()
     for number in range(5):
         report.reject(f"a.jsonl:{number}", "not JSON")
     assert report.broken_count == 5
     assert report.broken == ["a.jsonl:0: not JSON", "a.jsonl:1: not JSON", "a.jsonl:2: not JSON"]
     with pytest.raises(UserError, match=r"a\.jsonl:7: not JSON .*--strict"):
-        Report(strict=True).reject("a.jsonl:7", "not JSON")
+        SkipReport(strict=True).reject("a.jsonl:7", "not JSON")
 
 
 def test_a_number_and_its_noun():
@@ -119,6 +119,6 @@ def test_a_number_and_its_noun():
 
 
 def test_a_name_with_a_line_end_is_one_line_of_the_report():
-    report = Report()
+    report = SkipReport()
     report.reject("a\nb\r\nc.jsonl:1", "not JSON")
     assert report.broken == ["a b c.jsonl:1: not JSON"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanogpt.errors import UserError
 from nanogpt.text import formats, json_formats
 from nanogpt.text.corpus import Corpus
-from nanogpt.text.documents import Report
+from nanogpt.text.documents import SkipReport
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -95,7 +95,7 @@ def test_a_record_that_is_too_long_loses_no_other_and_little_is_in_memory(tmp_pa
 def test_strict_stops_at_a_broken_record(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "one"}, {"text": two}, {"text": "three"}]')
     with pytest.raises(UserError, match=r"a\.json, record 2: not JSON .*--strict"):
-        list(Corpus((tmp_path / "a.json",)).pieces(Report(strict=True)))
+        list(Corpus((tmp_path / "a.json",)).chunks(SkipReport(strict=True)))
 
 
 # Several lines in a .jsonl

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from nanogpt import console, files
 from nanogpt.errors import UserError
-from nanogpt.training.metrics import ConsoleReader, JsonLines, Metrics, TensorBoard, duration, forget_after
+from nanogpt.training.metrics import (
+    ConsoleSink,
+    JsonLinesSink,
+    Metrics,
+    TensorBoardSink,
+    duration,
+    forget_after,
+)
 from nanogpt.training.plot import plot_losses
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -60,7 +67,7 @@ def disk_of(size):
 
 
 def test_one_object_a_line_as_soon_as_it_is_written(path):
-    lines = JsonLines(path, 0, 0)
+    lines = JsonLinesSink(path, 0, 0)
     for step in range(1, 4):
         lines.write(train(step))
         assert [row["step"] for row in rows(path)] == list(range(1, step + 1))
@@ -71,22 +78,22 @@ def test_one_object_a_line_as_soon_as_it_is_written(path):
 
 
 def test_what_is_there_is_appended_to(path):
-    JsonLines(path, 0, 0).write(train(1))
+    JsonLinesSink(path, 0, 0).write(train(1))
     before = path.read_bytes()
-    JsonLines(path, 1, 0).write(train(2))
+    JsonLinesSink(path, 1, 0).write(train(2))
     assert path.read_bytes().startswith(before)
     assert rows(path) == [train(1), train(2)]
 
 
 def test_only_the_numbers_of_the_contract_are_kept(path):
     written = evaluation(1, val_bits_per_byte=1.5)
-    JsonLines(path, 0, 0).write({**written, "sample": "To be,\nor not", "best": True, "left_s": 3.0})
+    JsonLinesSink(path, 0, 0).write({**written, "sample": "To be,\nor not", "best": True, "left_s": 3.0})
     assert rows(path) == [written]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_left_out(path, value):
-    JsonLines(path, 0, 0).write(train(1, grad_norm=value, train_loss=value))
+    JsonLinesSink(path, 0, 0).write(train(1, grad_norm=value, train_loss=value))
     expected = train(1)
     del expected["train_loss"]
     assert rows(path) == [expected]
@@ -95,7 +102,7 @@ def test_what_is_no_number_is_left_out(path, value):
 def test_flush_reaches_the_disk(path, monkeypatch):
     synced = []
     monkeypatch.setattr(files.os, "fsync", synced.append)
-    lines = JsonLines(path, 0, 0)
+    lines = JsonLinesSink(path, 0, 0)
     lines.write(train(1))
     assert synced == []  # not at every line: that would slow the training
     lines.flush()
@@ -117,10 +124,10 @@ def test_flush_reaches_the_disk(path, monkeypatch):
 )
 def test_resuming_forgets_exactly_what_will_be_done_again(path, step, evaluated_at, left):
     written = [train(10), evaluation(10), train(20), evaluation(20), train(30), evaluation(30), train(40)]
-    first = JsonLines(path, 0, 0)
+    first = JsonLinesSink(path, 0, 0)
     for record in written:
         first.write(record)
-    JsonLines(path, step, evaluated_at)
+    JsonLinesSink(path, step, evaluated_at)
     assert rows(path) == written[:left]
 
 
@@ -144,18 +151,18 @@ def test_a_line_that_is_not_ours_stays_and_so_does_what_follows(path, line):
 def test_a_last_line_cut_in_half_is_dropped_and_nothing_else(path, torn):
     whole = b'{"step": 1}\n\n{"step": 2}\n'
     path.write_bytes(whole + torn)
-    JsonLines(path, 100, 100).write(train(5))
+    JsonLinesSink(path, 100, 100).write(train(5))
     assert path.read_bytes().startswith(whole + b'{"step": 5, ')
 
 
 @posix
 @pytest.mark.parametrize("kind", ["pipe", "endless", "folder"])
 def test_what_is_no_file_is_refused_at_the_start_and_waited_for_later(path, tmp_path, kind, capsys):
-    lines = JsonLines(path, 0, 0)
+    lines = JsonLinesSink(path, 0, 0)
     make = {"pipe": os.mkfifo, "endless": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}
     make[kind](path)
     with pytest.raises(UserError, match="is not a file: move it away"):
-        JsonLines(path, 0, 0)
+        JsonLinesSink(path, 0, 0)
     with pytest.raises(UserError, match="is not a file: move it away"):
         plot_losses(path, tmp_path / "loss.png")
     lines.write(train(1))
@@ -166,7 +173,7 @@ def test_what_is_no_file_is_refused_at_the_start_and_waited_for_later(path, tmp_
 
 
 def test_lines_that_can_never_be_written_are_counted_at_the_end(blocked, capsys):
-    lines = JsonLines(blocked, 0, 0)
+    lines = JsonLinesSink(blocked, 0, 0)
     for step in range(3):
         lines.write(train(step))
     lines.close()
@@ -193,7 +200,7 @@ def blocked(tmp_path):
 
 
 def test_lines_that_cannot_be_written_wait(blocked, capsys):
-    lines = JsonLines(blocked, 0, 0)
+    lines = JsonLinesSink(blocked, 0, 0)
     lines.write(train(1))
     lines.write(train(2))
     assert not blocked.exists()
@@ -208,7 +215,7 @@ def test_lines_that_cannot_be_written_wait(blocked, capsys):
 
 @pytest.mark.parametrize("by", ["flush", "close"])
 def test_lines_that_wait_are_written_by_the_next_flush(blocked, by):
-    lines = JsonLines(blocked, 0, 0)
+    lines = JsonLinesSink(blocked, 0, 0)
     lines.write(train(1))
     blocked.parent.mkdir()
     getattr(lines, by)()
@@ -220,7 +227,7 @@ def test_lines_that_wait_are_written_by_the_next_flush(blocked, by):
 @posix
 @pytest.mark.parametrize("room", [0, 1, 50, 95, 150, 290])
 def test_a_full_disk_leaves_whole_lines_and_loses_none(path, capsys, room):
-    lines = JsonLines(path, 0, 0)
+    lines = JsonLinesSink(path, 0, 0)
     lines.write(train(1))
     with disk_of(path.stat().st_size + room):
         for step in range(2, 7):
@@ -235,7 +242,7 @@ def test_a_full_disk_leaves_whole_lines_and_loses_none(path, capsys, room):
 @posix
 @pytest.mark.usefixtures("capsys")  # in memory: the warnings are not for the full disk
 def test_a_disk_too_full_for_all_that_waits(path):
-    lines = JsonLines(path, 0, 0)
+    lines = JsonLinesSink(path, 0, 0)
     with disk_of(0):
         for step in range(1, 200):
             lines.write(train(step))
@@ -262,7 +269,7 @@ def points(reader, tag):
 
 
 def test_tensorboard_can_read_it(tmp_path):
-    board = TensorBoard(tmp_path / "runs", 0, {"n_layer": 6, "dropout": 0.2})
+    board = TensorBoardSink(tmp_path / "runs", 0, {"n_layer": 6, "dropout": 0.2})
     for step in (1, 2):
         board.write(
             train(step, train_loss=3.0 / step, lr=0.1 * step, grad_norm=0.5, tokens_per_s=1000 * step)
@@ -282,11 +289,11 @@ def test_tensorboard_can_read_it(tmp_path):
 
 
 def test_tensorboard_shows_the_same_steps_once_after_a_resume(tmp_path):
-    killed = TensorBoard(tmp_path / "runs", 0, {})
+    killed = TensorBoardSink(tmp_path / "runs", 0, {})
     for step in range(1, 6):
         killed.write(train(step, train_loss=9.0))
     killed.close()
-    resumed = TensorBoard(tmp_path / "runs", 3, {})
+    resumed = TensorBoardSink(tmp_path / "runs", 3, {})
     for step in range(4, 7):
         resumed.write(train(step, train_loss=1.0))
     resumed.close()
@@ -296,7 +303,7 @@ def test_tensorboard_shows_the_same_steps_once_after_a_resume(tmp_path):
 
 @pytest.mark.parametrize("method", ["add_scalar", "add_text", "flush", "close"])
 def test_tensorboard_that_fails_says_so_once_and_stops(tmp_path, monkeypatch, capsys, method):
-    board = TensorBoard(tmp_path / "runs", 0, {})
+    board = TensorBoardSink(tmp_path / "runs", 0, {})
     writer = board.writer
     board.flush()
     assert capsys.readouterr().err == ""
@@ -317,7 +324,7 @@ def test_tensorboard_that_fails_says_so_once_and_stops(tmp_path, monkeypatch, ca
 
 def test_tensorboard_that_cannot_begin_says_so_once_and_stops(tmp_path, capsys):
     (tmp_path / "runs").write_bytes(b"a file where the folder should be")
-    board = TensorBoard(tmp_path / "runs", 0, {})
+    board = TensorBoardSink(tmp_path / "runs", 0, {})
     board.write(train(1))
     board.flush()
     board.close()
@@ -328,7 +335,7 @@ def test_tensorboard_that_cannot_begin_says_so_once_and_stops(tmp_path, capsys):
 def test_tensorboard_whose_thread_dies_prints_no_traceback(tmp_path, monkeypatch, capsys):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    board = TensorBoard(tmp_path / "runs", 0, {})
+    board = TensorBoardSink(tmp_path / "runs", 0, {})
     board.flush()
     hook = threading.excepthook
 
@@ -383,7 +390,7 @@ def no_terminal(monkeypatch):
 
 @pytest.mark.usefixtures("no_terminal")
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    reader = ConsoleReader(0, 200)
+    reader = ConsoleSink(0, 200)
     reader.write(train(10, train_loss=2.34567, lr=3e-4, tokens_per_s=12345.6, left_s=125.0))
     with reader.evaluating(3) as advance:
         for _ in range(3):
@@ -444,7 +451,7 @@ def plain(screen):
 
 
 def test_a_bar_on_a_terminal(screen):
-    reader = ConsoleReader(0, 200)
+    reader = ConsoleSink(0, 200)
     reader.write(train(10, train_loss=2.34567, left_s=125.0))
     reader.close()
     assert "10/200" in plain(screen)
@@ -454,7 +461,7 @@ def test_a_bar_on_a_terminal(screen):
 
 @pytest.mark.parametrize("sample", ["[bold]x[/bold] [/]", "I :heart: thee :cat:", "https://a.b/c 1.5"])
 def test_generated_text_is_shown_on_a_terminal_as_it_is(screen, sample):
-    reader = ConsoleReader(0, 200)
+    reader = ConsoleSink(0, 200)
     reader.write(evaluation(10, best=False, sample=sample))
     reader.close()
     assert f"    {sample}\n" in plain(screen)
@@ -495,7 +502,7 @@ def test_duration(seconds, text):
 )
 def test_a_picture_of_any_run(path, tmp_path, records):
     path.touch()
-    lines = JsonLines(path, 0, 0)
+    lines = JsonLinesSink(path, 0, 0)
     for record in records:
         lines.write(record)
     plot_losses(path, tmp_path / "loss.png")

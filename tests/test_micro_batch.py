@@ -12,7 +12,7 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.distributed.world import World
 from nanogpt.training import memory_estimate, out_of_memory, step
-from nanogpt.training.out_of_memory import first_pieces, foresee, micro_batches
+from nanogpt.training.out_of_memory import fit_to_memory, initial_micro_batches, micro_batches_per_rank
 from nanogpt.training.setup import set_up
 from nanogpt.training.trainer import fit
 
@@ -31,7 +31,7 @@ from nanogpt.training.trainer import fit
     ],
 )
 def test_micro_batches_are_worked_out(settings, size, expected):
-    assert micro_batches(TrainConfig(**settings), World(0, size)) == expected
+    assert micro_batches_per_rank(TrainConfig(**settings), World(0, size)) == expected
 
 
 def limited(run, most: int):
@@ -55,7 +55,7 @@ def test_micro_batches_shrink_until_they_fit(config, tmp_path, most, pieces, cap
     torch.testing.assert_close(loss, expected)
     for a, b in zip(run.model.parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-    assert run.pieces == pieces
+    assert run.num_micro_batches == pieces
     assert capsys.readouterr().err.count("out of memory: going on with") == {1: 0, 2: 1, 4: 2, 8: 3}[pieces]
 
 
@@ -81,8 +81,8 @@ def room_for(monkeypatch, run, micro: int) -> None:
 def test_micro_batches_that_fit_are_foreseen(config, monkeypatch, capsys, micro, pieces):
     run = set_up(config, RunFolder(Path(config.out_dir)))
     room_for(monkeypatch, run, micro)
-    foresee(run)
-    assert run.pieces == pieces
+    fit_to_memory(run)
+    assert run.num_micro_batches == pieces
     assert run.memory is not None
     said = capsys.readouterr().err
     assert (f"more than is free: going on with {pieces} micro-batches" in said) == (pieces > 1)
@@ -99,8 +99,8 @@ def test_they_are_foreseen_on_a_gpu_too(config, monkeypatch, capsys, kind):
         monkeypatch.setattr(
             memory_estimate, "free", lambda _: (need.total - need.weights + 1) / memory_estimate.HEADROOM
         )
-        foresee(run)
-    assert run.pieces == 2
+        fit_to_memory(run)
+    assert run.num_micro_batches == 2
     assert "going on with 2 micro-batches" in capsys.readouterr().err
 
 
@@ -114,7 +114,7 @@ def test_memory_that_python_or_numpy_runs_out_of_is_halved_too(config, monkeypat
     really = step.forward_backward
 
     def full(run, x, y, **settings):
-        if run.pieces < 4:
+        if run.num_micro_batches < 4:
             raise MemoryError
         return really(run, x, y, **settings)
 
@@ -126,8 +126,8 @@ def test_memory_that_python_or_numpy_runs_out_of_is_halved_too(config, monkeypat
 def test_what_cannot_fit_is_said_and_tried(config, counted, monkeypatch, capsys):
     run = set_up(config, RunFolder(Path(config.out_dir)))
     monkeypatch.setattr(memory_estimate, "free", lambda _: 0.0)
-    foresee(run)
-    assert run.pieces == 8
+    fit_to_memory(run)
+    assert run.num_micro_batches == 8
     assert "more than is free: nanogpt plan says what to change" in capsys.readouterr().err
 
 
@@ -137,8 +137,8 @@ def test_what_the_user_asks_for_is_left_alone_and_a_short_run_is_not_counted(con
     monkeypatch.setattr(out_of_memory, "WORTH_COUNTING", 0 if "micro_batch" in settings else 1e12)
     monkeypatch.setattr(memory_estimate, "free", lambda _: 0.0)
     run = set_up(config, RunFolder(Path(config.out_dir)))
-    foresee(run)
-    assert run.pieces == 1
+    fit_to_memory(run)
+    assert run.num_micro_batches == 1
     assert (run.memory is None) == ("max_iters" in settings)
 
 
@@ -146,8 +146,8 @@ def test_processes_on_one_machine_share_its_memory(config, counted, monkeypatch)
     run = set_up(config, RunFolder(Path(config.out_dir)))
     room_for(monkeypatch, run, 8)
     run.world = World(local_size=2)
-    foresee(run)
-    assert run.pieces > 1
+    fit_to_memory(run)
+    assert run.num_micro_batches > 1
 
 
 def test_a_resumed_run_keeps_its_micro_batches_and_so_every_bit(config, counted, monkeypatch, tmp_path):
@@ -160,7 +160,7 @@ def test_a_resumed_run_keeps_its_micro_batches_and_so_every_bit(config, counted,
         fit(replace(stopped, max_seconds=1e-9))
     fit(replace(stopped, resume=True))
     ours, theirs = (load_checkpoint(Path(c.out_dir) / "last.pt") for c in (never, stopped))
-    assert ours.arithmetic["pieces"] == theirs.arithmetic["pieces"] == "4"
+    assert ours.precision["num_micro_batches"] == theirs.precision["num_micro_batches"] == 4
     assert all(torch.equal(ours.model[name], theirs.model[name]) for name in ours.model)
 
 
@@ -168,9 +168,9 @@ def test_a_resumed_run_takes_other_micro_batches_if_told(config):
     fit(replace(config, gradient_accumulation_steps=4))
     saved = load_checkpoint(Path(config.out_dir) / "last.pt")
     as_before = saved.train_config
-    assert first_pieces(as_before, World(), saved) == 4
-    assert first_pieces(as_before, World(0, 2), saved) == 2
-    assert first_pieces(replace(as_before, gradient_accumulation_steps=1), World(), saved) == 1
-    assert first_pieces(replace(as_before, micro_batch=1), World(), saved) == 8
-    old = replace(saved, arithmetic={"device": "cpu", "dtype": "float32"})
-    assert first_pieces(as_before, World(), old) == 4
+    assert initial_micro_batches(as_before, World(), saved) == 4
+    assert initial_micro_batches(as_before, World(0, 2), saved) == 2
+    assert initial_micro_batches(replace(as_before, gradient_accumulation_steps=1), World(), saved) == 1
+    assert initial_micro_batches(replace(as_before, micro_batch=1), World(), saved) == 8
+    old = replace(saved, precision={"device": "cpu", "dtype": "float32"})
+    assert initial_micro_batches(as_before, World(), old) == 4

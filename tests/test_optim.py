@@ -15,8 +15,8 @@ from nanogpt.training.optimizer import (
     adamw,
     build_optimizers,
     learning_rate,
+    lr_multiplier,
     orthogonalize,
-    relative_rate,
     set_learning_rate,
 )
 
@@ -103,7 +103,7 @@ def test_steps_are_those_of_the_paper(config):
     second = {name: torch.zeros_like(p) for name, p in expected.items()}
     for t in range(1, 6):
         rate = learning_rate(t - 1, config)
-        set_learning_rate([optimizer], relative_rate(t - 1, config))
+        set_learning_rate([optimizer], lr_multiplier(t - 1, config))
         for name, parameter in layer.named_parameters():
             g = torch.randn_like(parameter)
             parameter.grad = g
@@ -235,7 +235,7 @@ def test_a_muon_step_has_the_length_and_decay_it_should():
 
 def test_the_trapezoid_is_flat_and_then_straight():
     config = replace(CONFIG, schedule="trapezoid", warmup_iters=10, max_iters=110, cooldown=0.5, min_lr=0.1)
-    rates = [relative_rate(step, config) for step in range(111)]
+    rates = [lr_multiplier(step, config) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10:56] == pytest.approx([1.0] * 46)
     falls = [a - b for a, b in pairwise(rates[55:])]

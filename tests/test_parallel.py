@@ -24,14 +24,14 @@ from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.distributed import world
-from nanogpt.distributed.dtensor import whole
-from nanogpt.distributed.parallelize import checkpoint_activations, initialize_parts, shard, whole_for_a_while
+from nanogpt.distributed.dtensor import full_tensor
+from nanogpt.distributed.parallelize import checkpoint_activations, initialize_shards, shard, unsharded
 from nanogpt.distributed.world import World, local_device
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
 from nanogpt.training import trainer
 from nanogpt.training.report import shares
-from nanogpt.training.trainer import enough_memory, fit
+from nanogpt.training.trainer import explain_out_of_memory, fit
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
 
@@ -164,7 +164,7 @@ def test_two_processes_train_as_one_does(plain, tmp_path, settings):
     code, out, err = torchrun(tmp_path, both)
     assert code == 0, err
     assert out.count("Starting training") == out.count("Finished:") == out.count("Loss curve") == 1
-    written = [path.name for path in RunFolder(Path(both.out_dir)).parts.glob("*")]
+    written = [path.name for path in RunFolder(Path(both.out_dir)).shards.glob("*")]
     assert written == (["30"] if both.parallel == "fsdp" else [])  # once
     same_course(alone, both)
 
@@ -180,7 +180,7 @@ def test_a_run_goes_on_with_another_number_of_processes(plain, tmp_path, kind):
     assert code == 0, err
     fit(replace(parts, resume=True))
     same_course(whole, parts)
-    assert not list(RunFolder(Path(parts.out_dir)).parts.glob("*"))  # nobody needs them any more
+    assert not list(RunFolder(Path(parts.out_dir)).shards.glob("*"))  # nobody needs them any more
 
 
 def test_sharded_processes_compute_in_bfloat16_too(plain, tmp_path):
@@ -266,7 +266,7 @@ def test_parts_that_cannot_be_written_do_not_end_the_training(plain, tmp_path):
     assert code == 0, err
     lines = [line for line in err.splitlines() if "training goes on" in line]
     assert len(lines) == 1
-    assert "parts/10: No space left on device" in lines[0]
+    assert "shards/10: No space left on device" in lines[0]
     assert last_step(hit) == 30
     same_course(calm, hit)
 
@@ -397,16 +397,16 @@ def kill_tree(pid: int) -> None:
 
 def test_a_restarted_job_goes_on_with_its_own_run_alone(plain, tmp_path):
     folder = RunFolder(Path(plain.out_dir))
-    assert not folder.holds(plain, "job", restarted=True)  # nothing there
+    assert not folder.is_restart_of(plain, "job", restarted=True)  # nothing there
     fit(replace(plain, max_iters=5))
     other = replace(plain, max_iters=5, learning_rate=1.0)
-    assert folder.holds(replace(plain, max_iters=5), "", restarted=True)
-    assert not folder.holds(other, "job", restarted=True)
-    assert not folder.holds(replace(plain, max_iters=5), "job", restarted=False)
+    assert folder.is_restart_of(replace(plain, max_iters=5), "", restarted=True)
+    assert not folder.is_restart_of(other, "job", restarted=True)
+    assert not folder.is_restart_of(replace(plain, max_iters=5), "job", restarted=False)
     folder.job.write_text("job")
-    assert not folder.holds(replace(plain, max_iters=5), "job", restarted=False)  # it is finished
+    assert not folder.is_restart_of(replace(plain, max_iters=5), "job", restarted=False)  # it is finished
     folder.last.write_bytes(b"torn")
-    assert not folder.holds(replace(plain, max_iters=5), "job", restarted=True)
+    assert not folder.is_restart_of(replace(plain, max_iters=5), "job", restarted=True)
 
 
 # One process
@@ -417,8 +417,8 @@ def test_a_restarted_job_goes_on_with_its_own_run_alone(plain, tmp_path):
 )
 def test_a_process_of_torchruns_leaves_without_taking_the_interpreter_down(environment, said):
     script = (
-        "import atexit, sys; from nanogpt.distributed.world import leave; atexit.register(print, 'late');"
-        " print('early'); leave(3); sys.exit(3)"
+        "import atexit, sys; from nanogpt.distributed.world import hard_exit; atexit.register(print, 'late');"
+        " print('early'); hard_exit(3); sys.exit(3)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -446,17 +446,17 @@ def test_how_a_batch_is_cut_up_is_said(batch_size, processes, pieces, words):
 def test_the_shares_of_a_batch_are_the_batch():
     items = np.arange(13)
     for size in range(1, 14):
-        shares = [World(rank, size).mine(items) for rank in range(size)]
+        shares = [World(rank, size).local_share(items) for rank in range(size)]
         assert np.concatenate(shares).tolist() == items.tolist()
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_alone_every_question_is_answered_at_once():
     world = World()
-    assert world.agree(3, 0) == [3, 0]
-    assert world.gather([1.5]) == [1.5]
-    assert world.decide(lambda: True)
-    assert not world.decide(lambda: False)
+    assert world.max_over_ranks(3, 0) == [3, 0]
+    assert world.all_gather([1.5]) == [1.5]
+    assert world.broadcast_bool(lambda: True)
+    assert not world.broadcast_bool(lambda: False)
 
 
 @pytest.mark.parametrize("mode", ["blocks", "selective"])
@@ -522,9 +522,9 @@ def test_sharded_processes_are_told_the_size_to_try(monkeypatch, batch_size, pie
     """Half of what they took at last."""
     monkeypatch.setattr(trainer, "is_sharded", lambda _: True)
     config = TrainConfig(batch_size=batch_size, parallel="fsdp")
-    run = SimpleNamespace(pieces=pieces, model=None)
+    run = SimpleNamespace(num_micro_batches=pieces, model=None)
     expected = pytest.raises(UserError, match=f"out of memory: give --micro_batch {fix},")
-    with expected, enough_memory(config, World(0, 2), run):
+    with expected, explain_out_of_memory(config, World(0, 2), run):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
 
 
@@ -706,16 +706,16 @@ def test_a_sharded_model_begins_with_the_same_weights_and_no_process_holds_it_al
         with torch.device("meta"):
             parts = GPT(shape)
         shard(parts, torch.device("cpu"), torch.float32)
-        initialize_parts(parts, seed=5)
+        initialize_shards(parts, seed=5)
         torch.manual_seed(5)
         together = GPT(shape)
         mine = parts.state_dict()
         assert mine.keys() == together.state_dict().keys()
         for name, tensor in together.state_dict().items():
-            assert torch.equal(whole(mine[name]), tensor), name
+            assert torch.equal(full_tensor(mine[name]), tensor), name
         x = torch.randint(9, (2, 8))
         assert torch.equal(parts(x)[0], together(x)[0])
-        with whole_for_a_while(parts), torch.no_grad():
+        with unsharded(parts), torch.no_grad():
             for _ in range(2):
                 assert torch.equal(parts(x)[0], together(x)[0])
     finally:

@@ -399,7 +399,7 @@ def test_a_preparation_cut_short_is_seen_and_done_again(config, tmp_path, monkey
         if done == "train.tokens":
             patch.setattr(prepare, "encode_batch", stop)
         elif done == "preparing":
-            patch.setattr(token_writer.Work, "remove", stop)
+            patch.setattr(token_writer.EncodingJob, "remove", stop)
         else:
             patch.setattr(prepare, "write_tokens", stop_at(token_writer.write_tokens))
             patch.setattr(prepare, "write_sealed", stop_at(prepare.write_sealed))
@@ -427,14 +427,14 @@ def small_batches(monkeypatch):
 
 def stop_after(monkeypatch, count):
     """Cut a preparation short in the encoding, after so many batches."""
-    really, left = token_writer.Work.save, iter(range(count))
+    really, left = token_writer.EncodingJob.save, iter(range(count))
 
     def save(work, files):
         really(work, files)
         if next(left, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(token_writer.Work, "save", save)
+    monkeypatch.setattr(token_writer.EncodingJob, "save", save)
 
 
 SETTINGS = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanogpt.errors import UserError
 from nanogpt.text import documents, encoding, formats
 from nanogpt.text.corpus import Corpus
-from nanogpt.text.documents import Report, counted
+from nanogpt.text.documents import SkipReport, counted
 
 quick = settings(deadline=None, derandomize=True, max_examples=50)
 RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог"
@@ -23,7 +23,7 @@ RUSSIAN = "Мой дядя самых честных правил, когда н
 
 def documents_in(path, text_field="text", report=None):
     """The documents of one file."""
-    return joined(Corpus((path,), text_field).pieces(report or Report()))
+    return joined(Corpus((path,), text_field).chunks(report or SkipReport()))
 
 
 def joined(pieces):
@@ -85,7 +85,7 @@ def test_the_same_documents_in_every_format(tmp_path, name):
     @given(some_texts, st.integers(1, 40))
     def check(texts, piece):
         path.write_bytes(WRITERS[name](texts))
-        report = Report()
+        report = SkipReport()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(documents, "PIECE", piece)
             found = documents_in(path, report=report)
@@ -150,7 +150,7 @@ def test_a_table_without_the_column_names_those_it_has(tmp_path, name):
 
 def test_a_record_without_the_field_names_those_it_has(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(as_lines(["x"]))
-    report = Report()
+    report = SkipReport()
     assert documents_in(tmp_path / "a.jsonl", "body", report) == []
     assert report.broken == [
         f"{tmp_path / 'a.jsonl'}:1: no text in the field 'body' (it has id, text): give --text_field"
@@ -162,7 +162,7 @@ def test_a_record_without_the_field_names_those_it_has(tmp_path):
 
 def broken(tmp_path, name, raw):
     """Documents, and the broken records by file and line."""
-    report = Report()
+    report = SkipReport()
     (tmp_path / name).write_bytes(raw)
     found = documents_in(tmp_path / name, report=report)
     assert report.broken_count == len(report.broken)
@@ -268,7 +268,7 @@ def test_a_line_of_names_that_is_too_long_is_refused_in_one_line(tmp_path, monke
 
 def test_strict_stops_at_the_first_broken_record(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'"one"\nno\n"two"\nno\n')
-    pieces = Corpus((tmp_path / "a.jsonl",)).pieces(Report(strict=True))
+    pieces = Corpus((tmp_path / "a.jsonl",)).chunks(SkipReport(strict=True))
     assert next(pieces).raw == b"one"
     with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON .*--strict") as raised:
         next(pieces)
@@ -300,7 +300,7 @@ def test_a_nul_in_a_text_file_is_refused(tmp_path):
 
 def test_half_a_surrogate_pair_becomes_the_replacement_character_and_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'"a\\ud83d"\n"\\ud83d\\ude42"\n"\\udc00b"\n')
-    report = Report()
+    report = SkipReport()
     assert documents_in(tmp_path / "a.jsonl", report=report) == ["a\ufffd", "🙂", "\ufffdb"]
     assert report.repaired == 2
 
@@ -313,7 +313,7 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character_and_is_counted(
 def test_windows_line_ends_fold_even_across_a_border(tmp_path_factory, text, beginning, size):
     path = tmp_path_factory.getbasetemp() / "lines.txt"
     path.write_bytes(text.encode())
-    report = Report()
+    report = SkipReport()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "BEGINNING", beginning)
         patch.setattr(encoding, "READ_BYTES", size)
@@ -328,7 +328,7 @@ def test_windows_line_ends_fold_even_across_a_border(tmp_path_factory, text, beg
 
 def test_notes_name_the_file(tmp_path):
     (tmp_path / "a.txt").write_bytes("é un café\r\n".encode("utf-16"))
-    report = Report()
+    report = SkipReport()
     documents_in(tmp_path / "a.txt", report=report)
     assert report.notes == [
         f"{tmp_path / 'a.txt'}: read as UTF-16, by its byte order mark",

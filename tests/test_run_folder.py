@@ -40,7 +40,7 @@ def put(path, step, **settings):
         average={},
         optimizers=[],
         scaler={},
-        arithmetic={"device": "cpu", "dtype": "float32"},
+        precision={"device": "cpu", "dtype": "float32"},
         tokenizer={"kind": "char", "chars": "abcde"},
         fingerprint="f",
     )
@@ -131,7 +131,7 @@ def test_two_folders_have_two_owners(tmp_path):
 def test_the_most_steps_win(folder, last, best, newest):
     put(folder.last, last)
     put(folder.best, best)
-    found = folder.newest(silent)
+    found = folder.newest_valid(silent)
     assert found.progress["step"] == newest
     assert torch.equal(found.model["ln_f.bias"], torch.full((2,), float(newest)))
 
@@ -139,7 +139,7 @@ def test_the_most_steps_win(folder, last, best, newest):
 @pytest.mark.parametrize("name", ["last", "best"])
 def test_one_file_is_enough(folder, name):
     put(getattr(folder, name), 7)
-    assert folder.newest(silent).progress["step"] == 7
+    assert folder.newest_valid(silent).progress["step"] == 7
 
 
 @pytest.mark.parametrize("damaged", ["last", "best"])
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_reported_and_passed_over(folder, damaged):
     put(folder.best, 10)
     damage(getattr(folder, damaged))
     reports = []
-    assert folder.newest(reports.append).progress["step"] == (10 if damaged == "last" else 20)
+    assert folder.newest_valid(reports.append).progress["step"] == (10 if damaged == "last" else 20)
     line, consequence = reports
     assert consequence == f"Going on from step {10 if damaged == 'last' else 20} instead"
     assert str(getattr(folder, damaged)) in line
@@ -163,7 +163,7 @@ def test_nothing_but_damaged_files(folder):
     damage(folder.best)
     reports = []
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole: start without --resume"):
-        folder.newest(reports.append)
+        folder.newest_valid(reports.append)
     assert len(reports) == 2
 
 
@@ -174,14 +174,14 @@ def test_no_checkpoint_at_all(folder, made):
     with pytest.raises(
         UserError, match=r"no checkpoint to resume in .*out: start without --resume"
     ) as raised:
-        folder.newest(silent)
+        folder.newest_valid(silent)
     assert "\n" not in str(raised.value)
 
 
 def test_a_half_written_file_is_no_checkpoint(folder):
     put(folder.best, 10)
     (folder.path / "last.pt.part").write_bytes(folder.best.read_bytes()[:100])
-    assert folder.newest(silent).progress["step"] == 10
+    assert folder.newest_valid(silent).progress["step"] == 10
 
 
 # The saved settings
@@ -217,7 +217,7 @@ def test_earlier_runs_are_kept_under_rising_numbers(folder):
     for number in (1, 2, 3):
         fill(folder, number)
         runs.append({name: raw for name, raw in tree(folder.path).items() if not name.startswith("previous")})
-        assert folder.set_aside() == folder.path / "previous" / str(number)
+        assert folder.archive_previous() == folder.path / "previous" / str(number)
         assert [path.name for path in folder.path.iterdir()] == ["previous"]
     assert [tree(folder.path / "previous" / str(number)) for number in (1, 2, 3)] == runs  # nothing is lost
     assert all(len(run) == 5 for run in runs)
@@ -227,47 +227,47 @@ def test_a_number_is_never_used_twice(folder):
     for name in ("2", "10", "notes", "1x"):
         (folder.path / "previous" / name).mkdir(parents=True)
     put(folder.last, 1)
-    assert folder.set_aside() == folder.path / "previous" / "11"
+    assert folder.archive_previous() == folder.path / "previous" / "11"
 
 
 def test_a_part_of_a_run_is_a_run(folder):
     folder.path.mkdir()
     folder.metrics.write_text("metrics of a run killed before its first checkpoint")
-    target = folder.set_aside()
+    target = folder.archive_previous()
     assert target == folder.path / "previous" / "1"
     assert list(tree(target)) == ["metrics.jsonl"]
 
 
 def test_nothing_to_set_aside(folder):
-    assert folder.set_aside() is None
+    assert folder.archive_previous() is None
     folder.path.mkdir()
     (folder.path / "notes.txt").write_text("mine")
-    assert folder.set_aside() is None
+    assert folder.archive_previous() is None
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
 
 
 def test_delete_deletes_the_run_and_nothing_else(folder):
     fill(folder, 1)
-    folder.set_aside()
+    folder.archive_previous()
     fill(folder, 2)
     (folder.path / "notes.txt").write_text("mine")
-    assert folder.set_aside(delete=True) is None
+    assert folder.archive_previous(delete=True) is None
     assert sorted(path.name for path in folder.path.iterdir()) == ["notes.txt", "previous"]
     assert len(tree(folder.path / "previous" / "1")) == 5
-    assert folder.set_aside(delete=True) is None
+    assert folder.archive_previous(delete=True) is None
 
 
 def test_setting_aside_leaves_what_the_user_put_there(folder):
     fill(folder, 1)
     (folder.path / "notes.txt").write_text("mine")
-    folder.set_aside()
+    folder.archive_previous()
     assert Path(folder.path / "notes.txt").read_text() == "mine"
 
 
 def test_it_works_inside_the_lock(folder):
     fill(folder, 1)
     with folder.locked():
-        folder.set_aside()
+        folder.archive_previous()
         with pytest.raises(UserError, match="another training"):
             RunFolder(folder.path).locked().__enter__()
 
@@ -299,7 +299,7 @@ def newest_step(folder):
     """Where --resume goes on, and what it takes its settings from."""
     assert RunFolder(folder.path).saved_config() == small(seed=20)
     with folder.locked():
-        return folder.newest(silent).progress["step"]
+        return folder.newest_valid(silent).progress["step"]
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ RENAMES = 6
 def test_a_run_whose_move_was_killed_anywhere_is_resumed_whole(unequal, number, back, delete):
     before = tree(unequal.path)
     with killed_at(number):
-        unequal.set_aside(delete=delete)
+        unequal.archive_previous(delete=delete)
     with killed_at(back), unequal.locked():  # and on the way back, too
         pass
     assert newest_step(unequal) == 20
@@ -335,38 +335,38 @@ def test_a_run_whose_move_was_killed_anywhere_is_resumed_whole(unequal, number, 
 def test_a_new_run_finishes_a_move_that_was_killed_anywhere(unequal, number):
     before = tree(unequal.path)
     with killed_at(number):
-        unequal.set_aside()
+        unequal.archive_previous()
     with unequal.locked():
-        assert unequal.set_aside() == unequal.path / "previous" / "1"
+        assert unequal.archive_previous() == unequal.path / "previous" / "1"
     assert tree(unequal.path / "previous" / "1") == before
     assert sorted(path.name for path in unequal.path.iterdir()) == [".lock", "previous"]
 
 
 def test_the_move_has_as_many_renames_as_these_tests_know(unequal):
     with killed_at(RENAMES - 1):
-        unequal.set_aside()
+        unequal.archive_previous()
         pytest.fail("not killed")
     with killed_at(RENAMES):
-        unequal.set_aside()
+        unequal.archive_previous()
         return
     pytest.fail("killed")
 
 
 def test_a_deletion_that_was_killed_leaves_no_run_and_is_finished_by_the_next(unequal):
     with killed_at(0, call="unlink"):
-        unequal.set_aside(delete=True)
+        unequal.archive_previous(delete=True)
     with unequal.locked(), pytest.raises(UserError, match="no checkpoint to resume"):
-        unequal.newest(silent)
-    unequal.set_aside()
+        unequal.newest_valid(silent)
+    unequal.archive_previous()
     assert [path.name for path in unequal.path.iterdir()] == [".lock"]
 
 
 def test_two_runs_in_one_folder_are_kept_apart(unequal, capsys):
     with killed_at(RENAMES - 1):
-        unequal.set_aside()
+        unequal.archive_previous()
     put(unequal.last, 5)
     with unequal.locked():
-        assert unequal.newest(silent).progress["step"] == 5
+        assert unequal.newest_valid(silent).progress["step"] == 5
     assert "Parts of two runs" in capsys.readouterr().err
     assert len(tree(unequal.path / "previous" / "1")) == 5
 
@@ -374,7 +374,7 @@ def test_two_runs_in_one_folder_are_kept_apart(unequal, capsys):
 def test_the_move_is_synced(unequal, monkeypatch):
     synced = []
     monkeypatch.setattr(run_dir, "sync_folder", synced.append)
-    unequal.set_aside()
+    unequal.archive_previous()
     assert synced == [unequal.moving, unequal.path / "previous", unequal.path]
 
 
@@ -387,11 +387,11 @@ def test_pipes_in_place_of_files_hang_nothing(folder):
     for path in (folder.last, folder.best, folder.job, folder.metrics, folder.plot):
         os.mkfifo(path)
     assert folder.saved_config() is None
-    assert not folder.holds(TrainConfig(), "job", restarted=True)
+    assert not folder.is_restart_of(TrainConfig(), "job", restarted=True)
     with folder.locked(), pytest.raises(UserError, match="no checkpoint to resume"):
-        folder.newest(silent)
+        folder.newest_valid(silent)
     put(folder.path / "last", 1)
     (folder.path / "last").replace(folder.last)
-    assert not folder.holds(small(), "job", restarted=False)
-    assert folder.set_aside() == folder.path / "previous" / "1"
+    assert not folder.is_restart_of(small(), "job", restarted=False)
+    assert folder.archive_previous() == folder.path / "previous" / "1"
     assert sorted(path.name for path in folder.path.iterdir()) == [".job", ".lock", "previous"]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.data import batches as data_module
-from nanogpt.data.batches import Batches, shuffled
+from nanogpt.data.batches import BatchSampler, shuffled
 from nanogpt.data.shards import Shards
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
@@ -47,10 +47,12 @@ def test_a_computed_shuffle_looks_like_one():
 
 def test_batches_of_a_long_epoch_are_disjoint_windows_each_once(monkeypatch):
     monkeypatch.setattr(data_module, "LISTED", 10)
-    batches = Batches(np.zeros(1003, np.uint8), block_size=10, batch_size=33, seed=5)
+    batches = BatchSampler(np.zeros(1003, np.uint8), block_size=10, batch_size=33, seed=5)
     visits = np.concatenate([batches(step) for step in range(3)])
     assert batches.windows == 99
     assert len(set(visits.tolist())) == 99
     assert {int(start) % 10 for start in visits} == {int(visits[0]) % 10}
-    assert batches(1).tolist() == Batches(batches.tokens, block_size=10, batch_size=33, seed=5)(1).tolist()
+    assert (
+        batches(1).tolist() == BatchSampler(batches.tokens, block_size=10, batch_size=33, seed=5)(1).tolist()
+    )
     assert batches(4).tolist() != batches(1).tolist()

@@ -242,7 +242,7 @@ def slow_save() -> None:
         Path("saving").touch()
         time.sleep(1000)
 
-    trainer.keep = keep
+    trainer.save_final = keep
 
 
 @pytest.mark.parametrize(
@@ -328,13 +328,13 @@ def interrupted_evaluation() -> None:
 
 
 def interrupted_picture() -> None:
-    whole = trainer.conclude
+    whole = trainer.print_summary
 
     def conclude(*arguments):
         signal.raise_signal(signal.SIGINT)
         whole(*arguments)
 
-    trainer.conclude = conclude
+    trainer.print_summary = conclude
 
 
 @pytest.mark.parametrize(
@@ -367,13 +367,13 @@ def test_what_a_signal_asks_of_one_process_all_do(here: bool) -> None:
         return [max(pair) for pair in zip(own, others, strict=True)]
 
     run = SimpleNamespace(
-        world=SimpleNamespace(agree=agree), saved_at=time.perf_counter(), writing=None, told_to_stop=False,
-        config=TrainConfig(save_seconds=1e6), progress=Progress(),
+        world=SimpleNamespace(max_over_ranks=agree), saved_at=time.perf_counter(), writing=None,
+        stopped_by_callback=False, config=TrainConfig(save_seconds=1e6), progress=Progress(),
     )  # fmt: skip
     with StopRequest() as stop:
         if here:
             signal.raise_signal(signal.SIGUSR1)
-        assert trainer.agreed(cast(Run, run), stop) == ("", True)
+        assert trainer.all_reduce_decisions(cast(Run, run), stop) == ("", True)
     assert votes == [(0, here, False)]
 
 

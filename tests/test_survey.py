@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from nanogpt.config import DataConfig
 from nanogpt.cores import usable_cores
 from nanogpt.data import scan
-from nanogpt.data.scan import Split, Survey, batches, fingerprint_of, in_order
+from nanogpt.data.scan import ScanResult, Split, batches, fingerprint_of, in_order
 from nanogpt.errors import UserError
-from nanogpt.text.documents import Piece
+from nanogpt.text.documents import Chunk
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 
 
 def surveyed(lengths, digests=None, first_val=None):
-    found = Survey(first_val=first_val)
+    found = ScanResult(first_val=first_val)
     found.characters.extend(lengths)
     found.digests.extend(digests or range(len(lengths)))
     return found
@@ -88,7 +88,7 @@ def test_the_tail_begins_at_its_character_and_loses_none(lengths, piece, share):
         cuts = list(range(position, position + length, piece)) or [position]
         for start in cuts:
             end = min(start + piece, position + length)
-            pieces.append(Piece(text[start:end].encode(), start == cuts[-1]))
+            pieces.append(Chunk(text[start:end].encode(), start == cuts[-1]))
         position += length
     boundary = int(len(text) * share)
     config = DataConfig(train_split=share)
@@ -105,11 +105,11 @@ def test_the_tail_begins_at_its_character_and_loses_none(lengths, piece, share):
 
 def test_a_document_that_ends_where_the_tail_begins_ends_on_its_side():
     sides = list(
-        Split(surveyed([5, 5]), DataConfig(train_split=0.5))([Piece(b"a" * 5, True), Piece(b"b" * 5, True)])
+        Split(surveyed([5, 5]), DataConfig(train_split=0.5))([Chunk(b"a" * 5, True), Chunk(b"b" * 5, True)])
     )
-    assert sides == [(Piece(b"aaaaa", True), 0), (Piece(b"bbbbb", True), 1)]
-    (first, second) = Split(surveyed([10]), DataConfig(train_split=0.5))([Piece(b"a" * 5 + b"b" * 5, True)])
-    assert (first, second) == ((Piece(b"aaaaa", False), 0), (Piece(b"bbbbb", True), 1))
+    assert sides == [(Chunk(b"aaaaa", True), 0), (Chunk(b"bbbbb", True), 1)]
+    (first, second) = Split(surveyed([10]), DataConfig(train_split=0.5))([Chunk(b"a" * 5 + b"b" * 5, True)])
+    assert (first, second) == ((Chunk(b"aaaaa", False), 0), (Chunk(b"bbbbb", True), 1))
 
 
 def test_documents_are_drawn_by_their_digest_alone():

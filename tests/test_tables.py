@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nanogpt.errors import UserError
 from nanogpt.text import formats
 from nanogpt.text.corpus import Corpus
-from nanogpt.text.documents import Report
+from nanogpt.text.documents import SkipReport
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -201,7 +201,7 @@ def test_reading_behind_unclosed_quotes_stays_linear_and_counts_every_row(tmp_pa
 def test_strict_stops_at_an_unclosed_quote(tmp_path):
     (tmp_path / "a.csv").write_text(BROKEN["to the end"])
     with pytest.raises(UserError, match=r"a\.csv:3: a quote that opens here .*--strict") as raised:
-        list(Corpus((tmp_path / "a.csv",)).pieces(Report(strict=True)))
+        list(Corpus((tmp_path / "a.csv",)).chunks(SkipReport(strict=True)))
     assert "\n" not in str(raised.value)
 
 

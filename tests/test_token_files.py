@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nanogpt.config import DataConfig
-from nanogpt.data.scan import Survey
-from nanogpt.data.token_writer import Work, write_tokens
+from nanogpt.data.scan import ScanResult
+from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.errors import UserError
 from nanogpt.seals import BLOCK
 from nanogpt.tokenizer.base import ByteTokenizer
@@ -96,8 +96,8 @@ def text(tmp_path):
 
 def begun(folder, config, text):
     """A preparation that has encoded seven tokens, and saved five of them."""
-    work = Work(folder, config, [text])
-    survey = Survey(first_val=1)
+    work = EncodingJob(folder, config, [text])
+    survey = ScanResult(first_val=1)
     survey.characters.extend([3, 4])
     survey.digests.extend([2**64 - 1, 5])
     work.begin(survey, ByteTokenizer())
@@ -114,7 +114,7 @@ def begun(folder, config, text):
 def test_a_preparation_goes_on_from_what_was_saved(tmp_path, text):
     config = DataConfig(data_dir=str(tmp_path))
     begun(tmp_path / "preparing", config, text)
-    again = Work(tmp_path / "preparing", config, [text])
+    again = EncodingJob(tmp_path / "preparing", config, [text])
     assert again.survey is not None
     assert (again.tokens, again.bytes, again.batches) == ([3, 2], [3, 2], 1)
     assert list(again.survey.characters) == [3, 4]
@@ -131,7 +131,7 @@ def test_a_preparation_goes_on_from_what_was_saved(tmp_path, text):
 def test_whether_to_overwrite_makes_no_difference(tmp_path, text):
     config = DataConfig(data_dir=str(tmp_path))
     begun(tmp_path / "preparing", config, text)
-    again = Work(tmp_path / "preparing", DataConfig(data_dir=str(tmp_path), overwrite=True), [text])
+    again = EncodingJob(tmp_path / "preparing", DataConfig(data_dir=str(tmp_path), overwrite=True), [text])
     assert again.tokens == [3, 2]
 
 
@@ -154,7 +154,7 @@ def test_what_is_of_another_preparation_or_damaged_is_thrown_away(tmp_path, text
         (folder / "val.tokens").write_bytes(b"x")
     else:
         (folder / "val.tokens").unlink()
-    again = Work(folder, config, files)
+    again = EncodingJob(folder, config, files)
     assert again.survey is None
     assert again.tokens == [0, 0]
     assert not Path(folder, "train.tokens").exists()

@@ -22,7 +22,7 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.cores import CoreWatch
 from nanogpt.data import batches as data_module
-from nanogpt.data.batches import Windows, gather
+from nanogpt.data.batches import BatchLoader
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
@@ -206,10 +206,10 @@ def test_a_broken_step_is_skipped(config: TrainConfig, monkeypatch, capsys) -> N
 
 
 def test_repeated_broken_steps_go_back_with_another_order(config: TrainConfig, monkeypatch, capsys) -> None:
-    poison(monkeypatch, lambda run: run.progress.order == 0 and run.progress.step >= 15)
+    poison(monkeypatch, lambda run: run.progress.shuffle_id == 0 and run.progress.step >= 15)
     assert fit(config).reason == "finished"
     assert "Back to step 10, with the data in another order" in capsys.readouterr().err
-    assert last(config).progress["order"] == 1
+    assert last(config).progress["shuffle_id"] == 1
     assert [row["step"] for row in rows(config) if "train_loss" in row] == list(range(1, 31))
     assert all(torch.isfinite(weight).all() for weight in last(config).model.values())
 
@@ -233,9 +233,9 @@ def test_a_ruined_newest_checkpoint_gives_way_to_the_best(config: TrainConfig, m
     """Broken from step 15 on whenever the run comes from step 12, which was saved last."""
 
     def bad(run) -> bool:
-        if run.progress.step == 12 and run.progress.order == 0:
+        if run.progress.step == 12 and run.progress.shuffle_id == 0:
             trainer.save(run, run.folder.last)
-        return run.progress.step >= 15 and run.progress.order < 2
+        return run.progress.step >= 15 and run.progress.shuffle_id < 2
 
     poison(monkeypatch, bad)
     assert fit(config).reason == "finished"
@@ -285,7 +285,7 @@ def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch
     fit(config)
     rates[torch.bfloat16] = 0.5  # another machine: it would choose otherwise, and can go on all the same
     fit(replace(config, resume=True, max_iters=6))
-    assert last(config).arithmetic == {"device": "cpu", "dtype": "bfloat16", "pieces": "1"}
+    assert last(config).precision == {"device": "cpu", "dtype": "bfloat16", "num_micro_batches": 1}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -299,10 +299,10 @@ def test_resume_leaves_a_dtype_that_crawls_here_and_says_so(config, monkeypatch,
     rates[torch.bfloat16] = 0.05
     fit(replace(config, resume=True, max_iters=6))
     assert "the run computed in bfloat16 so far, which is slow on this device" in capsys.readouterr().err
-    assert last(config).arithmetic["dtype"] == "float32"
-    assert last(config).arithmetic.get("muon_dtype", "float32") == "float32"
+    assert last(config).precision["dtype"] == "float32"
+    assert last(config).precision.get("muon_dtype", "float32") == "float32"
     fit(replace(config, resume=True, max_iters=7, dtype="bfloat16"))
-    assert last(config).arithmetic["dtype"] == "bfloat16"
+    assert last(config).precision["dtype"] == "bfloat16"
 
 
 def test_a_run_of_an_earlier_version_orthogonalises_as_it_did(config: TrainConfig, monkeypatch) -> None:
@@ -313,10 +313,10 @@ def test_a_run_of_an_earlier_version_orthogonalises_as_it_did(config: TrainConfi
     fit(config)
     path = Path(config.out_dir) / "last.pt"
     old = last(config)
-    assert old.arithmetic.pop("muon_dtype") == "float32"
+    assert old.precision.pop("muon_dtype") == "float32"
     save_checkpoint(path, old)
     fit(replace(config, resume=True, max_iters=6))
-    assert last(config).arithmetic["muon_dtype"] == "bfloat16"
+    assert last(config).precision["muon_dtype"] == "bfloat16"
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inside torch.compile itself
@@ -486,7 +486,7 @@ def test_the_average_follows_the_weights_and_is_what_counts(config: TrainConfig,
         torch.testing.assert_close(parameter.detach(), expected.detach())
     assert not torch.equal(saved.average["wte.weight"], saved.model["wte.weight"])
     val = load_dataset(Path(config.data_dir)).val
-    x, y = gather(val, np.arange(0, len(val) - 17, 16), 16)
+    x, y = BatchLoader(val, torch.device("cpu"))(np.arange(0, len(val) - 17, 16), 16)
     with torch.no_grad():
         assert model(x, y)[1].item() == pytest.approx(result.best_val_loss, rel=0.1)
 
@@ -513,12 +513,12 @@ def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypa
     config = replace(config, optimizer=optimizer, weight_decay=0.0, log_interval=3)
     fit(config)
     ahead = replace(config, out_dir=str(tmp_path / "ahead"))
-    monkeypatch.setattr(device.CPU, "runs_ahead", True)
+    monkeypatch.setattr(device.CPU, "is_async", True)
     most = []
-    really = trainer.settle
+    really = trainer.read_result
     monkeypatch.setattr(
         trainer,
-        "settle",
+        "read_result",
         lambda run, outcome: most.append(run.progress.step - outcome.step) or really(run, outcome),
     )
     fit(ahead)
@@ -533,8 +533,8 @@ def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypa
 
 
 def test_running_ahead_goes_back_too(config: TrainConfig, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(device.CPU, "runs_ahead", True)
-    poison(monkeypatch, lambda run: run.progress.order == 0 and run.progress.step >= 15)
+    monkeypatch.setattr(device.CPU, "is_async", True)
+    poison(monkeypatch, lambda run: run.progress.shuffle_id == 0 and run.progress.step >= 15)
     assert fit(config).reason == "finished"
     assert "Back to step 10, with the data in another order" in capsys.readouterr().err
     assert [row["step"] for row in rows(config) if "train_loss" in row] == list(range(1, 31))
@@ -544,7 +544,7 @@ def test_a_split_on_the_device_gives_the_same_windows(monkeypatch) -> None:
     monkeypatch.setattr(data_module, "PIECE", 300)
     for dtype in (np.uint8, np.uint16, np.uint32):
         tokens = np.random.default_rng(1).integers(0, 200, 1000).astype(dtype)
-        away, resident = (Windows(tokens, torch.device("cpu")) for _ in range(2))
+        away, resident = (BatchLoader(tokens, torch.device("cpu")) for _ in range(2))
         resident.make_resident()
         starts = np.array([0, 5, 800])
         for one, other in zip(away(starts, 199), resident(starts, 199), strict=True):
@@ -556,8 +556,8 @@ def test_a_split_on_the_device_gives_the_same_windows(monkeypatch) -> None:
 def test_a_split_lives_on_a_gpu_if_it_fits(monkeypatch, free: int, there: bool) -> None:
     made = []
     monkeypatch.setattr(device.CUDA, "free_memory", lambda *_: free)
-    monkeypatch.setattr(Windows, "make_resident", lambda self: made.append(1))
-    Windows(np.zeros(1000, np.uint8), torch.device("cuda"))
+    monkeypatch.setattr(BatchLoader, "make_resident", lambda self: made.append(1))
+    BatchLoader(np.zeros(1000, np.uint8), torch.device("cuda"))
     assert bool(made) == there
 
 

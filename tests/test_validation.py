@@ -88,14 +88,17 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "endless layers": (lambda c: put(c["config"], "n_layer", 10**15), "layers do not fit"),
     "endless width": (lambda c: put(c["config"], "n_embd", 2**62), "no model is as large"),
     "other width": (lambda c: put(c["config"], "n_embd", 32), "is of shape"),
-    "parts a list": (lambda c: put(c, "parts", ["a"]), "parts is not a dictionary"),
-    "parts elsewhere": (lambda c: put(c, "parts", {"../../etc/x": "0"}), "a part has the name"),
-    "parts without checksum": (lambda c: put(c, "parts", {"parts/1/.metadata": 0}), "has no checksum"),
+    "shards a list": (lambda c: put(c, "shards", ["a"]), "shards is not a dictionary"),
+    "shards elsewhere": (lambda c: put(c, "shards", {"../../etc/x": "0"}), "a shard has the name"),
+    "shards without checksum": (lambda c: put(c, "shards", {"shards/1/.metadata": 0}), "has no checksum"),
     "format a text": (lambda c: put(c, "format", "new"), "has format new"),
     "scaler a text": (lambda c: put(c["scaler"], "scale", "much"), "scaler: scale is much"),
-    "dtype unknown": (lambda c: put(c["arithmetic"], "dtype", "int8"), "arithmetic has the dtype int8"),
-    "no device": (lambda c: drop(c["arithmetic"], "device"), "arithmetic names no device"),
-    "no pieces": (lambda c: put(c["arithmetic"], "pieces", "0"), "arithmetic has '0' pieces"),
+    "dtype unknown": (lambda c: put(c["precision"], "dtype", "int8"), "precision has the dtype int8"),
+    "no device": (lambda c: drop(c["precision"], "device"), "precision names no device"),
+    "no micro-batches": (
+        lambda c: put(c["precision"], "num_micro_batches", 0),
+        "precision has 0 micro-batches",
+    ),
     "fingerprint a number": (lambda c: put(c, "fingerprint", 7), "the fingerprint is not a text"),
 }
 

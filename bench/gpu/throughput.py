@@ -86,7 +86,7 @@ def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype,
     """An update as the command makes it: its numbers are read when the next one has been queued."""
     from nanogpt.checkpoint.run_dir import RunFolder
     from nanogpt.training.setup import set_up
-    from nanogpt.training.step import settle, train_step
+    from nanogpt.training.step import read_result, train_step
 
     config = replace(
         case.config,
@@ -105,7 +105,7 @@ def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype,
 
     def update() -> None:
         queued.append(train_step(run))
-        settle(run, queued.pop(0))
+        read_result(run, queued.pop(0))
 
     return update
 

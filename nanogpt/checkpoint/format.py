@@ -21,14 +21,14 @@ import torch
 
 from nanogpt import device, seals
 from nanogpt.checkpoint import sharded, validation
-from nanogpt.config import GPTConfig, TrainConfig, from_dict
+from nanogpt.config import GPTConfig, TrainConfig, from_dict, model_config
 from nanogpt.errors import UserError, require
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
-FORMAT = 2
-"""Version of the checkpoint format. 1 is read too: see `upgraded`."""
+FORMAT = 3
+"""Version of the checkpoint format. Older ones are read too: see `upgraded`."""
 
 FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
 
@@ -50,13 +50,13 @@ class Progress:
     """Evaluations since the best one."""
     elapsed_s: float = 0.0
     """Seconds spent in training steps."""
-    order: int = 0
-    """Number of the data order: how often the run went back to step around a broken batch."""
-    broken: int = 0
+    shuffle_id: int = 0
+    """Number of the data order: how often the run went back to step around a bad batch."""
+    bad_steps: int = 0
     """Steps in a row whose loss or gradient was not finite."""
     rollbacks: int = 0
-    """Times the run went back without getting past `broken_at`."""
-    broken_at: int = -1
+    """Times the run went back without getting past `furthest_bad_step`."""
+    furthest_bad_step: int = -1
     """Furthest step at which the training broke down."""
 
 
@@ -64,7 +64,7 @@ class Progress:
 class Checkpoint:
     """The content of a checkpoint file.
 
-    The randomness of a step is a function of (seed, order, step), so config and progress hold
+    The randomness of a step is a function of (seed, shuffle_id, step), so config and progress hold
     the whole state of the random-number generators.
     """
 
@@ -80,13 +80,13 @@ class Checkpoint:
     optimizers: list[dict[str, Any]]
     scaler: dict[str, Any]
     """The float16 gradient scaler; empty in other dtypes."""
-    arithmetic: dict[str, str]
-    """What "auto" stood for: the device, the dtype, and pieces, the micro-batches of all processes."""
+    precision: dict[str, str | int]
+    """What "auto" stood for: device, dtype, muon_dtype, and num_micro_batches of all processes together."""
     tokenizer: dict[str, Any]
     fingerprint: str
     """Fingerprint of the training data."""
     format: int = FORMAT
-    parts: dict[str, str] = field(default_factory=dict[str, str])
+    shards: dict[str, str] = field(default_factory=dict[str, str])
     """The files beside this one that hold the tensors, with their SHA-256; empty if they are here."""
 
     @property
@@ -102,9 +102,7 @@ class Checkpoint:
     @property
     def model_config(self) -> GPTConfig:
         """The settings of the model."""
-        names = {field.name for field in fields(GPTConfig)}
-        shape = {name: value for name, value in self.config.items() if name in names}
-        return GPTConfig(**shape, vocab_size=self.vocab_size)
+        return model_config(self.train_config, self.vocab_size)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -153,15 +151,15 @@ def build_model(saved: Checkpoint, place: torch.device) -> tuple[GPT, Tokenizer]
     return model.to(place).eval(), tokenizer_from_dict(saved.tokenizer)
 
 
-def parts_folder(path: Path, names: Iterable[str]) -> Path:
-    """The folder of the parts of a checkpoint at `path` that have these names."""
+def shards_folder(path: Path, names: Iterable[str]) -> Path:
+    """The folder of the shards of the checkpoint at `path`, which have these names."""
     return (path.parent / next(iter(names))).parent
 
 
-def load_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
+def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
     """Read a checkpoint onto the CPU, after verifying every bit of it.
 
-    whole: with all its tensors; else those that lie in parts stay where they are, unverified.
+    gather: also read the tensors of a sharded checkpoint; else they stay in their shards, unverified.
     Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
     try:
@@ -193,9 +191,9 @@ def load_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
     require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
     verify_content(path, content)
     found = Checkpoint(**content)
-    if not found.parts or not whole:
+    if not found.shards or not gather:
         return found
-    together = put_together(path, found)
+    together = gather_shards(path, found)
     verify_content(path, vars(together))
     return together
 
@@ -208,36 +206,61 @@ def verify_content(path: Path, content: Mapping[str, Any]) -> None:
         raise UserError(f"checkpoint {path} is malformed: {error}") from error
 
 
-def put_together(path: Path, head: Checkpoint) -> Checkpoint:
-    """The checkpoint with the tensors that lie beside it in parts.
+def gather_shards(path: Path, head: Checkpoint) -> Checkpoint:
+    """The checkpoint with all its tensors, which lie in shards beside it.
 
     Errors: UserError if one of the files is missing or damaged.
     """
-    sharded.verify(path.parent, head.parts)
-    tensors = sharded.read_whole(parts_folder(path, head.parts))
+    sharded.verify(path.parent, head.shards)
+    tensors = sharded.load_full(shards_folder(path, head.shards))
     try:
-        model, average, states = sharded.nested(tensors, len(head.optimizers))
+        model, average, states = sharded.unflatten(tensors, len(head.optimizers))
     except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"checkpoint {path} is malformed: its parts have wrong names ({error})") from error
+        raise UserError(f"checkpoint {path} is malformed: its shards have wrong names ({error})") from error
     optimizers = [saved | {"state": state} for saved, state in zip(head.optimizers, states, strict=True)]
-    return replace(head, model=model, average=average, optimizers=optimizers, parts={})
+    return replace(head, model=model, average=average, optimizers=optimizers, shards={})
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint of format 1 is in format 2; any other is left alone.
+    """The content of a checkpoint of format 1 or 2 as format 3 has it; any other is left alone.
 
     Format 1 had no averaged weights, at first a single optimizer, and GPT-2's approximation of GELU only.
-    Format 2 had at first no parts.
+    Format 2 had other names, and at first no shards.
     """
-    content = {"parts": {}, **content}
-    if content["format"] != 1 or not isinstance(content.get("config"), dict):
-        return content
+    if content["format"] == 1 and isinstance(content.get("config"), dict):
+        content = from_format_1(content)
+    return from_format_2(content) if content["format"] == 2 else content
+
+
+def from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint of format 1 as format 2 has it."""
     content = {"average": {}, **content, "format": 2}
     if "optimizer" in content:
         content["optimizers"] = [content.pop("optimizer")]
     settings: dict[str, Any] = content["config"]
     approximate = settings.get("mlp", "gelu") == "gelu"
     content["config"] = {**settings, "mlp": "gelu_tanh"} if approximate else settings
+    return content
+
+
+FORMAT_2_NAMES = {"arithmetic": "precision", "parts": "shards"}
+FORMAT_2_PROGRESS = {"order": "shuffle_id", "broken": "bad_steps", "broken_at": "furthest_bad_step"}
+
+
+def from_format_2(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint of format 2 as format 3 has it. What is malformed stays malformed."""
+    content = {FORMAT_2_NAMES.get(name, name): value for name, value in content.items()}
+    content = {"shards": {}, **content, "format": 3}
+    progress, precision = content.get("progress"), content.get("precision")
+    if isinstance(progress, dict):
+        named = cast(dict[str, Any], progress)
+        content["progress"] = {FORMAT_2_PROGRESS.get(name, name): value for name, value in named.items()}
+    if isinstance(precision, dict):
+        told = dict(cast(dict[str, Any], precision))
+        count = told.pop("pieces", "")  # a text then
+        if isinstance(count, str) and count.isdecimal():
+            told["num_micro_batches"] = int(count)
+        content["precision"] = told
     return content
 
 

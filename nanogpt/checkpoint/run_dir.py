@@ -1,6 +1,6 @@
 """The folder of a run: what is in it, who may write to it, and how an earlier run is kept.
 
-Use:    folder = RunFolder(Path("out")); with folder.locked(): folder.set_aside(); ...
+Use:    folder = RunFolder(Path("out")); with folder.locked(): folder.archive_previous(); ...
 Holds:  ckpt.pt (best), last.pt (newest; with --parallel fsdp its tensors are in parts/),
         metrics.jsonl, loss.png, runs/ (TensorBoard),
         previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
@@ -33,7 +33,9 @@ class RunFolder:
         self.path = path
         self.best = path / "ckpt.pt"
         self.last = path / "last.pt"
-        self.parts = path / "parts"
+        self.shards = path / "shards"
+        self.old_shards = path / "parts"
+        """Where older versions put them."""
         self.metrics = path / "metrics.jsonl"
         self.plot = path / "loss.png"
         self.runs = path / "runs"
@@ -71,8 +73,8 @@ class RunFolder:
         if self.owner:
             self.owner.confirm()
 
-    def newest(
-        self, report: Callable[[str], None], world: World = ALONE, *, whole: bool = True
+    def newest_valid(
+        self, report: Callable[[str], None], world: World = ALONE, *, gather: bool = True
     ) -> Checkpoint:
         """The valid checkpoint with the most steps; damaged ones are reported and passed over.
 
@@ -85,9 +87,9 @@ class RunFolder:
         for path in (self.last, self.best):
             if path.is_file():
                 try:
-                    saved = load_checkpoint(path, whole=whole)
-                    if saved.parts:
-                        verify_parts(path, saved, world)
+                    saved = load_checkpoint(path, gather=gather)
+                    if saved.shards:
+                        verify_shards(path, saved, world)
                     found.append((path, saved))
                 except UserError as error:
                     damaged = True
@@ -111,7 +113,7 @@ class RunFolder:
                     return peek(folder / name)[0]
         return None
 
-    def holds(self, config: TrainConfig, job: str, *, restarted: bool) -> bool:
+    def is_restart_of(self, config: TrainConfig, job: str, *, restarted: bool) -> bool:
         """Whether the folder has a checkpoint of this very training, which a cluster has started again.
 
         That is one with the same settings, left by this job unfinished; or, if the job says that it has been
@@ -125,18 +127,18 @@ class RunFolder:
             return False
         return (own or restarted) and replace(saved, **RUN_BY_RUN) == replace(config, **RUN_BY_RUN)
 
-    def drop_parts(self, *, but: Path | None) -> None:
-        """Delete the parts of all checkpoints but the one that has its own in the folder `but`."""
-        for path in self.parts.glob("*"):
-            if path != but:
+    def delete_shards(self, *, keep: Path | None) -> None:
+        """Delete the shards of all checkpoints but those in the folder `keep`."""
+        for path in (*self.shards.glob("*"), *self.old_shards.glob("*")):
+            if path != keep:
                 shutil.rmtree(path, ignore_errors=True)
 
     def belongings(self, folder: Path) -> list[Path]:
         """What there is of a run in a folder, what is resumed last."""
-        names = (self.runs, self.plot, self.metrics, self.parts, self.best, self.last)
+        names = (self.runs, self.plot, self.metrics, self.shards, self.old_shards, self.best, self.last)
         return [path for name in names if os.path.lexists(path := folder / name.name)]
 
-    def set_aside(self, *, delete: bool = False) -> Path | None:
+    def archive_previous(self, *, delete: bool = False) -> Path | None:
         """Make room for a new run: move an earlier one to previous/<number>, or delete it.
 
         Its files are gathered in one folder, which then takes its name at once: killed at any moment, the run
@@ -184,11 +186,11 @@ class RunFolder:
         sync_folder(self.path)
 
 
-def verify_parts(path: Path, saved: Checkpoint, world: World) -> None:
+def verify_shards(path: Path, saved: Checkpoint, world: World) -> None:
     """Verify the parts of the checkpoint at `path`, each process a share of them.
 
     Errors: UserError, on all processes, if one of them is damaged.
     """
-    names = sorted(saved.parts)[world.rank :: world.size]
-    with world.together():
-        sharded.verify(path.parent, {name: saved.parts[name] for name in names})
+    names = sorted(saved.shards)[world.rank :: world.size]
+    with world.raise_on_all():
+        sharded.verify(path.parent, {name: saved.shards[name] for name in names})

@@ -2,7 +2,7 @@
 
 Use:    writing = begin(folder, tensors); digests = writing.result(); verify(folder, digests)
         read(folder, tensors), into tensors that may be parts themselves, of any number of processes
-        tensors = read_whole(folder)
+        tensors = load_full(folder)
 The engine is torch.distributed.checkpoint. What is small, and the SHA-256 of every file in the folder, is
 in the sealed checkpoint beside it (checkpoint/format.py). Tensors go by names: model.*, average.*, and
 optimizers.<optimizer>.<parameter>.<moment>.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # it takes long to import, and a PyTorch without torch.distri
 INDEX = ".metadata"
 """Where torch.distributed.checkpoint says which tensor is in which file."""
 
-HARMLESS = {
+ALLOWED_CLASSES = {
     "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -50,7 +50,7 @@ HARMLESS = {
 """All that an index is made of."""
 
 
-def flat(
+def flatten(
     model: Mapping[str, Tensor], average: Mapping[str, Tensor], states: Iterable[Mapping[int, Any]]
 ) -> dict[str, Tensor]:
     """Weights, their average, and the states of the optimizers' parameters as one dictionary."""
@@ -63,7 +63,7 @@ def flat(
     return tensors
 
 
-def nested(
+def unflatten(
     tensors: Mapping[str, Tensor], optimizers: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[int, Any]]]:
     """What `flat` was given."""
@@ -80,12 +80,12 @@ def nested(
 
 
 @functools.cache
-def connection() -> "dist.ProcessGroup":
+def background_group() -> "dist.ProcessGroup":
     """What the processes agree over while they write: the training uses another one at the same time."""
     return cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
 
 
-def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
+def begin_save(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
     """Copy the tensors, then write them into the folder in the background; all processes together.
 
     The result is the SHA-256 of each file that this process has written, or a UserError why it has not.
@@ -110,7 +110,7 @@ def begin(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, str]]":
             digests.set_exception(UserError(f"cannot write {folder}: {cause_of(error)}"))
 
     writer = FileSystemWriter(folder, sync_files=False)  # see `sum_up`: not every disk can
-    saving = cast("Future[Any]", async_save(tensors, storage_writer=writer, process_group=connection()))
+    saving = cast("Future[Any]", async_save(tensors, storage_writer=writer, process_group=background_group()))
     saving.add_done_callback(sum_up)
     return digests
 
@@ -140,12 +140,12 @@ class Index(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         """A class by its name. Errors: pickle.UnpicklingError if an index has no use for it."""
-        if global_name not in HARMLESS.get(module_name, ()):
+        if global_name not in ALLOWED_CLASSES.get(module_name, ()):
             raise pickle.UnpicklingError(f"{module_name}.{global_name} has no place in a checkpoint")
         return super().find_class(module_name, global_name)
 
 
-def reader(folder: Path) -> "FileSystemReader":
+def open_reader(folder: Path) -> "FileSystemReader":
     """What reads the tensors in a folder, and nothing else.
 
     Errors, when it reads the index: UserError if that is none, or holds more than tensors.
@@ -178,11 +178,11 @@ def reader(folder: Path) -> "FileSystemReader":
 
 def shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Names of the tensors in the folder, with what each is as a whole."""
-    items = cast("dict[str, TensorStorageMetadata]", reader(folder).read_metadata().state_dict_metadata)
+    items = cast("dict[str, TensorStorageMetadata]", open_reader(folder).read_metadata().state_dict_metadata)
     return {name: (item.size, item.properties.dtype) for name, item in items.items()}
 
 
-def read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+def load(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
     """Fill tensors, or parts of them, with what the folder holds; all processes together, or this one alone.
 
     Errors: UserError if it does not hold them, or cannot be read.
@@ -193,19 +193,19 @@ def read(folder: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> No
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said when alone
-            load(cast(dict[str, Any], tensors), storage_reader=reader(folder), no_dist=alone)
+            load(cast(dict[str, Any], tensors), storage_reader=open_reader(folder), no_dist=alone)
     except CheckpointException as error:
         raise UserError(f"cannot read {folder}: {cause_of(error)}") from error
 
 
-def read_whole(folder: Path) -> dict[str, Tensor]:
+def load_full(folder: Path) -> dict[str, Tensor]:
     """All tensors in the folder, whole and on the CPU, for this process alone. Errors: as `read`."""
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes(folder).items()}
-    read(folder, tensors, alone=True)
+    load(folder, tensors, alone=True)
     return tensors
 
 
-def room(
+def empty_states(
     tensors: Mapping[str, tuple[torch.Size, torch.dtype]], optimizers: Iterable[torch.optim.Optimizer]
 ) -> list[dict[int, Any]]:
     """Empty states for the optimizers' parameters, each moment in parts if its parameter is."""

@@ -8,7 +8,6 @@ UserErrors that name what is wrong, for "checkpoint ... is malformed: ...".
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -33,17 +32,17 @@ def check(content: Mapping[str, Any], progress: Mapping[str, type]) -> None:
 
     progress: the numbers in it, with their types.
     """
-    for name in ("config", "progress", "model", "average", "scaler", "arithmetic", "tokenizer", "parts"):
+    for name in ("config", "progress", "model", "average", "scaler", "precision", "tokenizer", "shards"):
         require(is_named(content[name]), f"{name} is not a dictionary with names")
     require(isinstance(content["fingerprint"], str), "the fingerprint is not a text")
     config = from_dict(TrainConfig, content["config"])
     check_progress(content["progress"], progress)
     check_numbers(content["scaler"], "scaler")
-    check_arithmetic(content["arithmetic"])
+    check_precision(content["precision"])
     check_optimizers(content["optimizers"])
-    check_parts(content["parts"])
+    check_shards(content["shards"])
     check_vocabulary(content["tokenizer"], content["vocab_size"])
-    if not content["parts"]:
+    if not content["shards"]:
         check_weights(config, content["vocab_size"], content["model"], content["average"])
 
 
@@ -63,8 +62,8 @@ def check_progress(progress: Mapping[str, Any], kinds: Mapping[str, type]) -> No
     for name, value in progress.items():
         require(name in kinds, f"progress has an unknown number {shown(name)}")
         fits = type(value) is int if kinds[name] is int else is_number(value)
-        require(fits and value >= (-1 if name == "broken_at" else -math.inf if kinds[name] is float else 0),
-                f"progress: {name} is {shown(value)}")  # fmt: skip
+        least = -1 if name == "furthest_bad_step" else -math.inf if kinds[name] is float else 0
+        require(fits and value >= least, f"progress: {name} is {shown(value)}")
 
 
 def check_numbers(part: Mapping[str, Any], name: str) -> None:
@@ -73,16 +72,14 @@ def check_numbers(part: Mapping[str, Any], name: str) -> None:
         require(is_number(value) and abs(value) < 2**63, f"{name}: {shown(key)} is {shown(value)}")
 
 
-def check_arithmetic(arithmetic: Mapping[str, Any]) -> None:
+def check_precision(precision: Mapping[str, Any]) -> None:
     """Errors: UserError if device and dtype are not named."""
-    for name, value in arithmetic.items():
-        require(isinstance(value, str), f"arithmetic: {shown(name)} is {shown(value)}")
-    require("device" in arithmetic, "arithmetic names no device")
-    for name in ("dtype", *(["muon_dtype"] if "muon_dtype" in arithmetic else [])):
-        dtype = arithmetic.get(name)
-        require(dtype in DTYPES, f"arithmetic has the {name} {shown(dtype)}")
-    pieces = arithmetic.get("pieces", "1")
-    require(re.fullmatch("[1-9][0-9]{0,8}", pieces) is not None, f"arithmetic has {shown(pieces)} pieces")
+    require(isinstance(precision.get("device"), str), "precision names no device")
+    for name in ("dtype", *(["muon_dtype"] if "muon_dtype" in precision else [])):
+        dtype = precision.get(name)
+        require(isinstance(dtype, str) and dtype in DTYPES, f"precision has the {name} {shown(dtype)}")
+    count = precision.get("num_micro_batches", 1)
+    require(type(count) is int and 0 < count < 10**9, f"precision has {shown(count)} micro-batches")
 
 
 def check_optimizers(optimizers: Any) -> None:
@@ -100,15 +97,15 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
-def check_parts(parts: Mapping[str, Any]) -> None:
-    """Errors: UserError if the parts are not files of one folder beside the checkpoint."""
-    for name, digest in parts.items():
+def check_shards(shards: Mapping[str, Any]) -> None:
+    """Errors: UserError if the shards are not files of one folder beside the checkpoint."""
+    for name, digest in shards.items():
         path = PurePosixPath(name)
         inside = len(path.parts) > 1 and not path.is_absolute() and ".." not in path.parts
-        require(inside and "\0" not in name, f"a part has the name {shown(name)}")
-        require(isinstance(digest, str), f"the part {shown(name)} has no checksum")
-    folders = {PurePosixPath(name).parent for name in parts}
-    require(len(folders) <= 1, "its parts are in several folders")
+        require(inside and "\0" not in name, f"a shard has the name {shown(name)}")
+        require(isinstance(digest, str), f"the shard {shown(name)} has no checksum")
+    folders = {PurePosixPath(name).parent for name in shards}
+    require(len(folders) <= 1, "its shards are in several folders")
 
 
 def check_vocabulary(tokenizer: Mapping[str, Any], size: Any) -> None:

@@ -28,7 +28,7 @@ from nanogpt.training import memory_estimate
 from nanogpt.training.memory_estimate import HEADROOM, MIB, Memory
 from nanogpt.training.metrics import duration
 from nanogpt.training.optimizer import build_optimizers
-from nanogpt.training.out_of_memory import largest_share, micro_batches
+from nanogpt.training.out_of_memory import max_rank_batch, micro_batches_per_rank
 
 UTILIZATION = 0.4
 """Share of the published peak that a well-fed GPU reaches (Chowdhery et al., PaLM, 2022, table 3: 0.46)."""
@@ -89,8 +89,8 @@ def main(config: PlanConfig) -> int:
     model = shape(config)
     with torch.device("meta"):
         parameters = GPT(model).num_parameters()
-    share = largest_share(config, world)
-    micro = -(-share // micro_batches(config, world))
+    share = max_rank_batch(config, world)
+    micro = -(-share // micro_batches_per_rank(config, world))
     dtype = device.name_of(machine.dtype)
     say(f"Model: {parameters:,} parameters, {dtype}, vocabulary of {model.vocab_size:,}")
     say(
@@ -238,7 +238,7 @@ def measured(config: PlanConfig, machine: Machine) -> float | None:
     None if not even these fit: a CPU's system would end the process.
     """
     place = machine.place
-    share = largest_share(config, World(0, config.processes))
+    share = max_rank_batch(config, World(0, config.processes))
     few = min(share, max(1, 2048 // config.block_size))
     trial = predict(replace(config, parallel="ddp"), machine, few)
     if trial.need(machine.kind) > HEADROOM * machine.free:

@@ -45,7 +45,7 @@ def main(config: SampleConfig) -> int:
         place = device.pick_device(config.device)
         saved = load_checkpoint(path)
         model, tokens = build_model(saved, place)
-        dtype = pick_sampling_dtype(config.dtype, place, saved.arithmetic["dtype"])
+        dtype = pick_sampling_dtype(config.dtype, place, str(saved.precision["dtype"]))
         flag = "--prompt" if config.prompt_file is None else "--prompt_file"
         ids = encode_prompt(tokens, prompt, skip=config.unknown == "skip", flag=flag)
         with device.eagerly(), device.autocast(place, dtype):

@@ -1,8 +1,8 @@
 """Tokens to batches.
 
 Use:    data = load_dataset(Path("data"))
-        batches = Batches(data.train, block_size=256, batch_size=64, seed=1)
-        windows = Windows(data.train, device); x, y = windows(batches(step), 256)
+        sampler = BatchSampler(data.train, block_size=256, batch_size=64, seed=1)
+        loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
 The folder is opened in data/dataset.py. Does not know the model.
 
 # B batch, T block_size, N tokens in the split, W windows in an epoch
@@ -30,14 +30,14 @@ PIECE = 2**24
 """Tokens copied to a GPU at a time."""
 
 
-class Batches:
-    """The training batches, as a pure function of (seed, order, step).
+class BatchSampler:
+    """The training batches, as a pure function of (seed, shuffle_id, step).
 
     An epoch cuts the tokens into W windows of T + 1 tokens (each overlaps the next by the one
     token it predicts), from an offset that changes with the epoch, and visits each window once,
     in shuffled order. There is no state: resuming at step s needs s and nothing else.
 
-    order: another number gives other shuffles of the same windows (trainer.py uses it to step
+    shuffle_id: another number gives other shuffles of the same windows (trainer.py uses it to step
     around a batch that broke the training).
     """
 
@@ -58,27 +58,27 @@ class Batches:
         """Steps in which every window is seen once."""
         return self.windows / self.batch_size
 
-    def __call__(self, step: int, order: int = 0) -> NDArray[np.int64]:
+    def __call__(self, step: int, shuffle_id: int = 0) -> NDArray[np.int64]:
         """Where the windows of a step begin, (B,)."""
         numbers = step * self.batch_size + np.arange(self.batch_size)
         starts = np.empty(self.batch_size, dtype=np.int64)
         epochs = numbers // self.windows
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
-            starts[inside] = self.starts(epoch, order, numbers[inside] % self.windows)
+            starts[inside] = self.starts(epoch, shuffle_id, numbers[inside] % self.windows)
         return starts
 
-    def starts(self, epoch: int, order: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    def starts(self, epoch: int, shuffle_id: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the windows begin that an epoch visits as its first, second, ..., by number from 0, (N,)."""
         if self.windows > LISTED:
-            random = np.random.default_rng([self.seed, order, epoch])
+            random = np.random.default_rng([self.seed, shuffle_id, epoch])
             return int(random.integers(self.offsets)) + self.block_size * shuffled(
                 numbers, self.windows, random
             )
-        if self._epoch is None or self._epoch[0] != (epoch, order):
-            random = np.random.default_rng([self.seed, order, epoch])
+        if self._epoch is None or self._epoch[0] != (epoch, shuffle_id):
+            random = np.random.default_rng([self.seed, shuffle_id, epoch])
             offset = int(random.integers(self.offsets))
-            self._epoch = (epoch, order), offset + self.block_size * random.permutation(self.windows)
+            self._epoch = (epoch, shuffle_id), offset + self.block_size * random.permutation(self.windows)
         return self._epoch[1][numbers]
 
 
@@ -104,18 +104,7 @@ def shuffled(numbers: NDArray[np.int64], size: int, random: np.random.Generator)
     return result.astype(np.int64)
 
 
-def gather(tokens: Tokens, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
-    """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
-    windows = cut(tokens, starts, length)
-    return windows[:, :-1], windows[:, 1:]
-
-
-def cut(tokens: Tokens, starts: NDArray[np.int64], length: int) -> Tensor:
-    """The length + 1 tokens from each start, (len(starts), length + 1) int64."""
-    return torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))
-
-
-class Windows:
+class BatchLoader:
     """Cuts windows out of a split, on the device where they are needed.
 
     A split that takes no more than RESIDENT_SHARE of a GPU's free memory lives there: a batch is
@@ -127,7 +116,7 @@ class Windows:
         self.tokens, self.device = tokens, device
         self.resident: Tensor | None = None
         kind = kind_of(device)
-        if kind.runs_ahead and RESIDENT_BYTES * len(tokens) <= kind.free_memory(device) * RESIDENT_SHARE:
+        if kind.is_async and RESIDENT_BYTES * len(tokens) <= kind.free_memory(device) * RESIDENT_SHARE:
             self.make_resident()
 
     def make_resident(self) -> None:
@@ -139,13 +128,14 @@ class Windows:
             self.resident[first : first + PIECE] = torch.from_numpy(piece).to(self.device)
 
     def __call__(self, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
-        """The inputs and targets that `gather` gives, on the device."""
+        """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
         if self.resident is None:
-            windows = self.send(cut(self.tokens, starts, length))
+            places = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
+            windows = self.send(torch.from_numpy(self.tokens[places].astype(np.int64)))
         else:
             offsets = torch.arange(length + 1, device=self.device)
             windows = self.resident[self.send(torch.from_numpy(starts))[:, None] + offsets].long()
-        return windows[:, :-1], windows[:, 1:]  # of (B, T + 1)
+        return windows[:, :-1], windows[:, 1:]
 
     def send(self, values: Tensor) -> Tensor:
         """Contiguous values on the device.
@@ -161,7 +151,7 @@ def evaluation_batches(
 ) -> list[tuple[NDArray[np.int64], int]]:
     """Cover a split in order, every token after the first predicted exactly once.
 
-    Returns (starts, length) for gather, batch by batch: full windows, then the shorter tail.
+    Returns (starts, length) for a BatchLoader, batch by batch: full windows, then the shorter tail.
     most: keep at most this many batches, evenly spread and always the same ones.
     """
     predicted = len(tokens) - 1

@@ -24,16 +24,16 @@ import torch
 from nanogpt.config import DataConfig
 from nanogpt.console import progress_bar, say, warn
 from nanogpt.data.dataset import FORMAT, SPLITS, arguments, load_dataset, shard_names
-from nanogpt.data.scan import Split, all_pieces, batches, fingerprint_of, in_order, take_survey
+from nanogpt.data.scan import Split, all_chunks, batches, fingerprint_of, in_order, scan
 from nanogpt.data.swap import WORK, commit, finish, fresh
-from nanogpt.data.token_writer import Work, write_tokens
+from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.data.tokenizer_choice import given_tokenizer, learned_tokenizer
 from nanogpt.errors import UserError, require
 from nanogpt.files import replacing
 from nanogpt.locking import lock
 from nanogpt.seals import Seal, write_sealed
 from nanogpt.text.corpus import Corpus, find
-from nanogpt.text.documents import Piece, Report, counted
+from nanogpt.text.documents import Chunk, SkipReport, counted
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
 from nanogpt.tokenizer.base import CharTokenizer, Ids, Tokenizer
 
@@ -92,9 +92,9 @@ def prepare(config: DataConfig) -> None:
     folder = Path(config.data_dir)
     finish(folder)  # a swap that was cut short
     corpora = open_corpora(config, folder)
-    work = Work(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
+    work = EncodingJob(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
     given = None if work.survey else given_tokenizer(config)  # before a long pass: it may not be there
-    survey = work.survey or take_survey(corpora, config)
+    survey = work.survey or scan(corpora, config)
     fingerprint = fingerprint_of(survey, config)
     if is_prepared(folder, fingerprint, config.overwrite):
         if work.survey is None:
@@ -114,7 +114,7 @@ def prepare(config: DataConfig) -> None:
     describe(folder, facts, work.tokenizer, split)
 
 
-def write_set(config: DataConfig, folder: Path, work: Work, fingerprint: str) -> dict[str, Any]:
+def write_set(config: DataConfig, folder: Path, work: EncodingJob, fingerprint: str) -> dict[str, Any]:
     """Write the files of the set, then replace by them what is in the folder. Returns what vocab.pt says.
 
     Errors: UserError if the disk is full; then what was there still is.
@@ -201,7 +201,7 @@ def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
     return False
 
 
-def report_broken(report: Report, folder: Path) -> None:
+def report_broken(report: SkipReport, folder: Path) -> None:
     """Say how the corpus was read and which records were left out; all of those are listed in broken.txt."""
     for note in report.notes[:SHOWN]:
         say(note)
@@ -235,14 +235,16 @@ def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
     )
 
 
-def encode(corpora: Mapping[str, Corpus], split: Split, work: Work, shard_tokens: int | None = None) -> None:
+def encode(
+    corpora: Mapping[str, Corpus], split: Split, work: EncodingJob, shard_tokens: int | None = None
+) -> None:
     """Append the tokens of every document to its side's file, from where `work` stands.
 
     Errors: UserError if the disk is full, or if files of `shard_tokens` are too many.
     """
     with progress_bar("Encoding", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
-        pieces = split(all_pieces(corpora, partial(bar.advance, task)))
+        pieces = split(all_chunks(corpora, partial(bar.advance, task)))
         left = islice(batches(pieces, lambda piece: len(piece[0].raw)), work.batches, None)
         began = saved = time.monotonic()
         with work.writing() as files:
@@ -258,7 +260,7 @@ def encode(corpora: Mapping[str, Corpus], split: Split, work: Work, shard_tokens
                 work.save(files)
 
 
-def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Piece, int]]) -> list[Encoded]:
+def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Chunk, int]]) -> list[Encoded]:
     """The tokens of a batch for each side, with end-of-text after every document that ends."""
     encoded: list[Encoded] = []
     for side in range(len(SPLITS)):

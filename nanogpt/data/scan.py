@@ -24,7 +24,7 @@ from nanogpt.cores import usable_cores
 from nanogpt.data.dataset import FORMAT
 from nanogpt.errors import require
 from nanogpt.text.corpus import Corpus
-from nanogpt.text.documents import Piece, Report, counted
+from nanogpt.text.documents import Chunk, SkipReport, counted
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer import base as tokenizers
 
@@ -44,7 +44,7 @@ class Measured(NamedTuple):
 
 
 @dataclass
-class Survey:
+class ScanResult:
     """What the first pass learns.
 
     characters, digests: of each document, the documents for validation alone (from first_val on) last.
@@ -54,7 +54,7 @@ class Survey:
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     first_val: int | None = None
     seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(tokenizers.UNICODE, np.bool_))
-    report: Report = field(default_factory=Report)
+    report: SkipReport = field(default_factory=SkipReport)
     waiting: list[Measured] = field(default_factory=list[Measured])
     """The pieces of a document that has not ended."""
 
@@ -74,28 +74,28 @@ class Survey:
         return sum(self.characters)
 
 
-def take_survey(corpora: Mapping[str, Corpus], config: DataConfig) -> Survey:
+def scan(corpora: Mapping[str, Corpus], config: DataConfig) -> ScanResult:
     """Pass over every document: its length, a digest, the characters in it.
 
     Errors: UserError if there is no text.
     """
-    survey = Survey(report=Report(config.strict))
+    survey = ScanResult(report=SkipReport(config.strict))
     measure = partial(measure_batch, survey.seen)
     with progress_bar("Reading", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
         for name, corpus in corpora.items():
             if name == "val":
                 survey.first_val = len(survey.characters)
-            pieces = corpus.pieces(survey.report, partial(bar.advance, task))
+            pieces = corpus.chunks(survey.report, partial(bar.advance, task))
             for batch in in_order(measure, batches(pieces, lambda piece: len(piece.raw))):
                 for piece in batch:
                     survey.add(piece)
     survey.report.notes[:0] = survey.report.idle_field(config.text_field)  # first: it is sure to be shown
-    reject_nothing(survey, config)
+    require_text(survey, config)
     return survey
 
 
-def measure_batch(seen: NDArray[np.bool_], batch: list[Piece]) -> list[Measured]:
+def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[Measured]:
     """Measure each piece, and mark in `seen`, (UNICODE,), the characters that occur."""
     measured: list[Measured] = []
     for piece in batch:
@@ -109,7 +109,7 @@ def digest_of(raw: bytes) -> bytes:
     return hashlib.sha256(raw).digest()[:8]
 
 
-def reject_nothing(survey: Survey, config: DataConfig) -> None:
+def require_text(survey: ScanResult, config: DataConfig) -> None:
     """Raise UserError if there is no text, or none of a corpus for validation alone."""
     broken = survey.report.broken
     why = (
@@ -120,7 +120,7 @@ def reject_nothing(survey: Survey, config: DataConfig) -> None:
     require(bool(survey.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
 
 
-def fingerprint_of(survey: Survey, config: DataConfig) -> str:
+def fingerprint_of(survey: ScanResult, config: DataConfig) -> str:
     """Identifies a data set: SHA-256 over its documents, in order, and the settings that shape the tokens."""
     shape = (
         *tokenizer_settings(config),
@@ -141,10 +141,10 @@ def tokenizer_settings(config: DataConfig) -> tuple[str, int]:
     return kind, config.vocab_size if kind == "bpe" else 0
 
 
-def all_pieces(corpora: Mapping[str, Corpus], advance: Callable[[int], object] = int) -> Iterator[Piece]:
+def all_chunks(corpora: Mapping[str, Corpus], advance: Callable[[int], object] = int) -> Iterator[Chunk]:
     """All documents of all corpora, once more: what is broken has been reported."""
     for corpus in corpora.values():
-        yield from corpus.pieces(Report(), advance)
+        yield from corpus.chunks(SkipReport(), advance)
 
 
 def batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -186,7 +186,7 @@ class Split:
     Errors: UserError if a side is too small.
     """
 
-    def __init__(self, survey: Survey, config: DataConfig) -> None:
+    def __init__(self, survey: ScanResult, config: DataConfig) -> None:
         self.survey = survey
         digests = np.frombuffer(survey.digests, np.uint64)
         self.by_document: NDArray[np.bool_] | None = None
@@ -209,7 +209,7 @@ class Split:
             f"{config.train_split}, both splits need at least 2",
         )
 
-    def __call__(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, int]]:
+    def __call__(self, pieces: Iterable[Chunk]) -> Iterator[tuple[Chunk, int]]:
         """Each piece and its side: 0 training, 1 validation; cut where the tail begins.
 
         Errors: UserError if these are not the documents of the survey.
@@ -224,8 +224,8 @@ class Split:
                 left, size = self.boundary - position, piece.characters
                 if 0 < left < size:
                     tail = piece.raw.decode()[left:].encode()
-                    yield Piece(piece.raw[: -len(tail)], False), 0
-                    yield Piece(tail, piece.ends), 1
+                    yield Chunk(piece.raw[: -len(tail)], False), 0
+                    yield Chunk(tail, piece.ends), 1
                 else:
                     yield piece, int(left <= 0)
                 position += size

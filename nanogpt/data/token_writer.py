@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from nanogpt.config import DataConfig
 from nanogpt.data.dataset import FORMAT, SPLITS
-from nanogpt.data.scan import Survey, tokenizer_settings
+from nanogpt.data.scan import ScanResult, tokenizer_settings
 from nanogpt.data.token_map import PLACE
 from nanogpt.errors import UserError, require
 from nanogpt.files import replacing
@@ -36,7 +36,7 @@ COPIED = 1 << 22
 """Bytes copied at a time."""
 
 
-class Work:
+class EncodingJob:
     """A preparation on its way, in a folder of its own, so that it can go on after a kill.
 
     survey: None if there is nothing to go on with. tokens, bytes: of each split, so far; batches: how many
@@ -53,7 +53,7 @@ class Work:
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         plan = json.dumps([FORMAT, {**asdict(config), "overwrite": False}, tokenizer_settings(config), stats])
         self.key = hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
-        self.survey: Survey | None = None
+        self.survey: ScanResult | None = None
         self.tokens, self.bytes, self.batches = [0, 0], [0, 0], 0
         self.stretches: list[list[tuple[int, str]]] = [[], []]
         self.new = [hashlib.sha256(), hashlib.sha256()]
@@ -62,7 +62,7 @@ class Work:
             self.tokens, self.bytes, self.batches = state["tokens"], state["bytes"], state["batches"]
             self.stretches = state["stretches"]
             self.tokenizer = from_dict(state["tokenizer"])
-            self.survey = Survey(first_val=state["first_val"])
+            self.survey = ScanResult(first_val=state["first_val"])
             for name in ("characters", "digests"):
                 getattr(self.survey, name).frombytes(state[name].numpy().tobytes())
         elif folder.exists():
@@ -89,7 +89,7 @@ class Work:
         """Where the tokens of a split grow."""
         return self.folder / f"{name}.tokens"
 
-    def begin(self, survey: Survey, tokenizer: Tokenizer) -> None:
+    def begin(self, survey: ScanResult, tokenizer: Tokenizer) -> None:
         """Start with the encoding."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.survey, self.tokenizer = survey, tokenizer

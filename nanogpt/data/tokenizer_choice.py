@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanogpt.config import DataConfig
 from nanogpt.console import progress_bar, say
-from nanogpt.data.scan import Split, Survey, all_pieces
+from nanogpt.data.scan import ScanResult, Split, all_chunks
 from nanogpt.errors import UserError, require
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.tiny_shakespeare import download
@@ -39,7 +39,7 @@ def given_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 
 def learned_tokenizer(
-    config: DataConfig, corpora: Mapping[str, Corpus], split: Split, survey: Survey
+    config: DataConfig, corpora: Mapping[str, Corpus], split: Split, survey: ScanResult
 ) -> Tokenizer:
     """Every character of the text, or a BPE learned from its training split.
 
@@ -62,7 +62,7 @@ def training_sample(corpora: Mapping[str, Corpus], split: Split, total: int) -> 
     taken = passed = 0
     with progress_bar("Sampling", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
-        for piece, side in split(all_pieces(corpora, partial(bar.advance, task))):
+        for piece, side in split(all_chunks(corpora, partial(bar.advance, task))):
             if side == 0 and taken * total <= passed * SAMPLE_BYTES:
                 sample.append(piece.raw)
                 taken += len(piece.raw)

@@ -1,6 +1,6 @@
 """What wraps the model from outside: DDP, FSDP, activation checkpointing.
 
-Use:    loss = shared_loss(model, world, device); shard(model, device, dtype)
+Use:    loss = distributed_loss(model, world, device); shard(model, device, dtype)
         checkpoint_activations(model, "blocks")
 DDP adds up the processes' gradients, FSDP leaves each process a part of the model. Who the processes are is
 in distributed/world.py. Does not know the training loop.
@@ -21,7 +21,7 @@ from torch.utils import checkpoint as checkpointing
 
 from nanogpt.config import GradCheckpoint
 from nanogpt.device import kind_of
-from nanogpt.distributed.dtensor import part_like
+from nanogpt.distributed.dtensor import shard_like
 from nanogpt.distributed.world import World
 from nanogpt.errors import require
 from nanogpt.model.gpt import GPT, LARGE_VOCAB
@@ -54,14 +54,14 @@ class Loss(nn.Module):
         return self.model.loss(idx, targets)
 
 
-def shared_loss(model: GPT, world: World, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def distributed_loss(model: GPT, world: World, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """The model's loss; with several processes, its backward pass averages their gradients (DDP).
 
     Gradients travel while the backward pass goes on (Li et al., "PyTorch Distributed", 2020).
     """
     if world.size == 1 or is_sharded(model):
         return model.loss
-    ids = [device] if kind_of(device).runs_ahead else None
+    ids = [device] if kind_of(device).is_async else None
     return DistributedDataParallel(
         Loss(model),
         device_ids=ids,
@@ -108,7 +108,7 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def initialize_parts(model: GPT, seed: int) -> None:
+def initialize_shards(model: GPT, seed: int) -> None:
     """Give a sharded model the weights that GPT(config) has after torch.manual_seed(seed).
 
     One whole matrix at a time is made on the CPU, and this process's part of it kept: no process has to have
@@ -123,7 +123,7 @@ def initialize_parts(model: GPT, seed: int) -> None:
     for name, parameter in model.named_parameters():
         whole = torch.empty(parameter.shape)
         model.initialize_parameter(name, whole)
-        parameter.copy_(part_like(whole, parameter))
+        parameter.copy_(shard_like(whole, parameter))
 
 
 def check_sharding(dtype: torch.dtype) -> None:
@@ -138,7 +138,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_for_a_while(model: GPT) -> Generator[None]:
+def unsharded(model: GPT) -> Generator[None]:
     """Leave a sharded model together between one forward pass and the next, where it has room.
 
     Else each of the many passes of a sample would send all weights around anew.

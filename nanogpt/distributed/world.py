@@ -1,7 +1,7 @@
 """Several processes, one training: who does what, and how they agree.
 
 Run:    torchrun --nproc_per_node=2 train.py --preset cpu
-Use:    with joined() as world: ...; world.agree(flag); world.mine(starts); world.gather(losses)
+Use:    with distributed_world() as world: ...; world.max_over_ranks(flag); world.all_gather(losses)
 The engine is PyTorch's: torchrun starts the processes (one a device) and says through the environment
 who is who; torch.distributed connects them. Every process goes through the same steps; the first one alone
 writes files. How they share a model: distributed/parallelize.py. Does not know the training loop.
@@ -38,7 +38,7 @@ Item = TypeVar("Item")
 
 EXIT_BUG, EXIT_ERROR = 1, 2
 
-PARTING = timedelta(seconds=60)
+SHUTDOWN_TIMEOUT = timedelta(seconds=60)
 """How long finished processes wait for one another."""
 
 FOREIGN_LAUNCHERS = {
@@ -69,11 +69,11 @@ class World:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
 
-    def mine(self, items: NDArray[Any]) -> NDArray[Any]:
+    def local_share(self, items: NDArray[Any]) -> NDArray[Any]:
         """The process's own share of a batch: the shares follow one another, and differ by one at most."""
         return np.array_split(items, self.size)[self.rank]
 
-    def agree(self, *votes: int) -> list[int]:
+    def max_over_ranks(self, *votes: int) -> list[int]:
         """The highest vote of any process, for each question. All processes must ask at the same place."""
         if self.size == 1:
             return list(votes)
@@ -81,7 +81,7 @@ class World:
         dist.all_reduce(ballot, dist.ReduceOp.MAX)
         return cast(list[int], ballot.tolist())
 
-    def gather(self, values: Sequence[Item]) -> list[Item]:
+    def all_gather(self, values: Sequence[Item]) -> list[Item]:
         """The values of all processes, one process after the other."""
         if self.size == 1:
             return list(values)
@@ -90,25 +90,25 @@ class World:
         return [value for part in lists for value in part]
 
     @contextmanager
-    def together(self) -> Generator[None]:
+    def raise_on_all(self) -> Generator[None]:
         """What one process cannot do, none has done. Errors: UserError on all, if one has that or OSError."""
         problem: list[str] = []
         try:
             yield
         except (UserError, OSError) as error:
             problem = [str(error)]
-        problems = self.gather(problem)
+        problems = self.all_gather(problem)
         require(not problems, "".join(problems[:1]))
 
-    def total(self, value: Tensor) -> Tensor:
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
-    def decide(self, choose: Callable[[], bool]) -> bool:
+    def broadcast_bool(self, choose: Callable[[], bool]) -> bool:
         """What the first process chooses; the others need not see what it sees."""
-        return bool(self.agree(int(self.is_first and choose()))[0])
+        return bool(self.max_over_ranks(int(self.is_first and choose()))[0])
 
 
 ALONE = World()
@@ -139,7 +139,7 @@ def number_of(variable: str, default: int = 1) -> int:
 
 
 @contextmanager
-def joined(device: str = "auto") -> Generator[World]:
+def distributed_world(device: str = "auto") -> Generator[World]:
     """Meet the other processes that torchrun started; without torchrun, there are none.
 
     device: what config.device says. If one of them fails, all end: that one says why, the others are silent.
@@ -163,14 +163,14 @@ def joined(device: str = "auto") -> Generator[World]:
         job="" if job == "none" else job,
         restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
     )
-    store = PrefixStore(of_this_life(world), store)
+    store = PrefixStore(restart_prefix(world), store)
     failures = PrefixStore("nanogpt", store)
     try:
         connect(store, world, device)
         yield world
     except Exception as error:
         fail(error, world, first=failures.add("failures", 1) == 1)
-    part(world, failures)
+    shutdown_barrier(world, failures)
     dist.destroy_process_group()
 
 
@@ -208,7 +208,7 @@ def fail(error: Exception, world: World, *, first: bool) -> NoReturn:
     os._exit(code)
 
 
-def of_this_life(world: World) -> str:
+def restart_prefix(world: World) -> str:
     """A name for what these processes say to one another, that those before a restart did not use.
 
     Their addresses are still in the store, unless torchrun was told to make a new one
@@ -224,7 +224,7 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(gone, str(error)))
 
 
-def part(world: World, store: "PrefixStore") -> None:
+def shutdown_barrier(world: World, store: "PrefixStore") -> None:
     """Wait until every process is through: one that left early could break off what another still reads.
 
     The first may be the one that keeps the store, so it leaves the store last.
@@ -232,16 +232,16 @@ def part(world: World, store: "PrefixStore") -> None:
     arrived = store.add("through", 1)
     with suppress(RuntimeError):  # somebody died: torchrun sees that, nothing here needs him any more
         if not world.is_first:
-            store.wait(["all through"], PARTING)
+            store.wait(["all through"], SHUTDOWN_TIMEOUT)
             return
-        end = time.monotonic() + PARTING.total_seconds()
+        end = time.monotonic() + SHUTDOWN_TIMEOUT.total_seconds()
         while arrived < world.size and time.monotonic() < end:
             time.sleep(0.01)
             arrived = store.add("through", 0)
         store.set("all through", "")
 
 
-def leave(code: int) -> None:
+def hard_exit(code: int) -> None:
     """End a process of torchrun's now; without torchrun, do nothing.
 
     The threads of a connection can outlive it for a moment, and one that frees a tensor while the interpreter
@@ -292,7 +292,7 @@ def check_same_start(world: World, start: Mapping[str, object]) -> None:
 
     start: what a run begins with, by name. Errors: UserError, on all, naming what differs between whom.
     """
-    first, *others = world.gather([dict(start)])
+    first, *others = world.all_gather([dict(start)])
     for number, theirs in enumerate(others, 2):
         for name, value in first.items():
             require(

@@ -23,7 +23,7 @@ from typing import IO, BinaryIO, cast
 
 from nanogpt.errors import UserError, require
 from nanogpt.text.compressed import DECOMPRESSORS, Bounded, Counted
-from nanogpt.text.documents import Piece, Report, one_line
+from nanogpt.text.documents import Chunk, SkipReport, one_line
 from nanogpt.text.formats import Source, read_text, reason, spooled
 from nanogpt.text.json_formats import read_json, read_json_lines
 from nanogpt.text.tables import read_parquet, read_table
@@ -40,7 +40,7 @@ RUBBISH = (".DS_Store", ".localized", "._")
 """How names of hidden files begin that a system writes and nobody misses."""
 
 
-def reporting(pieces: Iterator[Piece], name: str, report: Report) -> Iterator[Piece]:
+def reporting(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
     """The pieces of one of several files: if it fails, that is reported, and its last document ends there."""
     open_document = False
     try:
@@ -52,10 +52,10 @@ def reporting(pieces: Iterator[Piece], name: str, report: Report) -> Iterator[Pi
             raise
         report.reject(name, str(error).removeprefix(f"--input_file {name} "))
     if open_document:
-        yield Piece(b"", True)
+        yield Chunk(b"", True)
 
 
-def read(source: Source) -> Iterator[Piece]:
+def read(source: Source) -> Iterator[Chunk]:
     """The documents in a file, whatever it is.
 
     Errors: UserError if it is damaged, or not what its name says.
@@ -89,11 +89,11 @@ def unpacked(source: Source, file: io.RawIOBase, kind: str) -> Source:
 
 def read_member(
     source: Source, name: str, packed: int, opener: Callable[[], IO[bytes] | None]
-) -> Iterator[Piece]:
+) -> Iterator[Chunk]:
     """The documents in a file of an archive, of `packed` bytes there; if it is damaged, that is reported."""
     whole_name = f"{source.name}/{name}"
 
-    def pieces() -> Iterator[Piece]:
+    def pieces() -> Iterator[Chunk]:
         """Open it only when its turn has come."""
         with refusals(whole_name), cast(IO[bytes], opener()) as stream:
             bounded = Bounded(cast(BinaryIO, stream), partial(int, packed))
@@ -102,7 +102,7 @@ def read_member(
     return reporting(pieces(), whole_name, source.report)
 
 
-def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Piece]:
+def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Chunk]:
     """What is inside a compressed file."""
     counted = Counted(source.file, int)
     stream = Bounded(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
@@ -111,7 +111,7 @@ def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> I
     yield from read(unpacked(source, stream, str(kind)))
 
 
-def read_zip(source: Source) -> Iterator[Piece]:
+def read_zip(source: Source) -> Iterator[Chunk]:
     """The files in a zip archive, in its order."""
     hidden = Hidden()
     with spooled(source.file) as file, zipfile.ZipFile(file) as archive:
@@ -127,7 +127,7 @@ def read_zip(source: Source) -> Iterator[Piece]:
     source.report.notes += hidden.notes(source.name)
 
 
-def read_tar(source: Source) -> Iterator[Piece]:
+def read_tar(source: Source) -> Iterator[Chunk]:
     """The files in a tar archive, in its order; of archives one after the other too."""
     hidden = Hidden()
     with tarfile.open(fileobj=source.file, mode="r|", tarinfo=Header, ignore_zeros=True) as archive:
@@ -205,7 +205,7 @@ def is_damage(error: Exception) -> bool:
     return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
 
 
-READERS: dict[str, Callable[[Source], Iterator[Piece]]] = {
+READERS: dict[str, Callable[[Source], Iterator[Chunk]]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,

@@ -20,7 +20,7 @@ from nanogpt.config import DataConfig
 from nanogpt.errors import UserError, require
 from nanogpt.text.archives import Hidden, read, reporting
 from nanogpt.text.compressed import Counted
-from nanogpt.text.documents import Piece, Report, one_line
+from nanogpt.text.documents import Chunk, SkipReport, one_line
 from nanogpt.text.formats import Source
 
 KINDS = {
@@ -56,7 +56,7 @@ class Corpus:
         """Bytes of the files on the disk."""
         return sum(size_of(path) for path in self.files)
 
-    def pieces(self, report: Report, advance: Callable[[int], object] = int) -> Iterator[Piece]:
+    def chunks(self, report: SkipReport, advance: Callable[[int], object] = int) -> Iterator[Chunk]:
         """Every document, piece by piece.
 
         advance: called with the number of bytes read from the disk since the last call.
@@ -69,7 +69,7 @@ class Corpus:
             source = partial(self.pieces_of, path, report, advance)
             yield from source() if len(self.files) == 1 else reporting(source(), str(path), report)
 
-    def pieces_of(self, path: Path, report: Report, advance: Callable[[int], object]) -> Iterator[Piece]:
+    def pieces_of(self, path: Path, report: SkipReport, advance: Callable[[int], object]) -> Iterator[Chunk]:
         """The documents in a file. Errors: UserError if it cannot be read."""
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:

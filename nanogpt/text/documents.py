@@ -28,7 +28,7 @@ MISSING: Final = object()
 """Stands where a record does not have a field: null is a value."""
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A part of a document, in UTF-8; ends: nothing of it follows."""
 
     raw: bytes
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Report:
+class SkipReport:
     """What a pass over a corpus met on its way.
 
     strict: the first broken record is an error. notes: how files were read, a line each.
@@ -101,7 +101,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def cut(blocks: Iterable[bytes]) -> Iterator[Piece]:
+def cut(blocks: Iterable[bytes]) -> Iterator[Chunk]:
     """A document, given in blocks of whole characters of UTF-8, in pieces of PIECE bytes.
 
     A piece ends before a space that follows a word, if there is one: no token of a byte-level BPE spans
@@ -113,11 +113,11 @@ def cut(blocks: Iterable[bytes]) -> Iterator[Piece]:
         start = 0
         while len(waiting) - start > PIECE:
             end = word_end(waiting, start, start + PIECE)
-            yield Piece(waiting[start:end], False)
+            yield Chunk(waiting[start:end], False)
             start, begun = end, True
         waiting = waiting[start:]
     if begun or not is_blank(waiting):
-        yield Piece(waiting, True)
+        yield Chunk(waiting, True)
 
 
 def word_end(raw: bytes, start: int, stop: int) -> int:

@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
-from nanogpt.text.documents import MISSING, Piece, Report, counted, cut, strings
+from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, cut, strings
 from nanogpt.text.encoding import utf8
 
 RECORD = 1 << 26
@@ -49,7 +49,7 @@ class Source:
     name: str
     kind: str
     text_field: str
-    report: Report
+    report: SkipReport
     depth: int = 0
 
     def note(self, what: str) -> None:
@@ -57,7 +57,7 @@ class Source:
         self.report.note(self.name, what)
 
 
-def read_text(source: Source) -> Iterator[Piece]:
+def read_text(source: Source) -> Iterator[Chunk]:
     """A text file is a document. Windows line ends (CRLF) are folded to LF."""
     source.report.read_plain(source.name)
     blocks, notes = encoding.decoded(source.file, lambda what: source.report.reject(source.name, what))
@@ -105,7 +105,7 @@ def unix_lines(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
         source.note(f"{counted(folded, 'Windows line end')} (CRLF) folded to LF")
 
 
-def document(source: Source, where: str, value: object) -> Iterator[Piece]:
+def document(source: Source, where: str, value: object) -> Iterator[Chunk]:
     """The documents in a record: a string, or what text_field leads to."""
     for text in strings(value, source.text_field.split(".")):
         if isinstance(text, str):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanogpt.text import formats
-from nanogpt.text.documents import Piece
+from nanogpt.text.documents import Chunk
 from nanogpt.text.formats import Lines, LongLine, Source, decoded_text, document, note_marks, reason
 
 CHUNK = 1 << 16
@@ -38,7 +38,7 @@ FIRST_KEY = re.compile(r'\{\s*("(?:[^"\\]|\\.){0,100}")\s*:')
 decode = json.JSONDecoder().raw_decode
 
 
-def read_json_lines(source: Source) -> Iterator[Piece]:
+def read_json_lines(source: Source) -> Iterator[Chunk]:
     """A JSON value a line; or JSON over several lines, which is told by its beginning."""
     lines, begun = Lines(decoded_text(source)), False
     while line := lines.read():
@@ -91,12 +91,12 @@ def over_lines(lines: Lines, first: str) -> Callable[[int], str] | None:
     return lambda size: beginning.read(size) or lines.text.read(size)
 
 
-def read_json(source: Source) -> Iterator[Piece]:
+def read_json(source: Source) -> Iterator[Chunk]:
     """A JSON array of records, or one record or several; no more than one is held at a time."""
     yield from read_values(source, decoded_text(source).read)
 
 
-def read_values(source: Source, read: Callable[[int], str]) -> Iterator[Piece]:
+def read_values(source: Source, read: Callable[[int], str]) -> Iterator[Chunk]:
     """The documents in JSON values one after the other, or in an array of them."""
     values, number = Values(read), 0
     while values.begins():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from nanogpt.errors import UserError
 from nanogpt.text import formats
-from nanogpt.text.documents import Piece, counted
+from nanogpt.text.documents import Chunk, counted
 from nanogpt.text.formats import (
     Lines,
     LongLine,
@@ -49,7 +49,7 @@ LINE_OF_NAMES = 1 << 20
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
-def read_table(delimiter: str, source: Source) -> Iterator[Piece]:
+def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
     """CSV or TSV with a line of names: text_field says which column is the text."""
     csv.field_size_limit(formats.RECORD)
     rows = Rows(Lines(decoded_text(source)), source)
@@ -256,7 +256,7 @@ class Rows:
             return True  # it is told when its turn comes
 
 
-def read_parquet(source: Source) -> Iterator[Piece]:
+def read_parquet(source: Source) -> Iterator[Chunk]:
     """A column of a Parquet file."""
     try:
         from pyarrow.parquet import ParquetFile

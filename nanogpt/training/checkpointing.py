@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import sharded
-from nanogpt.checkpoint.format import Checkpoint, Progress, parts_folder, save_checkpoint
+from nanogpt.checkpoint.format import Checkpoint, Progress, save_checkpoint, shards_folder
 from nanogpt.checkpoint.validation import check_states
 from nanogpt.config import to_dict
 from nanogpt.console import warn
 from nanogpt.device import name_of
 from nanogpt.distributed import parallelize
-from nanogpt.distributed.dtensor import load_whole, optimizer_parts, whole_state
+from nanogpt.distributed.dtensor import full_state, load_full_state, shard_optimizer_state
 from nanogpt.errors import UserError, require
 from nanogpt.files import replacing, sync_folder
 from nanogpt.training.state import Run, Writing
@@ -32,9 +32,9 @@ def snapshot(run: Run) -> Checkpoint:
     keep = run.world.is_first
     return replace(
         head(run),
-        model=whole_state(run.model.state_dict(), keep=keep),
-        average=whole_state(run.average.state_dict(), keep=keep) if run.average else {},
-        optimizers=[whole_state(optimizer.state_dict(), keep=keep) for optimizer in run.optimizers],
+        model=full_state(run.model.state_dict(), keep=keep),
+        average=full_state(run.average.state_dict(), keep=keep) if run.average else {},
+        optimizers=[full_state(optimizer.state_dict(), keep=keep) for optimizer in run.optimizers],
     )
 
 
@@ -48,11 +48,11 @@ def head(run: Run) -> Checkpoint:
         average={},
         optimizers=[optimizer.state_dict() | {"state": {}} for optimizer in run.optimizers],
         scaler=run.scaler.state_dict(),
-        arithmetic={
+        precision={
             "device": run.device.type,
             "dtype": name_of(run.dtype),
             **({"muon_dtype": name_of(run.newton_schulz.dtype)} if run.config.optimizer == "muon" else {}),
-            "pieces": str(run.pieces * run.world.size),
+            "num_micro_batches": run.num_micro_batches * run.world.size,
         },
         tokenizer=run.dataset.tokenizer.to_dict(),
         fingerprint=run.dataset.fingerprint,
@@ -66,20 +66,20 @@ def settings(run: Run) -> dict[str, Any]:
 
 def restore(run: Run, saved: Checkpoint) -> None:
     """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
-    if saved.parts:
-        run.parts = parts_folder(run.folder.last, saved.parts)
-        states = read_parts(run, run.parts)
+    if saved.shards:
+        run.shards = shards_folder(run.folder.last, saved.shards)
+        states = read_parts(run, run.shards)
     else:
         try:
             check_states(run.optimizers, [optimizer["state"] for optimizer in saved.optimizers])
             check_scaler(run, saved)
         except UserError as error:
             raise UserError(f"the checkpoint in {run.folder.path} is malformed: {error}") from error
-        load_whole(run.model, saved.model)
+        load_full_state(run.model, saved.model)
         if run.average:
-            load_whole(run.average, saved.weights)
+            load_full_state(run.average, saved.weights)
         pairs = zip(run.optimizers, saved.optimizers, strict=True)
-        states = [optimizer_parts(optimizer, state["state"]) for optimizer, state in pairs]
+        states = [shard_optimizer_state(optimizer, state["state"]) for optimizer, state in pairs]
     for optimizer, state in zip(run.optimizers, states, strict=True):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     if saved.scaler and run.scaler.is_enabled():
@@ -100,13 +100,13 @@ def check_scaler(run: Run, saved: Checkpoint) -> None:
 def read_parts(run: Run, folder: Path) -> list[dict[int, Any]]:
     """Fill weights and average from a checkpoint in parts. Returns the states of the optimizers."""
     saved = sharded.shapes(folder)
-    states = sharded.room(saved, run.optimizers)
+    states = sharded.empty_states(saved, run.optimizers)
     average = run.average.state_dict() if run.average else {}
     if any(name.startswith("average.") for name in saved) or not average:
-        sharded.read(folder, sharded.flat(run.model.state_dict(), average, states))
+        sharded.load(folder, sharded.flatten(run.model.state_dict(), average, states))
         return states
-    sharded.read(folder, sharded.flat(run.model.state_dict(), {}, states))
-    sharded.read(folder, sharded.flat(average, {}, []))  # a run that begins to average
+    sharded.load(folder, sharded.flatten(run.model.state_dict(), {}, states))
+    sharded.load(folder, sharded.flatten(average, {}, []))  # a run that begins to average
     return states
 
 
@@ -131,7 +131,7 @@ def begin_save(run: Run, path: Path) -> None:
     """
     finish_save(run)
     run.saved_at = time.perf_counter()
-    with run.world.together():
+    with run.world.raise_on_all():
         if run.world.is_first:
             run.folder.confirm()
     if run.world.is_first:
@@ -142,23 +142,25 @@ def begin_save(run: Run, path: Path) -> None:
     if parallelize.is_sharded(run.model) and path == run.folder.last:
         average = run.average.state_dict() if run.average else {}
         states = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
-        tensors = sharded.flat(run.model.state_dict(), average, states)
-        folder = run.folder.parts / str(run.progress.step)
-        if folder == run.parts:
+        tensors = sharded.flatten(run.model.state_dict(), average, states)
+        folder = run.folder.shards / str(run.progress.step)
+        if folder == run.shards:
             folder = folder.with_name(f"{folder.name}-again")
         if run.world.is_first:
-            run.folder.drop_parts(but=run.parts)  # what a killed process left: nobody writes before this one
-        run.writing = Writing(head(run), folder, sharded.begin(folder, tensors))
+            run.folder.delete_shards(
+                keep=run.shards
+            )  # what a killed process left: nobody writes before this one
+        run.writing = Writing(head(run), folder, sharded.begin_save(folder, tensors))
         return
     saved = snapshot(run)
-    with run.world.together():
+    with run.world.raise_on_all():
         if run.world.is_first:
             save_checkpoint(path, saved)
     run.saved_step = run.progress.step
     if path == run.folder.last:
-        run.kept, run.parts = saved.progress, None
+        run.kept, run.shards = saved.progress, None
         if run.world.is_first:
-            run.folder.drop_parts(but=None)  # of a run that went on without fsdp
+            run.folder.delete_shards(keep=None)  # of a run that went on without fsdp
 
 
 def finish_save(run: Run) -> None:
@@ -172,22 +174,22 @@ def finish_save(run: Run) -> None:
         return
     digests = dict[str, str]()
     try:
-        with run.world.together():
+        with run.world.raise_on_all():
             digests = writing.digests.result()
     except UserError:
         if run.world.is_first:
-            run.folder.drop_parts(but=run.parts)
+            run.folder.delete_shards(keep=run.shards)
         raise
-    files = run.world.gather(list(digests.items()))
-    with run.world.together():
+    files = run.world.all_gather(list(digests.items()))
+    with run.world.raise_on_all():
         if run.world.is_first:
             inside = writing.folder.relative_to(run.folder.path)
             sync_folder(writing.folder)
-            sync_folder(run.folder.parts)
+            sync_folder(run.folder.shards)
             named = {(inside / name).as_posix(): digest for name, digest in files}
-            save_checkpoint(run.folder.last, replace(writing.head, parts=named))
-            run.folder.drop_parts(but=writing.folder)
-    run.parts, run.kept = writing.folder, writing.head.progress
+            save_checkpoint(run.folder.last, replace(writing.head, shards=named))
+            run.folder.delete_shards(keep=writing.folder)
+    run.shards, run.kept = writing.folder, writing.head.progress
     run.saved_step = int(run.kept["step"])
 
 

@@ -1,6 +1,6 @@
 """One stream of numbers, several readers: the console, metrics.jsonl, TensorBoard.
 
-Use:    metrics = Metrics([ConsoleReader(...), JsonLines(path, step)]); metrics.write(record)
+Use:    metrics = Metrics([ConsoleSink(...), JsonLinesSink(path, step)]); metrics.write(record)
 A record is a flat dict with a "step" and numbers; "sample" may hold generated text. Readers take
 what they show and leave the rest. Knows nothing of the model.
 """
@@ -33,7 +33,7 @@ JSON_FIELDS = (
 )
 
 
-class Reader(Protocol):
+class Sink(Protocol):
     """Takes every record of a run."""
 
     def write(self, record: Record) -> None:
@@ -52,7 +52,7 @@ class Reader(Protocol):
 class Metrics:
     """Hands each record to every reader."""
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
+    def __init__(self, readers: Sequence[Sink]) -> None:
         self.readers = readers
 
     def write(self, record: Record) -> None:
@@ -75,7 +75,7 @@ class Metrics:
             reader.close()
 
 
-class JsonLines:
+class JsonLinesSink:
     """metrics.jsonl: a JSON object a line, appended.
 
     Opening it at a step drops what a killed run wrote after that step (and a line cut in half),
@@ -200,7 +200,7 @@ TENSORBOARD_NAMES = {
 }
 
 
-class TensorBoard:
+class TensorBoardSink:
     """Events for `tensorboard --logdir out/runs`. What cannot be written is reported once and left out."""
 
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
@@ -253,7 +253,7 @@ class TensorBoard:
         threading.excepthook = self.excepthook
 
 
-class ConsoleReader:
+class ConsoleSink:
     """A progress bar on a terminal, plain lines elsewhere; evaluations are lines on both."""
 
     def __init__(self, step: int, max_iters: int) -> None:

@@ -1,7 +1,7 @@
 """Parameter groups, the optimizers, and the learning-rate schedule.
 
 Use:    optimizers = build_optimizers(model, config)
-        set_learning_rate(optimizers, relative_rate(step, config))
+        set_learning_rate(optimizers, lr_multiplier(step, config))
 Does not know the data, the loop or the device.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
-from nanogpt.distributed.dtensor import is_part, part_like, whole
+from nanogpt.distributed.dtensor import full_tensor, is_dtensor, shard_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
@@ -105,15 +105,17 @@ class Muon(torch.optim.Optimizer):
             gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
         average: Tensor = state["momentum"].lerp_(gradient, 1 - decay)
         ahead = gradient.lerp(average, decay)
-        if self.dtype == torch.bfloat16 and is_part(ahead):
+        if self.dtype == torch.bfloat16 and is_dtensor(ahead):
             ahead = ahead.to(self.dtype)  # as orthogonalize would: half of it has to travel
-        ahead = whole(ahead)
+        ahead = full_tensor(ahead)
         return ahead if ahead.shape[0] >= ahead.shape[1] else ahead.T
 
     def update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Move matrices of one shape along their orthogonalised momenta."""
         momenta = torch.stack([self.momentum(p, group["momentum"]) for p in matrices])  # (N, R, C), R >= C
-        directions = orthogonalize(momenta, self.dtype) if self.size == 1 else self.share_out(momenta)
+        directions = (
+            orthogonalize(momenta, self.dtype) if self.size == 1 else self.orthogonalize_distributed(momenta)
+        )
         decay = group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
@@ -122,9 +124,9 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - decay)
             scale = group["lr"] * max(1.0, rows / columns) ** 0.5
             upright = direction if rows >= columns else direction.T
-            parameter.add_(part_like(upright, parameter), alpha=-scale)
+            parameter.add_(shard_like(upright, parameter), alpha=-scale)
 
-    def share_out(self, momenta: Tensor) -> Tensor:
+    def orthogonalize_distributed(self, momenta: Tensor) -> Tensor:
         """orthogonalize, each process its part of the matrices, (N, R, C). They travel in self.dtype."""
         import torch.distributed as dist
 
@@ -154,7 +156,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tens
     return x.transpose(1, 2).to(matrices.dtype)
 
 
-def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the weights of `average` towards those of `model`, by 1 - decay of the way."""
     update = cast(Callable[[list[Tensor], list[Tensor], int], None], get_ema_multi_avg_fn(decay))
     update(list(average.parameters()), list(model.parameters()), 0)
@@ -165,7 +167,7 @@ def ema_decay(step: int, config: TrainConfig) -> float:
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
-def relative_rate(step: int, config: TrainConfig) -> float:
+def lr_multiplier(step: int, config: TrainConfig) -> float:
     """The learning rate of update number `step`, as a fraction of the highest; the first is 0.
 
     Linear warm-up, then a cosine (Loshchilov & Hutter, 2017) or a trapezoid (constant, then
@@ -185,7 +187,7 @@ def relative_rate(step: int, config: TrainConfig) -> float:
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """AdamW's learning rate in update number `step`."""
-    return config.learning_rate * relative_rate(step, config)
+    return config.learning_rate * lr_multiplier(step, config)
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], relative: float) -> None:

@@ -1,7 +1,7 @@
 """What a training says to the person who waits for it: the plan, the time it will take, how it ended.
 
 Use:    plan(run); forecast(run); conclude(run, reason)
-Changes nothing in the run but `forecast_done`; writes loss.png.
+Changes nothing in the run but `eta_printed`; writes loss.png.
 """
 
 import shlex
@@ -29,7 +29,7 @@ BUSY = 0.5
 """Cores held by other programs from which that is worth a line."""
 
 
-def plan(run: Run) -> None:
+def print_plan(run: Run) -> None:
     """Before the first step: say what will be trained, on what, for how long in steps."""
     config, progress = run.config, run.progress
     tokens = config.batch_size * config.block_size
@@ -51,8 +51,8 @@ def plan(run: Run) -> None:
         f"A step: {run.work / 1e9:,.1f} GFLOP; {held(run) / MIB:,.1f} MiB for weights, gradients and "
         f"moments, {activations} activations"
     )
-    if run.world.size > 1 or run.pieces > 1:
-        say(f"Batch: {shares(config.batch_size, run.world.size, run.pieces)}")
+    if run.world.size > 1 or run.num_micro_batches > 1:
+        say(f"Batch: {shares(config.batch_size, run.world.size, run.num_micro_batches)}")
 
 
 def held(run: Run) -> float:
@@ -80,12 +80,12 @@ def shares(batch_size: int, processes: int, pieces: int) -> str:
     return f"{batch_size} sequences = {among}{count} micro-batch{'es' * (count > 1)} of {each}"
 
 
-def forecast(run: Run) -> None:
+def print_eta(run: Run) -> None:
     """Once, after the first measured steps: say how long the training will take."""
     pace, config = run.pace, run.config
-    if run.forecast_done or pace.steps < FORECAST_STEPS or pace.seconds < FORECAST_SECONDS:
+    if run.eta_printed or pace.steps < FORECAST_STEPS or pace.seconds < FORECAST_SECONDS:
         return
-    run.forecast_done = True
+    run.eta_printed = True
     a_step = pace.seconds / pace.steps
     expected = a_step * (config.max_iters - run.progress.step)
     if config.max_seconds is not None:
@@ -101,7 +101,7 @@ def forecast(run: Run) -> None:
         say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
 
 
-def conclude(run: Run, reason: str) -> None:
+def print_summary(run: Run, reason: str) -> None:
     """Say how the run ended and what to do next; draw the loss curve unless interrupted."""
     config, progress, folder = run.config, run.progress, run.folder
     if reason in STOP_REASONS:

@@ -15,7 +15,7 @@ from nanogpt.checkpoint.format import Checkpoint, Progress
 from nanogpt.checkpoint.run_dir import RUN_BY_RUN, RunFolder
 from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, model_config, to_dict
 from nanogpt.console import say, warn
-from nanogpt.data.batches import Batches, Windows
+from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import dtype_of, name_of
 from nanogpt.distributed import parallelize
@@ -25,9 +25,9 @@ from nanogpt.model.gpt import GPT
 from nanogpt.precision import Choice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.seals import CHECKED
 from nanogpt.training.checkpointing import restore
-from nanogpt.training.metrics import ConsoleReader, JsonLines, Metrics, Reader, TensorBoard
+from nanogpt.training.metrics import ConsoleSink, JsonLinesSink, Metrics, Sink, TensorBoardSink
 from nanogpt.training.optimizer import build_optimizers
-from nanogpt.training.out_of_memory import first_pieces
+from nanogpt.training.out_of_memory import initial_micro_batches
 from nanogpt.training.state import Run
 
 
@@ -37,19 +37,19 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     Errors: UserError if the data, the device or the checkpoint do not fit the settings.
     """
     sharded = config.parallel == "fsdp" and world.size > 1
-    saved = folder.newest(warn, world, whole=not sharded) if config.resume else None
+    saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
     unseen = CHECKED if config.resume else 0  # fit has verified the data of a new run
     dataset = load_dataset(Path(config.data_dir), most=unseen)
     if saved:
         check_resume(config, saved, dataset)
     parallelize.check_batch(config.batch_size, world)
-    batches = Batches(
+    batches = BatchSampler(
         dataset.train, block_size=config.block_size, batch_size=config.batch_size, seed=config.seed
     )
     place = device.pick_device(local_device(config.device, world))
     for line in device.describe(place):
         say(line)
-    products, newton_schulz = pick_arithmetic(config, place, saved, world)
+    products, newton_schulz = pick_precision(config, place, saved, world)
     dtype = products.dtype
     device.kind_of(place).begin(place, dtype)
     shape = model_config(config, dataset.tokenizer.vocab_size)
@@ -57,15 +57,15 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     optimizers = build_optimizers(model, config, newton_schulz.dtype, world.rank, world.size)
     scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
     if not saved and world.is_first:
-        make_room(config, folder)
+        archive_previous(config, folder)
     progress = Progress(**saved.progress) if saved else Progress()
-    console, metrics = open_metrics(config, folder, progress, world)
-    loss = parallelize.shared_loss(model, world, place)
+    console, metrics = open_sinks(config, folder, progress, world)
+    loss = parallelize.distributed_loss(model, world, place)
     run = Run(
         config, world, folder, dataset, batches, place, products, newton_schulz,
-        Windows(dataset.train, place), Windows(dataset.val, place),
+        BatchLoader(dataset.train, place), BatchLoader(dataset.val, place),
         model, average, loss, optimizers, scaler, console, metrics, progress,
-        pieces=first_pieces(config, world, saved), first_step=progress.step,
+        num_micro_batches=initial_micro_batches(config, world, saved), first_step=progress.step,
     )  # fmt: skip
     if saved:
         restore(run, saved)
@@ -93,7 +93,7 @@ def sharded_models(
         average = GPT(shape).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
     parallelize.shard(model, place, dtype)
-    parallelize.initialize_parts(model, config.seed)
+    parallelize.initialize_shards(model, config.seed)
     if average:
         parallelize.shard(average, place, dtype)
         average.load_state_dict(model.state_dict())
@@ -140,7 +140,7 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
     )
 
 
-def pick_arithmetic(
+def pick_precision(
     config: TrainConfig, place: torch.device, saved: Checkpoint | None, world: World
 ) -> tuple[Choice, Choice]:
     """The dtypes to train in and to orthogonalise Muon's matrices in, and why."""
@@ -159,7 +159,7 @@ def kept(config: TrainConfig, place: torch.device, saved: Checkpoint | None, wha
     """The dtype that a resumed run had, unless --dtype has changed or it would crawl here; else None."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
-    had = dtype_of(saved.arithmetic.get(what, "bfloat16"))  # before it was saved
+    had = dtype_of(str(saved.precision.get(what, "bfloat16")))  # before it was saved
     scaled = what == "dtype" and had == torch.float16 and not device.kind_of(place).scales
     if config.dtype == "auto" and (scaled or is_slow(had, place)):
         who = "the run computed" if what == "dtype" else "Muon orthogonalised"
@@ -174,25 +174,25 @@ def kept(config: TrainConfig, place: torch.device, saved: Checkpoint | None, wha
 def agreed_dtype(choice: Choice, world: World) -> Choice:
     """The widest that any process has picked: which one is faster can look different to each."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    widest = dtypes[world.agree(dtypes.index(choice.dtype))[0]]
+    widest = dtypes[world.max_over_ranks(dtypes.index(choice.dtype))[0]]
     return choice if widest == choice.dtype else Choice(widest, "as another process has picked")
 
 
-def make_room(config: TrainConfig, folder: RunFolder) -> None:
+def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
     """Keep (or, if so told, delete) an earlier run in the folder."""
-    previous = folder.set_aside(delete=config.overwrite)
+    previous = folder.archive_previous(delete=config.overwrite)
     if previous:
         say(f"{folder.path} held an earlier run: moved to {previous}")
 
 
-def open_metrics(
+def open_sinks(
     config: TrainConfig, folder: RunFolder, progress: Progress, world: World
-) -> tuple[ConsoleReader, Metrics]:
+) -> tuple[ConsoleSink, Metrics]:
     """The readers of the run's numbers, each continuing where the checkpoint is; the first process's only."""
-    console = ConsoleReader(progress.step, config.max_iters)
+    console = ConsoleSink(progress.step, config.max_iters)
     if not world.is_first:
         return console, Metrics([console])
-    readers: list[Reader] = [console, JsonLines(folder.metrics, progress.step, progress.evaluated_at)]
+    readers: list[Sink] = [console, JsonLinesSink(folder.metrics, progress.step, progress.evaluated_at)]
     if config.tensorboard:
-        readers.append(TensorBoard(folder.runs, progress.step, to_dict(config)))
+        readers.append(TensorBoardSink(folder.runs, progress.step, to_dict(config)))
     return console, Metrics(readers)

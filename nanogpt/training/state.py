@@ -19,14 +19,14 @@ from nanogpt.checkpoint.format import Checkpoint, Progress
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.cores import CoreWatch
-from nanogpt.data.batches import Batches, Windows
+from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.data.dataset import Dataset
 from nanogpt.device import Event, Kind, kind_of
 from nanogpt.distributed.world import World
 from nanogpt.model.gpt import GPT, flops_per_token
 from nanogpt.precision import Choice
 from nanogpt.training.memory_estimate import Memory
-from nanogpt.training.metrics import ConsoleReader, Metrics
+from nanogpt.training.metrics import ConsoleSink, Metrics
 
 
 @dataclass
@@ -87,14 +87,14 @@ class Run:
     world: World
     folder: RunFolder
     dataset: Dataset
-    batches: Batches
+    batches: BatchSampler
     device: torch.device
     products: Choice
     """The dtype of the model's matrix products."""
     newton_schulz: Choice
     """The dtype of Muon's."""
-    train_windows: Windows
-    val_windows: Windows
+    train_windows: BatchLoader
+    val_windows: BatchLoader
     model: GPT
     average: GPT | None
     """The moving average of the model's weights, if config.ema_decay asks for one."""
@@ -102,10 +102,10 @@ class Run:
     """The model's loss, wrapped for several processes, compiled or not."""
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
-    console: ConsoleReader
+    console: ConsoleSink
     metrics: Metrics
     progress: Progress
-    pieces: int = 1
+    num_micro_batches: int = 1
     """Micro-batches that this process cuts its share of a batch into."""
     memory: Memory | None = None
     """What an update takes, if the training is long enough to count that."""
@@ -122,15 +122,15 @@ class Run:
     """Step of the newest checkpoint that this process has written or read."""
     kept: dict[str, Any] | None = None
     """The progress that last.pt holds, if this process has written it."""
-    parts: Path | None = None
+    shards: Path | None = None
     """Folder of the tensors of last.pt, if they lie in parts: it must not be written to."""
     writing: Writing | None = None
-    forecast_done: bool = False
+    eta_printed: bool = False
     watch: CoreWatch = field(default_factory=CoreWatch)
     """Sees what other programs take of the processor."""
     keep_going: Callable[[int, float], bool] | None = None
     """Asked after each evaluation, with the step and the validation loss, whether to go on."""
-    told_to_stop: bool = False
+    stopped_by_callback: bool = False
     """Whether it said no."""
 
     @property

@@ -1,7 +1,7 @@
 """One update: batch, gradient, guard, optimizers, average.
 
-Use:    outcome = train_step(run); numbers = settle(run, outcome)
-A GPU is given work and not waited for: train_step queues an update, and settle, one step later,
+Use:    outcome = train_step(run); numbers = read_result(run, outcome)
+A GPU is given work and not waited for: train_step queues an update, and read_result, one step later,
 reads its numbers. So the guard against numbers that are not finite is computed on the device.
 When to evaluate, save and stop is in trainer.py.
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from nanogpt import device
 from nanogpt.console import warn
 from nanogpt.distributed import parallelize
-from nanogpt.distributed.dtensor import whole
-from nanogpt.training.optimizer import ema_decay, follow, learning_rate, relative_rate, set_learning_rate
+from nanogpt.distributed.dtensor import full_tensor
+from nanogpt.training.optimizer import ema_decay, learning_rate, lr_multiplier, set_learning_rate, update_ema
 from nanogpt.training.out_of_memory import can_halve, halve
 from nanogpt.training.state import Outcome, Run
 
@@ -32,9 +32,9 @@ def next_batch(run: Run) -> tuple[Tensor, Tensor]:
     """The batch of the coming step on the device, (B, T) each; also seeds its random numbers."""
     progress = run.progress
     other_masks = [run.world.rank] if run.world.rank else []
-    seeds = np.random.SeedSequence([run.config.seed, progress.order, progress.step, *other_masks])
+    seeds = np.random.SeedSequence([run.config.seed, progress.shuffle_id, progress.step, *other_masks])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-    starts = run.world.mine(run.batches(progress.step, progress.order))
+    starts = run.world.local_share(run.batches(progress.step, progress.shuffle_id))
     return run.train_windows(starts, run.config.block_size)
 
 
@@ -60,11 +60,11 @@ def gradient(run: Run) -> Tensor:
                 raise
             failed = True  # go on outside: the error holds on to the memory
         if careful:
-            failed = bool(run.world.agree(failed)[0])
+            failed = bool(run.world.max_over_ranks(failed)[0])
         if not failed:
             if careful:
                 average_gradients(run)
-            return run.world.total(loss)
+            return run.world.all_reduce_sum(loss)
         halve(run)
         if parallelize.is_compiled(run.loss):
             compile_anew(run)
@@ -82,7 +82,7 @@ def average_gradients(run: Run) -> None:
     """What DDP does during the backward pass, after it."""
     for parameter in run.model.parameters():
         if parameter.grad is not None:
-            run.world.total(parameter.grad).div_(run.world.size)
+            run.world.all_reduce_sum(parameter.grad).div_(run.world.size)
 
 
 def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Tensor:
@@ -92,10 +92,10 @@ def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Te
     without a sequence, where the shares differ, computes one more for nothing: under FSDP all have to meet.
     """
     total = torch.zeros((), device=run.device)
-    pieces = zip(x.tensor_split(run.pieces), y.tensor_split(run.pieces), strict=True)
+    pieces = zip(x.tensor_split(run.num_micro_batches), y.tensor_split(run.num_micro_batches), strict=True)
     for number, (x_piece, y_piece) in enumerate(pieces, 1):
         weight = len(x_piece) / run.config.batch_size
-        with parallelize.without_sync(run.loss, last=sync and number == run.pieces):
+        with parallelize.without_sync(run.loss, last=sync and number == run.num_micro_batches):
             with device.autocast(run.device, run.dtype):
                 loss = run.loss(x_piece, y_piece) if weight else run.loss(x[:1], y[:1])
             share = loss * weight
@@ -107,19 +107,19 @@ def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Te
 def train_step(run: Run) -> Outcome:
     """One update; if the loss or the gradient is not finite, the weights stay as they are."""
     config, progress = run.config, run.progress
-    set_learning_rate(run.optimizers, relative_rate(progress.step, config))
+    set_learning_rate(run.optimizers, lr_multiplier(progress.step, config))
     loss = gradient(run)
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
     values = torch.stack((loss, norm))
-    if not run.kind.runs_ahead:
+    if not run.kind.is_async:
         values = values.cpu()  # the one moment at which a step waits for its device
     update(run, ~values.isfinite().all())
     if run.scaler.is_enabled():
         run.scaler.update()
     if run.average:
-        follow(run.average, run.model, ema_decay(progress.step, config))
+        update_ema(run.average, run.model, ema_decay(progress.step, config))
     run.model.zero_grad(set_to_none=not parallelize.keeps_gradients(run.loss))
     rate = learning_rate(progress.step, config)
     progress.step += 1
@@ -128,7 +128,7 @@ def train_step(run: Run) -> Outcome:
 
 def update(run: Run, broken: Tensor) -> None:
     """Let the optimizers change the weights unless `broken`, a scalar of bool on the device."""
-    if run.kind.runs_ahead:
+    if run.kind.is_async:
         for optimizer in run.optimizers:
             optimizer.found_inf = broken.float()  # pyright: ignore[reportAttributeAccessIssue]
     elif broken:
@@ -140,11 +140,11 @@ def update(run: Run, broken: Tensor) -> None:
 def to_cpu(values: Tensor) -> tuple[Tensor, device.Event | None]:
     """The values on the CPU, and the event after which they are there, if their device runs ahead."""
     kind = device.kind_of(values.device)
-    copy = values.to("cpu", non_blocking=kind.runs_ahead)
+    copy = values.to("cpu", non_blocking=kind.is_async)
     return copy, kind.event(values.device)
 
 
-def settle(run: Run, outcome: Outcome) -> dict[str, float]:
+def read_result(run: Run, outcome: Outcome) -> dict[str, float]:
     """Wait for the numbers of an update, and count it as broken if they are not finite.
 
     Returns train_loss (nats per token, mean of the batch), grad_norm (before clipping) and lr.
@@ -153,10 +153,10 @@ def settle(run: Run, outcome: Outcome) -> dict[str, float]:
         outcome.ready.synchronize()
     loss, norm = (value.item() for value in outcome.values)
     if math.isfinite(loss) and math.isfinite(norm):
-        run.progress.broken = 0
+        run.progress.bad_steps = 0
     elif math.isfinite(loss) and run.scaler.get_scale() > 1:
         pass  # float16 overflowed: the scaler lowers its scale, as it does in every run
     else:
-        run.progress.broken += 1
+        run.progress.bad_steps += 1
         warn(f"step {outcome.step}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
     return {"train_loss": loss, "grad_norm": norm, "lr": outcome.lr}

@@ -32,24 +32,24 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import say, warn
 from nanogpt.data.batches import evaluation_batches
 from nanogpt.data.dataset import load_dataset
-from nanogpt.distributed.parallelize import is_sharded, whole_for_a_while
-from nanogpt.distributed.world import World, joined, leave
+from nanogpt.distributed.parallelize import is_sharded, unsharded
+from nanogpt.distributed.world import World, distributed_world, hard_exit
 from nanogpt.errors import UserError, require
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import Block
 from nanogpt.training.checkpointing import restore, save, save_at_the_end, try_finish_save, try_save
 from nanogpt.training.metrics import forget_after
-from nanogpt.training.out_of_memory import foresee, largest_share
-from nanogpt.training.report import conclude, forecast, plan, resume_command
+from nanogpt.training.out_of_memory import fit_to_memory, max_rank_batch
+from nanogpt.training.report import print_eta, print_plan, print_summary, resume_command
 from nanogpt.training.setup import set_up
 from nanogpt.training.state import Run
-from nanogpt.training.step import forward_backward, next_batch, settle, train_step
+from nanogpt.training.step import forward_backward, next_batch, read_result, train_step
 from nanogpt.training.stopping import EXIT_CODES, STOP_REASONS, StopRequest
 
-BROKEN_STEPS = 3
+MAX_BAD_STEPS = 3
 """Non-finite steps in a row after which the run goes back to its last checkpoint."""
 
-ROLLBACKS = 3
+MAX_ROLLBACKS = 3
 """Times it may go back without getting past the place before the training is given up."""
 
 REASONS = ("", "told", "patience", "time", "finished", *STOP_REASONS)
@@ -75,7 +75,7 @@ def main(config: TrainConfig) -> int:
     result = fit(config)
     codes = {number.name: code for number, code in EXIT_CODES.items()}
     code = codes.get(result.reason, 0)
-    leave(code)
+    hard_exit(code)
     return code
 
 
@@ -93,22 +93,27 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = N
     )
     if not config.resume:
         load_dataset(Path(config.data_dir))  # before a folder is made for a run that cannot begin
-    with one_at_a_time(), joined(config.device) as world, StopRequest() as stop, ExitStack() as stack:
+    with (
+        one_at_a_time(),
+        distributed_world(config.device) as world,
+        StopRequest() as stop,
+        ExitStack() as stack,
+    ):
         if world.is_first:
             stack.enter_context(folder.locked())
-        if world.decide(lambda: folder.holds(config, world.job, restarted=world.restarted)):
+        if world.broadcast_bool(lambda: folder.is_restart_of(config, world.job, restarted=world.restarted)):
             config = replace(config, resume=True, overwrite=False)
-        with enough_memory(config, world):
+        with explain_out_of_memory(config, world):
             run = set_up(config, folder, world)
         run.keep_going = keep_going
         try:
-            with enough_memory(config, world, run):
+            with explain_out_of_memory(config, world, run):
                 start(run)
                 reason = loop(run, stop)
         finally:
             run.metrics.close()
         if world.is_first:
-            conclude(run, reason)
+            print_summary(run, reason)
     return Result(reason, run.progress.step, run.progress.best_val_loss, run.progress.elapsed_s)
 
 
@@ -133,7 +138,7 @@ def one_at_a_time() -> Generator[None]:
 
 
 @contextmanager
-def enough_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
+def explain_out_of_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
     """Turn running out of memory, on whatever device, into a UserError that says what to change.
 
     run: None while it is being set up.
@@ -143,7 +148,7 @@ def enough_memory(config: TrainConfig, world: World, run: Run | None = None) -> 
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
         if not device.is_out_of_memory(error):
             raise
-        micro_batch = -(-largest_share(config, world) // run.pieces) if run else 1
+        micro_batch = -(-max_rank_batch(config, world) // run.num_micro_batches) if run else 1
         if run is None:
             fix = "give a smaller --n_layer or --n_embd"
         elif is_sharded(run.model) and micro_batch > 1:
@@ -162,8 +167,8 @@ def start(run: Run) -> None:
 
     That first save finds a folder that cannot be written before hours of work, not after.
     """
-    foresee(run)
-    plan(run)
+    fit_to_memory(run)
+    print_plan(run)
     work = run.work * (run.config.max_iters - run.progress.step)
     if device.pick_compile(run.config.compile, run.device, work):
         compile_model(run)
@@ -182,7 +187,7 @@ def compile_model(run: Run) -> None:
     # PyTorch's cache does not tell vector instructions apart: another processor's give NaN, or a crash.
     compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
     plain = run.loss
-    problems = run.world.gather(fault_of_the_compiler(run))
+    problems = run.world.all_gather(try_compile(run))
     if problems:
         warn(f"torch.compile failed, going on without it: {problems[0]}")
         run.loss = plain
@@ -194,7 +199,7 @@ def compile_model(run: Run) -> None:
     run.kind.release_memory()
 
 
-def fault_of_the_compiler(run: Run) -> list[str]:
+def try_compile(run: Run) -> list[str]:
     """Compile the loss and try it. Returns why that fails, in a line, or nothing. Waits for no other process.
 
     Of a model in parts, whose weights only all processes together have, a new block is compiled and tried.
@@ -225,9 +230,9 @@ def advance(run: Run) -> None:
     if not run.pending:
         run.clock = time.perf_counter()
     run.pending.append(train_step(run))
-    read_outcomes(run, ahead=1 if run.kind.runs_ahead else 0)
+    read_outcomes(run, ahead=1 if run.kind.is_async else 0)
     run.console.advance(run.progress.step)
-    forecast(run)
+    print_eta(run)
 
 
 def read_outcomes(run: Run, ahead: int = 0) -> None:
@@ -238,14 +243,14 @@ def read_outcomes(run: Run, ahead: int = 0) -> None:
     """
     while len(run.pending) > ahead:
         outcome = run.pending.popleft()
-        numbers = settle(run, outcome)
+        numbers = read_result(run, outcome)
         seconds = time.perf_counter() - run.clock
         run.clock += seconds
         run.progress.elapsed_s += seconds
         run.pace.add(seconds)
-        if run.progress.broken >= BROKEN_STEPS:
+        if run.progress.bad_steps >= MAX_BAD_STEPS:
             roll_back(run)
-        elif not run.progress.broken and outcome.step % run.config.log_interval == 0:
+        elif not run.progress.bad_steps and outcome.step % run.config.log_interval == 0:
             record_step(run, outcome.step, numbers)
 
 
@@ -256,20 +261,20 @@ def roll_back(run: Run) -> None:
     Errors: UserError if that has been tried ROLLBACKS times at the same place.
     """
     try_finish_save(run)
-    saved = run.folder.newest(warn, run.world, whole=not is_sharded(run.model))
-    if int(saved.progress["step"]) <= run.progress.broken_at and run.folder.best.is_file():
+    saved = run.folder.newest_valid(warn, run.world, gather=not is_sharded(run.model))
+    if int(saved.progress["step"]) <= run.progress.furthest_bad_step and run.folder.best.is_file():
         saved = load_checkpoint(run.folder.best)
     good, before = int(saved.progress["step"]), run.progress
-    rollbacks = 1 if good > before.broken_at else before.rollbacks + 1
+    rollbacks = 1 if good > before.furthest_bad_step else before.rollbacks + 1
     require(
-        rollbacks <= ROLLBACKS,
+        rollbacks <= MAX_ROLLBACKS,
         f"the training breaks down near step {before.step} in every data order tried; step {good} is saved. "
         f"Try half the learning rate: {resume_command(run)} --learning_rate {run.config.learning_rate / 2:g}",
     )
     restore(run, saved)
-    run.progress.order = before.order + 1
-    run.progress.broken, run.progress.rollbacks = 0, rollbacks
-    run.progress.broken_at = max(before.step, before.broken_at)
+    run.progress.shuffle_id = before.shuffle_id + 1
+    run.progress.bad_steps, run.progress.rollbacks = 0, rollbacks
+    run.progress.furthest_bad_step = max(before.step, before.furthest_bad_step)
     run.pending.clear()
     if run.world.is_first:
         forget_after(run.folder.metrics, good, run.progress.evaluated_at)
@@ -285,7 +290,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     batches = evaluation_batches(
         run.dataset.val, block_size=config.block_size, batch_size=config.batch_size, most=config.eval_iters
     )
-    micro = math.ceil(config.batch_size / (run.pieces * run.world.size))
+    micro = math.ceil(config.batch_size / (run.num_micro_batches * run.world.size))
     losses: list[Tensor] = []  # on the device: nothing waits for them before the end
     pieces = [
         (starts[first : first + micro], length)
@@ -303,7 +308,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
             if number < len(pieces):
                 losses.append(loss * y.numel())
             tick()
-            interrupted = bool(run.world.agree(bool(stop.signal))[0])
+            interrupted = bool(run.world.max_over_ranks(bool(stop.signal))[0])
             if interrupted:
                 break
     model.train()
@@ -311,7 +316,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
         return None
     sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
     tokens = sum(len(starts) * length for starts, length in batches)
-    return math.fsum(run.world.gather(sums)) / tokens  # the same in whatever order they come
+    return math.fsum(run.world.all_gather(sums)) / tokens  # the same in whatever order they come
 
 
 def sample_text(run: Run) -> str:
@@ -319,7 +324,7 @@ def sample_text(run: Run) -> str:
     generator = run.kind.generator(run.device, run.config.seed)
     prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
     model = run.final_model.eval()
-    with whole_for_a_while(model), device.eagerly(), device.autocast(run.device, run.dtype):
+    with unsharded(model), device.eagerly(), device.autocast(run.device, run.dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = run.dataset.tokenizer.decode(int(token) for token in tokens)
     model.train()
@@ -351,7 +356,7 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
             progress.best_val_loss = before  # that of the ckpt.pt which is there
     try_save(run, run.folder.last)
     if run.keep_going is not None:
-        run.told_to_stop = not run.keep_going(progress.step, loss)
+        run.stopped_by_callback = not run.keep_going(progress.step, loss)
 
 
 # --- fit ---
@@ -360,7 +365,7 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
 def loop(run: Run, stop: StopRequest) -> str:
     """Step until there is a reason to stop, and return it (see Result)."""
     while True:
-        reason, save_is_due = agreed(run, stop)
+        reason, save_is_due = all_reduce_decisions(run, stop)
         evaluation_due = evaluation_is_due(run, reason)
         if run.pending and (reason or evaluation_due or save_is_due):
             read_outcomes(run)  # which may go back to a checkpoint: look again
@@ -369,26 +374,28 @@ def loop(run: Run, stop: StopRequest) -> str:
             stop.save_asked = False  # before it is done: another signal may come while it is
         if evaluation_due:
             evaluate_and_record(run, stop)
-            reason, save_is_due = agreed(run, stop)[0], False
+            reason, save_is_due = all_reduce_decisions(run, stop)[0], False
         if reason:
-            keep(run)
+            save_final(run)
             return reason
-        if save_is_due and not run.progress.broken:
+        if save_is_due and not run.progress.bad_steps:
             try_save(run, run.folder.last)
         advance(run)
 
 
-def agreed(run: Run, stop: StopRequest) -> tuple[str, bool]:
+def all_reduce_decisions(run: Run, stop: StopRequest) -> tuple[str, bool]:
     """Why to stop, and whether to save: what one process wants, all do, after the same step."""
     save_is_due = stop.save_asked or time.perf_counter() - run.saved_at >= run.config.save_seconds
     is_writing = run.writing is not None and not run.writing.digests.done()
-    reason, save, writes = run.world.agree(REASONS.index(reason_to_stop(run, stop)), save_is_due, is_writing)
+    reason, save, writes = run.world.max_over_ranks(
+        REASONS.index(reason_to_stop(run, stop)), save_is_due, is_writing
+    )
     if run.writing and not writes:
         try_finish_save(run)
     return REASONS[reason], bool(save)
 
 
-def keep(run: Run) -> None:
+def save_final(run: Run) -> None:
     """Save the end of the training. Errors: UserError saying from where the run can be continued."""
     try:
         save_at_the_end(run)
@@ -409,7 +416,7 @@ def reason_to_stop(run: Run, stop: StopRequest) -> str:
         return "time"
     if config.patience is not None and progress.worse_evaluations >= config.patience:
         return "patience"
-    if run.told_to_stop:
+    if run.stopped_by_callback:
         return "told"
     return ""
 

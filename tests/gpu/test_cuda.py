@@ -16,7 +16,7 @@ from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
 from nanogpt.config import GPTConfig, SampleConfig, TrainConfig
-from nanogpt.data.batches import Windows, gather
+from nanogpt.data.batches import BatchLoader
 from nanogpt.model.gpt import GPT
 from nanogpt.model.loss import chunked_cross_entropy
 from nanogpt.training import step
@@ -98,7 +98,7 @@ def test_float16_is_scaled(config: TrainConfig, place: torch.device, tmp_path: P
     run = set_up(replace(config, dtype="float16"), RunFolder(tmp_path / "run"))
     assert run.scaler.is_enabled()
     for _ in range(20):  # the scale comes down until gradients fit
-        outcome = step.settle(run, step.train_step(run))
+        outcome = step.read_result(run, step.train_step(run))
     assert np.isfinite(outcome["grad_norm"])
     assert all(weight.isfinite().all() for weight in run.model.parameters())
     run.metrics.close()
@@ -148,13 +148,13 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
 def test_a_step_waits_for_nothing(config: TrainConfig, gpu_alone: torch.device, tmp_path: Path) -> None:
     """PyTorch raises at whatever makes the host wait for the device."""
     run = set_up(replace(config, dtype="bfloat16", optimizer="muon"), RunFolder(tmp_path / "run"))
-    step.settle(run, step.train_step(run))
+    step.read_result(run, step.train_step(run))
     torch.cuda.set_sync_debug_mode("error")
     try:
         outcomes = [step.train_step(run) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(np.isfinite(step.settle(run, outcome)["train_loss"]) for outcome in outcomes)
+    assert all(np.isfinite(step.read_result(run, outcome)["train_loss"]) for outcome in outcomes)
     run.metrics.close()
 
 
@@ -176,10 +176,12 @@ def test_compiling_gives_the_same_training(config: TrainConfig, tmp_path: Path, 
 
 def test_windows_live_on_the_gpu(place: torch.device) -> None:
     tokens = np.random.default_rng(1).integers(0, 50_000, 10_000).astype(np.uint16)
-    windows = Windows(tokens, place)
+    windows = BatchLoader(tokens, place)
     assert (windows.resident is None) == (place.type == "cpu")
     starts = np.array([0, 77, 9_000])
-    for here, there in zip(gather(tokens, starts, 64), windows(starts, 64), strict=True):
+    for here, there in zip(
+        BatchLoader(tokens, torch.device("cpu"))(starts, 64), windows(starts, 64), strict=True
+    ):
         assert there.device == place
         assert torch.equal(here, there.cpu())
 

@@ -20,9 +20,9 @@ from nanogpt.errors import UserError
 def alone_in_a_group():
     """A process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    sharded.connection.cache_clear()
+    sharded.background_group.cache_clear()
     yield
-    sharded.connection.cache_clear()
+    sharded.background_group.cache_clear()
     dist.destroy_process_group()
 
 
@@ -30,40 +30,40 @@ def alone_in_a_group():
 def tensors() -> dict[str, torch.Tensor]:
     moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(4, 6)}, 2: {"exp_avg": torch.randn(6)}}
     weights = {"wte.weight": torch.randn(4, 6), "blocks.0.norm.weight": torch.randn(6, dtype=torch.bfloat16)}
-    return sharded.flat(weights, {"wte.weight": torch.randn(4, 6)}, [moments, {}])
+    return sharded.flatten(weights, {"wte.weight": torch.randn(4, 6)}, [moments, {}])
 
 
 def test_flat_and_nested_are_inverse():
     model, average = {"a.b": torch.ones(1)}, {"a.b": torch.ones(2)}
     states = [{3: {"exp_avg": torch.ones(3), "step": torch.ones(4)}}, {}]
-    assert sharded.nested(sharded.flat(model, average, states), 2) == (model, average, states)
+    assert sharded.unflatten(sharded.flatten(model, average, states), 2) == (model, average, states)
 
 
 def test_what_is_written_is_what_the_tensors_were(alone_in_a_group, tensors, tmp_path):
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    writing = sharded.begin(tmp_path / "5", tensors)
+    writing = sharded.begin_save(tmp_path / "5", tensors)
     for tensor in tensors.values():
         tensor.zero_()  # the training goes on
     digests = writing.result()
     assert set(digests) == {path.name for path in (tmp_path / "5").iterdir()}
     sharded.verify(tmp_path / "5", digests)
-    found = sharded.read_whole(tmp_path / "5")
+    found = sharded.load_full(tmp_path / "5")
     assert found.keys() == before.keys()
     for name, tensor in before.items():
         assert torch.equal(found[name], tensor)
         assert found[name].dtype == tensor.dtype
-    sharded.read(tmp_path / "5", tensors)
+    sharded.load(tmp_path / "5", tensors)
     assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(alone_in_a_group, tensors, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"^cannot write .*/file/5: Not a directory$"):
-        sharded.begin(tmp_path / "file" / "5", tensors).result()
+        sharded.begin_save(tmp_path / "file" / "5", tensors).result()
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    return sharded.begin(folder, tensors).result()
+    return sharded.begin_save(folder, tensors).result()
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
@@ -91,7 +91,7 @@ def test_a_hostile_index_runs_nothing(alone_in_a_group, tensors, tmp_path):
     written(tmp_path / "5", tensors)
     (tmp_path / "5" / sharded.INDEX).write_bytes(pickle.dumps(Hostile(tmp_path / "touched")))
     with pytest.raises(UserError, match="is not a checkpoint"):
-        sharded.read_whole(tmp_path / "5")
+        sharded.load_full(tmp_path / "5")
     assert not (tmp_path / "touched").exists()
 
 
@@ -104,7 +104,7 @@ def test_an_index_that_is_none_is_an_error(tmp_path, content):
 
 def test_an_index_of_objects_is_refused(alone_in_a_group, tmp_path):
     """torch.distributed.checkpoint would unpickle them."""
-    sharded.begin(tmp_path, {"model.a": torch.ones(1), "model.b": "text"}).result()  # pyright: ignore
+    sharded.begin_save(tmp_path, {"model.a": torch.ones(1), "model.b": "text"}).result()  # pyright: ignore
     with pytest.raises(UserError, match="BytesStorageMetadata has no place"):
         sharded.shapes(tmp_path)
 
@@ -112,10 +112,10 @@ def test_an_index_of_objects_is_refused(alone_in_a_group, tmp_path):
 def test_what_is_not_there_cannot_be_read(alone_in_a_group, tensors, tmp_path):
     written(tmp_path, tensors)
     with pytest.raises(UserError, match=r"^cannot read .*model\.more"):
-        sharded.read(tmp_path, {"model.more": torch.empty(1)})
+        sharded.load(tmp_path, {"model.more": torch.empty(1)})
     (tmp_path / "__0_0.distcp").unlink()
     with pytest.raises(UserError, match=r"^cannot read .*No such file or directory"):
-        sharded.read_whole(tmp_path)
+        sharded.load_full(tmp_path)
 
 
 # A run folder
@@ -130,12 +130,12 @@ def folder(alone_in_a_group, config: TrainConfig, tmp_path) -> RunFolder:
     folder = RunFolder(Path(config.out_dir))
     saved = load_checkpoint(folder.last)
     states = [optimizer["state"] for optimizer in saved.optimizers]
-    digests = written(folder.parts / "11", sharded.flat(saved.model, saved.average, states))
+    digests = written(folder.shards / "11", sharded.flatten(saved.model, saved.average, states))
     head = replace(
         saved,
         model={}, average={}, optimizers=[group | {"state": {}} for group in saved.optimizers],
         progress=saved.progress | {"step": 11},
-        parts={f"parts/11/{name}": digest for name, digest in digests.items()},
+        shards={f"shards/11/{name}": digest for name, digest in digests.items()},
     )  # fmt: skip
     save_checkpoint(folder.last, head)
     return folder
@@ -143,7 +143,7 @@ def folder(alone_in_a_group, config: TrainConfig, tmp_path) -> RunFolder:
 
 def test_a_checkpoint_in_parts_is_put_together(folder):
     best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
-    assert last.parts == {}
+    assert last.shards == {}
     assert last.optimizers[0]["param_groups"] == best.optimizers[0]["param_groups"]
     for name, tensor in best.model.items():
         assert torch.equal(last.model[name], tensor)
@@ -159,28 +159,28 @@ def test_the_parts_may_move_with_the_folder(folder, tmp_path):
 
 def test_a_damaged_part_is_passed_over(folder):
     said: list[str] = []
-    assert folder.newest(said.append).progress["step"] == 11
-    (folder.parts / "11" / "__0_0.distcp").write_bytes(b"torn")
+    assert folder.newest_valid(said.append).progress["step"] == 11
+    (folder.shards / "11" / "__0_0.distcp").write_bytes(b"torn")
     for whole in (True, False):
         said.clear()
-        assert folder.newest(said.append, whole=whole).progress["step"] == 10
+        assert folder.newest_valid(said.append, gather=whole).progress["step"] == 10
         assert len(said) == 2
         assert said[1] == "Going on from step 10 instead"
         assert said[0].endswith("is damaged (its checksum does not match): passing it over")
 
 
 def test_an_earlier_run_takes_its_parts_along(folder):
-    previous = folder.set_aside()
+    previous = folder.archive_previous()
     assert previous is not None
     assert load_checkpoint(previous / "last.pt").progress["step"] == 11
-    assert not folder.parts.exists()
+    assert not folder.shards.exists()
 
 
 def test_other_parts_are_dropped(folder):
     for name in ("3", "12"):
-        (folder.parts / name).mkdir()
-    folder.drop_parts(but=folder.parts / "11")
-    assert [path.name for path in folder.parts.iterdir()] == ["11"]
+        (folder.shards / name).mkdir()
+    folder.delete_shards(keep=folder.shards / "11")
+    assert [path.name for path in folder.shards.iterdir()] == ["11"]
 
 
 def test_putting_it_together_needs_no_processes_and_warns_of_nothing(folder):
