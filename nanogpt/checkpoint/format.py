@@ -19,9 +19,10 @@ from typing import Any, cast, get_type_hints
 
 import torch
 
-from nanogpt import device, seals
+from nanogpt import seals
 from nanogpt.checkpoint import sharded, validation
 from nanogpt.config import GPTConfig, TrainConfig, from_dict, model_config
+from nanogpt.device import pick_device
 from nanogpt.errors import UserError, require
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
@@ -141,14 +142,14 @@ def load_model(path: str | Path, device_name: str = "auto") -> tuple[GPT, Tokeni
 
     Errors: UserError if the checkpoint is missing or damaged, or there is no such device.
     """
-    return build_model(load_checkpoint(Path(path)), device.pick_device(device_name))
+    return build_model(load_checkpoint(Path(path)), pick_device(device_name))
 
 
-def build_model(saved: Checkpoint, place: torch.device) -> tuple[GPT, Tokenizer]:
+def build_model(saved: Checkpoint, device: torch.device) -> tuple[GPT, Tokenizer]:
     """The model of a checkpoint in memory on a device, ready to generate, and its tokenizer."""
     model = GPT(saved.model_config)
     model.load_state_dict(saved.weights)
-    return model.to(place).eval(), tokenizer_from_dict(saved.tokenizer)
+    return model.to(device).eval(), tokenizer_from_dict(saved.tokenizer)
 
 
 def shards_folder(path: Path, names: Iterable[str]) -> Path:

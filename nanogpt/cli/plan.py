@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from nanogpt import device
 from nanogpt.config import GPTConfig, GradCheckpoint, PlanConfig, model_config
 from nanogpt.console import progress_bar, say, terminal
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import GIB
+from nanogpt.device import GIB, KINDS, autocast, describe, kind_of, name_of, pick_device
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
@@ -65,7 +64,7 @@ ACCELERATORS = {
 class Machine:
     """The device of a process. free: bytes; peak: FLOP/s by its data sheet, 0 if it can be measured."""
 
-    place: torch.device
+    device: torch.device
     dtype: torch.dtype
     free: float
     peak: float = 0.0
@@ -75,7 +74,7 @@ class Machine:
     @property
     def kind(self) -> torch.device:
         """The device that is meant."""
-        return torch.device("cuda") if self.stands_in else self.place
+        return torch.device("cuda") if self.stands_in else self.device
 
 
 def main(config: PlanConfig) -> int:
@@ -91,7 +90,7 @@ def main(config: PlanConfig) -> int:
         parameters = GPT(model).num_parameters()
     share = max_rank_batch(config, world)
     micro = -(-share // micro_batches_per_rank(config, world))
-    dtype = device.name_of(machine.dtype)
+    dtype = name_of(machine.dtype)
     say(f"Model: {parameters:,} parameters, {dtype}, vocabulary of {model.vocab_size:,}")
     say(
         f"Batch: {config.batch_size} sequences of {config.block_size:,} tokens"
@@ -147,14 +146,14 @@ def show_time(config: PlanConfig, machine: Machine, flops: int) -> None:
 def machine_of(config: PlanConfig) -> Machine:
     """The device of a process: that is named, or is here. Errors: UserError if it is unknown."""
     if not config.on:
-        place = device.pick_device(config.device)
-        for line in device.describe(place):
+        device = pick_device(config.device)
+        for line in describe(device):
             say(line)
-        dtype, room = pick_dtype(config.dtype, place, config.n_embd).dtype, memory_estimate.free(place)
-        if device.kind_of(place).shares_memory:  # among all processes
+        dtype, room = pick_dtype(config.dtype, device, config.n_embd).dtype, memory_estimate.free(device)
+        if kind_of(device).shares_memory:  # among all processes
             torch.set_num_threads(max(1, torch.get_num_threads() // config.processes))
             room /= config.processes
-        return Machine(place, dtype, room)
+        return Machine(device, dtype, room)
     if config.on.lower() not in ACCELERATORS:
         raise UserError(f"--on {config.on} is unknown: use one of {', '.join(ACCELERATORS)}")
     named = ACCELERATORS[config.on.lower()]
@@ -164,9 +163,9 @@ def machine_of(config: PlanConfig) -> Machine:
         else pick_dtype(config.dtype, torch.device("cpu"), 1)
     )
     say(f"For one {config.on.upper()}, {named.memory / 1e9:.0f} GB")
-    here = device.KINDS["cuda"].is_available()
-    place = torch.device("cuda" if here else "cpu")
-    return Machine(place, told.dtype, named.memory, named.peak, stands_in=not here)
+    here = KINDS["cuda"].is_available()
+    device = torch.device("cuda" if here else "cpu")
+    return Machine(device, told.dtype, named.memory, named.peak, stands_in=not here)
 
 
 def vocabulary(config: PlanConfig) -> int:
@@ -186,9 +185,9 @@ def shape(config: PlanConfig) -> GPTConfig:
 
 def predict(config: PlanConfig, machine: Machine, micro: int) -> Memory:
     """What an update takes at its peak on each device, in micro-batches of `micro` sequences."""
-    place, dtype = machine.place, machine.dtype
+    device, dtype = machine.device, machine.dtype
     with memory_estimate.as_on_a_gpu() if machine.stands_in else nullcontext():
-        return memory_estimate.predict(shape(config), config, place, dtype, micro, config.processes)
+        return memory_estimate.predict(shape(config), config, device, dtype, micro, config.processes)
 
 
 def show_memory(plans: dict[GradCheckpoint, Memory], machine: Machine) -> None:
@@ -237,29 +236,29 @@ def measured(config: PlanConfig, machine: Machine) -> float | None:
 
     None if not even these fit: a CPU's system would end the process.
     """
-    place = machine.place
+    device = machine.device
     share = max_rank_batch(config, World(0, config.processes))
     few = min(share, max(1, 2048 // config.block_size))
     trial = predict(replace(config, parallel="ddp"), machine, few)
     if trial.need(machine.kind) > HEADROOM * machine.free:
         return None
-    model = GPT(shape(config)).to(place)
+    model = GPT(shape(config)).to(device)
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
-    optimizers = build_optimizers(model, config, pick_muon_dtype(config.dtype, place).dtype)
-    x, y = torch.randint(model.config.vocab_size, (2, few, config.block_size), device=place)
+    optimizers = build_optimizers(model, config, pick_muon_dtype(config.dtype, device).dtype)
+    x, y = torch.randint(model.config.vocab_size, (2, few, config.block_size), device=device)
     passes: list[float] = []
     while len(passes) < 3 or sum(passes) < TRIAL_SECONDS:
         start = time.perf_counter()
-        with device.autocast(place, machine.dtype):
+        with autocast(device, machine.dtype):
             loss = model.loss(x, y)
         loss.backward()
-        device.kind_of(place).synchronize(place)
+        kind_of(device).synchronize(device)
         passes.append(time.perf_counter() - start)
     updates: list[float] = []
     for _ in range(3):
         start = time.perf_counter()
         for optimizer in optimizers:
             optimizer.step()
-        device.kind_of(place).synchronize(place)
+        kind_of(device).synchronize(device)
         updates.append(time.perf_counter() - start)
     return min(passes[1:]) * share / few + min(updates[1:])

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanogpt import device
 from nanogpt.checkpoint.format import build_model, load_checkpoint
 from nanogpt.config import SampleConfig
 from nanogpt.console import visible, warn
+from nanogpt.device import autocast, eagerly, is_out_of_memory, kind_of, pick_device
 from nanogpt.errors import UserError, require
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
@@ -42,13 +42,13 @@ def main(config: SampleConfig) -> int:
     stops = [unescape(stop) for stop in config.stop]
     seed = secrets.randbits(32) if config.seed is None else config.seed
     with enough_memory():
-        place = device.pick_device(config.device)
+        device = pick_device(config.device)
         saved = load_checkpoint(path)
-        model, tokens = build_model(saved, place)
-        dtype = pick_sampling_dtype(config.dtype, place, str(saved.precision["dtype"]))
+        model, tokens = build_model(saved, device)
+        dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
         flag = "--prompt" if config.prompt_file is None else "--prompt_file"
         ids = encode_prompt(tokens, prompt, skip=config.unknown == "skip", flag=flag)
-        with device.eagerly(), device.autocast(place, dtype):
+        with eagerly(), autocast(device, dtype):
             for number in range(config.num_samples):
                 if number:
                     show("\n" + "-" * 40 + "\n")
@@ -73,7 +73,7 @@ def enough_memory() -> Generator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former
-        if isinstance(error, RuntimeError) and not device.is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         raise UserError(
             "out of memory: give --device cpu if it was another, or end other programs that use the memory"
@@ -158,15 +158,15 @@ def stream(
     model: GPT, tokens: Tokenizer, ids: torch.Tensor, config: SampleConfig, seed: int
 ) -> Iterator[str]:
     """The generated text, as it is made, up to where the model ends it."""
-    place = next(model.parameters()).device
+    device = next(model.parameters()).device
     generated = generate(
         model,
-        ids.to(place),
+        ids.to(device),
         num_tokens=config.num_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        generator=device.kind_of(place).generator(place, seed),
+        generator=kind_of(device).generator(device, seed),
     )
     yield from tokens.stream(takewhile(lambda token: token != tokens.end_of_text, map(int, generated)))
 

@@ -1,7 +1,7 @@
 """How much memory an update takes, before there is one; how much is free.
 
-Use:    memory = predict(model_config(config, 65), config, place, dtype, micro_batch=16)
-        fits = memory.total < HEADROOM * free(place)
+Use:    memory = predict(model_config(config, 65), config, device, dtype, micro_batch=16)
+        fits = memory.total < HEADROOM * free(device)
 Nothing is estimated by formula: PyTorch goes through an update on tensors that have shapes but no content
 (FakeTensorMode) and counts what would be allocated (MemTracker). That is done for two layers and for three;
 since every layer adds the same, the rest follows, and the counting takes as long for a model of any size.
@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt import device
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.cores import cgroup_folders
-from nanogpt.device import kind_of
+from nanogpt.device import KINDS, autocast, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.model.gpt import GPT
 from nanogpt.training.optimizer import build_optimizers
@@ -69,18 +68,18 @@ class Memory:
         """All of it."""
         return self.held + self.activations
 
-    def need(self, place: torch.device) -> int:
+    def need(self, device: torch.device) -> int:
         """Bytes that have to be free: in main memory the C library keeps for later what was freed.
 
         That is up to as much again of what comes and goes (bench/memory.py: peak and resident).
         """
-        return self.total + (self.activations + self.saving if kind_of(place).shares_memory else 0)
+        return self.total + (self.activations + self.saving if kind_of(device).shares_memory else 0)
 
 
 def predict(  # noqa: PLR0917
     model: GPTConfig,
     config: TrainConfig,
-    place: torch.device,
+    device: torch.device,
     dtype: torch.dtype,
     micro_batch: int,
     processes: int = 1,
@@ -96,7 +95,7 @@ def predict(  # noqa: PLR0917
     def passes(n_layer: int) -> tuple[int, int]:
         """Of a model with so many layers."""
         few = replace(model, n_layer=n_layer)
-        return count_passes(few, config, place, dtype, micro_batch, weights_in=dtype if sharded else None)
+        return count_passes(few, config, device, dtype, micro_batch, weights_in=dtype if sharded else None)
 
     forward, backward = passes(min(layers, FEW))
     if layers > FEW:
@@ -104,7 +103,7 @@ def predict(  # noqa: PLR0917
             more + (layers - FEW - 1) * (more - less)
             for less, more in zip((forward, backward), passes(FEW + 1), strict=True)
         )
-    weights, gradients, moments, step = count_update(model, config, place, muon_dtype or dtype)
+    weights, gradients, moments, step = count_update(model, config, device, muon_dtype or dtype)
     if processes > 1 and not sharded:
         step = max(step, gradients)  # DDP sorts its buckets anew, once, before the second update
     if not sharded:
@@ -119,7 +118,7 @@ def predict(  # noqa: PLR0917
 def count_passes(  # noqa: PLR0917
     shape: GPTConfig,
     config: TrainConfig,
-    place: torch.device,
+    device: torch.device,
     dtype: torch.dtype,
     micro_batch: int,
     weights_in: torch.dtype | None = None,
@@ -132,7 +131,7 @@ def count_passes(  # noqa: PLR0917
     from torch.distributed._tools.mem_tracker import MemTracker  # it takes long to import
 
     with FakeTensorMode():
-        with place:
+        with device:
             model = GPT(shape)
             x, y = (torch.zeros(micro_batch, shape.block_size, dtype=torch.int64) for _ in range(2))
         parallelize.checkpoint_activations(model, config.grad_checkpoint)
@@ -141,7 +140,7 @@ def count_passes(  # noqa: PLR0917
             parameter.grad = torch.zeros_like(parameter)
         tracker = MemTracker()
         tracker.track_external(model)
-        with tracker, device.autocast(place, dtype):
+        with tracker, autocast(device, dtype):
             loss = model.loss(x, y)
         forward = peak_of(tracker)
         with tracker:
@@ -152,13 +151,13 @@ def count_passes(  # noqa: PLR0917
 
 
 def count_update(
-    shape: GPTConfig, config: TrainConfig, place: torch.device, muon_dtype: torch.dtype
+    shape: GPTConfig, config: TrainConfig, device: torch.device, muon_dtype: torch.dtype
 ) -> tuple[int, int, int, int]:
     """Bytes of weights (with their average), gradients and moments, and the most above that in an update."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     with FakeTensorMode():
-        with place:
+        with device:
             model = GPT(shape)
         optimizers = build_optimizers(model, config, muon_dtype)
         for parameter in model.parameters():
@@ -185,12 +184,12 @@ def count_update(
 @contextmanager
 def as_on_a_gpu() -> Generator[None]:
     """Let a CPU stand in for a GPU that is not here: count what that would allocate."""
-    cpu = device.KINDS["cpu"]
-    device.KINDS["cpu"] = device.KINDS["cuda"]
+    cpu = KINDS["cpu"]
+    KINDS["cpu"] = KINDS["cuda"]
     try:
         yield
     finally:
-        device.KINDS["cpu"] = cpu
+        KINDS["cpu"] = cpu
 
 
 def peak_of(tracker: Any) -> int:
@@ -217,10 +216,10 @@ def together(config: GPTConfig, dtype: torch.dtype) -> int:
     return outside * narrow + block * (3 * narrow) + max(outside, block) * (narrow + torch.float32.itemsize)
 
 
-def free(place: torch.device) -> float:
+def free(device: torch.device) -> float:
     """Bytes that are free on a device, as far as it tells; of main memory, what a container allows of it."""
-    kind = kind_of(place)
-    free_there = kind.free_memory(place)
+    kind = kind_of(device)
+    free_there = kind.free_memory(device)
     return min(free_there, cgroup_room()) if kind.shares_memory else free_there
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import device
 from nanogpt.checkpoint.format import Checkpoint, Progress
 from nanogpt.checkpoint.run_dir import RUN_BY_RUN, RunFolder
 from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, model_config, to_dict
 from nanogpt.console import say, warn
 from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.data.dataset import Dataset, load_dataset
-from nanogpt.device import dtype_of, name_of
+from nanogpt.device import describe, dtype_of, kind_of, name_of, pick_device
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
@@ -46,24 +45,24 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     batches = BatchSampler(
         dataset.train, block_size=config.block_size, batch_size=config.batch_size, seed=config.seed
     )
-    place = device.pick_device(local_device(config.device, world))
-    for line in device.describe(place):
+    device = pick_device(local_device(config.device, world))
+    for line in describe(device):
         say(line)
-    products, newton_schulz = pick_precision(config, place, saved, world)
+    products, newton_schulz = pick_precision(config, device, saved, world)
     dtype = products.dtype
-    device.kind_of(place).begin(place, dtype)
+    kind_of(device).begin(device, dtype)
     shape = model_config(config, dataset.tokenizer.vocab_size)
-    model, average = (sharded_models if sharded else plain_models)(config, shape, place, dtype)
+    model, average = (sharded_models if sharded else plain_models)(config, shape, device, dtype)
     optimizers = build_optimizers(model, config, newton_schulz.dtype, world.rank, world.size)
-    scaler = torch.amp.GradScaler(place.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if not saved and world.is_first:
         archive_previous(config, folder)
     progress = Progress(**saved.progress) if saved else Progress()
     console, metrics = open_sinks(config, folder, progress, world)
-    loss = parallelize.distributed_loss(model, world, place)
+    loss = parallelize.distributed_loss(model, world, device)
     run = Run(
-        config, world, folder, dataset, batches, place, products, newton_schulz,
-        BatchLoader(dataset.train, place), BatchLoader(dataset.val, place),
+        config, world, folder, dataset, batches, device, products, newton_schulz,
+        BatchLoader(dataset.train, device), BatchLoader(dataset.val, device),
         model, average, loss, optimizers, scaler, console, metrics, progress,
         num_micro_batches=initial_micro_batches(config, world, saved), first_step=progress.step,
     )  # fmt: skip
@@ -74,28 +73,28 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
 
 
 def plain_models(
-    config: TrainConfig, shape: GPTConfig, place: torch.device, dtype: torch.dtype
+    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, GPT | None]:
     """The model on its device, with the same weights on any, and its moving average if there is to be one."""
     torch.manual_seed(config.seed)
-    model = GPT(shape).to(place)
+    model = GPT(shape).to(device)
     average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
     return model, average
 
 
 def sharded_models(
-    config: TrainConfig, shape: GPTConfig, place: torch.device, dtype: torch.dtype
+    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, GPT | None]:
     """As plain_models, of which each process has a part, and never had more."""
     with torch.device("meta"):
         model = GPT(shape)
         average = GPT(shape).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
-    parallelize.shard(model, place, dtype)
+    parallelize.shard(model, device, dtype)
     parallelize.initialize_shards(model, config.seed)
     if average:
-        parallelize.shard(average, place, dtype)
+        parallelize.shard(average, device, dtype)
         average.load_state_dict(model.state_dict())
     return model, average
 
@@ -141,27 +140,27 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
 
 
 def pick_precision(
-    config: TrainConfig, place: torch.device, saved: Checkpoint | None, world: World
+    config: TrainConfig, device: torch.device, saved: Checkpoint | None, world: World
 ) -> tuple[Choice, Choice]:
     """The dtypes to train in and to orthogonalise Muon's matrices in, and why."""
     dtype = agreed_dtype(
-        kept(config, place, saved, "dtype") or pick_dtype(config.dtype, place, config.n_embd), world
+        kept(config, device, saved, "dtype") or pick_dtype(config.dtype, device, config.n_embd), world
     )
     if config.optimizer != "muon":
         return dtype, Choice(torch.float32, "not in use")
     muon = agreed_dtype(
-        kept(config, place, saved, "muon_dtype") or pick_muon_dtype(config.dtype, place), world
+        kept(config, device, saved, "muon_dtype") or pick_muon_dtype(config.dtype, device), world
     )
     return dtype, muon
 
 
-def kept(config: TrainConfig, place: torch.device, saved: Checkpoint | None, what: str) -> Choice | None:
+def kept(config: TrainConfig, device: torch.device, saved: Checkpoint | None, what: str) -> Choice | None:
     """The dtype that a resumed run had, unless --dtype has changed or it would crawl here; else None."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
     had = dtype_of(str(saved.precision.get(what, "bfloat16")))  # before it was saved
-    scaled = what == "dtype" and had == torch.float16 and not device.kind_of(place).scales
-    if config.dtype == "auto" and (scaled or is_slow(had, place)):
+    scaled = what == "dtype" and had == torch.float16 and not kind_of(device).scales
+    if config.dtype == "auto" and (scaled or is_slow(had, device)):
         who = "the run computed" if what == "dtype" else "Muon orthogonalised"
         warn(
             f"{who} in {name_of(had)} so far, which is slow on this device: another is taken from here on "

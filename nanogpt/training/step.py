@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt import device
 from nanogpt.console import warn
+from nanogpt.device import Event, autocast, is_out_of_memory, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_tensor
 from nanogpt.training.optimizer import ema_decay, learning_rate, lr_multiplier, set_learning_rate, update_ema
@@ -52,11 +52,7 @@ def gradient(run: Run) -> Tensor:
         try:
             loss = forward_backward(run, *next_batch(run), sync=not careful)
         except (RuntimeError, MemoryError) as error:
-            if (
-                not device.is_out_of_memory(error)
-                or not can_halve(run)
-                or (run.world.size > 1 and not careful)
-            ):
+            if not is_out_of_memory(error) or not can_halve(run) or (run.world.size > 1 and not careful):
                 raise
             failed = True  # go on outside: the error holds on to the memory
         if careful:
@@ -96,7 +92,7 @@ def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Te
     for number, (x_piece, y_piece) in enumerate(pieces, 1):
         weight = len(x_piece) / run.config.batch_size
         with parallelize.without_sync(run.loss, last=sync and number == run.num_micro_batches):
-            with device.autocast(run.device, run.dtype):
+            with autocast(run.device, run.dtype):
                 loss = run.loss(x_piece, y_piece) if weight else run.loss(x[:1], y[:1])
             share = loss * weight
             run.scaler.scale(share * run.world.size).backward()  # of which the processes take the mean
@@ -137,9 +133,9 @@ def update(run: Run, broken: Tensor) -> None:
         optimizer.step()
 
 
-def to_cpu(values: Tensor) -> tuple[Tensor, device.Event | None]:
+def to_cpu(values: Tensor) -> tuple[Tensor, Event | None]:
     """The values on the CPU, and the event after which they are there, if their device runs ahead."""
-    kind = device.kind_of(values.device)
+    kind = kind_of(values.device)
     copy = values.to("cpu", non_blocking=kind.is_async)
     return copy, kind.event(values.device)
 

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.compiler import config as compiler_cache
 
-from nanogpt import device
 from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.console import say, warn
 from nanogpt.data.batches import evaluation_batches
 from nanogpt.data.dataset import load_dataset
+from nanogpt.device import autocast, eagerly, is_out_of_memory, pick_compile
 from nanogpt.distributed.parallelize import is_sharded, unsharded
 from nanogpt.distributed.world import World, distributed_world, hard_exit
 from nanogpt.errors import UserError, require
@@ -146,7 +146,7 @@ def explain_out_of_memory(config: TrainConfig, world: World, run: Run | None = N
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
-        if not device.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         micro_batch = -(-max_rank_batch(config, world) // run.num_micro_batches) if run else 1
         if run is None:
@@ -170,7 +170,7 @@ def start(run: Run) -> None:
     fit_to_memory(run)
     print_plan(run)
     work = run.work * (run.config.max_iters - run.progress.step)
-    if device.pick_compile(run.config.compile, run.device, work):
+    if pick_compile(run.config.compile, run.device, work):
         compile_model(run)
     if not run.config.resume:
         save(run, run.folder.last)
@@ -209,14 +209,14 @@ def try_compile(run: Run) -> list[str]:
             block = torch.compile(Block(run.model.config).to(run.device), dynamic=False)
             x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
             x.requires_grad_()
-            with device.autocast(run.device, run.dtype):
+            with autocast(run.device, run.dtype):
                 y = block(x, run.model.rotation)
             y.sum().backward()
         else:
             run.loss = torch.compile(run.loss, dynamic=False)
             forward_backward(run, *next_batch(run), sync=False)
     except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
-        if isinstance(error, RuntimeError) and device.is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             return []  # the first update sees to that
         return [next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)]
     return []
@@ -258,7 +258,7 @@ def roll_back(run: Run) -> None:
     """Return to the last good checkpoint, with the data in another order from there on.
 
     That is the newest; or, if the training broke again after going back to it, the best one.
-    Errors: UserError if that has been tried ROLLBACKS times at the same place.
+    Errors: UserError if that has been tried MAX_ROLLBACKS times at the same place.
     """
     try_finish_save(run)
     saved = run.folder.newest_valid(warn, run.world, gather=not is_sharded(run.model))
@@ -299,11 +299,11 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     ]
     rounds = math.ceil(len(pieces) / run.world.size)
     model, interrupted = run.final_model.eval(), False
-    with torch.no_grad(), device.eagerly(), run.console.evaluating(rounds) as tick:
+    with torch.no_grad(), eagerly(), run.console.evaluating(rounds) as tick:
         for first in range(0, len(pieces), run.world.size):
             number = first + run.world.rank
             x, y = run.val_windows(*pieces[min(number, len(pieces) - 1)])
-            with device.autocast(run.device, run.dtype):
+            with autocast(run.device, run.dtype):
                 loss = model.loss(x, y)  # all processes: a model in parts takes them all
             if number < len(pieces):
                 losses.append(loss * y.numel())
@@ -324,7 +324,7 @@ def sample_text(run: Run) -> str:
     generator = run.kind.generator(run.device, run.config.seed)
     prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
     model = run.final_model.eval()
-    with unsharded(model), device.eagerly(), device.autocast(run.device, run.dtype):
+    with unsharded(model), eagerly(), autocast(run.device, run.dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = run.dataset.tokenizer.decode(int(token) for token in tokens)
     model.train()
