@@ -17,15 +17,14 @@ from pathlib import Path
 
 import common
 import torch
+from nanogpt.training.step import read_result, train_step
 from rich.console import Console
 from rich.table import Table
 
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.distributed.world import distributed_world
-from nanogpt.training.checkpointing import begin_save, finish_save
 from nanogpt.training.setup import set_up
-from nanogpt.training.step import read_result, train_step
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -47,16 +46,16 @@ def measure(options: argparse.Namespace) -> None:
     with distributed_world() as world:
         run = set_up(config, RunFolder(Path(options.out_dir)), world)
         step()
-        begin_save(run, run.folder.last)
-        finish_save(run)
+        run.checkpointer.begin_save(run, run.folder.last)
+        run.checkpointer.finish_save()
         for _ in range(options.rounds):
             found["plain"] += [step() for _ in range(3)]
             start = time.perf_counter()
-            begin_save(run, run.folder.last)
+            run.checkpointer.begin_save(run, run.folder.last)
             found["waiting"].append(max(world.all_gather([time.perf_counter() - start])))
-            while world.max_over_ranks(int(run.writing is not None and not run.writing.digests.done()))[0]:
+            while world.max_over_ranks(int(run.checkpointer.is_writing))[0]:
                 found["beside"].append(step())
-            finish_save(run)
+            run.checkpointer.finish_save()
             found["until_there"].append(time.perf_counter() - start)
         run.metrics.close()
         if world.is_first:

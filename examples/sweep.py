@@ -17,8 +17,8 @@ import optuna
 from nanogpt import presets
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
+from nanogpt.training.fit import fit
 from nanogpt.training.stopping import STOP_REASONS
-from nanogpt.training.trainer import fit
 
 
 def config_of(trial: optuna.Trial, options: argparse.Namespace) -> TrainConfig:
@@ -46,7 +46,7 @@ def objective(trial: optuna.Trial, options: argparse.Namespace) -> float:
         return not trial.should_prune()
 
     result = fit(config_of(trial, options), keep_going)
-    if result.reason == "told":
+    if result.reason == "callback":
         raise optuna.TrialPruned
     if result.reason in STOP_REASONS:
         raise KeyboardInterrupt

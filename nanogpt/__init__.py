@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nanogpt.config import GPTConfig, TrainConfig
     from nanogpt.inference.generate import generate
     from nanogpt.model.gpt import GPT
-    from nanogpt.training.trainer import fit
+    from nanogpt.training.fit import fit
 
 __all__ = ["GPT", "GPTConfig", "TrainConfig", "fit", "generate", "load_model"]
 
@@ -27,7 +27,7 @@ HOMES = {
     "GPT": "nanogpt.model.gpt",
     "GPTConfig": "nanogpt.config",
     "TrainConfig": "nanogpt.config",
-    "fit": "nanogpt.training.trainer",
+    "fit": "nanogpt.training.fit",
     "generate": "nanogpt.inference.generate",
     "load_model": "nanogpt.checkpoint.format",
 }

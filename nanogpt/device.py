@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
 import psutil
@@ -298,8 +299,23 @@ def gfx_of(device: torch.device) -> str:
     return str(getattr(properties, "gcnArchName", "")).partition(":")[0]
 
 
+SIMULATED: ContextVar["Kind | None"] = ContextVar("SIMULATED", default=None)
+
+
+@contextmanager
+def simulated(kind: Kind) -> Generator[None]:
+    """Let every device count as one of this kind, to predict on a CPU what a GPU would allocate."""
+    token = SIMULATED.set(kind)
+    try:
+        yield
+    finally:
+        SIMULATED.reset(token)
+
+
 def kind_of(device: torch.device) -> Kind:
     """What a device can do."""
+    if not torch.compiler.is_compiling() and (kind := SIMULATED.get()):
+        return kind
     return KINDS[device.type]
 
 

@@ -1,5 +1,5 @@
-"""`fit` from Python: `from nanogpt.train import fit`. The code is in nanogpt/training/trainer.py."""
+"""`fit` from Python: `from nanogpt.train import fit`. The code is in nanogpt/training/fit.py."""
 
-from nanogpt.training.trainer import Result, fit
+from nanogpt.training.fit import Result, fit
 
 __all__ = ["Result", "fit"]

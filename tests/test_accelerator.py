@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerator import CudaLike, MpsLike, OnDevice, WaitedError, forbid_waiting, standing_in_for
 
-from nanogpt import device
+from nanogpt import device, evaluation
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
@@ -24,10 +24,10 @@ from nanogpt.data.batches import BatchLoader
 from nanogpt.distributed import world
 from nanogpt.distributed.world import World
 from nanogpt.model.loss import chunked_cross_entropy
-from nanogpt.training import step, trainer
+from nanogpt.training import trainer
+from nanogpt.training.fit import fit
+from nanogpt.training.run import Run
 from nanogpt.training.setup import set_up
-from nanogpt.training.state import Run
-from nanogpt.training.trainer import fit
 
 accelerator.register()
 
@@ -58,7 +58,7 @@ def cuda() -> Iterator[device.Kind]:
 @pytest.fixture
 def there(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """The tiny run, on the stand-in."""
-    monkeypatch.setattr(trainer, "SAMPLE_TOKENS", 5)
+    monkeypatch.setattr(evaluation, "SAMPLE_TOKENS", 5)
     settings = {"device": "gpu", "dropout": 0.0, "max_iters": 8, "eval_interval": 4}
     return replace(config, **settings, out_dir=f"{config.out_dir}-there")
 
@@ -134,7 +134,7 @@ def running(config: TrainConfig) -> Run:
     """A run some steps on its way."""
     run = set_up(config, RunFolder(Path(config.out_dir)))
     for _ in range(2):
-        step.read_result(run, step.train_step(run))
+        trainer.read_result(run, trainer.train_step(run))
     return run
 
 
@@ -142,16 +142,16 @@ def running(config: TrainConfig) -> Run:
 def test_a_step_waits_for_nothing(there, cuda, settings):
     run = running(replace(there, **settings))
     with forbid_waiting():
-        outcomes = [step.train_step(run) for _ in range(3)]
-    assert all(step.read_result(run, outcome)["train_loss"] > 0 for outcome in outcomes)
+        outcomes = [trainer.train_step(run) for _ in range(3)]
+    assert all(trainer.read_result(run, outcome)["train_loss"] > 0 for outcome in outcomes)
 
 
 def test_where_a_device_does_not_run_ahead_a_step_waits_once(there):
     with standing_in_for(MpsLike()):
         run = running(replace(there, **MODERN))
-        run.train_windows.send = OnDevice  # the batch comes by a copy that counts, too
+        run.train_loader.send = OnDevice  # the batch comes by a copy that counts, too
         before = accelerator.State.waits
-        step.read_result(run, step.train_step(run))
+        trainer.read_result(run, trainer.train_step(run))
         assert accelerator.State.waits - before == 1
 
 
@@ -191,7 +191,7 @@ def test_several_processes_send_what_lies_on_either_side(there, cuda, group):
     batch = run.world.all_reduce_sum(torch.ones((), device=run.device))
     assert isinstance(batch, OnDevice)
     assert run.world.max_over_ranks(3, 4) == [3, 4]
-    step.read_result(run, step.train_step(run))
+    trainer.read_result(run, trainer.train_step(run))
 
 
 # What goes wrong is found
@@ -211,22 +211,22 @@ def test_it_finds_a_tensor_of_the_cpu_among_those_of_the_device(there, cuda, mon
 
 def test_it_finds_a_step_that_waits(there, cuda, monkeypatch):
     run = running(there)
-    really = step.update
+    really = trainer.step_optimizers
 
-    def asks(run: Run, broken: torch.Tensor) -> None:
-        if not broken:
-            really(run, broken)
+    def asks(optimizers: list[torch.optim.Optimizer], *, skip: torch.Tensor, is_async: bool) -> None:
+        if not skip:
+            really(optimizers, skip=skip, is_async=is_async)
 
-    monkeypatch.setattr(step, "update", asks)
+    monkeypatch.setattr(trainer, "step_optimizers", asks)
     with pytest.raises(WaitedError), forbid_waiting():
-        step.train_step(run)
+        trainer.train_step(run)
 
 
 def test_it_finds_a_copy_that_is_not_in_the_background(there, cuda, monkeypatch):
     run = running(there)
     monkeypatch.setattr(BatchLoader, "send", lambda self, values: values.to(self.device))
     with pytest.raises(WaitedError), forbid_waiting():
-        step.train_step(run)
+        trainer.train_step(run)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -19,7 +19,7 @@ from nanogpt.data.batches import BatchLoader, BatchSampler, evaluation_batches
 from nanogpt.data.dataset import FORMAT, SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 TEXT = "It was the best of times, it was the worst of times.\n" * 20

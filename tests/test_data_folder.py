@@ -20,7 +20,7 @@ from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.seals import read_sealed, write_sealed
 from nanogpt.training import trainer
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")

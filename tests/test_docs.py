@@ -22,11 +22,11 @@ import pytest
 import torch
 from conftest import prepared
 
+import nanogpt.training.fit as fit_module
 from nanogpt.cli import main as cli
 from nanogpt.cli import plan
 from nanogpt.config import TrainConfig
 from nanogpt.text import tiny_shakespeare
-from nanogpt.training import trainer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -139,7 +139,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prepared(folder / name, text)
     for name in ("out", "my_model", "out/previous/1"):
         config = replace(SMALL, data_dir=str(folder / "data"), out_dir=str(folder / name), max_iters=4)
-        trainer.fit(config, keep_going=lambda step, loss: step < 2)
+        fit_module.fit(config, keep_going=lambda step, loss: step < 2)
     return folder
 
 
@@ -150,14 +150,14 @@ def reader(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(folder)
     digest = tiny_shakespeare.sha256((folder / "data" / "input.txt").read_bytes())
     monkeypatch.setattr(tiny_shakespeare, "SHAKESPEARE_SHA256", digest)
-    fit, plan_main = trainer.fit, plan.main
+    fit, plan_main = fit_module.fit, plan.main
 
     def small(config: TrainConfig) -> TrainConfig:
         if config.resume:
             return replace(config, max_iters=4, data_dir="data", compile="off")
         return replace(config, **{name: getattr(SMALL, name) for name in SHRUNK})
 
-    monkeypatch.setattr(trainer, "fit", lambda config, *rest: fit(small(config), *rest))
+    monkeypatch.setattr(fit_module, "fit", lambda config, *rest: fit(small(config), *rest))
     monkeypatch.setattr(plan, "main", lambda config: plan_main(small(config)))
 
 

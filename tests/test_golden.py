@@ -18,7 +18,7 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.sample import main as sample
 from nanogpt.config import SampleConfig
 from nanogpt.data.dataset import load_dataset
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 GOLDEN = Path(__file__).with_name("golden.tar.xz")
 

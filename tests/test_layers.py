@@ -16,6 +16,7 @@ HOUSE = (
     {"device", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer"},
     {"data", "checkpoint", "inference"},
+    {"evaluation"},
     {"training"},
     {"train", "cli"},
     {"__main__"},

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import cores
+from nanogpt import cores, device
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.model.gpt import GPT
 from nanogpt.training import memory_estimate
@@ -88,9 +88,9 @@ def test_parts_of_a_model_take_their_share_and_what_is_put_together():
     whole, part = predict(config), predict(config, processes=4)
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(part, name) == pytest.approx(getattr(whole, name) / 4, abs=1)
-    assert whole.together == 0
-    assert part.activations == whole.activations + part.together
-    assert part.together < 3 * whole.weights
+    assert whole.gathered == 0
+    assert part.activations == whole.activations + part.gathered
+    assert part.gathered < 3 * whole.weights
     extra = part.need(CPU) - part.total - part.activations
     assert extra == pytest.approx(1.25 * (whole.weights + whole.optimizer), abs=2)
     assert part.need(torch.device("cuda")) == part.total
@@ -99,7 +99,7 @@ def test_parts_of_a_model_take_their_share_and_what_is_put_together():
 def test_muon_takes_a_few_matrices_at_a_time(monkeypatch):
     config = replace(SMALL, optimizer="muon", grad_checkpoint="blocks", n_layer=8)
     at_once = predict(config, micro=1).step
-    monkeypatch.setattr(optim_module, "STACK", 1)
+    monkeypatch.setattr(optim_module, "MAX_STACKED_ELEMENTS", 1)
     assert predict(config, micro=1).step < at_once / 4
 
 
@@ -107,7 +107,7 @@ def test_a_cpu_that_stands_in_for_a_gpu_counts_without_its_own_ways():
     """On a GPU attention in bfloat16 keeps no (T, T) weights, and dropout keeps a bit for each activation."""
     config = replace(SMALL, block_size=512, dropout=0.2)
     usual = predict(config, dtype=torch.bfloat16)
-    with memory_estimate.as_on_a_gpu():
+    with device.simulated(device.KINDS["cuda"]):
         elsewhere = predict(config, dtype=torch.bfloat16)
     assert elsewhere.activations < 0.7 * usual.activations
     assert elsewhere.held == usual.held

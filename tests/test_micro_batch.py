@@ -11,10 +11,15 @@ from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.distributed.world import World
-from nanogpt.training import memory_estimate, out_of_memory, step
-from nanogpt.training.out_of_memory import fit_to_memory, initial_micro_batches, micro_batches_per_rank
+from nanogpt.training import memory_estimate, out_of_memory, trainer
+from nanogpt.training.fit import fit
+from nanogpt.training.out_of_memory import (
+    fit_to_memory,
+    halve_on_out_of_memory,
+    initial_micro_batches,
+    micro_batches_per_rank,
+)
 from nanogpt.training.setup import set_up
-from nanogpt.training.trainer import fit
 
 
 @pytest.mark.parametrize(
@@ -36,14 +41,14 @@ def test_micro_batches_are_worked_out(settings, size, expected):
 
 def limited(run, most: int):
     """The run's loss on a device where no more than `most` sequences fit."""
-    loss = run.loss
+    loss = run.loss_fn
 
     def loss_of_few(x, y):
         if len(x) > most:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return loss(x, y)
 
-    run.loss = loss_of_few
+    run.loss_fn = loss_of_few
 
 
 @pytest.mark.parametrize(("most", "pieces"), [(8, 1), (7, 2), (3, 4), (1, 8)])
@@ -51,7 +56,7 @@ def test_micro_batches_shrink_until_they_fit(config, tmp_path, most, pieces, cap
     config = replace(config, dropout=0.0, batch_size=8)
     run, reference = (set_up(config, RunFolder(tmp_path / name)) for name in ("a", "b"))
     limited(run, most)
-    loss, expected = step.gradient(run), step.gradient(reference)
+    loss, expected = (halve_on_out_of_memory(one, trainer.compute_gradient) for one in (run, reference))
     torch.testing.assert_close(loss, expected)
     for a, b in zip(run.model.parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -62,7 +67,7 @@ def test_micro_batches_shrink_until_they_fit(config, tmp_path, most, pieces, cap
 @pytest.fixture
 def counted(monkeypatch):
     """Even a short training is worth counting."""
-    monkeypatch.setattr(out_of_memory, "WORTH_COUNTING", 0)
+    monkeypatch.setattr(out_of_memory, "MIN_RUN_FLOPS", 0)
 
 
 def room_for(monkeypatch, run, micro: int) -> None:
@@ -111,14 +116,14 @@ def replace_size(memory_of_four: memory_estimate.Memory, micro: int) -> memory_e
 
 
 def test_memory_that_python_or_numpy_runs_out_of_is_halved_too(config, monkeypatch, capsys):
-    really = step.forward_backward
+    really = trainer.forward_backward
 
     def full(run, x, y, **settings):
         if run.num_micro_batches < 4:
             raise MemoryError
         return really(run, x, y, **settings)
 
-    monkeypatch.setattr(step, "forward_backward", full)
+    monkeypatch.setattr(trainer, "forward_backward", full)
     assert fit(replace(config, max_iters=2)).reason == "finished"
     assert "out of memory: going on with 4 micro-batches" in capsys.readouterr().err
 
@@ -134,7 +139,7 @@ def test_what_cannot_fit_is_said_and_tried(config, counted, monkeypatch, capsys)
 @pytest.mark.parametrize("settings", [{"micro_batch": 8}, {"max_iters": 1}])
 def test_what_the_user_asks_for_is_left_alone_and_a_short_run_is_not_counted(config, monkeypatch, settings):
     config = replace(config, **settings)
-    monkeypatch.setattr(out_of_memory, "WORTH_COUNTING", 0 if "micro_batch" in settings else 1e12)
+    monkeypatch.setattr(out_of_memory, "MIN_RUN_FLOPS", 0 if "micro_batch" in settings else 1e12)
     monkeypatch.setattr(memory_estimate, "free", lambda _: 0.0)
     run = set_up(config, RunFolder(Path(config.out_dir)))
     fit_to_memory(run)

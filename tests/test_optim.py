@@ -3,14 +3,17 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import GPTConfig, OptimizerName, TrainConfig
+from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
 from nanogpt.training.optimizer import (
+    OPTIMIZERS,
     Muon,
     adamw,
     build_optimizers,
@@ -18,6 +21,7 @@ from nanogpt.training.optimizer import (
     lr_multiplier,
     orthogonalize,
     set_learning_rate,
+    step_optimizers,
 )
 
 CONFIG = TrainConfig(learning_rate=1e-2, warmup_iters=10, max_iters=110, min_lr=0.1, weight_decay=0.3)
@@ -77,9 +81,41 @@ def test_the_settings_arrive():
 
 
 def test_set_learning_rate_reaches_every_group():
-    optimizer = adamw(GPT(TINY).parameters(), CONFIG)
+    (optimizer,) = build_optimizers(GPT(TINY), CONFIG, torch.float32)
+    optimizer.param_groups[1]["base_lr"] = 8.0
     set_learning_rate([optimizer], 0.125)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125 * CONFIG.learning_rate] * 2
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125 * CONFIG.learning_rate, 1.0]
+
+
+def test_an_unknown_optimizer_is_named_with_those_there_are():
+    with pytest.raises(UserError, match=r"--optimizer .*sgd.*adamw.*muon"):
+        replace(CONFIG, optimizer="sgd")
+
+
+def test_optimizers_of_the_settings_are_those_of_the_registry():
+    assert get_args(OptimizerName) == tuple(OPTIMIZERS)
+
+
+class Sgd(torch.optim.SGD):
+    """An optimizer that knows nothing of found_inf."""
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_bad_step_changes_nothing(is_async: bool, bad: bool):
+    """Whether an optimizer honours found_inf or has to be left out."""
+    torch.manual_seed(1)
+    model = GPT(TINY)
+    optimizers = [
+        *build_optimizers(model, replace(CONFIG, optimizer="muon"), torch.float32),
+        Sgd(model.parameters()),
+    ]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan") if bad else 1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step_optimizers(optimizers, skip=torch.tensor(bad), is_async=is_async)
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new) == bad
 
 
 # The update
@@ -97,7 +133,7 @@ def test_steps_are_those_of_the_paper(config):
     """Algorithm 2 of Loshchilov & Hutter (2019), written out in float64, over five steps."""
     torch.manual_seed(1)
     layer = nn.Linear(5, 3)
-    optimizer = adamw(layer.parameters(), config)
+    (optimizer,) = build_optimizers(layer, config, torch.float32)
     expected = {name: p.detach().double() for name, p in layer.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in expected.items()}
     second = {name: torch.zeros_like(p) for name, p in expected.items()}

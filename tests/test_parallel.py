@@ -29,9 +29,10 @@ from nanogpt.distributed.parallelize import checkpoint_activations, initialize_s
 from nanogpt.distributed.world import World, local_device
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
-from nanogpt.training import trainer
+from nanogpt.training import out_of_memory
+from nanogpt.training.fit import fit
+from nanogpt.training.out_of_memory import explain_out_of_memory
 from nanogpt.training.report import shares
-from nanogpt.training.trainer import explain_out_of_memory, fit
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
 
@@ -42,9 +43,10 @@ import torch
 torch.set_num_threads(1)
 from nanogpt.cli import main as cli
 from nanogpt.errors import UserError
-from nanogpt.training import setup, step, trainer
+import nanogpt.training.fit as fit_module
+from nanogpt.training import setup, trainer
 rank, life = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-plain = step.train_step
+plain = trainer.train_step
 def train_step(run):
     at = run.progress.step
     {fault}
@@ -206,14 +208,14 @@ def test_a_process_that_has_no_sequence_left_keeps_step(plain, tmp_path, kind):
 
 SHORT_OF_MEMORY = """
     if rank == 0 and at == 0 and not hasattr(run, "full"):
-        run.full, real = True, run.loss
+        run.full, real = True, run.loss_fn
         class Full:
             _orig_mod = real
             def __call__(self, x, y):
                 if len(x) > 3:
                     raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
                 return real(x, y)
-        run.loss = Full()
+        run.loss_fn = Full()
 """
 
 
@@ -520,7 +522,7 @@ def test_what_never_fits_ends_in_one_line_with_the_fix(config, monkeypatch, sett
 @pytest.mark.parametrize(("batch_size", "pieces", "fix"), [(9, 2, 1), (64, 1, 16), (64, 4, 4)])
 def test_sharded_processes_are_told_the_size_to_try(monkeypatch, batch_size, pieces, fix):
     """Half of what they took at last."""
-    monkeypatch.setattr(trainer, "is_sharded", lambda _: True)
+    monkeypatch.setattr(out_of_memory, "is_sharded", lambda _: True)
     config = TrainConfig(batch_size=batch_size, parallel="fsdp")
     run = SimpleNamespace(num_micro_batches=pieces, model=None)
     expected = pytest.raises(UserError, match=f"out of memory: give --micro_batch {fix},")
@@ -653,7 +655,7 @@ if os.environ["RANK"] == "1":
             "data: .* in process 1, another text in process 2",
         ),
         (
-            "plain_set_up = trainer.set_up; trainer.set_up ="
+            "plain_set_up = fit_module.set_up; fit_module.set_up ="
             " lambda config, *rest: plain_set_up(replace(config, seed=7), *rest)",
             "--seed: 1337 in process 1, 7 in process 2",
         ),
@@ -679,8 +681,8 @@ def test_processes_that_resume_from_different_steps_refuse_to_train(plain, tmp_p
 from dataclasses import replace
 from nanogpt.checkpoint import run_dir
 if os.environ["RANK"] == "1":
-    plain_set_up = trainer.set_up
-    trainer.set_up = lambda config, folder, world: plain_set_up(
+    plain_set_up = fit_module.set_up
+    fit_module.set_up = lambda config, folder, world: plain_set_up(
         config, run_dir.RunFolder(run_dir.Path({str(other.out_dir)!r})), world)
 """
     resumed = replace(config, max_iters=9, resume=True)
@@ -734,6 +736,7 @@ torch.distributed.is_available = lambda: False
 for name in ("is_torchelastic_launched", "is_nccl_available", "all_reduce", "init_process_group", "get_rank"):
     delattr(torch.distributed, name)
 from nanogpt.cli import plan, sample
+import nanogpt.training.fit as fit_module
 from nanogpt.training import trainer
 from nanogpt.config import TrainConfig, SampleConfig
 """
@@ -744,8 +747,8 @@ def test_a_pytorch_without_torch_distributed_trains_and_samples(config, tmp_path
     settings = asdict(replace(config, optimizer="muon", max_iters=4))
     script = f"""{WITHOUT_DISTRIBUTED}
 settings = {settings!r}
-assert trainer.main(TrainConfig(**settings)) == 0
-assert trainer.main(TrainConfig(**settings | {{"resume": True, "max_iters": 6}})) == 0
+assert fit_module.main(TrainConfig(**settings)) == 0
+assert fit_module.main(TrainConfig(**settings | {{"resume": True, "max_iters": 6}})) == 0
 assert sample.main(SampleConfig(checkpoint={config.out_dir + "/ckpt.pt"!r}, num_tokens=5, seed=1)) == 0
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from nanogpt.cli.info import count_parameters
 from nanogpt.config import PresetsConfig, TrainConfig, model_config
 from nanogpt.errors import UserError
 from nanogpt.presets import PRESETS
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 from waiting import wait_for
 
+import nanogpt.training.fit as fit_module
 from nanogpt import files
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.locking import lock
-from nanogpt.training import trainer
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 KILLS = 20
 
@@ -41,7 +41,7 @@ def child(config: TrainConfig, die_in_save: int) -> None:
     torch.set_num_threads(1)
     if die_in_save:
         arm(die_in_save)
-    os._exit(trainer.main(config))
+    os._exit(fit_module.main(config))
 
 
 def arm(die_in_save: int) -> None:
@@ -154,7 +154,7 @@ def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: 
 def test_a_signal_saves_and_exits_with_its_code(config: TrainConfig, tmp_path: Path, number, code) -> None:
     config = replace(config, max_iters=60)
     never = replace(config, out_dir=str(tmp_path / "never"))
-    trainer.main(never)
+    fit_module.main(never)
     endless = replace(config, save_seconds=1000.0)
     process = live(endless)
     wait_for(lambda: steps_logged(config) > 3, process)
@@ -163,7 +163,7 @@ def test_a_signal_saves_and_exits_with_its_code(config: TrainConfig, tmp_path: P
     assert process.exitcode == code
     stopped_at = load_checkpoint(Path(config.out_dir) / "last.pt").progress["step"]
     assert 3 < stopped_at < 60
-    assert trainer.main(replace(config, resume=True)) == 0
+    assert fit_module.main(replace(config, resume=True)) == 0
     assert_same_end(config, never)
 
 
@@ -171,7 +171,7 @@ def test_evaluating_and_logging_change_no_weight(config: TrainConfig, tmp_path: 
     often = replace(config, eval_interval=1, log_interval=1, out_dir=str(tmp_path / "often"))
     seldom = replace(config, eval_interval=7, log_interval=9, eval_iters=1, save_seconds=0.0)
     for run in (often, seldom):
-        trainer.main(run)
+        fit_module.main(run)
     one, other = (load_checkpoint(Path(run.out_dir) / "last.pt") for run in (often, seldom))
     assert_equal(one.model, other.model)
     assert_equal(one.optimizers, other.optimizers)
@@ -182,15 +182,15 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_other(
 ) -> None:
     never = replace(config, out_dir=str(tmp_path / "never"))
     for run in (config, never):
-        trainer.main(run)
+        fit_module.main(run)
     last = Path(config.out_dir) / "last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     longer = {"max_iters": 45, "resume": True}
-    assert trainer.main(replace(config, **longer)) == 0
+    assert fit_module.main(replace(config, **longer)) == 0
     assert "passing it over" in capsys.readouterr().err
-    trainer.main(replace(never, **longer))
+    fit_module.main(replace(never, **longer))
     assert_same_end(config, never)
 
 
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_the_checkpoint_and_the_training_goes_on(config, monk
         really(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    assert trainer.main(config) == 0
+    assert fit_module.main(config) == 0
     assert "No space left on device" in capsys.readouterr().err
     assert load_checkpoint(Path(config.out_dir) / "last.pt").progress["step"] == config.max_iters
 

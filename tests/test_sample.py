@@ -21,7 +21,7 @@ from nanogpt.cli.sample import main, read_prompt, show, unescape, until
 from nanogpt.config import DataConfig, SampleConfig, TrainConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.errors import UserError
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

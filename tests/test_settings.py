@@ -32,7 +32,7 @@ from nanogpt.config import (
 )
 from nanogpt.errors import UserError
 from nanogpt.settings import Settings
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 CONFIGS = [Architecture, GPTConfig, *dict.fromkeys(command.config for command in cli.COMMANDS.values())]
 

@@ -124,7 +124,7 @@ def test_what_is_not_there_cannot_be_read(alone_in_a_group, tensors, tmp_path):
 @pytest.fixture
 def folder(alone_in_a_group, config: TrainConfig, tmp_path) -> RunFolder:
     """A run of 10 steps in ckpt.pt, and in last.pt, whose tensors are in parts."""
-    from nanogpt.training.trainer import fit
+    from nanogpt.training.fit import fit
 
     fit(replace(config, max_iters=10))
     folder = RunFolder(Path(config.out_dir))

@@ -21,12 +21,17 @@ import pytest
 import torch
 from waiting import wait_for, written_rows
 
+import nanogpt.training.fit as fit_module
 from nanogpt import streams
 from nanogpt.checkpoint.format import Progress, load_checkpoint, peek
+from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import main as cli
 from nanogpt.config import TrainConfig
+from nanogpt.distributed.world import ALONE
 from nanogpt.training import stopping, trainer
-from nanogpt.training.state import Run
+from nanogpt.training.checkpointing import Checkpointer
+from nanogpt.training.decisions import Due, all_reduce_decisions
+from nanogpt.training.run import Run, StopReason
 from nanogpt.training.stopping import EXIT_CODES, StopRequest
 
 ROOT = Path(__file__).parent.parent
@@ -298,43 +303,43 @@ def test_all_signals_are_given_back() -> None:
 
 def interrupted_set_up() -> None:
     """A signal in the middle of set-up."""
-    whole = trainer.set_up
+    whole = fit_module.set_up
 
     def set_up(*arguments):
         signal.raise_signal(signal.SIGINT)
         return whole(*arguments)
 
-    trainer.set_up = set_up
+    fit_module.set_up = set_up
 
 
 def interrupted_first_save() -> None:
-    whole = trainer.save
+    whole = Checkpointer.save
 
     def save(*arguments):
         signal.raise_signal(signal.SIGINT)
         whole(*arguments)
 
-    trainer.save = save
+    Checkpointer.save = save
 
 
 def interrupted_evaluation() -> None:
     whole = trainer.evaluate
 
-    def evaluate(*arguments):
+    def evaluate(*arguments, **settings):
         signal.raise_signal(signal.SIGINT)
-        return whole(*arguments)
+        return whole(*arguments, **settings)
 
     trainer.evaluate = evaluate
 
 
 def interrupted_picture() -> None:
-    whole = trainer.print_summary
+    whole = fit_module.print_summary
 
     def conclude(*arguments):
         signal.raise_signal(signal.SIGINT)
         whole(*arguments)
 
-    trainer.print_summary = conclude
+    fit_module.print_summary = conclude
 
 
 @pytest.mark.parametrize(
@@ -353,7 +358,7 @@ def test_a_signal_at_any_stage_leaves_a_run_that_goes_on(endless, before, code: 
     assert process.exitcode == code
     assert saved_step(config) == step
     assert "Traceback" not in Path("err.txt").read_text()
-    assert trainer.fit(replace(config, resume=True)).step == 20
+    assert fit_module.fit(replace(config, resume=True)).step == 20
 
 
 @pytest.mark.parametrize("here", [False, True])
@@ -367,14 +372,23 @@ def test_what_a_signal_asks_of_one_process_all_do(here: bool) -> None:
         return [max(pair) for pair in zip(own, others, strict=True)]
 
     run = SimpleNamespace(
-        world=SimpleNamespace(max_over_ranks=agree), saved_at=time.perf_counter(), writing=None,
-        stopped_by_callback=False, config=TrainConfig(save_seconds=1e6), progress=Progress(),
+        world=SimpleNamespace(max_over_ranks=agree), stop=StopRequest(), stopped_by_callback=False,
+        checkpointer=Checkpointer(RunFolder(Path("out")), ALONE), config=TrainConfig(save_seconds=1e6),
+        progress=Progress(),
     )  # fmt: skip
-    with StopRequest() as stop:
+    with run.stop:
         if here:
             signal.raise_signal(signal.SIGUSR1)
-        assert trainer.all_reduce_decisions(cast(Run, run), stop) == ("", True)
+        assert all_reduce_decisions(cast(Run, run)) == Due(reason=None, evaluation=False, save=True)
     assert votes == [(0, here, False)]
+
+
+def test_stop_reasons_are_the_exit_codes_of_the_signals() -> None:
+    for number, code in EXIT_CODES.items():
+        reason = StopReason[number.name]
+        assert reason.is_signal
+        assert (reason.exit_code, reason.label) == (code, number.name)
+    assert (StopReason.FINISHED.exit_code, StopReason.FINISHED.label) == (0, "finished")
 
 
 # --- real processes ---

@@ -26,9 +26,10 @@ from nanogpt.data.batches import BatchLoader
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
-from nanogpt.training import checkpointing, report, step, trainer
+from nanogpt.training import checkpointing, report, trainer
+from nanogpt.training.compilation import compile_model
+from nanogpt.training.fit import fit
 from nanogpt.training.setup import set_up
-from nanogpt.training.trainer import fit
 
 
 def last(config: TrainConfig) -> Checkpoint:
@@ -187,13 +188,13 @@ def test_the_validation_loss_is_logged_in_bits_a_byte_too(config: TrainConfig, t
 
 def poison(monkeypatch, bad_at) -> None:
     """Make the loss NaN in every step for which bad_at(run) holds."""
-    really = step.forward_backward
+    really = trainer.forward_backward
 
     def forward_backward(run, x, y, **settings):
         loss = really(run, x, y, **settings)
         return loss * float("nan") if bad_at(run) else loss
 
-    monkeypatch.setattr(step, "forward_backward", forward_backward)
+    monkeypatch.setattr(trainer, "forward_backward", forward_backward)
 
 
 def test_a_broken_step_is_skipped(config: TrainConfig, monkeypatch, capsys) -> None:
@@ -234,7 +235,7 @@ def test_a_ruined_newest_checkpoint_gives_way_to_the_best(config: TrainConfig, m
 
     def bad(run) -> bool:
         if run.progress.step == 12 and run.progress.shuffle_id == 0:
-            trainer.save(run, run.folder.last)
+            run.checkpointer.save(run, run.folder.last)
         return run.progress.step >= 15 and run.progress.shuffle_id < 2
 
     poison(monkeypatch, bad)
@@ -244,15 +245,15 @@ def test_a_ruined_newest_checkpoint_gives_way_to_the_best(config: TrainConfig, m
 
 
 def test_a_rollback_in_an_evaluation_leaves_no_gap_and_no_double(config: TrainConfig, monkeypatch) -> None:
-    really, failed = trainer.evaluate, []
+    really, failed = trainer.validation_loss, []
 
-    def evaluate(run, stop):
+    def validation_loss(run):
         if run.progress.step == 20 and not failed:
             failed.append(20)
             return math.nan
-        return really(run, stop)
+        return really(run)
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(trainer, "validation_loss", validation_loss)
     fit(replace(config, log_interval=5))
     assert failed
     assert [row["step"] for row in rows(config) if "train_loss" in row] == [5, 10, 15, 20, 25, 30]
@@ -343,7 +344,7 @@ def test_out_of_memory_says_what_to_do(config: TrainConfig, monkeypatch) -> None
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(step, "forward_backward", full)
+    monkeypatch.setattr(trainer, "forward_backward", full)
     with pytest.raises(UserError, match="--grad_checkpoint blocks"):
         fit(config)
     with pytest.raises(UserError, match="smaller --block_size"):
@@ -387,11 +388,12 @@ import warnings, torch
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 from nanogpt.checkpoint.format import load_checkpoint
+import nanogpt.training.fit as fit_module
 from nanogpt.training import trainer
 from nanogpt.config import TrainConfig
-trainer.fit(TrainConfig(**{settings}))
+fit_module.fit(TrainConfig(**{settings}))
 assert "NaN" not in open({out!r} + "/metrics.jsonl").read()
-model = load_checkpoint(trainer.Path({out!r}) / "last.pt").model
+model = load_checkpoint(__import__("pathlib").Path({out!r}) / "last.pt").model
 print(*(repr(weight.double().sum().item()) for weight in model.values()))
 """
 
@@ -428,22 +430,22 @@ def test_evaluating_and_sampling_compile_nothing(config: TrainConfig, monkeypatc
 
     monkeypatch.setattr(torch, "compile", lambda f, **settings: really(f, backend=backend, **settings))
     run = set_up(config, RunFolder(Path(config.out_dir)))
-    trainer.compile_model(run)
+    compile_model(run, trainer.compute_gradient)
     compiled = len(graphs)
     assert compiled > 0
     with device.eagerly(), torch.no_grad():
         for length in (3, 5, 7):
-            run.loss(torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64))
+            run.loss_fn(torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64))
     assert len(graphs) == compiled
 
 
 def test_compiling_for_smaller_micro_batches_is_not_in_the_clock(config: TrainConfig, monkeypatch) -> None:
     """After a device ran out of memory: the new size is tried once before the time counts."""
     run = set_up(config, RunFolder(Path(config.out_dir)))
-    now, plain, sizes = [0.0], run.loss, []
+    now, plain, sizes = [0.0], run.loss_fn, []
 
     class Compiled:
-        _orig_mod = run.loss
+        _orig_mod = run.loss_fn
 
         def __call__(self, x, y):
             if len(x) > 4:
@@ -453,12 +455,12 @@ def test_compiling_for_smaller_micro_batches_is_not_in_the_clock(config: TrainCo
                 sizes.append(len(x))
             return plain(x, y)
 
-    run.loss = Compiled()
-    monkeypatch.setattr(step.time, "perf_counter", lambda: now[0])
-    run.clock = 0.0
-    step.train_step(run)
+    run.loss_fn = Compiled()
+    monkeypatch.setattr("nanogpt.training.run.time.perf_counter", lambda: now[0])
+    run.clock.lap_began = 0.0
+    trainer.train_step(run)
     assert sizes == [4]
-    assert run.clock == 60.0
+    assert run.clock.lap_began == 60.0
 
 
 # --- the average ---
@@ -471,7 +473,7 @@ def test_the_average_follows_the_weights_and_is_what_counts(config: TrainConfig,
     really = trainer.train_step
 
     def train_step(run):
-        before = [p.detach().clone() for p in (run.average.parameters() if not trail else trail[-1])]
+        before = [p.detach().clone() for p in (run.ema_model.parameters() if not trail else trail[-1])]
         outcome = really(run)
         decay = min(0.8, run.progress.step / (9 + run.progress.step))
         trail.append([old * decay + new * (1 - decay) for old, new in zip(before, run.model.parameters())])  # noqa: B905
@@ -526,8 +528,8 @@ def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypa
     for name, weight in last(config).model.items():
         assert torch.equal(last(ahead).model[name], weight)
     for one, other in zip(last(config).optimizers, last(ahead).optimizers, strict=True):
-        for key, state in one["state"].items():
-            assert all(torch.equal(state[name], other["state"][key][name]) for name in state)
+        for key, moments in one["state"].items():
+            assert all(torch.equal(moments[name], other["state"][key][name]) for name in moments)
     shown = [(row["step"], row.get("train_loss"), row.get("val_loss")) for row in rows(config)]
     assert shown == [(row["step"], row.get("train_loss"), row.get("val_loss")) for row in rows(ahead)]
 
@@ -578,7 +580,7 @@ def test_tensorboard_has_the_numbers_the_samples_and_the_settings(config: TrainC
 @pytest.mark.parametrize(("held", "cores", "said"), [(1.9, 2, True), (0.2, 2, False), (5.0, 8, False)])
 def test_cores_that_others_hold_are_said_once(config, monkeypatch, capsys, held, cores, said) -> None:  # noqa: PLR0917
     """If there are not enough for this training besides."""
-    monkeypatch.setattr(report, "FORECAST_SECONDS", 0.0)
+    monkeypatch.setattr(report, "ETA_AFTER_SECONDS", 0.0)
     monkeypatch.setattr(report, "usable_cores", lambda: cores)
     monkeypatch.setattr(CoreWatch, "held_by_others", lambda self: held)
     fit(config)
@@ -586,7 +588,7 @@ def test_cores_that_others_hold_are_said_once(config, monkeypatch, capsys, held,
 
 
 def test_a_long_training_on_a_cpu_names_the_preset(config: TrainConfig, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(report, "FORECAST_SECONDS", 0.0)
+    monkeypatch.setattr(report, "ETA_AFTER_SECONDS", 0.0)
     monkeypatch.setattr(report, "ONE_HOUR", 0.0)
     fit(config)
     printed = capsys.readouterr().out
@@ -613,7 +615,7 @@ def test_a_caller_can_end_a_run_after_an_evaluation(config: TrainConfig) -> None
         return step < 20
 
     result = fit(config, keep_going)
-    assert (result.reason, result.step, seen) == ("told", 20, [10, 20])
+    assert (result.reason, result.step, seen) == ("callback", 20, [10, 20])
     assert fit(replace(config, resume=True)).step == 30
 
 

@@ -16,8 +16,8 @@ from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, load_model, s
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
+from nanogpt.training.fit import fit
 from nanogpt.training.setup import set_up
-from nanogpt.training.trainer import fit
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from nanogpt import presets
 from nanogpt.config import DataConfig, TrainConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.text.tiny_shakespeare import SHAKESPEARE_SHA256
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 INPUT = Path(__file__).parents[2] / "data" / "input.txt"
 

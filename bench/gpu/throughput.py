@@ -3,7 +3,7 @@
 Run:    python bench/gpu/throughput.py                        everything, quick ways of compiling first
         python bench/gpu/throughput.py --modes "" default     two ways of compiling, "" being none
         python bench/gpu/throughput.py --small --device cpu   tries the script
-Two kinds of step, on synthetic tokens: "train" is step.train_step as the command runs it (batch, guard
+Two kinds of step, on synthetic tokens: "train" is trainer.train_step as the command runs it (batch, guard
 against numbers that are not finite, clipping, optimizers, average, the numbers read one step late); "bare"
 is forward, backward, clip and optimizers on one batch that lies on the device. The difference is the host's
 work. GPT-2's vocabulary is measured as it is (50,257) and padded to a multiple of 128 (50,304). MFU is
@@ -86,7 +86,7 @@ def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype,
     """An update as the command makes it: its numbers are read when the next one has been queued."""
     from nanogpt.checkpoint.run_dir import RunFolder
     from nanogpt.training.setup import set_up
-    from nanogpt.training.step import read_result, train_step
+    from nanogpt.training.trainer import read_result, train_step
 
     config = replace(
         case.config,
@@ -100,7 +100,7 @@ def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype,
     with contextlib.redirect_stdout(io.StringIO()):
         run = set_up(config, RunFolder(folder / "out"))
     if mode:
-        run.loss = torch.compile(run.loss, mode=mode, dynamic=False)
+        run.loss_fn = torch.compile(run.loss_fn, mode=mode, dynamic=False)
     queued = [train_step(run)]
 
     def update() -> None:

@@ -51,7 +51,7 @@ COMMANDS = {
     "data info": Command(InfoConfig, "nanogpt.data.inspect"),
     "model": Command(SummaryConfig, "nanogpt.cli.info", "model.py"),
     "plan": Command(PlanConfig, "nanogpt.cli.plan"),
-    "train": Command(TrainConfig, "nanogpt.training.trainer", "train.py", writes=True),
+    "train": Command(TrainConfig, "nanogpt.training.fit", "train.py", writes=True),
     "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py"),
     "presets": Command(PresetsConfig, "nanogpt.cli.presets"),
 }

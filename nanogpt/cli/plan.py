@@ -17,7 +17,7 @@ from rich.table import Table
 from nanogpt.config import GPTConfig, GradCheckpoint, PlanConfig, model_config
 from nanogpt.console import progress_bar, say, terminal
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import GIB, KINDS, autocast, describe, kind_of, name_of, pick_device
+from nanogpt.device import GIB, KINDS, autocast, describe, kind_of, name_of, pick_device, simulated
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
@@ -186,7 +186,7 @@ def shape(config: PlanConfig) -> GPTConfig:
 def predict(config: PlanConfig, machine: Machine, micro: int) -> Memory:
     """What an update takes at its peak on each device, in micro-batches of `micro` sequences."""
     device, dtype = machine.device, machine.dtype
-    with memory_estimate.as_on_a_gpu() if machine.stands_in else nullcontext():
+    with simulated(KINDS["cuda"]) if machine.stands_in else nullcontext():
         return memory_estimate.predict(shape(config), config, device, dtype, micro, config.processes)
 
 

@@ -1,213 +1,268 @@
-"""Writing a run to its folder, and reading it back.
+"""The Checkpointer: when and how a run is written to its folder, and read back.
 
-Use:    save(run, run.folder.last); try_save(run, run.folder.best); restore(run, saved)
-What a checkpoint file is: checkpoint/format.py; the tensors that several processes share:
-checkpoint/sharded.py.
+Example: state.checkpointer.save_last(state); state.checkpointer.restore(state, saved)
+What a checkpoint file is: checkpoint/format.py. With FSDP, last.pt is sharded (checkpoint/sharded.py): every
+process writes its shards in the background, while the training goes on. ckpt.pt is always one file.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint import sharded
 from nanogpt.checkpoint.format import Checkpoint, Progress, save_checkpoint, shards_folder
+from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.checkpoint.validation import check_states
 from nanogpt.config import to_dict
 from nanogpt.console import warn
 from nanogpt.device import name_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_state, load_full_state, shard_optimizer_state
+from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, require
 from nanogpt.files import replacing, sync_folder
-from nanogpt.training.state import Run, Writing
+from nanogpt.training.state import TrainState
 
 
-def snapshot(run: Run) -> Checkpoint:
-    """The run as a checkpoint. Its tensors are the run's own, not copies, unless they had to be put together.
+@dataclass(frozen=True)
+class ShardedSave:
+    """A sharded checkpoint that is being written in the background."""
 
-    Then they are on the first process alone.
-    """
-    keep = run.world.is_first
-    return replace(
-        head(run),
-        model=full_state(run.model.state_dict(), keep=keep),
-        average=full_state(run.average.state_dict(), keep=keep) if run.average else {},
-        optimizers=[full_state(optimizer.state_dict(), keep=keep) for optimizer in run.optimizers],
-    )
+    header: Checkpoint
+    """All but the tensors."""
+    folder: Path
+    digests: "Future[dict[str, str]]"
+    """The SHA-256 of each file that this process has written, or a UserError why it has not."""
 
 
-def head(run: Run) -> Checkpoint:
-    """The run as a checkpoint, without its tensors."""
-    return Checkpoint(
-        config=settings(run),
-        vocab_size=run.model.config.vocab_size,
-        progress=asdict(run.progress),
-        model={},
-        average={},
-        optimizers=[optimizer.state_dict() | {"state": {}} for optimizer in run.optimizers],
-        scaler=run.scaler.state_dict(),
-        precision={
-            "device": run.device.type,
-            "dtype": name_of(run.dtype),
-            **({"muon_dtype": name_of(run.newton_schulz.dtype)} if run.config.optimizer == "muon" else {}),
-            "num_micro_batches": run.num_micro_batches * run.world.size,
-        },
-        tokenizer=run.dataset.tokenizer.to_dict(),
-        fingerprint=run.dataset.fingerprint,
-    )
+class Checkpointer:
+    """Saves and restores a state. All processes call its methods together; the first one writes."""
 
+    def __init__(
+        self, folder: RunFolder, world: World, before_save: Callable[[], object] = lambda: None
+    ) -> None:
+        """before_save: called on the first process before it writes; there the metrics become durable."""
+        self.folder, self.world, self.before_save = folder, world, before_save
+        self.saved_at = time.perf_counter()
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint that this process has written or read."""
+        self.last_progress: dict[str, Any] | None = None
+        """The progress that last.pt holds, if this process knows it."""
+        self.shards: Path | None = None
+        """Folder of the shards of last.pt, if it is sharded: it must not be written to."""
+        self.pending: ShardedSave | None = None
 
-def settings(run: Run) -> dict[str, Any]:
-    """The settings of the run as they are saved."""
-    return to_dict(replace(run.config, resume=False, overwrite=False))
+    # --- save ---
 
+    def save_last(self, state: TrainState) -> bool:
+        """Save last.pt. A failure is reported and the training goes on. Returns whether it worked."""
+        return attempt(lambda: self.begin_save(state, self.folder.last))
 
-def restore(run: Run, saved: Checkpoint) -> None:
-    """Put the run where the checkpoint is. Hyperparameters stay those of run.config."""
-    if saved.shards:
-        run.shards = shards_folder(run.folder.last, saved.shards)
-        states = read_parts(run, run.shards)
-    else:
-        try:
-            check_states(run.optimizers, [optimizer["state"] for optimizer in saved.optimizers])
-            check_scaler(run, saved)
-        except UserError as error:
-            raise UserError(f"the checkpoint in {run.folder.path} is malformed: {error}") from error
-        load_full_state(run.model, saved.model)
-        if run.average:
-            load_full_state(run.average, saved.weights)
-        pairs = zip(run.optimizers, saved.optimizers, strict=True)
-        states = [shard_optimizer_state(optimizer, state["state"]) for optimizer, state in pairs]
-    for optimizer, state in zip(run.optimizers, states, strict=True):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    if saved.scaler and run.scaler.is_enabled():
-        run.scaler.load_state_dict(saved.scaler)
-    run.progress = Progress(**saved.progress)
-    run.saved_step = run.progress.step
-    if run.folder.resumed == run.folder.last and saved.config == settings(run):
-        run.kept = saved.progress  # nothing to save before something changes
+    def save_best(self, state: TrainState) -> bool:
+        """Save ckpt.pt. A failure is reported and the training goes on. Returns whether it worked."""
+        return attempt(lambda: self.begin_save(state, self.folder.best))
 
+    def save(self, state: TrainState, path: Path) -> None:
+        """Write a checkpoint, and wait until it is there. Raises: UserError if it cannot be written."""
+        self.begin_save(state, path)
+        self.finish_save()
 
-def check_scaler(run: Run, saved: Checkpoint) -> None:
-    """Errors: UserError if the gradient scaler cannot go on from what was saved."""
-    if saved.scaler and run.scaler.is_enabled():
-        require(saved.scaler.keys() == run.scaler.state_dict().keys(), "the scaler is not whole")
-        require(saved.scaler["scale"] > 0, f"the scaler's scale is {saved.scaler['scale']}")
+    def save_final(self, state: TrainState) -> None:
+        """Write last.pt at the end of the training, unless it holds the same already. Raises: as `save`."""
+        self.finish_save()
+        if self.last_progress != asdict(state.progress):
+            self.save(state, self.folder.last)
 
+    def begin_save(self, state: TrainState, path: Path) -> None:
+        """Write a checkpoint; a sharded one is only begun: see finish_save.
 
-def read_parts(run: Run, folder: Path) -> list[dict[int, Any]]:
-    """Fill weights and average from a checkpoint in parts. Returns the states of the optimizers."""
-    saved = sharded.shapes(folder)
-    states = sharded.empty_states(saved, run.optimizers)
-    average = run.average.state_dict() if run.average else {}
-    if any(name.startswith("average.") for name in saved) or not average:
-        sharded.load(folder, sharded.flatten(run.model.state_dict(), average, states))
-        return states
-    sharded.load(folder, sharded.flatten(run.model.state_dict(), {}, states))
-    sharded.load(folder, sharded.flatten(average, {}, []))  # a run that begins to average
-    return states
+        Raises: UserError if it cannot be written, or if the one before could not.
+        """
+        self.finish_save()
+        self.saved_at = time.perf_counter()
+        with self.world.raise_on_all():
+            if self.world.is_first:
+                self.folder.confirm()
+        if self.world.is_first:
+            self.before_save()
+            if self.world.job and not self.saved_step:
+                with replacing(self.folder.job) as file:
+                    file.write(self.world.job.encode())
+        if parallelize.is_sharded(state.model) and path == self.folder.last:
+            self.begin_sharded_save(state)
+            return
+        saved = snapshot(state)
+        with self.world.raise_on_all():
+            if self.world.is_first:
+                save_checkpoint(path, saved)
+        self.saved_step = state.progress.step
+        if path == self.folder.last:
+            self.last_progress, self.shards = saved.progress, None
+            if self.world.is_first:
+                self.folder.delete_shards(keep=None)  # of a run that went on without FSDP
 
-
-def save(run: Run, path: Path) -> None:
-    """Write a checkpoint of the run. Errors: UserError if it cannot be written."""
-    begin_save(run, path)
-    finish_save(run)
-
-
-def save_at_the_end(run: Run) -> None:
-    """Write last.pt, if it is not what it would be already. Errors: as `save`."""
-    finish_save(run)
-    if run.kept != asdict(run.progress):
-        save(run, run.folder.last)
-
-
-def begin_save(run: Run, path: Path) -> None:
-    """Write a checkpoint of the run, on the first process; or let each begin to write its part of it.
-
-    In parts is what is resumed, of a model in parts. What is sampled from is one ordinary file.
-    Errors: UserError if it cannot be written, or if the one before could not.
-    """
-    finish_save(run)
-    run.saved_at = time.perf_counter()
-    with run.world.raise_on_all():
-        if run.world.is_first:
-            run.folder.confirm()
-    if run.world.is_first:
-        run.metrics.flush()
-        if run.world.job and not run.saved_step:
-            with replacing(run.folder.job) as file:
-                file.write(run.world.job.encode())
-    if parallelize.is_sharded(run.model) and path == run.folder.last:
-        average = run.average.state_dict() if run.average else {}
-        states = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
-        tensors = sharded.flatten(run.model.state_dict(), average, states)
-        folder = run.folder.shards / str(run.progress.step)
-        if folder == run.shards:
+    def begin_sharded_save(self, state: TrainState) -> None:
+        """Copy this process's shards, and let a thread write them."""
+        average = state.ema_model.state_dict() if state.ema_model else {}
+        states = [optimizer.state_dict()["state"] for optimizer in state.optimizers]
+        tensors = sharded.flatten(state.model.state_dict(), average, states)
+        folder = self.folder.shards / str(state.progress.step)
+        if folder == self.shards:
             folder = folder.with_name(f"{folder.name}-again")
-        if run.world.is_first:
-            run.folder.delete_shards(
-                keep=run.shards
-            )  # what a killed process left: nobody writes before this one
-        run.writing = Writing(head(run), folder, sharded.begin_save(folder, tensors))
-        return
-    saved = snapshot(run)
-    with run.world.raise_on_all():
-        if run.world.is_first:
-            save_checkpoint(path, saved)
-    run.saved_step = run.progress.step
-    if path == run.folder.last:
-        run.kept, run.shards = saved.progress, None
-        if run.world.is_first:
-            run.folder.delete_shards(keep=None)  # of a run that went on without fsdp
+        if self.world.is_first:
+            self.folder.delete_shards(keep=self.shards)  # left by a killed process
+        self.pending = ShardedSave(header(state), folder, sharded.begin_save(folder, tensors))
+
+    def finish_save(self) -> None:
+        """Wait for the sharded checkpoint that is being written, if there is one.
+
+        It counts from the moment at which last.pt, which names its shards, is in place.
+        Raises: UserError if a process could not write its shards, or the first one the file.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        digests = dict[str, str]()
+        try:
+            with self.world.raise_on_all():
+                digests = pending.digests.result()
+        except UserError:
+            if self.world.is_first:
+                self.folder.delete_shards(keep=self.shards)
+            raise
+        files = self.world.all_gather(list(digests.items()))
+        with self.world.raise_on_all():
+            if self.world.is_first:
+                inside = pending.folder.relative_to(self.folder.path)
+                sync_folder(pending.folder)
+                sync_folder(self.folder.shards)
+                named = {(inside / name).as_posix(): digest for name, digest in files}
+                save_checkpoint(self.folder.last, replace(pending.header, shards=named))
+                self.folder.delete_shards(keep=pending.folder)
+        self.shards, self.last_progress = pending.folder, pending.header.progress
+        self.saved_step = int(pending.header.progress["step"])
+
+    def try_finish_save(self) -> bool:
+        """Like finish_save, but a failure is reported. Returns whether it worked."""
+        return attempt(self.finish_save)
+
+    def is_due(self, seconds: float) -> bool:
+        """Whether the last save is so many seconds ago."""
+        return time.perf_counter() - self.saved_at >= seconds
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process is still writing its shards."""
+        return self.pending is not None and not self.pending.digests.done()
+
+    # --- restore ---
+
+    def restore(self, state: TrainState, saved: Checkpoint) -> None:
+        """Put the run where the checkpoint is. Hyperparameters stay those of state.config.
+
+        Raises: UserError if the checkpoint does not fit the state.
+        """
+        if saved.shards:
+            self.shards = shards_folder(self.folder.last, saved.shards)
+            states = load_shards(state, self.shards)
+        else:
+            try:
+                states = load_tensors(state, saved)
+            except UserError as error:
+                raise UserError(f"the checkpoint in {self.folder.path} is malformed: {error}") from error
+        for optimizer, moments in zip(state.optimizers, states, strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        if saved.scaler and state.scaler.is_enabled():
+            state.scaler.load_state_dict(saved.scaler)
+        state.progress = Progress(**saved.progress)
+        self.saved_step = state.progress.step
+        if self.folder.resumed == self.folder.last and saved.config == saved_settings(state):
+            self.last_progress = saved.progress  # nothing to save before something changes
 
 
-def finish_save(run: Run) -> None:
-    """Wait until the checkpoint is there that is being written in parts, if there is one.
-
-    It counts from the moment at which the file that names its parts is in place.
-    Errors: UserError if one process could not write its part, or the first one the file.
-    """
-    writing, run.writing = run.writing, None
-    if writing is None:
-        return
-    digests = dict[str, str]()
-    try:
-        with run.world.raise_on_all():
-            digests = writing.digests.result()
-    except UserError:
-        if run.world.is_first:
-            run.folder.delete_shards(keep=run.shards)
-        raise
-    files = run.world.all_gather(list(digests.items()))
-    with run.world.raise_on_all():
-        if run.world.is_first:
-            inside = writing.folder.relative_to(run.folder.path)
-            sync_folder(writing.folder)
-            sync_folder(run.folder.shards)
-            named = {(inside / name).as_posix(): digest for name, digest in files}
-            save_checkpoint(run.folder.last, replace(writing.head, shards=named))
-            run.folder.delete_shards(keep=writing.folder)
-    run.shards, run.kept = writing.folder, writing.head.progress
-    run.saved_step = int(run.kept["step"])
-
-
-def try_save(run: Run, path: Path) -> bool:
-    """Like begin_save, but a failure is reported and the training goes on. Returns whether it worked."""
-    return attempt(run, lambda: begin_save(run, path))
-
-
-def try_finish_save(run: Run) -> bool:
-    """Like finish_save, but a failure is reported and the training goes on. Returns whether it worked."""
-    return attempt(run, lambda: finish_save(run))
-
-
-def attempt(run: Run, write: Callable[[], None]) -> bool:
-    """Whether writing worked; if not, say why not."""
+def attempt(write: Callable[[], None]) -> bool:
+    """Whether writing worked; a failure is reported."""
     try:
         write()
     except UserError as error:
         warn(f"{error} (training goes on; what was saved before is whole; the next save tries again)")
         return False
     return True
+
+
+def snapshot(state: TrainState) -> Checkpoint:
+    """The state as a checkpoint. Its tensors are the run's own, not copies.
+
+    With FSDP they are gathered, and the first process alone has them.
+    """
+    keep = state.world.is_first
+    return replace(
+        header(state),
+        model=full_state(state.model.state_dict(), keep=keep),
+        average=full_state(state.ema_model.state_dict(), keep=keep) if state.ema_model else {},
+        optimizers=[full_state(optimizer.state_dict(), keep=keep) for optimizer in state.optimizers],
+    )
+
+
+def header(state: TrainState) -> Checkpoint:
+    """The state as a checkpoint, without its tensors."""
+    muon = {"muon_dtype": name_of(state.muon_precision.dtype)} if state.config.optimizer == "muon" else {}
+    return Checkpoint(
+        config=saved_settings(state),
+        vocab_size=state.model.config.vocab_size,
+        progress=asdict(state.progress),
+        model={},
+        average={},
+        optimizers=[optimizer.state_dict() | {"state": {}} for optimizer in state.optimizers],
+        scaler=state.scaler.state_dict(),
+        precision={
+            "device": state.device.type,
+            "dtype": name_of(state.dtype),
+            **muon,
+            "num_micro_batches": state.num_micro_batches * state.world.size,
+        },
+        tokenizer=state.dataset.tokenizer.to_dict(),
+        fingerprint=state.dataset.fingerprint,
+    )
+
+
+def saved_settings(state: TrainState) -> dict[str, Any]:
+    """The settings of the run as a checkpoint holds them."""
+    return to_dict(replace(state.config, resume=False, overwrite=False))
+
+
+def load_tensors(state: TrainState, saved: Checkpoint) -> list[dict[int, Any]]:
+    """Load weights and their average from a checkpoint in one file. Returns the states of the optimizers.
+
+    Raises: UserError if they do not fit the state.
+    """
+    check_states(state.optimizers, [optimizer["state"] for optimizer in saved.optimizers])
+    check_scaler(state, saved)
+    load_full_state(state.model, saved.model)
+    if state.ema_model:
+        load_full_state(state.ema_model, saved.weights)
+    pairs = zip(state.optimizers, saved.optimizers, strict=True)
+    return [shard_optimizer_state(optimizer, own["state"]) for optimizer, own in pairs]
+
+
+def check_scaler(state: TrainState, saved: Checkpoint) -> None:
+    """Check the saved gradient scaler. Raises: UserError if it is incomplete or has no positive scale."""
+    if saved.scaler and state.scaler.is_enabled():
+        require(saved.scaler.keys() == state.scaler.state_dict().keys(), "the scaler is not whole")
+        require(saved.scaler["scale"] > 0, f"the scaler's scale is {saved.scaler['scale']}")
+
+
+def load_shards(state: TrainState, folder: Path) -> list[dict[int, Any]]:
+    """Load weights and their average from a sharded checkpoint. Returns the states of the optimizers."""
+    saved = sharded.shapes(folder)
+    states = sharded.empty_states(saved, state.optimizers)
+    average = state.ema_model.state_dict() if state.ema_model else {}
+    if any(name.startswith("average.") for name in saved) or not average:
+        sharded.load(folder, sharded.flatten(state.model.state_dict(), average, states))
+        return states
+    sharded.load(folder, sharded.flatten(state.model.state_dict(), {}, states))
+    sharded.load(folder, sharded.flatten(average, {}, []))  # the run begins to average: from the weights
+    return states

@@ -5,11 +5,11 @@ Use:    memory = predict(model_config(config, 65), config, device, dtype, micro_
 Nothing is estimated by formula: PyTorch goes through an update on tensors that have shapes but no content
 (FakeTensorMode) and counts what would be allocated (MemTracker). That is done for two layers and for three;
 since every layer adds the same, the rest follows, and the counting takes as long for a model of any size.
-What FSDP adds to a part of the weights is a formula: `together`.
+What FSDP adds to a part of the weights is a formula: `gathered_bytes`.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.cores import cgroup_folders
-from nanogpt.device import KINDS, autocast, kind_of
+from nanogpt.device import autocast, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.model.gpt import GPT
 from nanogpt.training.optimizer import build_optimizers
@@ -48,8 +48,8 @@ class Memory:
     """What there is besides while the backward pass goes on."""
     step: int
     """What there is besides while the weights are updated."""
-    together: int = 0
-    """FSDP: weights that are whole while they are computed with, and gradients on their way."""
+    gathered: int = 0
+    """FSDP: weights gathered for computing, and gradients that are being averaged."""
     saving: int = 0
     """FSDP, in main memory: the copy that is written in parts and, on the first process, all for ckpt.pt."""
 
@@ -61,7 +61,7 @@ class Memory:
     @property
     def activations(self) -> int:
         """What comes and goes."""
-        return max(self.forward + self.together, self.backward + self.together, self.step)
+        return max(self.forward + self.gathered, self.backward + self.gathered, self.step)
 
     @property
     def total(self) -> int:
@@ -108,10 +108,10 @@ def predict(  # noqa: PLR0917
         step = max(step, gradients)  # DDP sorts its buckets anew, once, before the second update
     if not sharded:
         return Memory(weights, gradients, moments, forward, backward, step)
-    shares = [-(-whole // processes) for whole in (weights, gradients, moments)]
+    shares = [math.ceil(size / processes) for size in (weights, gradients, moments)]
     return Memory(
         shares[0], shares[1], shares[2], forward, backward, step,
-        together=together(model, dtype), saving=shares[0] + shares[2] + weights + moments,
+        gathered=gathered_bytes(model, dtype), saving=shares[0] + shares[2] + weights + moments,
     )  # fmt: skip
 
 
@@ -181,17 +181,6 @@ def count_update(
     return weights + averages, weights, moments, max(0, peak_of(tracker) - 2 * weights - moments)
 
 
-@contextmanager
-def as_on_a_gpu() -> Generator[None]:
-    """Let a CPU stand in for a GPU that is not here: count what that would allocate."""
-    cpu = KINDS["cpu"]
-    KINDS["cpu"] = KINDS["cuda"]
-    try:
-        yield
-    finally:
-        KINDS["cpu"] = cpu
-
-
 def peak_of(tracker: Any) -> int:
     """The most bytes since the MemTracker was entered."""
     return sum(sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
@@ -202,7 +191,7 @@ def bytes_of(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def together(config: GPTConfig, dtype: torch.dtype) -> int:
+def gathered_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
     """Bytes that FSDP puts together while it computes: see parallelize.shard.
 
     In `dtype` what is outside of the blocks, and two blocks, one of which is on its way, with the buffer that

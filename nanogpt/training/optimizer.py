@@ -1,8 +1,11 @@
-"""Parameter groups, the optimizers, and the learning-rate schedule.
+"""The optimizers, their parameter groups, the learning-rate schedule, and the EMA of the weights.
 
-Use:    optimizers = build_optimizers(model, config)
-        set_learning_rate(optimizers, lr_multiplier(step, config))
-Does not know the data, the loop or the device.
+Example: optimizers = build_optimizers(model, config)
+         set_learning_rate(optimizers, lr_multiplier(step, config)); step_optimizers(optimizers, skip=bad)
+An optimizer is a row in OPTIMIZERS. It keeps the highest rate of each parameter group in `base_lr`, and it
+changes nothing in a step for which `found_inf` is 1. Knows nothing of the data, the loop or the device.
+
+# N matrices of one shape, R rows <= C columns
 """
 
 import math
@@ -19,32 +22,70 @@ from nanogpt.distributed.dtensor import full_tensor, is_dtensor, shard_like
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
 
-STACK = 2**24
-"""Elements orthogonalised at once, by all processes together: fast enough, and small beside activations."""
+MAX_STACKED_ELEMENTS = 2**24
+"""Elements that all processes orthogonalize at a time: enough for speed, few beside activations."""
 
 
 def build_optimizers(
     model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, rank: int = 0, size: int = 1
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of config.optimizer, each for its own parameters, on process `rank` of `size`.
+    """The optimizers that config.optimizer names, each for its own parameters, on process `rank` of `size`.
 
-    adamw: one for everything. muon: Muon for the matrices inside the blocks, AdamW for
-    embeddings, the head and whatever has one dimension. muon_dtype: see Muon.
+    muon_dtype: see Muon.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if config.optimizer == "adamw":
-        return [adamw([p for _, p in named], config)]
-    matrices = [p for name, p in named if name.startswith("blocks.") and p.dim() == 2]
-    chosen = set(map(id, matrices))
-    rest = [p for _, p in named if id(p) not in chosen]
-    return [adamw(rest, config), Muon(matrices, config, muon_dtype, rank, size)]
+    optimizers = OPTIMIZERS[config.optimizer](model, config, muon_dtype, rank, size)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("base_lr", group["lr"])
+    return optimizers
+
+
+def build_adamw(model: nn.Module, config: TrainConfig, *_: object) -> list[torch.optim.Optimizer]:
+    """AdamW for everything."""
+    return [adamw(trained_parameters(model).values(), config)]
+
+
+def build_muon(
+    model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, rank: int, size: int
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks; AdamW for embeddings, the head, and vectors."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in trained_parameters(model).items():
+        is_matrix = name.startswith("blocks.") and parameter.dim() == 2
+        (matrices if is_matrix else others).append(parameter)
+    return [adamw(others, config), Muon(matrices, config, muon_dtype, rank, size)]
+
+
+OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": build_adamw, "muon": build_muon}
+"""Name to function (model, config, muon_dtype, rank, size) -> list of optimizers."""
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that have a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def step_optimizers(optimizers: Iterable[torch.optim.Optimizer], *, skip: Tensor, is_async: bool) -> None:
+    """Update the weights, unless `skip`, a scalar of bool on the device, is true.
+
+    Asynchronous devices are not waited for: an optimizer that supports it (PyTorch marks that by
+    `_step_supports_amp_scaling`) gets `found_inf`, and changes nothing if that is 1; any other one waits.
+    GradScaler.step is never called: it decides for each optimizer alone, and in float16 only, where here one
+    bad loss or gradient, in any dtype, stops all.
+    """
+    for optimizer in optimizers:
+        if is_async and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
+            optimizer.step()
+        elif not skip:
+            optimizer.step()
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019), fused, with weight decay on matrices alone.
+    """AdamW (Loshchilov & Hutter, 2019), fused, with weight decay on matrices and embeddings alone.
 
-    Decay pulls weights towards zero, which means something for matrices and embeddings; biases
-    and norms' gains (one dimension) are left free.
+    Decay pulls weights towards zero, which biases and the gains of norms (one dimension) are spared.
     """
     parameters = list(parameters)
     groups = [
@@ -55,14 +96,17 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al., 2024): every direction of a matrix learns at one rate.
+    """Momentum, orthogonalized (Jordan et al., 2024): every direction of a matrix learns at one rate.
 
-    Matrices of equal shape are stacked and orthogonalised in one batch of products; wide ones
-    are treated as their transposes, so that the two layers of an MLP share a batch.
+    Matrices of one shape are stacked and orthogonalized in one batch of products. All but wide ones are
+    transposed first, so that both layers of an MLP share a batch.
     dtype: of the products, whose result need not be exact: the one that this device multiplies fast.
     """
 
     found_inf: Tensor | None = None
+    """Scalar on the device, 1 if this step must change nothing. Set by step_optimizers."""
+
+    _step_supports_amp_scaling = True
 
     def __init__(  # noqa: PLR0917
         self,
@@ -79,81 +123,82 @@ class Muon(torch.optim.Optimizer):
         self.dtype, self.rank, self.size = dtype, rank, size
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every matrix that has a gradient.
-
-        If `found_inf`, a scalar on the device, is set and 1, all stays as it is (as in torch's fused AdamW).
-        """
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every matrix that has a gradient, unless `found_inf` is 1. Closures are not supported."""
         for group in self.param_groups:
             stacks: dict[tuple[int, int], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shape = (max(parameter.shape), min(parameter.shape))
+                    shape = (min(parameter.shape), max(parameter.shape))
                     stacks.setdefault(shape, []).append(parameter)
             for (rows, columns), matrices in stacks.items():
-                most = max(self.size, STACK // (rows * columns))
+                most = max(self.size, MAX_STACKED_ELEMENTS // (rows * columns))
                 for first in range(0, len(matrices), most):
                     self.update(matrices[first : first + most], group)
 
-    def momentum(self, parameter: Tensor, decay: float) -> Tensor:
-        """Nesterov's average of the gradients, whole, the matrix stood upright."""
+    def update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Move matrices of one shape along their orthogonalized momenta."""
+        momentum = group["momentum"]
+        directions = torch.stack([self.nesterov_direction(p, momentum) for p in matrices])  # (N, R, C)
+        if self.size == 1:
+            directions = orthogonalize(directions, self.dtype)
+        else:
+            directions = self.orthogonalize_distributed(directions)
+        shrink = group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            directions, shrink = directions * (1 - self.found_inf), shrink * (1 - self.found_inf)
+        for parameter, direction in zip(matrices, directions, strict=True):
+            rows, columns = parameter.shape
+            parameter.mul_(1 - shrink)
+            # A tall matrix makes more outputs than it has inputs: a larger step keeps their change as large.
+            scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+            oriented = direction if rows < columns else direction.T
+            parameter.add_(shard_like(oriented, parameter), alpha=-scale)
+
+    def nesterov_direction(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Nesterov direction of one matrix, gathered from its shards, transposed unless wide, (R, C)."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
-        if self.found_inf is not None:
+        if self.found_inf is not None:  # interpolating a buffer with itself leaves it as it is
             gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
-        average: Tensor = state["momentum"].lerp_(gradient, 1 - decay)
-        ahead = gradient.lerp(average, decay)
-        if self.dtype == torch.bfloat16 and is_dtensor(ahead):
-            ahead = ahead.to(self.dtype)  # as orthogonalize would: half of it has to travel
-        ahead = full_tensor(ahead)
-        return ahead if ahead.shape[0] >= ahead.shape[1] else ahead.T
+        average: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
+        direction = gradient.lerp(average, momentum)
+        if self.dtype == torch.bfloat16 and is_dtensor(direction):
+            direction = direction.to(self.dtype)  # as orthogonalize would: half as much has to travel
+        direction = full_tensor(direction)
+        return direction if direction.shape[0] < direction.shape[1] else direction.T
 
-    def update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Move matrices of one shape along their orthogonalised momenta."""
-        momenta = torch.stack([self.momentum(p, group["momentum"]) for p in matrices])  # (N, R, C), R >= C
-        directions = (
-            orthogonalize(momenta, self.dtype) if self.size == 1 else self.orthogonalize_distributed(momenta)
-        )
-        decay = group["lr"] * group["weight_decay"]
-        if self.found_inf is not None:
-            directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
-        for parameter, direction in zip(matrices, directions, strict=True):
-            rows, columns = parameter.shape
-            parameter.mul_(1 - decay)
-            scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-            upright = direction if rows >= columns else direction.T
-            parameter.add_(shard_like(upright, parameter), alpha=-scale)
-
-    def orthogonalize_distributed(self, momenta: Tensor) -> Tensor:
-        """orthogonalize, each process its part of the matrices, (N, R, C). They travel in self.dtype."""
+    def orthogonalize_distributed(self, matrices: Tensor) -> Tensor:
+        """Orthogonalize (N, R, C), each process 1 / size of the matrices; gather them in self.dtype."""
         import torch.distributed as dist
 
-        each = -(-len(momenta) // self.size)
-        mine = momenta[self.rank * each :][:each]
-        part = momenta.new_zeros(each, *momenta.shape[1:], dtype=self.dtype)
-        if len(mine):
-            part[: len(mine)] = orthogonalize(mine, self.dtype)
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        dist.all_gather(parts, part)
-        return torch.cat(parts)[: len(momenta)].to(momenta.dtype)
+        share = math.ceil(len(matrices) / self.size)
+        own = matrices[self.rank * share :][:share]
+        sent = matrices.new_zeros(share, *matrices.shape[1:], dtype=self.dtype)
+        if len(own):
+            sent[: len(own)] = orthogonalize(own, self.dtype)
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent)
+        return torch.cat(received)[: len(matrices)].to(matrices.dtype)
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
-    """Bring the singular values of each matrix near 1 by Newton-Schulz. (N, R, C), R >= C, likewise.
+    """Bring the singular values of each matrix near 1 by Newton-Schulz, (N, R, C) -> (N, R, C), R <= C.
 
-    dtype: of the products and the result's digits; all that they hold is at most about 1.
+    dtype: of the products and of the result's digits, all of which are about 1 at most.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.transpose(1, 2)  # (N, C, R)
+    x = matrices
     if dtype != torch.float16:  # whose range does not hold a norm
         x = x.to(dtype)
     x = nn.functional.normalize(x.flatten(1)).view_as(x).to(dtype)  # to Frobenius norm 1
     for _ in range(rounds):
-        gram = x @ x.transpose(1, 2)  # (N, C, C)
+        gram = x @ x.transpose(1, 2)  # (N, R, R)
+        # x <- a x + (b G + c G^2) x
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.transpose(1, 2).to(matrices.dtype)
+    return x.to(matrices.dtype)
 
 
 def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -163,15 +208,15 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def ema_decay(step: int, config: TrainConfig) -> float:
-    """The decay of the average at update number `step`: it begins short, to forget the first weights."""
+    """The decay of the EMA at update `step`: low at first, so that the first weights fade fast."""
     return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 def lr_multiplier(step: int, config: TrainConfig) -> float:
-    """The learning rate of update number `step`, as a fraction of the highest; the first is 0.
+    """The learning rate of update `step`, counted from 0, as a fraction of the highest rate.
 
-    Linear warm-up, then a cosine (Loshchilov & Hutter, 2017) or a trapezoid (constant, then
-    linear) that reaches config.min_lr at config.max_iters.
+    Linear warm-up from 1 / warmup_iters, then a cosine (Loshchilov & Hutter, 2017) or a trapezoid (constant,
+    then linear) that reaches config.min_lr, a fraction too, at config.max_iters.
     """
     if step < config.warmup_iters:
         return (step + 1) / config.warmup_iters
@@ -186,12 +231,12 @@ def lr_multiplier(step: int, config: TrainConfig) -> float:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """AdamW's learning rate in update number `step`."""
+    """AdamW's learning rate in update `step`."""
     return config.learning_rate * lr_multiplier(step, config)
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], relative: float) -> None:
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], multiplier: float) -> None:
     """Give every parameter group this fraction of its highest learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = relative * optimizer.defaults["lr"]
+            group["lr"] = multiplier * group["base_lr"]

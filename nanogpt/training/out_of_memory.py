@@ -1,59 +1,85 @@
-"""How many sequences a process takes at once: as many as fit. The update stays the same.
+"""Out of memory: foreseen, survived, or explained. The update stays the same, in smaller micro-batches.
 
-Use:    pieces = micro_batches_per_rank(config, world); fit_to_memory(run); halve(run)
-Micro-batches that fit are worked out beforehand, since running out of memory is not always an error: a
-CPU's system kills the process, Windows and macOS go on in main memory or on the disk, many times slower, and
-in the middle of a sharded model all processes have to meet. Where it is one (CUDA on Linux), it is caught in
-the first updates (training/step.py), should the forecast have been wrong.
+Example: fit_to_memory(run); loss = halve_on_out_of_memory(run, compute_gradient)
+Memory is predicted before the first update, since running out of it is not always an error: on a CPU the
+system kills the process, Windows and macOS swap and crawl, and with FSDP all processes have to meet in the
+middle of the model. Where it is an error (CUDA on Linux), it is caught in the first updates.
 """
+
+import math
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
 
 from nanogpt.checkpoint.format import Checkpoint
 from nanogpt.config import TrainConfig
 from nanogpt.console import warn
-from nanogpt.device import GIB
+from nanogpt.device import GIB, is_out_of_memory
+from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.distributed.world import World
+from nanogpt.errors import UserError
 from nanogpt.training import memory_estimate
+from nanogpt.training.compilation import recompile
 from nanogpt.training.memory_estimate import HEADROOM, Memory
-from nanogpt.training.state import Run
+from nanogpt.training.run import Run
 
-WORTH_COUNTING, LARGE_UPDATE = 1e13, 1e11
-"""Operations of a training, and of an update, from which half a second of counting is worth while."""
+MIN_RUN_FLOPS, MIN_UPDATE_FLOPS = 1e13, 1e11
+"""Operations of a training, or of an update, from which half a second of predicting memory is worth while."""
+
+CAREFUL_UPDATES = 2
+"""Updates after which memory grows no more: by then the optimizers have made their moments."""
+
+
+# --- the number of micro-batches ---
+
+
+def max_rank_batch(config: TrainConfig, world: World) -> int:
+    """The largest number of sequences that a process has of a batch."""
+    return math.ceil(config.batch_size / world.size)
 
 
 def micro_batches_per_rank(config: TrainConfig, world: World) -> int:
-    """How many micro-batches a process cuts its share of the batch into, to begin with."""
-    share = max_rank_batch(config, world)
+    """How many micro-batches the settings ask each process for."""
+    sequences = max_rank_batch(config, world)
     if config.micro_batch == "auto":
-        return min(share, -(-config.gradient_accumulation_steps // world.size))
-    return -(-share // config.micro_batch)
+        return min(sequences, math.ceil(config.gradient_accumulation_steps / world.size))
+    return math.ceil(sequences / config.micro_batch)
+
+
+def initial_micro_batches(config: TrainConfig, world: World, saved: Checkpoint | None) -> int:
+    """How many micro-batches a process begins with: on a resume as many as before, for the same rounding."""
+    asked = micro_batches_per_rank(config, world)
+    same = ("batch_size", "gradient_accumulation_steps", "micro_batch")
+    if saved is None or any(getattr(saved.train_config, name) != getattr(config, name) for name in same):
+        return asked
+    before = math.ceil(int(saved.precision.get("num_micro_batches", 0)) / world.size)
+    return min(max(asked, before), max_rank_batch(config, world))
+
+
+# --- foreseen ---
 
 
 def fit_to_memory(run: Run) -> None:
-    """Count the memory of an update before it is made, and where it has to fit, see that it does."""
+    """Predict the memory of an update, and take as many micro-batches as make it fit."""
     config, world = run.config, run.world
-    if run.work < LARGE_UPDATE and run.work * (config.max_iters - run.progress.step) < WORTH_COUNTING:
+    run_flops = run.flops_per_update * (config.max_iters - run.progress.step)
+    if run.flops_per_update < MIN_UPDATE_FLOPS and run_flops < MIN_RUN_FLOPS:
         return
-
-    def predict(micro_batch: int) -> Memory:
-        """With micro-batches of this size."""
-        return memory_estimate.predict(
-            run.model.config, config, run.device, run.dtype, micro_batch, world.size, run.newton_schulz.dtype
-        )
-
-    share = max_rank_batch(config, world)
-    run.memory = wanted = predict(-(-share // run.num_micro_batches))
+    run.memory = wanted = predict(run, run.num_micro_batches)
     if config.micro_batch != "auto":
         return
     run.kind.release_memory()
-    room = HEADROOM * memory_estimate.free(run.device) / (world.local_size if run.kind.shares_memory else 1)
-    there = wanted.weights + (wanted.optimizer if run.first_step else 0)  # of it, and not free any more
-    pieces, plan = run.num_micro_batches, wanted
-    while plan.need(run.device) - there > room and pieces < share:
-        pieces = min(2 * pieces, share)
-        plan = predict(-(-share // pieces))
-    most, lacks = world.max_over_ranks(pieces, plan.need(run.device) - there > room)
-    run.memory = plan if most == pieces else predict(-(-share // most))
-    if lacks:
+    free = HEADROOM * memory_estimate.free(run.device) / (world.local_size if run.kind.shares_memory else 1)
+    free += wanted.weights + (wanted.optimizer if run.first_step else 0)  # allocated already
+    count, memory = run.num_micro_batches, wanted
+    while memory.need(run.device) > free and count < max_rank_batch(config, world):
+        count = min(2 * count, max_rank_batch(config, world))
+        memory = predict(run, count)
+    most, too_little = world.max_over_ranks(count, memory.need(run.device) > free)
+    run.memory = memory if most == count else predict(run, most)
+    if too_little:
         warn(
             f"an update takes {run.memory.need(run.device) / GIB:,.1f} GiB, more than is free: "
             "nanogpt plan says what to change"
@@ -67,29 +93,93 @@ def fit_to_memory(run: Run) -> None:
     run.num_micro_batches = most
 
 
-def initial_micro_batches(config: TrainConfig, world: World, saved: Checkpoint | None) -> int:
-    """Micro-batches of a process to begin with; as many as before, and so the same rounding, on a resume."""
-    pieces = micro_batches_per_rank(config, world)
-    same = ("batch_size", "gradient_accumulation_steps", "micro_batch")
-    if saved is None or any(getattr(saved.train_config, name) != getattr(config, name) for name in same):
-        return pieces
-    before = -(-int(saved.precision.get("num_micro_batches", 0)) // world.size)
-    return min(max(pieces, before), max_rank_batch(config, world))
+def predict(run: Run, num_micro_batches: int) -> Memory:
+    """The memory of an update with so many micro-batches."""
+    sequences = math.ceil(max_rank_batch(run.config, run.world) / num_micro_batches)
+    return memory_estimate.predict(
+        run.model.config, run.config, run.device, run.dtype, sequences, run.world.size,
+        run.muon_precision.dtype,
+    )  # fmt: skip
+
+
+# --- survived ---
+
+
+def halve_on_out_of_memory(run: Run, compute_gradient: Callable[..., Tensor]) -> Tensor:
+    """Call compute_gradient(run, sync=...), with smaller micro-batches if the device runs out of memory.
+
+    Several processes have to halve theirs together. So in the first updates, in which memory grows, DDP's
+    gradients are averaged only after all processes have said that they got through. Returns the loss, summed
+    over all processes. Raises: what was raised, if halving does not help.
+    """
+    early = run.progress.step < run.first_step + CAREFUL_UPDATES
+    careful = run.config.parallel == "ddp" and run.world.size > 1 and early
+    while True:
+        loss, failed = torch.zeros(()), False
+        try:
+            loss = compute_gradient(run, sync=not careful)
+        except (RuntimeError, MemoryError) as error:
+            alone = run.world.size == 1 or careful
+            if not (is_out_of_memory(error) and can_halve(run) and alone):
+                raise
+            failed = True  # the next try is outside of this block: the error holds on to the memory
+        if careful:
+            failed = bool(run.world.max_over_ranks(failed)[0])
+        if not failed:
+            if careful:
+                average_gradients(run)
+            return run.world.all_reduce_sum(loss)
+        halve_micro_batches(run)
+        recompile(run, compute_gradient)
 
 
 def can_halve(run: Run) -> bool:
-    """Whether there are smaller micro-batches, and the user did not ask for these."""
+    """Whether there are smaller micro-batches, and the user has not fixed their size."""
     return run.config.micro_batch == "auto" and run.num_micro_batches < max_rank_batch(run.config, run.world)
 
 
-def halve(run: Run) -> None:
-    """Take half as many sequences at once, after the device has run out of memory."""
+def halve_micro_batches(run: Run) -> None:
+    """Take half as many sequences at a time."""
     run.model.zero_grad()
     run.kind.release_memory()
     run.num_micro_batches = min(2 * run.num_micro_batches, max_rank_batch(run.config, run.world))
     warn(f"out of memory: going on with {run.num_micro_batches} micro-batches, which compute the same")
 
 
-def max_rank_batch(config: TrainConfig, world: World) -> int:
-    """Sequences of a batch that a process has, if it has most."""
-    return -(-config.batch_size // world.size)
+def average_gradients(run: Run) -> None:
+    """Average the gradients over all processes, as DDP does during the backward pass."""
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            run.world.all_reduce_sum(parameter.grad).div_(run.world.size)
+
+
+# --- explained ---
+
+
+@contextmanager
+def explain_out_of_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
+    """Turn running out of memory, on any device, into a UserError that says what to change.
+
+    run: None while it is being set up.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
+        if not is_out_of_memory(error):
+            raise
+        advice = memory_advice(config, world, run)
+        raise UserError(f"out of memory: {advice} (or end other programs that use the device)") from error
+
+
+def memory_advice(config: TrainConfig, world: World, run: Run | None) -> str:
+    """The setting to change, the one that costs least first."""
+    if run is None:
+        return "give a smaller --n_layer or --n_embd"
+    micro_batch = math.ceil(max_rank_batch(config, world) / run.num_micro_batches)
+    if is_sharded(run.model) and micro_batch > 1:
+        return f"give --micro_batch {micro_batch // 2}, which computes the same in smaller pieces"
+    if config.micro_batch not in ("auto", 1):
+        return "give --micro_batch auto, which computes the same in pieces that fit"
+    if config.grad_checkpoint != "blocks":
+        return "give --grad_checkpoint blocks, which computes the same in less memory"
+    return "give a smaller --block_size or --n_embd"

@@ -17,20 +17,19 @@ from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.training.memory_estimate import MIB
 from nanogpt.training.metrics import duration
 from nanogpt.training.plot import plot_losses
-from nanogpt.training.state import Run
-from nanogpt.training.stopping import STOP_REASONS
+from nanogpt.training.run import Run, StopReason
 
-FORECAST_SECONDS, FORECAST_STEPS = 2.0, 3
-"""Training after which the time to come is foretold: this long, and at least so many steps."""
+ETA_AFTER_SECONDS, ETA_AFTER_STEPS = 2.0, 3
+"""How much training is measured before the ETA is printed: this long, and at least so many steps."""
 
 ONE_HOUR = 3600.0
 
-BUSY = 0.5
-"""Cores held by other programs from which that is worth a line."""
+BUSY_CORES = 0.5
+"""Cores that other programs must hold before a line says so."""
 
 
 def print_plan(run: Run) -> None:
-    """Before the first step: say what will be trained, on what, for how long in steps."""
+    """Print what will be trained, on what device, for how many steps."""
     config, progress = run.config, run.progress
     tokens = config.batch_size * config.block_size
     say(f"Starting training on {run.device.type.upper()}...")
@@ -38,25 +37,25 @@ def print_plan(run: Run) -> None:
         f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
         f"vocabulary of {run.dataset.tokenizer.vocab_size}"
     )
-    say(f"Arithmetic: {name_of(run.dtype)} ({run.products.why})")
+    say(f"Arithmetic: {name_of(run.dtype)} ({run.precision.why})")
     if config.optimizer == "muon":
-        say(f"Muon orthogonalises in {name_of(run.newton_schulz.dtype)} ({run.newton_schulz.why})")
+        say(f"Muon orthogonalises in {name_of(run.muon_precision.dtype)} ({run.muon_precision.why})")
     say(
         f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
-        f"{run.batches.steps_per_epoch:,.1f} steps an epoch"
+        f"{run.sampler.steps_per_epoch:,.1f} steps an epoch"
         + (f", from step {progress.step:,}" * config.resume)
     )
     activations = f"{run.memory.activations / MIB:,.1f} MiB for" if run.memory else "besides"
     say(
-        f"A step: {run.work / 1e9:,.1f} GFLOP; {held(run) / MIB:,.1f} MiB for weights, gradients and "
-        f"moments, {activations} activations"
+        f"A step: {run.flops_per_update / 1e9:,.1f} GFLOP; {constant_bytes(run) / MIB:,.1f} MiB for "
+        f"weights, gradients and moments, {activations} activations"
     )
     if run.world.size > 1 or run.num_micro_batches > 1:
         say(f"Batch: {shares(config.batch_size, run.world.size, run.num_micro_batches)}")
 
 
-def held(run: Run) -> float:
-    """Bytes that this process holds all the time, of its weights, their average, gradients and moments."""
+def constant_bytes(run: Run) -> float:
+    """Bytes of weights, their EMA, gradients and moments, which this process holds all the time."""
     if run.memory:
         return run.memory.held
     weights = sum(parameter.nbytes for parameter in run.model.parameters())
@@ -66,7 +65,7 @@ def held(run: Run) -> float:
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
-    total = weights * (3 if run.average else 2) + moments
+    total = weights * (3 if run.ema_model else 2) + moments
     return total / (run.world.size if is_sharded(run.model) else 1)
 
 
@@ -81,18 +80,23 @@ def shares(batch_size: int, processes: int, pieces: int) -> str:
 
 
 def print_eta(run: Run) -> None:
-    """Once, after the first measured steps: say how long the training will take."""
-    pace, config = run.pace, run.config
-    if run.eta_printed or pace.steps < FORECAST_STEPS or pace.seconds < FORECAST_SECONDS:
+    """Print once, after the first measured steps, how long the training will take."""
+    clock, config = run.clock, run.config
+    if run.eta_printed or clock.steps < ETA_AFTER_STEPS or clock.seconds < ETA_AFTER_SECONDS:
         return
     run.eta_printed = True
-    a_step = pace.seconds / pace.steps
-    expected = a_step * (config.max_iters - run.progress.step)
+    seconds_per_step = clock.seconds / clock.steps
+    expected = seconds_per_step * (config.max_iters - run.progress.step)
     if config.max_seconds is not None:
         expected = min(expected, config.max_seconds - run.progress.elapsed_s)
-    say(f"Expected: {duration(expected)} more ({a_step * 1000:,.0f} ms a step, evaluation not counted)")
-    others, cores = run.watch.held_by_others(), usable_cores()
-    if run.kind.shares_memory and others > BUSY and others + torch.get_num_threads() > cores + BUSY:
+    pace = f"{seconds_per_step * 1000:,.0f} ms a step, evaluation not counted"
+    say(f"Expected: {duration(expected)} more ({pace})")
+    others, cores = run.core_watch.held_by_others(), usable_cores()
+    if (
+        run.kind.shares_memory
+        and others > BUSY_CORES
+        and others + torch.get_num_threads() > cores + BUSY_CORES
+    ):
         say(
             f"Other programs hold {others:.1f} of {cores} cores: without them it is faster, and with them "
             "maybe with fewer threads (OMP_NUM_THREADS)"
@@ -101,17 +105,17 @@ def print_eta(run: Run) -> None:
         say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
 
 
-def print_summary(run: Run, reason: str) -> None:
-    """Say how the run ended and what to do next; draw the loss curve unless interrupted."""
+def print_summary(run: Run, reason: StopReason) -> None:
+    """Print how the run ended and what to do next; draw the loss curve unless a signal stopped it."""
     config, progress, folder = run.config, run.progress, run.folder
-    if reason in STOP_REASONS:
+    if reason.is_signal:
         say(f"Stopped at step {progress.step} and saved. To continue: {resume_command(run)}")
         return
     why = {
-        "finished": f"{progress.step:,} steps done",
-        "time": f"--max_seconds {config.max_seconds:g} reached" if config.max_seconds else "",
-        "told": f"{progress.step:,} steps done, then told to stop",
-        "patience": f"no better for {config.patience} evaluations",
+        StopReason.FINISHED: f"{progress.step:,} steps done",
+        StopReason.TIME: f"--max_seconds {config.max_seconds:g} reached" if config.max_seconds else "",
+        StopReason.CALLBACK: f"{progress.step:,} steps done, then stopped by keep_going",
+        StopReason.PATIENCE: f"no better for {config.patience} evaluations",
     }
     say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")
     say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")

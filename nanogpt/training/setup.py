@@ -1,6 +1,6 @@
-"""Setting a run up: data, device, model, optimizers; and, resumed, what the checkpoint says of them.
+"""Set a run up: data, device, model, optimizers; on a resume, as the checkpoint says.
 
-Use:    run = set_up(config, RunFolder(Path("out")))
+Example: run = set_up(config, RunFolder(Path("out")))
 """
 
 import hashlib
@@ -23,17 +23,17 @@ from nanogpt.errors import require
 from nanogpt.model.gpt import GPT
 from nanogpt.precision import Choice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.seals import CHECKED
-from nanogpt.training.checkpointing import restore
+from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.metrics import ConsoleSink, JsonLinesSink, Metrics, Sink, TensorBoardSink
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import initial_micro_batches
-from nanogpt.training.state import Run
+from nanogpt.training.run import Run
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     """Build a run, new or resumed. Touches the run folder only once all else is in order.
 
-    Errors: UserError if the data, the device or the checkpoint do not fit the settings.
+    Raises: UserError if the data, the device or the checkpoint do not fit the settings.
     """
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
@@ -42,65 +42,81 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     if saved:
         check_resume(config, saved, dataset)
     parallelize.check_batch(config.batch_size, world)
-    batches = BatchSampler(
+    sampler = BatchSampler(
         dataset.train, block_size=config.block_size, batch_size=config.batch_size, seed=config.seed
     )
     device = pick_device(local_device(config.device, world))
     for line in describe(device):
         say(line)
-    products, newton_schulz = pick_precision(config, device, saved, world)
-    dtype = products.dtype
+    precision, muon_precision = pick_precision(config, device, saved, world)
+    dtype = precision.dtype
     kind_of(device).begin(device, dtype)
     shape = model_config(config, dataset.tokenizer.vocab_size)
-    model, average = (sharded_models if sharded else plain_models)(config, shape, device, dtype)
-    optimizers = build_optimizers(model, config, newton_schulz.dtype, world.rank, world.size)
+    model, ema_model = (sharded_models if sharded else plain_models)(config, shape, device, dtype)
+    optimizers = build_optimizers(model, config, muon_precision.dtype, world.rank, world.size)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if not saved and world.is_first:
         archive_previous(config, folder)
     progress = Progress(**saved.progress) if saved else Progress()
     console, metrics = open_sinks(config, folder, progress, world)
-    loss = parallelize.distributed_loss(model, world, device)
     run = Run(
-        config, world, folder, dataset, batches, device, products, newton_schulz,
-        BatchLoader(dataset.train, device), BatchLoader(dataset.val, device),
-        model, average, loss, optimizers, scaler, console, metrics, progress,
-        num_micro_batches=initial_micro_batches(config, world, saved), first_step=progress.step,
-    )  # fmt: skip
+        config=config,
+        world=world,
+        folder=folder,
+        dataset=dataset,
+        sampler=sampler,
+        train_loader=BatchLoader(dataset.train, device),
+        val_loader=BatchLoader(dataset.val, device),
+        device=device,
+        precision=precision,
+        muon_precision=muon_precision,
+        model=model,
+        ema_model=ema_model,
+        loss_fn=parallelize.distributed_loss(model, world, device),
+        optimizers=optimizers,
+        scaler=scaler,
+        console=console,
+        metrics=metrics,
+        checkpointer=Checkpointer(folder, world, before_save=metrics.flush),
+        progress=progress,
+        num_micro_batches=initial_micro_batches(config, world, saved),
+        first_step=progress.step,
+    )
     if saved:
-        restore(run, saved)
-    check_same_start(world, what_a_run_starts_from(run))
+        run.checkpointer.restore(run, saved)
+    check_same_start(world, starting_state(run))
     return run
 
 
 def plain_models(
     config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, GPT | None]:
-    """The model on its device, with the same weights on any, and its moving average if there is to be one."""
+    """The model on its device, with the same initial weights on any device, and its EMA if there is one."""
     torch.manual_seed(config.seed)
     model = GPT(shape).to(device)
-    average = deepcopy(model).requires_grad_(False) if config.ema_decay else None
+    ema_model = deepcopy(model).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
-    return model, average
+    return model, ema_model
 
 
 def sharded_models(
     config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, GPT | None]:
-    """As plain_models, of which each process has a part, and never had more."""
+    """As plain_models, with FSDP: each process only ever has its shards of the weights."""
     with torch.device("meta"):
         model = GPT(shape)
-        average = GPT(shape).requires_grad_(False) if config.ema_decay else None
+        ema_model = GPT(shape).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
     parallelize.shard(model, device, dtype)
     parallelize.initialize_shards(model, config.seed)
-    if average:
-        parallelize.shard(average, device, dtype)
-        average.load_state_dict(model.state_dict())
-    return model, average
+    if ema_model:
+        parallelize.shard(ema_model, device, dtype)
+        ema_model.load_state_dict(model.state_dict())
+    return model, ema_model
 
 
-def what_a_run_starts_from(run: Run) -> dict[str, object]:
-    """What has to be the same for all processes, by the name that a message gives it."""
+def starting_state(run: Run) -> dict[str, object]:
+    """Everything that must be the same on all processes, by the name that a message gives it."""
     settings = {k: v for k, v in to_dict(run.config).items() if k not in RUN_BY_RUN}
     return {
         "version of PyTorch": torch.__version__,
@@ -117,9 +133,9 @@ def digest(value: object) -> str:
 
 
 def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> None:
-    """Say which settings differ from the saved ones.
+    """Compare the settings with the saved ones, and say which have changed.
 
-    Errors: UserError if one of them may not: the architecture, the preset, the data.
+    Raises: UserError if one has that may not: the architecture, the preset, the optimizer, the data.
     """
     before = saved.train_config
     for item in fields(TrainConfig):
@@ -142,20 +158,19 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
 def pick_precision(
     config: TrainConfig, device: torch.device, saved: Checkpoint | None, world: World
 ) -> tuple[Choice, Choice]:
-    """The dtypes to train in and to orthogonalise Muon's matrices in, and why."""
-    dtype = agreed_dtype(
-        kept(config, device, saved, "dtype") or pick_dtype(config.dtype, device, config.n_embd), world
-    )
+    """The dtypes of the model's matrix products and of Muon's, and why."""
+    dtype = saved_dtype(config, device, saved, "dtype") or pick_dtype(config.dtype, device, config.n_embd)
+    dtype = widest_dtype(dtype, world)
     if config.optimizer != "muon":
         return dtype, Choice(torch.float32, "not in use")
-    muon = agreed_dtype(
-        kept(config, device, saved, "muon_dtype") or pick_muon_dtype(config.dtype, device), world
-    )
-    return dtype, muon
+    muon = saved_dtype(config, device, saved, "muon_dtype") or pick_muon_dtype(config.dtype, device)
+    return dtype, widest_dtype(muon, world)
 
 
-def kept(config: TrainConfig, device: torch.device, saved: Checkpoint | None, what: str) -> Choice | None:
-    """The dtype that a resumed run had, unless --dtype has changed or it would crawl here; else None."""
+def saved_dtype(
+    config: TrainConfig, device: torch.device, saved: Checkpoint | None, what: str
+) -> Choice | None:
+    """The dtype that a resumed run had; None if --dtype has changed, or that dtype is slow here."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
     had = dtype_of(str(saved.precision.get(what, "bfloat16")))  # before it was saved
@@ -170,15 +185,17 @@ def kept(config: TrainConfig, device: torch.device, saved: Checkpoint | None, wh
     return Choice(had, "as before")
 
 
-def agreed_dtype(choice: Choice, world: World) -> Choice:
-    """The widest that any process has picked: which one is faster can look different to each."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    widest = dtypes[world.max_over_ranks(dtypes.index(choice.dtype))[0]]
+NARROW_TO_WIDE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def widest_dtype(choice: Choice, world: World) -> Choice:
+    """The widest dtype that any process has picked: each measures for itself which one is faster."""
+    widest = NARROW_TO_WIDE[world.max_over_ranks(NARROW_TO_WIDE.index(choice.dtype))[0]]
     return choice if widest == choice.dtype else Choice(widest, "as another process has picked")
 
 
 def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
-    """Keep (or, if so told, delete) an earlier run in the folder."""
+    """Move an earlier run in the folder to previous/, or delete it with --overwrite."""
     previous = folder.archive_previous(delete=config.overwrite)
     if previous:
         say(f"{folder.path} held an earlier run: moved to {previous}")
@@ -187,7 +204,7 @@ def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
 def open_sinks(
     config: TrainConfig, folder: RunFolder, progress: Progress, world: World
 ) -> tuple[ConsoleSink, Metrics]:
-    """The readers of the run's numbers, each continuing where the checkpoint is; the first process's only."""
+    """The sinks of the run's metrics, going on where the checkpoint is. Only the first process has files."""
     console = ConsoleSink(progress.step, config.max_iters)
     if not world.is_first:
         return console, Metrics([console])

@@ -1,341 +1,211 @@
-"""Training: evaluate, fit.
+"""The training loop, and all that an update does: in one sight, in reading order.
 
-Run:    python train.py --max_iters 1000            then: python train.py --resume
-Use:    result = fit(TrainConfig(data_dir="data", out_dir="out", max_iters=1000))
-Reads the data folder; writes the run folder (checkpoint/run_dir.py says what is in it). How a run is set
-up is in training/setup.py, how it is saved in training/checkpointing.py, an update in training/step.py.
+Example: reason = train(run)                a Run comes from setup.py; fit.py surrounds both
+An update is a function of the weights, the optimizers and (seed, shuffle_id, step): batches and dropout are
+drawn anew from these numbers. So a run that is killed and resumed ends with the same weights as one that
+never stopped, and evaluating, logging or sampling more often changes nothing.
 
-The loop is `loop`, below. Everything a step does is a function of the weights, the optimizer and
-(seed, order, step): batches and dropout are drawn anew from these at every step. So a run that is
-killed and resumed ends with the same weights as one that never stopped, and evaluating, logging
-or sampling more often changes nothing.
+A GPU is given work and not waited for: launch_update queues an update, and its loss is read while the device
+computes the next one. So the guard against a loss that is not finite is computed on the device.
+
+# B sequences of a batch on this process, T block_size
 """
 
 import math
-import threading
-import time
-from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.compiler import config as compiler_cache
+from torch.nn.utils import clip_grad_norm_
 
-from nanogpt.checkpoint.format import load_checkpoint
-from nanogpt.checkpoint.run_dir import RunFolder
-from nanogpt.config import TrainConfig
-from nanogpt.console import say, warn
-from nanogpt.data.batches import evaluation_batches
-from nanogpt.data.dataset import load_dataset
-from nanogpt.device import autocast, eagerly, is_out_of_memory, pick_compile
-from nanogpt.distributed.parallelize import is_sharded, unsharded
-from nanogpt.distributed.world import World, distributed_world, hard_exit
-from nanogpt.errors import UserError, require
-from nanogpt.inference.generate import generate
-from nanogpt.model.gpt import Block
-from nanogpt.training.checkpointing import restore, save, save_at_the_end, try_finish_save, try_save
-from nanogpt.training.metrics import forget_after
-from nanogpt.training.out_of_memory import fit_to_memory, max_rank_batch
-from nanogpt.training.report import print_eta, print_plan, print_summary, resume_command
-from nanogpt.training.setup import set_up
-from nanogpt.training.state import Run
-from nanogpt.training.step import forward_backward, next_batch, read_result, train_step
-from nanogpt.training.stopping import EXIT_CODES, STOP_REASONS, StopRequest
-
-MAX_BAD_STEPS = 3
-"""Non-finite steps in a row after which the run goes back to its last checkpoint."""
-
-MAX_ROLLBACKS = 3
-"""Times it may go back without getting past the place before the training is given up."""
-
-REASONS = ("", "told", "patience", "time", "finished", *STOP_REASONS)
-"""Why a training stops, the weightier last."""
-
-SAMPLE_TOKENS = 120
-"""Length of the sample shown at an evaluation."""
+from nanogpt.console import warn
+from nanogpt.device import Event, autocast, kind_of
+from nanogpt.distributed import parallelize
+from nanogpt.distributed.dtensor import full_tensor
+from nanogpt.errors import UserError
+from nanogpt.evaluation import evaluate, evaluation_windows, sample_text
+from nanogpt.training.decisions import all_reduce_decisions
+from nanogpt.training.optimizer import (
+    ema_decay,
+    learning_rate,
+    lr_multiplier,
+    set_learning_rate,
+    step_optimizers,
+    update_ema,
+)
+from nanogpt.training.out_of_memory import halve_on_out_of_memory
+from nanogpt.training.recovery import MAX_BAD_STEPS, roll_back
+from nanogpt.training.report import print_eta, resume_command
+from nanogpt.training.run import Run, StopReason, UpdateResult
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a run ended. reason: finished, time, patience, told (by keep_going), SIGINT or another signal."""
+def train(run: Run) -> StopReason:
+    """Update, evaluate and save until there is a reason to stop; the end is saved.
 
-    reason: str
-    step: int
-    best_val_loss: float
-    """Nats per token."""
-    elapsed_s: float
-
-
-def main(config: TrainConfig) -> int:
-    """Train, and return the exit code: 0, or that of the signal that stopped it (130 for Ctrl-C)."""
-    result = fit(config)
-    codes = {number.name: code for number, code in EXIT_CODES.items()}
-    code = codes.get(result.reason, 0)
-    hard_exit(code)
-    return code
-
-
-def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = None) -> Result:
-    """Train as `config` says, from the start or (config.resume) from where the run stopped.
-
-    keep_going: asked after each evaluation, with the step and the validation loss; False ends the run.
-    A resumed run takes all settings from `config` too: RunFolder(path).saved_config() has those it had.
-    Errors: UserError for everything the user can mend.
+    Raises: UserError if the end cannot be saved, or the training breaks down in every order of the data.
     """
-    folder = RunFolder(Path(config.out_dir))
-    require(
-        not config.resume or folder.path.is_dir(),
-        f"no checkpoint to resume in {folder.path}: start without --resume, or check --out_dir",
-    )
-    if not config.resume:
-        load_dataset(Path(config.data_dir))  # before a folder is made for a run that cannot begin
-    with (
-        one_at_a_time(),
-        distributed_world(config.device) as world,
-        StopRequest() as stop,
-        ExitStack() as stack,
-    ):
-        if world.is_first:
-            stack.enter_context(folder.locked())
-        if world.broadcast_bool(lambda: folder.is_restart_of(config, world.job, restarted=world.restarted)):
-            config = replace(config, resume=True, overwrite=False)
-        with explain_out_of_memory(config, world):
-            run = set_up(config, folder, world)
-        run.keep_going = keep_going
-        try:
-            with explain_out_of_memory(config, world, run):
-                start(run)
-                reason = loop(run, stop)
-        finally:
-            run.metrics.close()
-        if world.is_first:
-            print_summary(run, reason)
-    return Result(reason, run.progress.step, run.progress.best_val_loss, run.progress.elapsed_s)
-
-
-RUNNING = threading.Lock()
-
-
-@contextmanager
-def one_at_a_time() -> Generator[None]:
-    """Let one thread of this process train: PyTorch has one source of random numbers, which two would share.
-
-    Errors: UserError if another thread trains already.
-    """
-    require(
-        RUNNING.acquire(blocking=False),
-        "another thread of this process is training, and their random numbers would mix: start one after the "
-        "other, or in a process of its own",
-    )
-    try:
-        yield
-    finally:
-        RUNNING.release()
-
-
-@contextmanager
-def explain_out_of_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
-    """Turn running out of memory, on whatever device, into a UserError that says what to change.
-
-    run: None while it is being set up.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
-        if not is_out_of_memory(error):
-            raise
-        micro_batch = -(-max_rank_batch(config, world) // run.num_micro_batches) if run else 1
-        if run is None:
-            fix = "give a smaller --n_layer or --n_embd"
-        elif is_sharded(run.model) and micro_batch > 1:
-            fix = f"give --micro_batch {micro_batch // 2}, which computes the same in smaller pieces"
-        elif config.micro_batch not in ("auto", 1):
-            fix = "give --micro_batch auto, which computes the same in pieces that fit"
-        elif config.grad_checkpoint != "blocks":
-            fix = "give --grad_checkpoint blocks, which computes the same in less memory"
+    while True:
+        due = all_reduce_decisions(run)
+        if run.unread and any(due):
+            read_results(run)  # may roll the run back, so decide again
+        elif due.evaluation:
+            evaluate_and_save(run)
+        elif due.reason:
+            save_final(run)
+            return due.reason
         else:
-            fix = "give a smaller --block_size or --n_embd"
-        raise UserError(f"out of memory: {fix} (or end other programs that use the device)") from error
+            if due.save:
+                save_last(run)
+            launch_update(run)
 
 
-def start(run: Run) -> None:
-    """Say the plan, compile, and save step 0.
-
-    That first save finds a folder that cannot be written before hours of work, not after.
-    """
-    fit_to_memory(run)
-    print_plan(run)
-    work = run.work * (run.config.max_iters - run.progress.step)
-    if pick_compile(run.config.compile, run.device, work):
-        compile_model(run)
-    if not run.config.resume:
-        save(run, run.folder.last)
+# --- update ---
 
 
-def compile_model(run: Run) -> None:
-    """torch.compile the model and try it; if that fails, on whichever process, say why and go on without.
-
-    Of a sharded model the blocks are compiled: between them its weights come and go. Shapes are fixed: those
-    of the micro-batches, which all are compiled for here, before the clock starts.
-    """
-    say("Compiling the model (about a minute the first time)...")
-    torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
-    # PyTorch's cache does not tell vector instructions apart: another processor's give NaN, or a crash.
-    compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-    plain = run.loss
-    problems = run.world.all_gather(try_compile(run))
-    if problems:
-        warn(f"torch.compile failed, going on without it: {problems[0]}")
-        run.loss = plain
-    elif is_sharded(run.model):
-        for block in run.model.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)
-        forward_backward(run, *next_batch(run))
-    run.model.zero_grad()
-    run.kind.release_memory()
-
-
-def try_compile(run: Run) -> list[str]:
-    """Compile the loss and try it. Returns why that fails, in a line, or nothing. Waits for no other process.
-
-    Of a model in parts, whose weights only all processes together have, a new block is compiled and tried.
-    """
-    try:
-        if is_sharded(run.model):
-            block = torch.compile(Block(run.model.config).to(run.device), dynamic=False)
-            x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
-            x.requires_grad_()
-            with autocast(run.device, run.dtype):
-                y = block(x, run.model.rotation)
-            y.sum().backward()
-        else:
-            run.loss = torch.compile(run.loss, dynamic=False)
-            forward_backward(run, *next_batch(run), sync=False)
-    except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            return []  # the first update sees to that
-        return [next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)]
-    return []
-
-
-# --- step ---
-
-
-def advance(run: Run) -> None:
-    """Do one update; a device that runs ahead does it while the numbers of the one before are read."""
-    if not run.pending:
-        run.clock = time.perf_counter()
-    run.pending.append(train_step(run))
-    read_outcomes(run, ahead=1 if run.kind.is_async else 0)
+def launch_update(run: Run) -> None:
+    """Do one update. An asynchronous device computes it while the numbers of the one before are read."""
+    if not run.unread:
+        run.clock.restart_lap()
+    run.unread.append(train_step(run))
+    read_results(run, leave=1 if run.kind.is_async else 0)
     run.console.advance(run.progress.step)
     print_eta(run)
 
 
-def read_outcomes(run: Run, ahead: int = 0) -> None:
-    """Log the updates that were given to the device, but for the last `ahead` ones.
+def train_step(run: Run) -> UpdateResult:
+    """One update: learning rate, gradient, clipping, optimizers, EMA.
 
-    The training time of an update ends when its numbers are there, and begins where that of the one
-    before ended, if the device had both. Goes back to a checkpoint if too many in a row were broken.
+    If the loss or the gradient is not finite, the weights stay as they are.
     """
-    while len(run.pending) > ahead:
-        outcome = run.pending.popleft()
-        numbers = read_result(run, outcome)
-        seconds = time.perf_counter() - run.clock
-        run.clock += seconds
-        run.progress.elapsed_s += seconds
-        run.pace.add(seconds)
+    config, step = run.config, run.progress.step
+    set_learning_rate(run.optimizers, lr_multiplier(step, config))
+
+    loss = halve_on_out_of_memory(run, compute_gradient)  # forward and backward
+
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)  # float16: the gradient of the loss itself, which clipping is about
+    norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
+
+    values = torch.stack((loss, norm))  # (2,)
+    if not run.kind.is_async:
+        values = values.cpu()  # the one moment at which a step waits for its device
+    step_optimizers(run.optimizers, skip=~values.isfinite().all(), is_async=run.kind.is_async)
+    if run.scaler.is_enabled():
+        run.scaler.update()
+    if run.ema_model:
+        update_ema(run.ema_model, run.model, ema_decay(step, config))
+
+    run.model.zero_grad(set_to_none=not parallelize.keeps_gradients(run.loss_fn))
+    run.progress.step += 1
+    return UpdateResult(run.progress.step, learning_rate(step, config), *to_cpu(values))
+
+
+def compute_gradient(run: Run, *, sync: bool = True) -> Tensor:
+    """Compute the gradient of the batch's mean loss. Returns the share of that loss that this process has.
+
+    sync: average the gradients over all processes.
+    """
+    x, y = next_batch(run)
+    return forward_backward(run, x, y, sync=sync)
+
+
+def next_batch(run: Run) -> tuple[Tensor, Tensor]:
+    """The coming step's batch on the device, inputs and targets, (B, T) each. Seeds dropout for it."""
+    progress, rank = run.progress, run.world.rank
+    other_masks = [rank] if rank else []  # every process drops out other activations
+    seeds = np.random.SeedSequence([run.config.seed, progress.shuffle_id, progress.step, *other_masks])
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    starts = run.world.local_share(run.sampler(progress.step, progress.shuffle_id))  # (B,)
+    return run.train_loader(starts, run.config.block_size)
+
+
+def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Tensor:
+    """Accumulate the gradients of x and y, (B, T), micro-batch by micro-batch.
+
+    Returns the share of the mean loss that these sequences have. Where the shares of the processes differ, a
+    micro-batch can be empty. It then computes one sequence for nothing: with FSDP all have to take part.
+    """
+    total = torch.zeros((), device=run.device)
+    count = run.num_micro_batches
+    micro_batches = zip(x.tensor_split(count), y.tensor_split(count), strict=True)
+    for number, (x_micro, y_micro) in enumerate(micro_batches, 1):
+        weight = len(x_micro) / run.config.batch_size
+        with parallelize.without_sync(run.loss_fn, last=sync and number == count):
+            with autocast(run.device, run.dtype):
+                loss = run.loss_fn(x_micro, y_micro) if weight else run.loss_fn(x[:1], y[:1])
+            share = loss * weight
+            run.scaler.scale(share * run.world.size).backward()  # DDP and FSDP average over the processes
+        total += share.detach()
+    return total
+
+
+def to_cpu(values: Tensor) -> tuple[Tensor, Event | None]:
+    """Copy values to the CPU. Returns them, and the event after which they are there, if that is later."""
+    kind = kind_of(values.device)
+    copy = values.to("cpu", non_blocking=kind.is_async)
+    return copy, kind.event(values.device)
+
+
+# --- results ---
+
+
+def read_results(run: Run, leave: int = 0) -> None:
+    """Read and log the results of updates, but for the last `leave`. Rolls back after too many bad ones."""
+    while len(run.unread) > leave:
+        result = run.unread.popleft()
+        numbers = read_result(run, result)
+        run.progress.elapsed_s += run.clock.end_lap()
         if run.progress.bad_steps >= MAX_BAD_STEPS:
             roll_back(run)
-        elif not run.progress.bad_steps and outcome.step % run.config.log_interval == 0:
-            record_step(run, outcome.step, numbers)
+        elif not run.progress.bad_steps and result.step % run.config.log_interval == 0:
+            log_update(run, result.step, numbers)
 
 
-def roll_back(run: Run) -> None:
-    """Return to the last good checkpoint, with the data in another order from there on.
+def read_result(run: Run, result: UpdateResult) -> dict[str, float]:
+    """Wait for the numbers of an update, and count it as bad if they are not finite.
 
-    That is the newest; or, if the training broke again after going back to it, the best one.
-    Errors: UserError if that has been tried MAX_ROLLBACKS times at the same place.
+    Returns train_loss (nats per token, mean of the batch), grad_norm (before clipping) and lr.
     """
-    try_finish_save(run)
-    saved = run.folder.newest_valid(warn, run.world, gather=not is_sharded(run.model))
-    if int(saved.progress["step"]) <= run.progress.furthest_bad_step and run.folder.best.is_file():
-        saved = load_checkpoint(run.folder.best)
-    good, before = int(saved.progress["step"]), run.progress
-    rollbacks = 1 if good > before.furthest_bad_step else before.rollbacks + 1
-    require(
-        rollbacks <= MAX_ROLLBACKS,
-        f"the training breaks down near step {before.step} in every data order tried; step {good} is saved. "
-        f"Try half the learning rate: {resume_command(run)} --learning_rate {run.config.learning_rate / 2:g}",
-    )
-    restore(run, saved)
-    run.progress.shuffle_id = before.shuffle_id + 1
-    run.progress.bad_steps, run.progress.rollbacks = 0, rollbacks
-    run.progress.furthest_bad_step = max(before.step, before.furthest_bad_step)
-    run.pending.clear()
-    if run.world.is_first:
-        forget_after(run.folder.metrics, good, run.progress.evaluated_at)
-    warn(f"Back to step {good}, with the data in another order from there on")
+    if result.ready:
+        result.ready.synchronize()
+    loss, norm = (value.item() for value in result.values)
+    if math.isfinite(loss) and math.isfinite(norm):
+        run.progress.bad_steps = 0
+    elif math.isfinite(loss) and run.scaler.get_scale() > 1:
+        pass  # float16 overflowed: the scaler lowers its scale, as it does in every run
+    else:
+        run.progress.bad_steps += 1
+        warn(f"step {result.step}: loss {loss:.4g}, gradient norm {norm:.4g}: update skipped")
+    return {"train_loss": loss, "grad_norm": norm, "lr": result.lr}
 
 
-# --- evaluate ---
+def log_update(run: Run, step: int, numbers: dict[str, float]) -> None:
+    """Send an update's numbers to the sinks, with the speed since the last ones."""
+    seconds_per_step = run.clock.seconds_per_step()
+    tokens = run.config.batch_size * run.config.block_size
+    left_s = seconds_per_step * (run.config.max_iters - step)
+    log(run, step, numbers | {"tokens_per_s": round(tokens / seconds_per_step, 1), "left_s": left_s})
 
 
-def evaluate(run: Run, stop: StopRequest) -> float | None:
-    """Mean loss over the validation split, in nats per token; None if interrupted by a signal."""
-    config = run.config
-    batches = evaluation_batches(
-        run.dataset.val, block_size=config.block_size, batch_size=config.batch_size, most=config.eval_iters
-    )
-    micro = math.ceil(config.batch_size / (run.num_micro_batches * run.world.size))
-    losses: list[Tensor] = []  # on the device: nothing waits for them before the end
-    pieces = [
-        (starts[first : first + micro], length)
-        for starts, length in batches
-        for first in range(0, len(starts), micro)
-    ]
-    rounds = math.ceil(len(pieces) / run.world.size)
-    model, interrupted = run.final_model.eval(), False
-    with torch.no_grad(), eagerly(), run.console.evaluating(rounds) as tick:
-        for first in range(0, len(pieces), run.world.size):
-            number = first + run.world.rank
-            x, y = run.val_windows(*pieces[min(number, len(pieces) - 1)])
-            with autocast(run.device, run.dtype):
-                loss = model.loss(x, y)  # all processes: a model in parts takes them all
-            if number < len(pieces):
-                losses.append(loss * y.numel())
-            tick()
-            interrupted = bool(run.world.max_over_ranks(bool(stop.signal))[0])
-            if interrupted:
-                break
-    model.train()
-    if interrupted:
-        return None
-    sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
-    tokens = sum(len(starts) * length for starts, length in batches)
-    return math.fsum(run.world.all_gather(sums)) / tokens  # the same in whatever order they come
+def log(run: Run, step: int, numbers: dict[str, Any]) -> None:
+    """Send the numbers of a step to the sinks, with the clocks."""
+    clocks = {
+        "step": step,
+        "elapsed_s": round(run.progress.elapsed_s, 3),
+        "wall_s": round(run.clock.wall_seconds(), 3),
+    }
+    run.metrics.write(clocks | numbers)
 
 
-def sample_text(run: Run) -> str:
-    """A short text in the model's present style, always from the same seed."""
-    generator = run.kind.generator(run.device, run.config.seed)
-    prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
-    model = run.final_model.eval()
-    with unsharded(model), eagerly(), autocast(run.device, run.dtype):
-        tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
-        text = run.dataset.tokenizer.decode(int(token) for token in tokens)
-    model.train()
-    return text
+# --- evaluate and save ---
 
 
-def evaluate_and_record(run: Run, stop: StopRequest) -> None:
-    """Evaluate, write it down, and save last.pt, and ckpt.pt too if this is the best so far."""
+def evaluate_and_save(run: Run) -> None:
+    """Evaluate, log it, and save last.pt, and ckpt.pt too if the loss is the best so far."""
     progress = run.progress
-    loss = evaluate(run, stop)
-    if loss is None:
+    loss = validation_loss(run)
+    if loss is None:  # interrupted by a signal
         return
     if not math.isfinite(loss):
         warn(f"step {progress.step}: validation loss {loss}")
@@ -345,103 +215,50 @@ def evaluate_and_record(run: Run, stop: StopRequest) -> None:
     best = loss < before
     progress.evaluated_at = progress.step
     progress.worse_evaluations = 0 if best else progress.worse_evaluations + 1
-    numbers: dict[str, Any] = {"val_loss": loss, "best": best, "sample": sample_text(run)}
+    sample = sample_text(run.eval_model, run.dataset, run.device, run.dtype, run.config.seed)
+    numbers: dict[str, Any] = {"val_loss": loss, "best": best, "sample": sample}
     bits = run.dataset.bits_per_byte(loss)
     if bits is not None:
         numbers["val_bits_per_byte"] = bits
-    record(run, progress.step, numbers)
+    log(run, progress.step, numbers)
     if best:
         progress.best_val_loss = loss
-        if not try_save(run, run.folder.best):
+        if not run.checkpointer.save_best(run):
             progress.best_val_loss = before  # that of the ckpt.pt which is there
-    try_save(run, run.folder.last)
-    if run.keep_going is not None:
-        run.stopped_by_callback = not run.keep_going(progress.step, loss)
+    save_last(run)
+    if run.callback is not None:
+        run.stopped_by_callback = not run.callback(progress.step, loss)
 
 
-# --- fit ---
-
-
-def loop(run: Run, stop: StopRequest) -> str:
-    """Step until there is a reason to stop, and return it (see Result)."""
-    while True:
-        reason, save_is_due = all_reduce_decisions(run, stop)
-        evaluation_due = evaluation_is_due(run, reason)
-        if run.pending and (reason or evaluation_due or save_is_due):
-            read_outcomes(run)  # which may go back to a checkpoint: look again
-            continue
-        if evaluation_due or save_is_due:
-            stop.save_asked = False  # before it is done: another signal may come while it is
-        if evaluation_due:
-            evaluate_and_record(run, stop)
-            reason, save_is_due = all_reduce_decisions(run, stop)[0], False
-        if reason:
-            save_final(run)
-            return reason
-        if save_is_due and not run.progress.bad_steps:
-            try_save(run, run.folder.last)
-        advance(run)
-
-
-def all_reduce_decisions(run: Run, stop: StopRequest) -> tuple[str, bool]:
-    """Why to stop, and whether to save: what one process wants, all do, after the same step."""
-    save_is_due = stop.save_asked or time.perf_counter() - run.saved_at >= run.config.save_seconds
-    is_writing = run.writing is not None and not run.writing.digests.done()
-    reason, save, writes = run.world.max_over_ranks(
-        REASONS.index(reason_to_stop(run, stop)), save_is_due, is_writing
+def validation_loss(run: Run) -> float | None:
+    """Mean loss over the validation split, in nats per token; None if a signal interrupts it."""
+    config, world = run.config, run.world
+    windows = evaluation_windows(
+        run.dataset.val,
+        block_size=config.block_size,
+        batch_size=config.batch_size,
+        micro_batch=math.ceil(config.batch_size / (run.num_micro_batches * world.size)),
+        max_batches=config.eval_iters,
     )
-    if run.writing and not writes:
-        try_finish_save(run)
-    return REASONS[reason], bool(save)
+    with run.console.evaluating(math.ceil(len(windows) / world.size)) as advance:
+        return evaluate(
+            run.eval_model, run.val_loader, windows, dtype=run.dtype, world=world,
+            advance=advance, interrupted=lambda: run.stop.signal is not None,
+        )  # fmt: skip
+
+
+def save_last(run: Run) -> None:
+    """Save last.pt. A failure is reported, and the training goes on."""
+    run.stop.save_asked = False  # first: another signal may come meanwhile
+    run.checkpointer.save_last(run)
 
 
 def save_final(run: Run) -> None:
-    """Save the end of the training. Errors: UserError saying from where the run can be continued."""
+    """Save the end of the training. Raises: UserError that says from where the run can be continued."""
     try:
-        save_at_the_end(run)
+        run.checkpointer.save_final(run)
     except UserError as error:
+        saved = run.checkpointer.saved_step
         raise UserError(
-            f"{error}: step {run.saved_step} is saved and whole: make room, then {resume_command(run)}"
+            f"{error}: step {saved} is saved and whole: make room, then {resume_command(run)}"
         ) from error
-
-
-def reason_to_stop(run: Run, stop: StopRequest) -> str:
-    """Why the run should stop now (see Result), "" if it should not."""
-    config, progress = run.config, run.progress
-    if stop.signal:
-        return stop.signal.name
-    if progress.step >= config.max_iters:
-        return "finished"
-    if config.max_seconds is not None and progress.elapsed_s >= config.max_seconds:
-        return "time"
-    if config.patience is not None and progress.worse_evaluations >= config.patience:
-        return "patience"
-    if run.stopped_by_callback:
-        return "told"
-    return ""
-
-
-def evaluation_is_due(run: Run, reason: str) -> bool:
-    """Whether to evaluate before the next step: at the interval and at the end, once for a step."""
-    step = run.progress.step
-    if run.progress.evaluated_at == step:
-        return False
-    return step % run.config.eval_interval == 0 or reason in ("finished", "time")
-
-
-def record(run: Run, step: int, numbers: dict[str, Any]) -> None:
-    """Send the numbers of a step to the readers, with the clocks."""
-    clocks = {
-        "step": step,
-        "elapsed_s": round(run.progress.elapsed_s, 3),
-        "wall_s": round(time.perf_counter() - run.started, 3),
-    }
-    run.metrics.write(clocks | numbers)
-
-
-def record_step(run: Run, step: int, numbers: dict[str, float]) -> None:
-    """Send an update's numbers to the readers, with the pace since the last ones."""
-    pace = run.pace.take_window()
-    tokens = run.config.batch_size * run.config.block_size
-    left = pace * (run.config.max_iters - step)
-    record(run, step, numbers | {"tokens_per_s": round(tokens / pace, 1), "left_s": left})

@@ -19,9 +19,9 @@ from nanogpt.config import GPTConfig, SampleConfig, TrainConfig
 from nanogpt.data.batches import BatchLoader
 from nanogpt.model.gpt import GPT
 from nanogpt.model.loss import chunked_cross_entropy
-from nanogpt.training import step
+from nanogpt.training import trainer
+from nanogpt.training.fit import fit
 from nanogpt.training.setup import set_up
-from nanogpt.training.trainer import fit
 
 from .conftest import numbers
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_TYRO = """
 import sys
 from nanogpt.config import TrainConfig
-from nanogpt.training.trainer import main
+from nanogpt.training.fit import main
 sys.exit(main(TrainConfig(**{settings!r})))
 """
 
@@ -98,7 +98,7 @@ def test_float16_is_scaled(config: TrainConfig, place: torch.device, tmp_path: P
     run = set_up(replace(config, dtype="float16"), RunFolder(tmp_path / "run"))
     assert run.scaler.is_enabled()
     for _ in range(20):  # the scale comes down until gradients fit
-        outcome = step.read_result(run, step.train_step(run))
+        outcome = trainer.read_result(run, trainer.train_step(run))
     assert np.isfinite(outcome["grad_norm"])
     assert all(weight.isfinite().all() for weight in run.model.parameters())
     run.metrics.close()
@@ -124,7 +124,7 @@ def test_it_writes_what_the_cpu_writes(config: TrainConfig, capsys) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: str) -> None:
     """The guard on the device: weights and optimizer state stay finite, and the steps are reported."""
-    really = step.forward_backward
+    really = trainer.forward_backward
 
     def poisoned(run, x, y, **settings):
         loss = really(run, x, y, **settings)
@@ -134,7 +134,7 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
             return loss * float("nan")
         return loss
 
-    monkeypatch.setattr(step, "forward_backward", poisoned)
+    monkeypatch.setattr(trainer, "forward_backward", poisoned)
     assert fit(replace(config, dtype=dtype, optimizer="muon")).reason == "finished"
     saved = load_checkpoint(Path(config.out_dir) / "last.pt")
     assert all(weight.isfinite().all() for weight in saved.model.values())
@@ -148,13 +148,13 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
 def test_a_step_waits_for_nothing(config: TrainConfig, gpu_alone: torch.device, tmp_path: Path) -> None:
     """PyTorch raises at whatever makes the host wait for the device."""
     run = set_up(replace(config, dtype="bfloat16", optimizer="muon"), RunFolder(tmp_path / "run"))
-    step.read_result(run, step.train_step(run))
+    trainer.read_result(run, trainer.train_step(run))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        outcomes = [step.train_step(run) for _ in range(3)]
+        outcomes = [trainer.train_step(run) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(np.isfinite(step.read_result(run, outcome)["train_loss"]) for outcome in outcomes)
+    assert all(np.isfinite(trainer.read_result(run, outcome)["train_loss"]) for outcome in outcomes)
     run.metrics.close()
 
 

@@ -41,7 +41,7 @@ def test_what_is_predicted_is_what_is_allocated(gpu_alone, mode, vocab_size):
     model = model_config(config, vocab_size)
     predicted = memory_estimate.predict(model, config, gpu_alone, torch.bfloat16, config.batch_size).total
     assert predicted == pytest.approx(measured(config, vocab_size, gpu_alone), rel=0.1)
-    with memory_estimate.as_on_a_gpu():  # a plan for a GPU, made where there is none
+    with device.simulated(device.KINDS["cuda"]):  # a plan for a GPU, made where there is none
         cpu = torch.device("cpu")
         elsewhere = memory_estimate.predict(model, config, cpu, torch.bfloat16, config.batch_size).total
     assert elsewhere == pytest.approx(predicted, rel=0.1)

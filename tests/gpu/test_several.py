@@ -14,7 +14,7 @@ import torch
 
 from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 from .conftest import numbers
 
@@ -24,7 +24,7 @@ CHILD = """
 import faulthandler, sys
 faulthandler.dump_traceback_later(200)  # shows where, should it hang
 from nanogpt.config import TrainConfig
-from nanogpt.training.trainer import main
+from nanogpt.training.fit import main
 sys.exit(main(TrainConfig(**{settings!r})))
 """
 

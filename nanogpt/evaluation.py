@@ -1,0 +1,100 @@
+"""Evaluation: the mean loss over a split, and a short sample, of any model.
+
+Example: windows = evaluation_windows(data.val, block_size=256, batch_size=64)
+         loss = evaluate(model, BatchLoader(data.val, device), windows, dtype=torch.float32)
+Knows nothing of training: `model` may come from a checkpoint.
+
+# B micro-batch, T tokens of a window
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanogpt.data.batches import BatchLoader, evaluation_batches
+from nanogpt.data.dataset import Dataset
+from nanogpt.data.shards import Tokens
+from nanogpt.device import autocast, eagerly, kind_of
+from nanogpt.distributed.parallelize import unsharded
+from nanogpt.distributed.world import ALONE, World
+from nanogpt.inference.generate import generate
+from nanogpt.model.gpt import GPT
+
+SAMPLE_TOKENS = 120
+"""Length of a sample."""
+
+Windows = tuple[NDArray[np.int64], int]
+"""Where the windows of a micro-batch begin, (B,), and their length T."""
+
+
+def evaluation_windows(
+    tokens: Tokens, *, block_size: int, batch_size: int, micro_batch: int = 0, max_batches: int | None = None
+) -> list[Windows]:
+    """Cut a split into micro-batches of windows without overlap, in order.
+
+    micro_batch: sequences at a time; 0: batch_size. max_batches: an even, fixed choice of so many batches.
+    """
+    batches = evaluation_batches(tokens, block_size=block_size, batch_size=batch_size, most=max_batches)
+    size = micro_batch or batch_size
+    return [
+        (starts[first : first + size], length)
+        for starts, length in batches
+        for first in range(0, len(starts), size)
+    ]
+
+
+def evaluate(
+    model: GPT,
+    load: BatchLoader,
+    windows: Sequence[Windows],
+    *,
+    dtype: torch.dtype,
+    world: World = ALONE,
+    advance: Callable[[], object] = lambda: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """The mean loss over the windows, in nats per token, computed by all processes together.
+
+    dtype: of the matrix products. advance: called after each micro-batch of this process.
+    interrupted: asked then; if it is true on any process, all return None.
+    """
+    losses: list[Tensor] = []  # on the device: nothing waits for them before the end
+    was_training, stopped = model.training, False
+    model.eval()
+    with torch.no_grad(), eagerly():
+        for first in range(0, len(windows), world.size):
+            number = first + world.rank
+            # A process without a micro-batch of its own repeats the last: with FSDP all have to take part.
+            x, y = load(*windows[min(number, len(windows) - 1)])
+            with autocast(load.device, dtype):
+                loss = model.loss(x, y)
+            if number < len(windows):
+                losses.append(loss * y.numel())
+            advance()
+            stopped = bool(world.max_over_ranks(interrupted())[0])
+            if stopped:
+                break
+    model.train(was_training)
+    if stopped:
+        return None
+    sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
+    tokens = sum(len(starts) * length for starts, length in windows)
+    return math.fsum(world.all_gather(sums)) / tokens  # fsum: the same for any number of processes
+
+
+def sample_text(model: GPT, dataset: Dataset, device: torch.device, dtype: torch.dtype, seed: int) -> str:
+    """A short text in the model's present style, which continues the first token of the validation split."""
+    generator = kind_of(device).generator(device, seed)
+    prompt = torch.from_numpy(dataset.val[:1][None].astype(np.int64)).to(device)  # (1, 1)
+    was_training = model.training
+    model.eval()
+    with unsharded(model), eagerly(), autocast(device, dtype):
+        tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
+        text = dataset.tokenizer.decode(int(token) for token in tokens)
+    model.train(was_training)
+    return text

@@ -1,0 +1,80 @@
+"""torch.compile: tried before the clock starts, and left out where it fails.
+
+Example: compile_model(run, compute_gradient)
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+from torch.compiler import config as compiler_cache
+
+from nanogpt.console import say, warn
+from nanogpt.device import autocast, is_out_of_memory
+from nanogpt.distributed import parallelize
+from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.model.gpt import Block
+from nanogpt.training.run import Run
+
+
+def compile_model(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
+    """Compile the loss and compute one gradient, which does not count; if that fails, go on without.
+
+    With FSDP each block is compiled for itself: between blocks, weights are gathered and freed. Shapes are
+    fixed: those of the micro-batches, for which everything is compiled here, before the clock starts.
+    """
+    say("Compiling the model (about a minute the first time)...")
+    torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
+    # PyTorch's cache ignores vector instructions: code made for another processor gives NaN, or crashes.
+    compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    uncompiled = run.loss_fn
+    problem = try_compile(run, compute_gradient)
+    problems = run.world.all_gather([problem] if problem else [])
+    if problems:
+        warn(f"torch.compile failed, going on without it: {problems[0]}")
+        run.loss_fn = uncompiled
+    elif is_sharded(run.model):
+        for block in run.model.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        compute_gradient(run)
+    run.model.zero_grad()
+    run.kind.release_memory()
+
+
+def try_compile(run: Run, compute_gradient: Callable[..., Tensor]) -> str | None:
+    """Compile and run once, on this process alone. Returns why that fails, in a line, or None.
+
+    With FSDP no process has all weights, so a new block is compiled and tried instead.
+    """
+    try:
+        if is_sharded(run.model):
+            try_block(run)
+        else:
+            run.loss_fn = torch.compile(run.loss_fn, dynamic=False)
+            compute_gradient(run, sync=False)
+    except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return None  # the first update halves its micro-batches
+        return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return None
+
+
+def try_block(run: Run) -> None:
+    """Compile a new block, and run it forward and backward."""
+    block = torch.compile(Block(run.model.config).to(run.device), dynamic=False)
+    x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
+    x.requires_grad_()
+    with autocast(run.device, run.dtype):
+        y = block(x, run.model.rotation)
+    y.sum().backward()
+
+
+def recompile(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
+    """Compile for micro-batches of another size; that time is not in the clock."""
+    if not parallelize.is_compiled(run.loss_fn):
+        return
+    with suppress(RuntimeError):  # out of memory again: the next update sees that, too
+        compute_gradient(run, sync=False)
+    run.model.zero_grad(set_to_none=not parallelize.keeps_gradients(run.loss_fn))
+    run.clock.restart_lap()

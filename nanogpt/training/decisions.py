@@ -1,0 +1,52 @@
+"""What the loop does next: stop, evaluate or save, decided the same on all processes.
+
+Example: due = all_reduce_decisions(run)
+"""
+
+from typing import NamedTuple
+
+from nanogpt.training.run import Run, StopReason
+
+
+class Due(NamedTuple):
+    """What the coming round of the loop has to do, the same on all processes."""
+
+    reason: StopReason | None
+    """Why to stop, if there is a reason."""
+    evaluation: bool
+    save: bool
+
+
+def all_reduce_decisions(run: Run) -> Due:
+    """What is due: where processes disagree, what one of them wants, all do, after the same step."""
+    reason = stop_reason(run)
+    save = run.stop.save_asked or run.checkpointer.is_due(run.config.save_seconds)
+    highest, save, writing = run.world.max_over_ranks(reason or 0, save, run.checkpointer.is_writing)
+    if run.checkpointer.pending and not writing:
+        run.checkpointer.try_finish_save()
+    reason = StopReason(highest) if highest else None
+    return Due(reason, is_evaluation_due(run, reason), bool(save) and not run.progress.bad_steps)
+
+
+def stop_reason(run: Run) -> StopReason | None:
+    """Why this process would stop now, if at all."""
+    config, progress = run.config, run.progress
+    if run.stop.signal:
+        return StopReason[run.stop.signal.name]
+    if progress.step >= config.max_iters:
+        return StopReason.FINISHED
+    if config.max_seconds is not None and progress.elapsed_s >= config.max_seconds:
+        return StopReason.TIME
+    if config.patience is not None and progress.worse_evaluations >= config.patience:
+        return StopReason.PATIENCE
+    if run.stopped_by_callback:
+        return StopReason.CALLBACK
+    return None
+
+
+def is_evaluation_due(run: Run, reason: StopReason | None) -> bool:
+    """Whether to evaluate before the next step: at the interval and at the end, once for a step."""
+    step = run.progress.step
+    if run.progress.evaluated_at == step or (reason and reason.is_signal):
+        return False
+    return step % run.config.eval_interval == 0 or reason in (StopReason.FINISHED, StopReason.TIME)

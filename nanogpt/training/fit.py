@@ -1,0 +1,125 @@
+"""One training, from its settings to its result: who may write, what is set up, what is said.
+
+Run:     python train.py --max_iters 1000            then: python train.py --resume
+Example: result = fit(TrainConfig(data_dir="data", out_dir="out", max_iters=1000))
+Reads the data folder, writes the run folder (checkpoint/run_dir.py says what is in it). The loop itself is in
+trainer.py.
+"""
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.config import TrainConfig
+from nanogpt.data.dataset import load_dataset
+from nanogpt.device import pick_compile
+from nanogpt.distributed.world import distributed_world, hard_exit
+from nanogpt.errors import UserError, require
+from nanogpt.training.compilation import compile_model
+from nanogpt.training.out_of_memory import explain_out_of_memory, fit_to_memory
+from nanogpt.training.report import print_plan, print_summary
+from nanogpt.training.run import Run, StopReason
+from nanogpt.training.setup import set_up
+from nanogpt.training.stopping import StopRequest
+from nanogpt.training.trainer import compute_gradient, train
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    reason: str
+    """finished, time, patience, callback (keep_going said no), or the name of a signal: SIGINT, ..."""
+    step: int
+    """Updates done."""
+    best_val_loss: float
+    """Nats per token."""
+    elapsed_s: float
+    """Seconds spent in training steps."""
+    exit_code: int = 0
+    """0, or that of the signal that stopped the run (130 for Ctrl-C)."""
+
+
+def main(config: TrainConfig) -> int:
+    """Train. Returns the exit code; one of several processes exits here instead."""
+    result = fit(config)
+    hard_exit(result.exit_code)
+    return result.exit_code
+
+
+def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = None) -> Result:
+    """Train as `config` says, from the start or (config.resume) from where the run stopped.
+
+    keep_going: called after each evaluation, with the step and the validation loss; False ends the run.
+    A resumed run takes all settings from `config`; to keep the old ones, pass RunFolder(path).saved_config().
+    Raises: UserError for everything the user can mend.
+    """
+    folder = RunFolder(Path(config.out_dir))
+    if not config.resume:
+        load_dataset(Path(config.data_dir))  # checked before a folder is made for a run that cannot begin
+    elif not folder.path.is_dir():
+        raise UserError(
+            f"no checkpoint to resume in {folder.path}: start without --resume, or check --out_dir"
+        )
+    with (
+        one_at_a_time(),
+        distributed_world(config.device) as world,
+        StopRequest() as stop,
+        ExitStack() as stack,
+    ):
+        if world.is_first:
+            stack.enter_context(folder.locked())
+        if world.broadcast_bool(lambda: folder.is_restart_of(config, world.job, restarted=world.restarted)):
+            config = replace(config, resume=True, overwrite=False)
+        with explain_out_of_memory(config, world):
+            run = set_up(config, folder, world)
+        run.stop, run.callback = stop, keep_going
+        try:
+            with explain_out_of_memory(config, world, run):
+                start(run)
+                reason = train(run)
+        finally:
+            run.metrics.close()
+        if world.is_first:
+            print_summary(run, reason)
+    return result_of(run, reason)
+
+
+def start(run: Run) -> None:
+    """Print the plan, compile, and save step 0: an unwritable folder shows now, not after hours."""
+    fit_to_memory(run)
+    print_plan(run)
+    flops = run.flops_per_update * (run.config.max_iters - run.progress.step)
+    if pick_compile(run.config.compile, run.device, flops):
+        compile_model(run, compute_gradient)
+    if not run.config.resume:
+        run.checkpointer.save(run, run.folder.last)
+
+
+def result_of(run: Run, reason: StopReason) -> Result:
+    """The result of a run that has stopped."""
+    progress = run.progress
+    return Result(reason.label, progress.step, progress.best_val_loss, progress.elapsed_s, reason.exit_code)
+
+
+RUNNING = threading.Lock()
+
+
+@contextmanager
+def one_at_a_time() -> Generator[None]:
+    """Let one thread of this process train: PyTorch has one source of random numbers, which two would share.
+
+    Raises: UserError if another thread trains already.
+    """
+    require(
+        RUNNING.acquire(blocking=False),
+        "another thread of this process is training, and their random numbers would mix: start one after the "
+        "other, or in a process of its own",
+    )
+    try:
+        yield
+    finally:
+        RUNNING.release()

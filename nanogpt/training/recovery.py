@@ -1,0 +1,51 @@
+"""Recovery from a training that breaks down: back to a checkpoint, and on with another shuffle.
+
+Example: if run.progress.bad_steps >= MAX_BAD_STEPS: roll_back(run)
+"""
+
+from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.console import warn
+from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.errors import UserError
+from nanogpt.training.metrics import forget_after
+from nanogpt.training.report import resume_command
+from nanogpt.training.run import Run
+
+MAX_BAD_STEPS = 3
+"""Updates in a row with a loss or gradient that is not finite, after which the run is rolled back."""
+
+MAX_ROLLBACKS = 3
+"""How often the run is rolled back without getting past the place where it broke down."""
+
+
+def roll_back(run: Run) -> None:
+    """Go back to a good checkpoint, with the data shuffled differently from there on.
+
+    That is the newest one; or, if the training broke down again after going back to it, the best one.
+    Raises: UserError after MAX_ROLLBACKS tries at one place.
+    """
+    run.checkpointer.try_finish_save()
+    saved = run.folder.newest_valid(warn, run.world, gather=not is_sharded(run.model))
+    broken_at, furthest, shuffle_id = (
+        run.progress.step,
+        run.progress.furthest_bad_step,
+        run.progress.shuffle_id,
+    )
+    if int(saved.progress["step"]) <= furthest and run.folder.best.is_file():
+        saved = load_checkpoint(run.folder.best)
+    good = int(saved.progress["step"])
+    rollbacks = 1 if good > furthest else run.progress.rollbacks + 1
+    if rollbacks > MAX_ROLLBACKS:
+        raise UserError(
+            f"the training breaks down near step {broken_at} in every data order tried; step {good} is "
+            f"saved. Try half the learning rate: {resume_command(run)} "
+            f"--learning_rate {run.config.learning_rate / 2:g}"
+        )
+    run.checkpointer.restore(run, saved)
+    run.progress.shuffle_id = shuffle_id + 1
+    run.progress.bad_steps, run.progress.rollbacks = 0, rollbacks
+    run.progress.furthest_bad_step = max(broken_at, furthest)
+    run.unread.clear()
+    if run.world.is_first:
+        forget_after(run.folder.metrics, good, run.progress.evaluated_at)
+    warn(f"Back to step {good}, with the data in another order from there on")

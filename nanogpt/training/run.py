@@ -1,0 +1,149 @@
+"""A training run in memory: its state and all that moves it, its clock, why it stops.
+
+Example: run = set_up(config, RunFolder(Path("out")), world)        # training/setup.py
+trainer.py moves a Run, checkpointing.py writes it and reads it back.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from torch import Tensor
+
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.cores import CoreWatch
+from nanogpt.data.batches import BatchLoader, BatchSampler
+from nanogpt.device import Event, Kind, kind_of
+from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.training.checkpointing import Checkpointer
+from nanogpt.training.memory_estimate import Memory
+from nanogpt.training.metrics import ConsoleSink, Metrics
+from nanogpt.training.state import TrainState
+from nanogpt.training.stopping import StopRequest
+
+
+class StopReason(IntEnum):
+    """Why a training stops. When processes disagree, the largest wins; signals have their exit code."""
+
+    CALLBACK = 1
+    PATIENCE = 2
+    TIME = 3
+    FINISHED = 4
+    SIGHUP = 129
+    SIGINT = 130
+    SIGQUIT = 131
+    SIGTERM = 143
+    SIGBREAK = 149
+    SIGXCPU = 152
+
+    @property
+    def is_signal(self) -> bool:
+        """Whether a signal stopped the training before its end."""
+        return self > 128
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the number of the signal, as shells report it."""
+        return int(self) if self.is_signal else 0
+
+    @property
+    def label(self) -> str:
+        """The name as a Result has it: "finished", "callback", "SIGINT", ..."""
+        return self.name if self.is_signal else self.name.lower()
+
+
+@dataclass
+class Clock:
+    """The time of a run: training steps alone (no evaluation, saving, compiling), and all of it."""
+
+    started: float = field(default_factory=time.perf_counter)
+    lap_began: float = 0.0
+    """When the device began to compute the oldest update whose numbers have not been read."""
+    steps: int = -1
+    """Measured steps, but for the first, which is slower than all others."""
+    seconds: float = 0.0
+    window_steps: int = 0
+    window_seconds: float = 0.0
+
+    def restart_lap(self) -> None:
+        """Leave out of the next lap what happened so far."""
+        self.lap_began = time.perf_counter()
+
+    def end_lap(self) -> float:
+        """Count one step, from the end of the one before (or restart_lap) until now. Returns its seconds."""
+        seconds = time.perf_counter() - self.lap_began
+        self.lap_began += seconds
+        self.steps += 1
+        self.seconds += seconds if self.steps else 0.0
+        self.window_steps += 1
+        self.window_seconds += seconds
+        return seconds
+
+    def seconds_per_step(self) -> float:
+        """Mean since the last call, NaN if there was no step."""
+        mean = self.window_seconds / self.window_steps if self.window_steps else float("nan")
+        self.window_steps, self.window_seconds = 0, 0.0
+        return mean
+
+    def wall_seconds(self) -> float:
+        """Seconds since this process began the run."""
+        return time.perf_counter() - self.started
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """The numbers of an update, which the device may still be computing."""
+
+    step: int
+    """Updates done, this one included."""
+    lr: float
+    values: Tensor
+    """Loss and gradient norm, (2,), on the CPU; valid once `ready`."""
+    ready: Event | None
+    """None: they are there already."""
+
+
+@dataclass(kw_only=True)
+class Run(TrainState):
+    """Everything a training needs. setup.py builds it, trainer.py moves it."""
+
+    folder: RunFolder
+    sampler: BatchSampler
+    train_loader: BatchLoader
+    val_loader: BatchLoader
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    """The model's loss, wrapped for several processes, compiled or not."""
+    console: ConsoleSink
+    metrics: Metrics
+    checkpointer: Checkpointer
+    first_step: int = 0
+    """The step at which this process began."""
+    memory: Memory | None = None
+    """Predicted memory of an update, if the training is long enough to count it."""
+    unread: deque[UpdateResult] = field(default_factory=deque[UpdateResult])
+    """Updates launched whose numbers have not been read (at most two, the oldest first)."""
+    clock: Clock = field(default_factory=Clock)
+    core_watch: CoreWatch = field(default_factory=CoreWatch)
+    eta_printed: bool = False
+    stop: StopRequest = field(default_factory=StopRequest)
+    callback: Callable[[int, float], bool] | None = None
+    """Asked after each evaluation, with the step and the validation loss, whether to go on."""
+    stopped_by_callback: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What the device can do."""
+        return kind_of(self.device)
+
+    @property
+    def flops_per_update(self) -> int:
+        """Floating-point operations of an update, of all processes together."""
+        tokens = self.config.batch_size * self.config.block_size
+        return flops_per_token(self.model.config, self.model.num_parameters()) * tokens
+
+    @property
+    def eval_model(self) -> GPT:
+        """The model to evaluate and sample from: the moving average if there is one."""
+        return self.ema_model or self.model
