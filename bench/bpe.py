@@ -22,7 +22,7 @@ from rich.table import Table
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
-from nanogpt.data.scan import batches, cores, in_order
+from nanogpt.data.scan import cores, group_into_batches, map_in_order
 from nanogpt.text.documents import Chunk
 from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import GPT2_ORDER, train_bpe, unspell
@@ -50,9 +50,9 @@ def learn(documents: list[str]) -> Library:
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     """Our way: documents in batches, batches on threads."""
     pieces = [Chunk(text.encode(), True) for text in documents]
-    groups = batches(pieces, lambda piece: len(piece.raw))
+    groups = group_into_batches(pieces, lambda piece: len(piece.raw))
     work = partial(encode_group, tokenizer)
-    return np.concatenate(list(in_order(work, groups)))
+    return np.concatenate(list(map_in_order(work, groups)))
 
 
 def encode_group(tokenizer: Tokenizer, group: list[Chunk]) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.config import DataConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.scan import ScanResult
 from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.errors import UserError
@@ -100,19 +100,19 @@ def begun(folder, config, text):
     survey = ScanResult(first_val=1)
     survey.characters.extend([3, 4])
     survey.digests.extend([2**64 - 1, 5])
-    work.begin(survey, ByteTokenizer())
-    with work.writing() as files:
+    work.start(survey, ByteTokenizer())
+    with work.open_token_files() as files:
         for file, values, count in ((files[0], b"abcd", 3), (files[1], b"xyz", 2)):
-            work.add(files, files.index(file), np.frombuffer(values[:count], np.uint8), count)
+            work.append(files, files.index(file), np.frombuffer(values[:count], np.uint8), count)
         work.batches = 1
-        work.save(files)
+        work.save_state(files)
         files[0].write(b"d")
         files[1].write(b"z")
     return work
 
 
 def test_a_preparation_goes_on_from_what_was_saved(tmp_path, text):
-    config = DataConfig(data_dir=str(tmp_path))
+    config = PrepareConfig(data_dir=str(tmp_path))
     begun(tmp_path / "preparing", config, text)
     again = EncodingJob(tmp_path / "preparing", config, [text])
     assert again.survey is not None
@@ -120,28 +120,28 @@ def test_a_preparation_goes_on_from_what_was_saved(tmp_path, text):
     assert list(again.survey.characters) == [3, 4]
     assert list(again.survey.digests) == [2**64 - 1, 5]
     assert again.survey.first_val == 1
-    with again.writing() as files:
+    with again.open_token_files() as files:
         files[0].write(b"!")
-    assert again.tokens_file("train").read_bytes() == b"abc!"
-    assert again.tokens_file("val").read_bytes() == b"xy"
+    assert again.token_path("train").read_bytes() == b"abc!"
+    assert again.token_path("val").read_bytes() == b"xy"
     again.remove()
     assert not (tmp_path / "preparing").exists()
 
 
 def test_whether_to_overwrite_makes_no_difference(tmp_path, text):
-    config = DataConfig(data_dir=str(tmp_path))
+    config = PrepareConfig(data_dir=str(tmp_path))
     begun(tmp_path / "preparing", config, text)
-    again = EncodingJob(tmp_path / "preparing", DataConfig(data_dir=str(tmp_path), overwrite=True), [text])
+    again = EncodingJob(tmp_path / "preparing", PrepareConfig(data_dir=str(tmp_path), overwrite=True), [text])
     assert again.tokens == [3, 2]
 
 
 @pytest.mark.parametrize("change", ["settings", "files", "size", "time", "state", "tokens", "missing"])
 def test_what_is_of_another_preparation_or_damaged_is_thrown_away(tmp_path, text, change):
-    config, files = DataConfig(data_dir=str(tmp_path)), [text]
+    config, files = PrepareConfig(data_dir=str(tmp_path)), [text]
     folder = tmp_path / "preparing"
     begun(folder, config, text)
     if change == "settings":
-        config = DataConfig(data_dir=str(tmp_path), train_split=0.8)
+        config = PrepareConfig(data_dir=str(tmp_path), train_split=0.8)
     elif change == "files":
         files = [text, text]
     elif change == "size":

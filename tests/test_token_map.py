@@ -114,7 +114,7 @@ def test_a_hostile_header_does_nothing(tmp_path, monkeypatch, content):
     }
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w") as archive:
-        archive.writestr("train/data.pkl", raws[content][: token_map.HEADER_BYTES])
+        archive.writestr("train/data.pkl", raws[content][: token_map.MAX_HEADER_BYTES])
         archive.writestr("train/data/0", bytes(100))
     (tmp_path / "train.pt").write_bytes(raw.getvalue())
     with pytest.raises(DamageError):

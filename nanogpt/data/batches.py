@@ -20,13 +20,13 @@ from nanogpt.errors import require
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
 """Share of a GPU's free memory that a split may take, and the most that a token takes there."""
 
-LISTED = 2**24
+MAX_LISTED_WINDOWS = 2**24
 """Windows in an epoch up to which their shuffled order is kept as a list; above, it is computed."""
 
 ROUNDS, MULTIPLIER = 6, np.uint64(0x9E3779B97F4A7C15)
 """Of the Feistel network: its rounds, and an odd number that mixes bits (2^64 over the golden ratio)."""
 
-PIECE = 2**24
+TOKENS_PER_COPY = 2**24
 """Tokens copied to a GPU at a time."""
 
 
@@ -70,9 +70,9 @@ class BatchSampler:
 
     def starts(self, epoch: int, shuffle_id: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the windows begin that an epoch visits as its first, second, ..., by number from 0, (N,)."""
-        if self.windows > LISTED:
+        if self.windows > MAX_LISTED_WINDOWS:
             random = np.random.default_rng([self.seed, shuffle_id, epoch])
-            return int(random.integers(self.offsets)) + self.block_size * shuffled(
+            return int(random.integers(self.offsets)) + self.block_size * shuffled_numbers(
                 numbers, self.windows, random
             )
         if self._epoch is None or self._epoch[0] != (epoch, shuffle_id):
@@ -82,7 +82,7 @@ class BatchSampler:
         return self._epoch[1][numbers]
 
 
-def shuffled(numbers: NDArray[np.int64], size: int, random: np.random.Generator) -> NDArray[np.int64]:
+def shuffled_numbers(numbers: NDArray[np.int64], size: int, random: np.random.Generator) -> NDArray[np.int64]:
     """Where a shuffle of 0 .. size - 1 puts these numbers, (N,), without a list of all.
 
     A Feistel network permutes the numbers of 2 k bits; those that leave the range go through it again
@@ -123,9 +123,9 @@ class BatchLoader:
         """Copy the split to the device."""
         dtype = torch.uint8 if self.tokens.dtype == np.uint8 else torch.int32
         self.resident = torch.empty(len(self.tokens), dtype=dtype, device=self.device)
-        for first in range(0, len(self.tokens), PIECE):  # the host need not hold it all
-            piece = self.tokens[first : first + PIECE].astype(np.int32)
-            self.resident[first : first + PIECE] = torch.from_numpy(piece).to(self.device)
+        for first in range(0, len(self.tokens), TOKENS_PER_COPY):  # the host need not hold it all
+            piece = self.tokens[first : first + TOKENS_PER_COPY].astype(np.int32)
+            self.resident[first : first + TOKENS_PER_COPY] = torch.from_numpy(piece).to(self.device)
 
     def __call__(self, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
         """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
@@ -147,7 +147,7 @@ class BatchLoader:
 
 
 def evaluation_batches(
-    tokens: Tokens, *, block_size: int, batch_size: int, most: int | None = None
+    tokens: Tokens, *, block_size: int, batch_size: int, max_batches: int | None = None
 ) -> list[tuple[NDArray[np.int64], int]]:
     """Cover a split in order, every token after the first predicted exactly once.
 
@@ -161,6 +161,6 @@ def evaluation_batches(
     tail = predicted - whole * block_size
     if tail:
         batches.append((np.array([whole * block_size], dtype=np.int64), tail))
-    if most is not None and most < len(batches):
-        batches = [batches[i * len(batches) // most] for i in range(most)]
+    if max_batches is not None and max_batches < len(batches):
+        batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
     return batches

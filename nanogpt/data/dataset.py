@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt.config import DataConfig
 from nanogpt.console import command
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.shards import Shards, Tokens
-from nanogpt.data.swap import LAST, finish_what_was_begun, journal
+from nanogpt.data.swap import VOCAB_FILE, finish_interrupted_swap, read_journal
 from nanogpt.data.token_map import TokenFile, check_ids, open_tokens
 from nanogpt.errors import UserError, require
 from nanogpt.seals import CHECKED, DamageError, Seal, read_sealed, verify
@@ -30,18 +30,18 @@ from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
-FORMAT = 2
+FORMAT_VERSION = 2
 """Version of the data folder's format. 1 had characters alone and did not count bytes; it is read too."""
 
 SPLITS = ("train", "val")
 
-MOST_SHARDS = 1_000_000
+MAX_SHARDS = 1_000_000
 """More files than this are no shards but a damaged number."""
 
-PIECE = 1 << 24
+TOKENS_PER_CHECK = 1 << 24
 """Tokens looked at at a time."""
 
-TRIES = 3
+MAX_TRIES = 3
 """How often a folder is opened that another program replaces at this very moment."""
 
 
@@ -78,7 +78,7 @@ class Dataset:
 
 
 def load_dataset(
-    folder: Path, *, most: int | None = CHECKED, advance: Callable[[int], object] = int
+    folder: Path, *, verify_bytes: int | None = CHECKED, advance: Callable[[int], object] = int
 ) -> Dataset:
     """Open a prepared data folder; the tokens stay on the disk until they are read.
 
@@ -86,58 +86,60 @@ def load_dataset(
     blocks (seals.verify). None: all. advance: called with the bytes compared since the last call.
     Errors: UserError if it is missing, incomplete, damaged, malformed or of a newer format.
     """
-    for _ in range(TRIES - 1):
-        finish_what_was_begun(folder)
-        before = identity(folder)
+    for _ in range(MAX_TRIES - 1):
+        finish_interrupted_swap(folder)
+        before = vocab_file_id(folder)
         try:
-            return read(folder, most, advance)
+            return read_folder(folder, verify_bytes, advance)
         except UserError:
-            if journal(folder) is None and identity(folder) == before:
+            if read_journal(folder) is None and vocab_file_id(folder) == before:
                 raise
-    finish_what_was_begun(folder)  # another program replaced the set meanwhile
-    return read(folder, most, advance)
+    finish_interrupted_swap(folder)  # another program replaced the set meanwhile
+    return read_folder(folder, verify_bytes, advance)
 
 
-def identity(folder: Path) -> tuple[int, int] | None:
+def vocab_file_id(folder: Path) -> tuple[int, int] | None:
     """Which file vocab.pt is: another one after a swap."""
     try:
-        stat = (folder / LAST).stat()
+        stat = (folder / VOCAB_FILE).stat()
     except OSError:
         return None
     return stat.st_ino, stat.st_mtime_ns
 
 
-def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Dataset:
+def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int], object]) -> Dataset:
     """As `load_dataset`, of a folder that nobody replaces meanwhile."""
-    path = folder / LAST
-    unprepared = how_to_prepare(folder)
+    path = folder / VOCAB_FILE
+    unprepared = prepare_advice(folder)
     elsewhere = "" if folder.is_dir() else " (or give --data_dir the folder that you prepared)"
     check_is_file(path, unprepared + elsewhere)
-    with advising(path, f"{unprepared} --overwrite"):
+    with errors_with_advice(path, f"{unprepared} --overwrite"):
         content, sealed = read_sealed(path)
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
-    advice = f"{how_to_prepare(folder, content)} --overwrite"
+    advice = f"{prepare_advice(folder, content)} --overwrite"
     version = content.get("format")
     require(
-        isinstance(version, int) and version in (1, FORMAT) and "tokenizer" in content,
+        isinstance(version, int) and version in (1, FORMAT_VERSION) and "tokenizer" in content,
         f"{folder} was prepared by another version of NanoGPT: {advice}",
     )
-    facts = Facts(content, path, advice)
+    facts = VocabFile(content, path, advice)
     require(sealed or not facts.seals, f"{path} is damaged (its checksum is missing): {advice}")
     for name in facts.names:
         check_is_file(folder / name, advice.removesuffix(" --overwrite"))
     if facts.seals:
-        with advising(folder, advice):
-            verify(folder, facts.seals, most=most, advance=advance)
-    with advising(path, advice):
+        with errors_with_advice(folder, advice):
+            verify(folder, facts.seals, most=verify_bytes, advance=advance)
+    with errors_with_advice(path, advice):
         tokenizer = facts.tokenizer
     train, val = (open_split(folder, facts, split, advice) for split in SPLITS)
     require(
         facts.tokens == {"train": len(train), "val": len(val)},
         f"the files in {folder} do not belong together: {advice}",
     )
-    with advising(folder, advice):
-        look_at_ids(list(parts_of(folder, facts, (train, val))), tokenizer.vocab_size, facts, most)
+    with errors_with_advice(folder, advice):
+        check_ids_of_files(
+            list(named_token_arrays(folder, facts, (train, val))), tokenizer.vocab_size, facts, verify_bytes
+        )
     sizes = facts.bytes
     return Dataset(
         train,
@@ -152,7 +154,7 @@ def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Da
 
 
 @contextmanager
-def advising(path: Path, advice: str) -> Generator[None]:
+def errors_with_advice(path: Path, advice: str) -> Generator[None]:
     """Turn what goes wrong with a file into a UserError that ends in advice."""
     try:
         yield
@@ -176,12 +178,12 @@ def check_is_file(path: Path, advice: str) -> None:
     require(path.is_file(), f"{path} is not a file: move it away, then {advice}")
 
 
-def how_to_prepare(folder: Path, vocabulary: Mapping[str, Any] | None = None) -> str:
+def prepare_advice(folder: Path, vocabulary: Mapping[str, Any] | None = None) -> str:
     """The command that prepares a folder (again), as far as its vocab.pt tells."""
     vocabulary = vocabulary or {}
     source = vocabulary.get("source", None if vocabulary else "")  # of format 1
     source = source if isinstance(source, str) else None
-    own_place = str(folder) == DataConfig.data_dir
+    own_place = str(folder) == PrepareConfig.data_dir
     arguments = vocabulary.get("arguments")
     words = [str(word) for word in cast(list[Any], arguments)] if isinstance(arguments, list) else []
     if arguments is None and source != TINY_SHAKESPEARE and (source or not own_place):
@@ -194,25 +196,25 @@ def how_to_prepare(folder: Path, vocabulary: Mapping[str, Any] | None = None) ->
     return f"prepare it with: {line}"
 
 
-def arguments(config: DataConfig) -> list[str]:
+def prepare_arguments(config: PrepareConfig) -> list[str]:
     """The arguments that prepare the same data again, for advice to the user."""
     words: list[str] = []
     for name in ("input_file", "val_file"):
         values = getattr(config, name)
         words += [f"--{name}", *values] if values else []
-    default = DataConfig()
+    default = PrepareConfig()
     for name in ("train_split", "split", "tokenizer", "vocab_size", "text_field", "shard_tokens"):
         if getattr(config, name) != getattr(default, name):
             words += [f"--{name}", str(getattr(config, name))]
     return words
 
 
-class Facts:
+class VocabFile:
     """What vocab.pt says, every value of its type. Errors: UserError naming the one that is not."""
 
     def __init__(self, content: Mapping[str, Any], path: Path, advice: str) -> None:
         self.content, self.path, self.advice = content, path, advice
-        self.fingerprint: str = self.get("fingerprint", is_text, needed=True)
+        self.fingerprint: str = self.get("fingerprint", is_string, needed=True)
         self.tokens: dict[str, int] = self.get("tokens", is_count_of_splits, needed=True)
         self.bytes: dict[str, int] | None = self.get("bytes", is_count_of_splits)
         self.characters: int | None = self.get("characters", is_count)
@@ -258,7 +260,7 @@ class Facts:
         return {name: Seal(digest, arrays.get(name)) for name, digest in digests.items()}
 
 
-def is_text(value: Any) -> bool:
+def is_string(value: Any) -> bool:
     """Whether it is a string."""
     return isinstance(value, str)
 
@@ -276,13 +278,13 @@ def is_count_of_splits(value: Any) -> bool:
 
 def is_shards(value: Any) -> bool:
     """Whether it is a number of files for each split."""
-    return is_count_of_splits(value) and all(0 < count <= MOST_SHARDS for count in value.values())
+    return is_count_of_splits(value) and all(0 < count <= MAX_SHARDS for count in value.values())
 
 
 def is_digests(value: Any) -> bool:
     """Whether it is SHA-256s by name."""
     digests = cast(dict[Any, Any], value) if isinstance(value, dict) else {"": ""}
-    return all(is_text(item) and re.fullmatch("[0-9a-f]{64}", item) for item in digests.values())
+    return all(is_string(item) and re.fullmatch("[0-9a-f]{64}", item) for item in digests.values())
 
 
 def is_blocks(value: Any) -> bool:
@@ -304,11 +306,11 @@ def shard_names(split: str, count: int) -> list[str]:
     return [f"{split}-{number:05}.pt" for number in range(count)]
 
 
-def open_split(folder: Path, facts: Facts, split: str, advice: str) -> Tokens:
+def open_split(folder: Path, facts: VocabFile, split: str, advice: str) -> Tokens:
     """The tokens of a split, (N,): of one file, or of its shards."""
     parts: list[NDArray[Any]] = []
     for name in facts.files[split]:
-        with advising(folder / name, advice):
+        with errors_with_advice(folder / name, advice):
             parts.append(open_tokens(folder / name))
     for name, part in zip(facts.files[split], parts, strict=True):
         if part.dtype != parts[0].dtype:
@@ -318,25 +320,25 @@ def open_split(folder: Path, facts: Facts, split: str, advice: str) -> Tokens:
     return parts[0] if facts.files[split] == [f"{split}.pt"] else Shards(parts)
 
 
-def look_at_ids(
-    files: list[tuple[Path, NDArray[Any]]], vocab_size: int, facts: Facts, most: int | None
+def check_ids_of_files(
+    files: list[tuple[Path, NDArray[Any]]], vocab_size: int, facts: VocabFile, verify_bytes: int | None
 ) -> None:
     """See that every id is one of the vocabulary's: now, if there are few; else, unsealed, when read.
 
     Errors: DamageError that names the file.
     """
-    if most is None or sum(part.nbytes for _, part in files) <= most:
+    if verify_bytes is None or sum(part.nbytes for _, part in files) <= verify_bytes:
         for path, part in files:
-            for first in range(0, len(part), PIECE):
-                check_ids(part[first : first + PIECE], vocab_size, path)
+            for first in range(0, len(part), TOKENS_PER_CHECK):
+                check_ids(part[first : first + TOKENS_PER_CHECK], vocab_size, path)
     elif not facts.seals:
         for _, part in files:
             if isinstance(part, TokenFile) and part.guard is not None:
                 part.guard.above = vocab_size
 
 
-def parts_of(
-    folder: Path, facts: Facts, splits: tuple[Tokens, Tokens]
+def named_token_arrays(
+    folder: Path, facts: VocabFile, splits: tuple[Tokens, Tokens]
 ) -> Iterator[tuple[Path, NDArray[Any]]]:
     """The token files and what is in them."""
     for split, tokens in zip(SPLITS, splits, strict=True):

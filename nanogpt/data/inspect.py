@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from nanogpt.config import InfoConfig
 from nanogpt.console import new_figure, progress_bar, say, terminal, warn
+from nanogpt.data.config import InspectConfig
 from nanogpt.data.dataset import SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
 from nanogpt.files import replacing
 from nanogpt.text.documents import counted
 
-PIECE = 1 << 24
+TOKENS_PER_READ = 1 << 24
 """Tokens looked at at a time."""
 
 FREQUENT, EXCERPT = 20, 400
@@ -34,18 +34,18 @@ PERCENTILES = {"shortest": 0, "lower quarter": 25, "median": 50, "upper quarter"
 
 
 @dataclass(frozen=True)
-class Counts:
+class TokenCounts:
     """frequencies: of each id, (V,). lengths: of each document, in tokens, without the one that ends it."""
 
     frequencies: NDArray[np.int64]
     lengths: NDArray[np.int64]
 
 
-def main(config: InfoConfig) -> int:
+def main(config: InspectConfig) -> int:
     """Print the description of a data folder and draw its picture. Returns the exit code."""
     folder = Path(config.data_dir)
-    dataset = opened(folder)
-    counts = count(dataset)
+    dataset = open_verified(folder)
+    counts = count_tokens(dataset)
     for line in summary(dataset):
         say(line)
     show_documents(counts)
@@ -56,7 +56,7 @@ def main(config: InfoConfig) -> int:
     say("    " + excerpt.strip("\n").replace("\n", "\n    "), style="dim")
     path = folder / "info.png"
     try:
-        draw(counts, path)
+        draw_histograms(counts, path)
     except UserError as error:  # a folder that is only to be read has told all the same
         warn(f"No picture: {error}")
     else:
@@ -64,18 +64,18 @@ def main(config: InfoConfig) -> int:
     return 0
 
 
-def opened(folder: Path) -> Dataset:
+def open_verified(folder: Path) -> Dataset:
     """The data set, compared with its checksums to the last byte."""
     size = sum(path.stat().st_size for path in folder.glob("*.pt") if path.is_file())
     with progress_bar("Verifying", size_in_bytes=True) as bar:
         task = bar.add_task("", total=size, detail="")
-        return load_dataset(folder, most=None, advance=partial(bar.advance, task))
+        return load_dataset(folder, verify_bytes=None, advance=partial(bar.advance, task))
 
 
 def summary(dataset: Dataset) -> Iterator[str]:
     """The facts, a line each."""
     tokenizer, tokens = dataset.tokenizer, len(dataset.train) + len(dataset.val)
-    yield f"Tokenizer: {tokenizer.to_dict()['kind']}, vocabulary of {tokenizer.vocab_size:,}"
+    yield f"Tokenizer: {tokenizer.kind}, vocabulary of {tokenizer.vocab_size:,}"
     yield f"Tokens: {len(dataset.train):,} to train on, {len(dataset.val):,} to validate, {dataset.val.dtype}"
     if dataset.characters is not None and dataset.bytes is not None:
         yield (
@@ -87,7 +87,7 @@ def summary(dataset: Dataset) -> Iterator[str]:
         yield "Checksums: none, it was prepared by an earlier version (data.py --overwrite adds them)"
 
 
-def count(dataset: Dataset) -> Counts:
+def count_tokens(dataset: Dataset) -> TokenCounts:
     """Go over all tokens once."""
     V, end = dataset.tokenizer.vocab_size, dataset.tokenizer.end_of_text
     frequencies = np.zeros(V, np.int64)
@@ -96,8 +96,8 @@ def count(dataset: Dataset) -> Counts:
         task = bar.add_task("", total=len(dataset.train) + len(dataset.val), detail="")
         for split in (dataset.train, dataset.val):
             ends = [np.array([-1])]
-            for first in range(0, len(split), PIECE):
-                piece = split[first : first + PIECE]
+            for first in range(0, len(split), TOKENS_PER_READ):
+                piece = split[first : first + TOKENS_PER_READ]
                 frequencies += np.bincount(piece, minlength=V)
                 if end is not None:
                     ends.append(first + np.flatnonzero(piece == end))
@@ -105,10 +105,10 @@ def count(dataset: Dataset) -> Counts:
             if int(split[-1]) != end:  # a document that the split cuts, or the only one
                 ends.append(np.array([len(split)]))
             lengths.append(np.diff(np.concatenate(ends)) - 1)
-    return Counts(frequencies, np.concatenate(lengths))
+    return TokenCounts(frequencies, np.concatenate(lengths))
 
 
-def show_documents(counts: Counts) -> None:
+def show_documents(counts: TokenCounts) -> None:
     """Print how long documents are."""
     if len(counts.lengths) > len(SPLITS):
         values = np.percentile(counts.lengths, list(PERCENTILES.values()))
@@ -116,7 +116,7 @@ def show_documents(counts: Counts) -> None:
         say(f"Documents: {len(counts.lengths):,}; in tokens: {', '.join(parts)}")
 
 
-def show_frequent(dataset: Dataset, counts: Counts) -> None:
+def show_frequent(dataset: Dataset, counts: TokenCounts) -> None:
     """Print the most frequent tokens, and how many never occur."""
     total = counts.frequencies.sum()
     table = Table("token", "id", "times", "share", box=None, pad_edge=False)
@@ -134,7 +134,7 @@ def show_frequent(dataset: Dataset, counts: Counts) -> None:
         say(f"Never used: {unused:,} of {len(counts.frequencies):,} tokens")
 
 
-def draw(counts: Counts, path: Path) -> None:
+def draw_histograms(counts: TokenCounts, path: Path) -> None:
     """Draw two histograms: how long documents are, and how often the tokens come, from the commonest on."""
     figure = new_figure(10, 4)
     documents, tokens = figure.subplots(1, 2)

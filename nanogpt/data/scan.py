@@ -18,24 +18,28 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.config import DataConfig
 from nanogpt.console import progress_bar
 from nanogpt.cores import usable_cores
-from nanogpt.data.dataset import FORMAT
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import FORMAT_VERSION
 from nanogpt.errors import require
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import Chunk, SkipReport, counted
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer import base as tokenizers
+from nanogpt.tokenizer.registry import min_vocab_size
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
 """What a thread works on at a time: this many bytes of text, of no more documents than that."""
+
+SAMPLE_BYTES = 1 << 26
+"""Size of the sample of the training split that a tokenizer learns from."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Measured(NamedTuple):
+class ChunkStats(NamedTuple):
     """A piece of text: its length in characters, 8 bytes that identify it, whether it ends a document."""
 
     characters: int
@@ -53,17 +57,17 @@ class ScanResult:
     characters: "array[int]" = field(default_factory=lambda: array("Q"))
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     first_val: int | None = None
-    seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(tokenizers.UNICODE, np.bool_))
+    seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(tokenizers.CODE_POINTS, np.bool_))
     report: SkipReport = field(default_factory=SkipReport)
-    waiting: list[Measured] = field(default_factory=list[Measured])
+    waiting: list[ChunkStats] = field(default_factory=list[ChunkStats])
     """The pieces of a document that has not ended."""
 
-    def add(self, piece: Measured) -> None:
+    def add(self, piece: ChunkStats) -> None:
         """Take the next piece."""
         self.waiting.append(piece)
         if piece.ends:
             digests = b"".join(part.digest for part in self.waiting)
-            digest = digests if len(self.waiting) == 1 else digest_of(digests)
+            digest = digests if len(self.waiting) == 1 else short_digest(digests)
             self.characters.append(sum(part.characters for part in self.waiting))
             self.digests.append(int.from_bytes(digest, "little"))
             self.waiting.clear()
@@ -74,7 +78,7 @@ class ScanResult:
         return sum(self.characters)
 
 
-def scan(corpora: Mapping[str, Corpus], config: DataConfig) -> ScanResult:
+def scan(corpora: Mapping[str, Corpus], config: PrepareConfig) -> ScanResult:
     """Pass over every document: its length, a digest, the characters in it.
 
     Errors: UserError if there is no text.
@@ -87,29 +91,31 @@ def scan(corpora: Mapping[str, Corpus], config: DataConfig) -> ScanResult:
             if name == "val":
                 survey.first_val = len(survey.characters)
             pieces = corpus.chunks(survey.report, partial(bar.advance, task))
-            for batch in in_order(measure, batches(pieces, lambda piece: len(piece.raw))):
+            for batch in map_in_order(measure, group_into_batches(pieces, lambda piece: len(piece.raw))):
                 for piece in batch:
                     survey.add(piece)
-    survey.report.notes[:0] = survey.report.idle_field(config.text_field)  # first: it is sure to be shown
+    survey.report.notes[:0] = survey.report.unused_field_note(
+        config.text_field
+    )  # first: it is sure to be shown
     require_text(survey, config)
     return survey
 
 
-def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[Measured]:
+def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[ChunkStats]:
     """Measure each piece, and mark in `seen`, (UNICODE,), the characters that occur."""
-    measured: list[Measured] = []
+    measured: list[ChunkStats] = []
     for piece in batch:
         tokenizers.mark_characters(seen, piece.raw)
-        measured.append(Measured(piece.characters, digest_of(piece.raw), piece.ends))
+        measured.append(ChunkStats(piece.characters, short_digest(piece.raw), piece.ends))
     return measured
 
 
-def digest_of(raw: bytes) -> bytes:
+def short_digest(raw: bytes) -> bytes:
     """8 bytes that identify `raw`: of its SHA-256."""
     return hashlib.sha256(raw).digest()[:8]
 
 
-def require_text(survey: ScanResult, config: DataConfig) -> None:
+def require_text(survey: ScanResult, config: PrepareConfig) -> None:
     """Raise UserError if there is no text, or none of a corpus for validation alone."""
     broken = survey.report.broken
     why = (
@@ -120,7 +126,7 @@ def require_text(survey: ScanResult, config: DataConfig) -> None:
     require(bool(survey.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
 
 
-def fingerprint_of(survey: ScanResult, config: DataConfig) -> str:
+def fingerprint_of(survey: ScanResult, config: PrepareConfig) -> str:
     """Identifies a data set: SHA-256 over its documents, in order, and the settings that shape the tokens."""
     shape = (
         *tokenizer_settings(config),
@@ -129,16 +135,20 @@ def fingerprint_of(survey: ScanResult, config: DataConfig) -> str:
         config.train_split,
         survey.first_val,
     )
-    return hashlib.sha256(f"nanogpt data {FORMAT} {shape}\n".encode() + survey.digests.tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"nanogpt data {FORMAT_VERSION} {shape}\n".encode() + survey.digests.tobytes()
+    ).hexdigest()
 
 
-def tokenizer_settings(config: DataConfig) -> tuple[str, int]:
+def tokenizer_settings(config: PrepareConfig) -> tuple[str, int]:
     """What tells tokenizers apart: the kind, or what is in its file; and the size of a learned vocabulary."""
     path = Path(config.tokenizer)
     kind = (
-        digest_of(path.read_bytes()).hex() if path.suffix == ".json" and path.is_file() else config.tokenizer
+        short_digest(path.read_bytes()).hex()
+        if path.suffix == ".json" and path.is_file()
+        else config.tokenizer
     )
-    return kind, config.vocab_size if kind == "bpe" else 0
+    return kind, config.vocab_size if min_vocab_size(config.tokenizer) is not None else 0
 
 
 def all_chunks(corpora: Mapping[str, Corpus], advance: Callable[[int], object] = int) -> Iterator[Chunk]:
@@ -147,7 +157,7 @@ def all_chunks(corpora: Mapping[str, Corpus], advance: Callable[[int], object] =
         yield from corpus.chunks(SkipReport(), advance)
 
 
-def batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+def group_into_batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
     """Pieces in lists of BATCH_BYTES, by `size`, or of BATCH_DOCUMENTS."""
     batch: list[Item] = []
     total = 0
@@ -161,7 +171,7 @@ def batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[lis
         yield batch
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """function(item) for each item, in order, by as many threads as there are cores; few items are held."""
     workers = usable_cores(physical=False)
     with ThreadPoolExecutor(workers) as pool:
@@ -186,7 +196,7 @@ class Split:
     Errors: UserError if a side is too small.
     """
 
-    def __init__(self, survey: ScanResult, config: DataConfig) -> None:
+    def __init__(self, survey: ScanResult, config: PrepareConfig) -> None:
         self.survey = survey
         digests = np.frombuffer(survey.digests, np.uint64)
         self.by_document: NDArray[np.bool_] | None = None
@@ -241,3 +251,39 @@ class Split:
             trains = ends <= self.boundary
             validates = ends - np.frombuffer(self.survey.characters, np.uint64) >= self.boundary
         return int(np.isin(digests[validates], digests[trains]).sum()), int(validates.sum())
+
+
+@dataclass(frozen=True)
+class CorpusText:
+    """The text that a new tokenizer is made from (tokenizer/base.py: TrainingText)."""
+
+    corpora: Mapping[str, Corpus]
+    split: Split
+    survey: ScanResult
+
+    @property
+    def characters(self) -> str:
+        """Every different character of the whole text, in order of code point."""
+        return tokenizers.characters(self.survey.seen)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents in the whole text."""
+        return len(self.survey.characters)
+
+    def sample(self) -> bytes:
+        """Chunks of the training split in UTF-8, about SAMPLE_BYTES of them, evenly spread.
+
+        The byte 0xFF stands between them: chunks that are neighbors in the sample are none in the text.
+        """
+        total = self.survey.total  # in characters, a little less than bytes: the sample is the larger
+        sample: list[bytes] = []
+        taken = passed = 0
+        with progress_bar("Sampling", size_in_bytes=True) as bar:
+            task = bar.add_task("", total=sum(corpus.size for corpus in self.corpora.values()), detail="")
+            for chunk, side in self.split(all_chunks(self.corpora, partial(bar.advance, task))):
+                if side == 0 and taken * total <= passed * SAMPLE_BYTES:
+                    sample.append(chunk.raw)
+                    taken += len(chunk.raw)
+                passed += len(chunk.raw)
+        return b"\xff".join(sample)

@@ -22,17 +22,17 @@ from nanogpt.locking import lock
 WORK, NEW, JOURNAL = "preparing", "new", "swap.json"
 """The folder of an unfinished preparation, in it the folder of the new set, and the journal."""
 
-LAST = "vocab.pt"
+VOCAB_FILE = "vocab.pt"
 """The file that is moved last, since it names the others."""
 
-NAME = re.compile(r"(train|val)(-\d{5,})?\.pt|vocab\.pt")
+FILE_NAME = re.compile(r"(train|val)(-\d{5,})?\.pt|vocab\.pt")
 """The files that a set is made of."""
 
 WAIT_SECONDS = 10.0
 """How long to wait for a program that is at it."""
 
 
-def fresh(folder: Path) -> Path:
+def make_new_folder(folder: Path) -> Path:
     """The empty folder for the files of the new set. Errors: UserError if it cannot be made."""
     new = folder / WORK / NEW
     try:
@@ -43,7 +43,7 @@ def fresh(folder: Path) -> Path:
     return new
 
 
-def commit(folder: Path, names: Iterable[str], stale: Iterable[str]) -> None:
+def replace_dataset(folder: Path, names: Iterable[str], stale: Iterable[str]) -> None:
     """Replace the set in the folder by the files of these names in its new folder; delete the stale ones.
 
     Errors: UserError if that is not possible; then the old set is there, or the journal is.
@@ -53,10 +53,10 @@ def commit(folder: Path, names: Iterable[str], stale: Iterable[str]) -> None:
         require(not (folder / name).is_dir(), f"{folder / name} is a folder: move it away")
     with replacing(folder / WORK / JOURNAL) as file:
         file.write(json.dumps({"names": names, "stale": stale}).encode())
-    finish(folder)
+    finish_swap(folder)
 
 
-def journal(folder: Path) -> dict[str, list[str]] | None:
+def read_journal(folder: Path) -> dict[str, list[str]] | None:
     """The journal of a swap that was cut short, if there is one.
 
     A link in place of the folder is not followed: what it leads to is not ours to move.
@@ -74,22 +74,22 @@ def journal(folder: Path) -> dict[str, list[str]] | None:
         if not isinstance(values, list):
             return None
         names = cast(list[Any], values)
-        if not all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
+        if not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in names):
             return None
     return lists
 
 
-def finish(folder: Path) -> bool:
+def finish_swap(folder: Path) -> bool:
     """Move what a journal lists and has not been moved, for the owner of the folder. False: no journal.
 
     Errors: UserError if the folder cannot be written; the journal stays, and with it the new set.
     """
-    found = journal(folder)
+    found = read_journal(folder)
     if found is None:
         return False
     new = folder / WORK / NEW
     try:
-        for name in sorted(found["names"], key=lambda name: name == LAST):
+        for name in sorted(found["names"], key=lambda name: name == VOCAB_FILE):
             with contextlib.suppress(FileNotFoundError):  # moved before the cut
                 rename(new / name, folder / name)
         for name in found["stale"]:
@@ -106,16 +106,16 @@ def finish(folder: Path) -> bool:
     return True
 
 
-def finish_what_was_begun(folder: Path) -> None:
+def finish_interrupted_swap(folder: Path) -> None:
     """Move what a swap that was cut short has left, before the folder is read.
 
     Errors: UserError if another program is at it for long, or if the folder cannot be written.
     """
-    if journal(folder) is None:
+    if read_journal(folder) is None:
         return
     busy = f"another program is writing to {folder}: wait until it is done"
     try:
         with lock(folder, busy, wait=WAIT_SECONDS):
-            finish(folder)
+            finish_swap(folder)
     except OSError:  # it cannot be written, which `finish` then says
-        finish(folder)
+        finish_swap(folder)

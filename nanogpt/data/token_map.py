@@ -26,10 +26,10 @@ from nanogpt.console import warn
 from nanogpt.errors import UserError, require
 from nanogpt.seals import DamageError
 
-PLACE = 26
+NAME_LENGTH_OFFSET = 26
 """Where a zip entry's header says how long its name and its extra field are (APPNOTE.TXT 4.3.7)."""
 
-HEADER_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 16
 """More than the description of any one tensor takes; a hostile one is not read."""
 
 DTYPES: dict[str, type[np.integer[Any]]] = {
@@ -44,13 +44,13 @@ DTYPES: dict[str, type[np.integer[Any]]] = {
 }
 """Integer types by what torch.save calls them."""
 
-ARGUMENTS = {"GLOBAL", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
-CONSTANTS: dict[str, Any] = {"NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
-NOTHING = {"PROTO", "BINPUT", "LONG_BINPUT", "BINPERSID", "STOP"}
+ARGUMENT_OPCODES = {"GLOBAL", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+CONSTANT_OPCODES: dict[str, Any] = {"NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
+IGNORED_OPCODES = {"PROTO", "BINPUT", "LONG_BINPUT", "BINPERSID", "STOP"}
 """Instructions of a pickle: those that push their argument, those that push a value of their own, and those
 that change nothing here (a storage is the tuple that stands for it)."""
 
-NO_MAPS = {
+NO_MMAP_ERRORS = {
     errno.ENODEV,
     errno.EINVAL,
     errno.ENOSYS,
@@ -61,13 +61,13 @@ NO_MAPS = {
 }
 """What file systems answer that know no maps (network drives, FUSE)."""
 
-NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
+NO_MEMORY_ERRORS = {errno.ENOMEM, errno.EAGAIN}
 
-WINDOWS_NO_MEMORY = {8, 14, 1455}
+WINDOWS_NO_MEMORY_ERRORS = {8, 14, 1455}
 """Windows' own numbers for it; the last: the paging file is too small."""
 
 
-class Described(NamedTuple):
+class TensorLocation(NamedTuple):
     """A tensor in a file: its type, its length, and at which byte its values begin."""
 
     dtype: np.dtype[Any]
@@ -75,7 +75,7 @@ class Described(NamedTuple):
     offset: int
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """What tells that a file was changed: file, which one it is; size, bytes; time, of the last change."""
 
     file: tuple[int, int]
@@ -83,19 +83,19 @@ class Stamp(NamedTuple):
     time: int
 
     @classmethod
-    def of(cls, stat: os.stat_result) -> "Stamp":
+    def of(cls, stat: os.stat_result) -> "FileStamp":
         """The stamp of a file."""
         return cls((stat.st_dev, stat.st_ino), stat.st_size, stat.st_mtime_ns)
 
 
-class Guard:
+class ChangeGuard:
     """Watches a mapped file: to read from one that was cut kills the process, from a rewritten one is wrong.
 
     verify: None, or what raises DamageError if the file is not what was written; then a new time alone is
     no harm. above: None, or the number that ids have to stay below, looked at in whatever is read.
     """
 
-    def __init__(self, path: Path, stamp: Stamp) -> None:
+    def __init__(self, path: Path, stamp: FileStamp) -> None:
         self.path, self.stamp = path.absolute(), stamp
         self.verify: Callable[[], None] | None = None
         self.above: int | None = None
@@ -103,7 +103,7 @@ class Guard:
     def check(self) -> None:
         """Errors: UserError if the file was changed in place since it was opened."""
         try:
-            now = Stamp.of(self.path.stat())
+            now = FileStamp.of(self.path.stat())
         except OSError:
             return  # deleted or moved: its content stays as long as it is mapped
         if now == self.stamp or now.file != self.stamp.file:  # or another file has its name
@@ -124,7 +124,7 @@ class Guard:
 class TokenFile(np.ndarray[Any, np.dtype[Any]]):
     """The tokens in a mapped file, (N,). What is selected is a plain array, read from an unchanged file."""
 
-    guard: Guard | None
+    guard: ChangeGuard | None
 
     def __array_finalize__(self, array: NDArray[Any] | None) -> None:
         self.guard = getattr(array, "guard", None)
@@ -161,7 +161,7 @@ def open_tokens(path: Path) -> NDArray[Any]:
     """
     with open(path, "rb") as file:
         try:
-            described = describe(file)
+            described = locate_tensor(file)
         except MemoryError:
             raise
         except (
@@ -172,18 +172,18 @@ def open_tokens(path: Path) -> NDArray[Any]:
             raise DamageError(f"{path} is damaged") from error
         if described is None:
             raise DamageError(f"{path} does not hold tokens")
-        stamp = Stamp.of(os.fstat(file.fileno()))
+        stamp = FileStamp.of(os.fstat(file.fileno()))
         try:
-            tokens = mapped(file, described).view(TokenFile)
+            tokens = map_tokens(file, described).view(TokenFile)
         except ValueError as error:  # the file was cut since
             raise DamageError(f"{path} is damaged") from error
         except OSError as error:
-            return unmapped(file, path, described, error)
-        tokens.guard = Guard(path, stamp)
+            return read_tokens(file, path, described, error)
+        tokens.guard = ChangeGuard(path, stamp)
         return tokens
 
 
-def describe(file: BinaryIO) -> Described | None:
+def locate_tensor(file: BinaryIO) -> TensorLocation | None:
     """Where a .pt file keeps its tensor, without reading that; None if it is not a vector of integers.
 
     Errors: whatever zipfile raises on what is no archive, ValueError on one that is cut.
@@ -191,9 +191,9 @@ def describe(file: BinaryIO) -> Described | None:
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         header = next(entry for name, entry in entries.items() if name.endswith("/data.pkl"))
-        if header.file_size > HEADER_BYTES:
+        if header.file_size > MAX_HEADER_BYTES:
             return None
-        found = tensor_in(archive.read(header))
+        found = parse_tensor(archive.read(header))
         root = header.filename.removesuffix("data.pkl")
         order = entries.get(root + "byteorder")
         foreign = order is not None and archive.read(order).decode() != sys.byteorder
@@ -201,16 +201,16 @@ def describe(file: BinaryIO) -> Described | None:
         return None
     dtype, key, first, count = found
     entry = entries[f"{root}data/{key}"]
-    file.seek(entry.header_offset + PLACE)
+    file.seek(entry.header_offset + NAME_LENGTH_OFFSET)
     name, extra = struct.unpack("<HH", file.read(4))
-    offset = entry.header_offset + PLACE + 4 + name + extra + first * dtype.itemsize
+    offset = entry.header_offset + NAME_LENGTH_OFFSET + 4 + name + extra + first * dtype.itemsize
     size = os.fstat(file.fileno()).st_size
     if entry.compress_type != zipfile.ZIP_STORED or offset + count * dtype.itemsize > size:
         raise ValueError("cut, or compressed")
-    return Described(dtype, count, offset)
+    return TensorLocation(dtype, count, offset)
 
 
-def tensor_in(pickled: bytes) -> tuple[np.dtype[Any], str, int, int] | None:
+def parse_tensor(pickled: bytes) -> tuple[np.dtype[Any], str, int, int] | None:
     """What a pickle says if it is of one vector of integers: type, storage, first of its values, how many.
 
     The pickle is read as a list of instructions and never run: a hostile one can do nothing.
@@ -235,21 +235,21 @@ def read_pickle(pickled: bytes) -> list[Any] | None:
         name = instruction.name
         if name == "MARK":
             marks.append(len(stack))
-        elif name in ARGUMENTS:
+        elif name in ARGUMENT_OPCODES:
             stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
+        elif name in CONSTANT_OPCODES:
+            stack.append(CONSTANT_OPCODES[name])
         elif name.startswith("TUPLE"):
             first = marks.pop() if name == "TUPLE" else len(stack) - int(name[-1])
             stack[first:] = [tuple(stack[first:])]
         elif name == "REDUCE":
             stack[-2:] = [[stack[-2], stack[-1]]]
-        elif name not in NOTHING:
+        elif name not in IGNORED_OPCODES:
             return None
     return cast("list[Any]", stack[-1]) if isinstance(stack[-1], list) else None
 
 
-def mapped(file: BinaryIO, described: Described) -> NDArray[Any]:
+def map_tokens(file: BinaryIO, described: TensorLocation) -> NDArray[Any]:
     """The values as a map of the file, read-only, (N,).
 
     Errors: OSError if they cannot be mapped, ValueError if the file is too short.
@@ -287,7 +287,7 @@ def allow_more_files() -> bool:
     return False
 
 
-def unmapped(file: BinaryIO, path: Path, described: Described, error: OSError) -> NDArray[Any]:
+def read_tokens(file: BinaryIO, path: Path, described: TensorLocation, error: OSError) -> NDArray[Any]:
     """The values in memory, (N,), after the system refused to map them: `error`.
 
     Errors: UserError if memory is what is missing.
@@ -295,13 +295,13 @@ def unmapped(file: BinaryIO, path: Path, described: Described, error: OSError) -
     size = described.length * described.dtype.itemsize
     lacking = f"not enough memory to map {path} ({size:,} bytes): end other programs, or raise `ulimit -v`"
     windows = getattr(error, "winerror", None)
-    require(error.errno not in NO_MEMORY and windows not in WINDOWS_NO_MEMORY, lacking)
+    require(error.errno not in NO_MEMORY_ERRORS and windows not in WINDOWS_NO_MEMORY_ERRORS, lacking)
     require(
         error.errno not in (errno.EMFILE, errno.ENFILE),
         f"too many files are open to open {path}: raise `ulimit -n`, or prepare the data with a "
         "larger --shard_tokens",
     )
-    if error.errno not in NO_MAPS:
+    if error.errno not in NO_MMAP_ERRORS:
         raise error
     warn(f"{path} cannot be mapped here ({error.strerror}): its {size:,} bytes are read into memory instead")
     try:

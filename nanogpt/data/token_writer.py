@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanogpt.config import DataConfig
-from nanogpt.data.dataset import FORMAT, SPLITS
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import FORMAT_VERSION, SPLITS
 from nanogpt.data.scan import ScanResult, tokenizer_settings
-from nanogpt.data.token_map import PLACE
+from nanogpt.data.token_map import NAME_LENGTH_OFFSET
 from nanogpt.errors import UserError, require
 from nanogpt.files import replacing
 from nanogpt.seals import Seal, Sealing, read_sealed, write_sealed
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
-COPIED = 1 << 22
+COPY_BYTES = 1 << 22
 """Bytes copied at a time."""
 
 
@@ -44,20 +44,22 @@ class EncodingJob:
     bytes, and its SHA-256; new: the same of what was added since.
     """
 
-    def __init__(self, folder: Path, config: DataConfig, files: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, config: PrepareConfig, files: Sequence[Path]) -> None:
         self.folder = folder
         require(
             not folder.is_symlink() and (folder.is_dir() or not folder.exists()),
             f"{folder} is not a folder of this program: move it away",
         )
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        plan = json.dumps([FORMAT, {**asdict(config), "overwrite": False}, tokenizer_settings(config), stats])
+        plan = json.dumps(
+            [FORMAT_VERSION, {**asdict(config), "overwrite": False}, tokenizer_settings(config), stats]
+        )
         self.key = hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
         self.survey: ScanResult | None = None
         self.tokens, self.bytes, self.batches = [0, 0], [0, 0], 0
         self.stretches: list[list[tuple[int, str]]] = [[], []]
         self.new = [hashlib.sha256(), hashlib.sha256()]
-        state = self.saved()
+        state = self.load_state()
         if state is not None:
             self.tokens, self.bytes, self.batches = state["tokens"], state["bytes"], state["batches"]
             self.stretches = state["stretches"]
@@ -68,9 +70,9 @@ class EncodingJob:
         elif folder.exists():
             shutil.rmtree(folder)
 
-    def saved(self) -> dict[str, Any] | None:
+    def load_state(self) -> dict[str, Any] | None:
         """What was saved of this very preparation, if its token files are, to the bit, what it speaks of."""
-        paths = [self.folder / "state.pt", *map(self.tokens_file, SPLITS)]
+        paths = [self.folder / "state.pt", *map(self.token_path, SPLITS)]
         if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would be waited for
             return None
         try:
@@ -78,31 +80,31 @@ class EncodingJob:
             state = cast(dict[str, Any], content)
             if not sealed or state["key"] != self.key:
                 return None
-            same = all(map(has_stretches, paths[1:], state["stretches"]))
+            same = all(map(matches_checksums, paths[1:], state["stretches"]))
             return state if same else None
         except MemoryError:
             raise
         except Exception:  # damaged: begin again
             return None
 
-    def tokens_file(self, name: str) -> Path:
+    def token_path(self, name: str) -> Path:
         """Where the tokens of a split grow."""
         return self.folder / f"{name}.tokens"
 
-    def begin(self, survey: ScanResult, tokenizer: Tokenizer) -> None:
+    def start(self, survey: ScanResult, tokenizer: Tokenizer) -> None:
         """Start with the encoding."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.survey, self.tokenizer = survey, tokenizer
 
     @contextmanager
-    def writing(self) -> Generator[list[BinaryIO]]:
+    def open_token_files(self) -> Generator[list[BinaryIO]]:
         """The files to append to, cut back to what was saved. Errors: UserError if the disk is full."""
         width = np.dtype(self.tokenizer.dtype).itemsize
         try:
             with ExitStack() as stack:
                 files: list[BinaryIO] = []
                 for name, count in zip(SPLITS, self.tokens, strict=True):
-                    file = stack.enter_context(open(self.tokens_file(name), "ab"))
+                    file = stack.enter_context(open(self.token_path(name), "ab"))
                     file.truncate(width * count)
                     files.append(file)
                 yield files
@@ -112,7 +114,7 @@ class EncodingJob:
                 "command again: it goes on where it was"
             ) from error
 
-    def add(self, files: Sequence[BinaryIO], side: int, ids: Ids, size: int) -> None:
+    def append(self, files: Sequence[BinaryIO], side: int, ids: Ids, size: int) -> None:
         """Append tokens, of `size` bytes of text, to a split. Errors: OSError if the disk is full."""
         raw = ids.tobytes()
         files[side].write(raw)
@@ -120,7 +122,7 @@ class EncodingJob:
         self.tokens[side] += len(ids)
         self.bytes[side] += size
 
-    def save(self, files: Sequence[BinaryIO]) -> None:
+    def save_state(self, files: Sequence[BinaryIO]) -> None:
         """Remember how far the encoding is."""
         assert self.survey is not None
         for file in files:
@@ -153,13 +155,13 @@ def as_tensor(values: "array[int]") -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(values, np.int64).copy())
 
 
-def has_stretches(path: Path, stretches: Sequence[tuple[int, str]]) -> bool:
+def matches_checksums(path: Path, stretches: Sequence[tuple[int, str]]) -> bool:
     """Whether a file begins with stretches of bytes of these ends and SHA-256s. Errors: OSError."""
     place = 0
     with open(path, "rb") as file:
         for end, expected in stretches:
             digest = hashlib.sha256()
-            while place < end and (piece := file.read(min(end - place, COPIED))):
+            while place < end and (piece := file.read(min(end - place, COPY_BYTES))):
                 digest.update(piece)
                 place += len(piece)
             if place < end or digest.hexdigest() != expected:
@@ -176,19 +178,19 @@ def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], fi
     width, sealing = np.dtype(dtype).itemsize, Sealing()
     with replacing(path) as file:
         with torch.serialization.skip_data():
-            torch.save(torch.from_numpy(stand_in(raw, dtype, count)), file)
+            torch.save(torch.from_numpy(placeholder_array(raw, dtype, count)), file)
         with zipfile.ZipFile(file) as archive:
             entry = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
-        file.seek(entry.header_offset + PLACE)
+        file.seek(entry.header_offset + NAME_LENGTH_OFFSET)
         name, extra = struct.unpack("<HH", file.read(4))
-        head = entry.header_offset + PLACE + 4 + name + extra
+        head = entry.header_offset + NAME_LENGTH_OFFSET + 4 + name + extra
         file.seek(0)
         sealing.update(file.read(head))
         with open(raw, "rb") as tokens:
             tokens.seek(width * first)
             left = width * count
             file.seek(head)
-            while left and (block := tokens.read(min(left, COPIED))):
+            while left and (block := tokens.read(min(left, COPY_BYTES))):
                 file.write(block)
                 sealing.update(block)
                 left -= len(block)
@@ -197,7 +199,7 @@ def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], fi
     return sealing.seal()
 
 
-def stand_in(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:
+def placeholder_array(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:
     """Any `count` values, (count,), that take no memory: of more tokens than fit into it, too.
 
     torch.save asks for a tensor although it skips the values. A map of the file that has them will do, not

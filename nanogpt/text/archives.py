@@ -22,25 +22,24 @@ from tarfile import HeaderError, ReadError
 from typing import IO, BinaryIO, cast
 
 from nanogpt.errors import UserError, require
-from nanogpt.text.compressed import DECOMPRESSORS, Bounded, Counted
+from nanogpt.text.compressed import DECOMPRESSORS, BombGuard, CountingReader
 from nanogpt.text.documents import Chunk, SkipReport, one_line
-from nanogpt.text.formats import Source, read_text, reason, spooled
-from nanogpt.text.json_formats import read_json, read_json_lines
-from nanogpt.text.tables import read_parquet, read_table
+from nanogpt.text.formats import FORMATS, Reader
+from nanogpt.text.records import Source, first_line, read_text, seekable_copy
 
-TAR_SHORTS = (".tgz", ".tbz2", ".txz", ".tzst")
+TAR_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tzst")
 
-DEPTH = 4
+MAX_DEPTH = 4
 """Archives inside archives."""
 
-LINK = 1 << 12
+MAX_LINK_BYTES = 1 << 12
 """Bytes of the target of a link."""
 
-RUBBISH = (".DS_Store", ".localized", "._")
+SYSTEM_FILE_PREFIXES = (".DS_Store", ".localized", "._")
 """How names of hidden files begin that a system writes and nobody misses."""
 
 
-def reporting(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
+def skip_on_error(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
     """The pieces of one of several files: if it fails, that is reported, and its last document ends there."""
     open_document = False
     try:
@@ -55,17 +54,17 @@ def reporting(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Iterato
         yield Chunk(b"", True)
 
 
-def read(source: Source) -> Iterator[Chunk]:
+def read_file(source: Source) -> Iterator[Chunk]:
     """The documents in a file, whatever it is.
 
     Errors: UserError if it is damaged, or not what its name says.
     """
-    with refusals(source.name):
+    with errors_with_name(source.name):
         yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
 
 
 @contextmanager
-def refusals(name: str) -> Generator[None]:
+def errors_with_name(name: str) -> Generator[None]:
     """Put the name of a file before what is wrong with it. Errors: UserError, also if it is damaged."""
     try:
         yield
@@ -77,12 +76,14 @@ def refusals(name: str) -> Generator[None]:
     except Exception as error:
         if not is_damage(error):
             raise
-        raise UserError(f"--input_file {name} is damaged: {reason(error)}") from error
+        raise UserError(f"--input_file {name} is damaged: {first_line(error)}") from error
 
 
-def unpacked(source: Source, file: io.RawIOBase, kind: str) -> Source:
+def nested_source(source: Source, file: io.RawIOBase, kind: str) -> Source:
     """What a compressed file holds. Errors: UserError if it is compressed over and over."""
-    require(source.depth < DEPTH, f"has archives inside archives, more than {DEPTH} deep: unpack it first")
+    require(
+        source.depth < MAX_DEPTH, f"has archives inside archives, more than {MAX_DEPTH} deep: unpack it first"
+    )
     buffered = cast(BinaryIO, io.BufferedReader(file, 1 << 18))
     return replace(source, file=buffered, kind=kind, depth=source.depth + 1)
 
@@ -95,33 +96,33 @@ def read_member(
 
     def pieces() -> Iterator[Chunk]:
         """Open it only when its turn has come."""
-        with refusals(whole_name), cast(IO[bytes], opener()) as stream:
-            bounded = Bounded(cast(BinaryIO, stream), partial(int, packed))
-            yield from read(replace(unpacked(source, bounded, name), name=whole_name))
+        with errors_with_name(whole_name), cast(IO[bytes], opener()) as stream:
+            bounded = BombGuard(cast(BinaryIO, stream), partial(int, packed))
+            yield from read_file(replace(nested_source(source, bounded, name), name=whole_name))
 
-    return reporting(pieces(), whole_name, source.report)
+    return skip_on_error(pieces(), whole_name, source.report)
 
 
 def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Chunk]:
     """What is inside a compressed file."""
-    counted = Counted(source.file, int)
-    stream = Bounded(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
+    counted = CountingReader(source.file, int)
+    stream = BombGuard(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
     path = Path(source.kind)
-    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SHORTS else "")
-    yield from read(unpacked(source, stream, str(kind)))
+    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SUFFIXES else "")
+    yield from read_file(nested_source(source, stream, str(kind)))
 
 
 def read_zip(source: Source) -> Iterator[Chunk]:
     """The files in a zip archive, in its order."""
-    hidden = Hidden()
-    with spooled(source.file) as file, zipfile.ZipFile(file) as archive:
+    hidden = HiddenFiles()
+    with seekable_copy(source.file) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            if member.is_dir() or not is_inside(source, member.filename, hidden):
+            if member.is_dir() or not is_wanted_member(source, member.filename, hidden):
                 continue
             opener = partial(archive.open, member)
             if stat.S_ISLNK(member.external_attr >> 16):
-                with refusals(f"{source.name}/{member.filename}"), opener() as link:
-                    not_followed(source, member.filename, link.read(LINK).decode("utf-8", "replace"))
+                with errors_with_name(f"{source.name}/{member.filename}"), opener() as link:
+                    report_link(source, member.filename, link.read(MAX_LINK_BYTES).decode("utf-8", "replace"))
             else:
                 yield from read_member(source, member.filename, member.compress_size, opener)
     source.report.notes += hidden.notes(source.name)
@@ -129,22 +130,22 @@ def read_zip(source: Source) -> Iterator[Chunk]:
 
 def read_tar(source: Source) -> Iterator[Chunk]:
     """The files in a tar archive, in its order; of archives one after the other too."""
-    hidden = Hidden()
-    with tarfile.open(fileobj=source.file, mode="r|", tarinfo=Header, ignore_zeros=True) as archive:
+    hidden = HiddenFiles()
+    with tarfile.open(fileobj=source.file, mode="r|", tarinfo=CheckedTarInfo, ignore_zeros=True) as archive:
         for member in archive:
-            if member.isdir() or not is_inside(source, member.name, hidden):
+            if member.isdir() or not is_wanted_member(source, member.name, hidden):
                 continue
             if member.isfile():
                 opener = partial(archive.extractfile, member)
                 yield from read_member(source, member.name, member.size, opener)
             elif member.issym():
-                not_followed(source, member.name, member.linkname)
+                report_link(source, member.name, member.linkname)
             elif not member.islnk():  # whose text has come before, under the name that it links to
                 source.report.reject(f"{source.name}/{member.name}", "no file but a device or a pipe")
     source.report.notes += hidden.notes(source.name)
 
 
-def not_followed(source: Source, name: str, target: str) -> None:
+def report_link(source: Source, name: str, target: str) -> None:
     """Report a link in an archive, unless what it leads to is a member too and comes by itself."""
     place = PureWindowsPath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
     if ".." in place.parts or place.anchor:
@@ -152,7 +153,7 @@ def not_followed(source: Source, name: str, target: str) -> None:
 
 
 @dataclass
-class Hidden:
+class HiddenFiles:
     """Hidden files and folders that are left out. number: how many; first: the first of them."""
 
     number: int = 0
@@ -160,7 +161,7 @@ class Hidden:
 
     def add(self, name: str) -> None:
         """Count one, unless it is a file that a system writes by itself."""
-        if not PureWindowsPath(name).name.startswith(RUBBISH):
+        if not PureWindowsPath(name).name.startswith(SYSTEM_FILE_PREFIXES):
             self.number += 1
             self.first = self.first or name
 
@@ -171,11 +172,11 @@ class Hidden:
         return (one_line(said),) if self.number else ()
 
 
-class Header(tarfile.TarInfo):
+class CheckedTarInfo(tarfile.TarInfo):
     """The header of a member of a tar archive. The library takes a damaged one for the end, silently."""
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "Header":
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "CheckedTarInfo":
         """The header at the archive's position. Errors: ReadError if it is damaged."""
         try:
             return super().fromtarfile(tarfile)
@@ -185,7 +186,7 @@ class Header(tarfile.TarInfo):
             raise
 
 
-def is_inside(source: Source, name: str, hidden: Hidden) -> bool:
+def is_wanted_member(source: Source, name: str, hidden: HiddenFiles) -> bool:
     """Whether a member is to be read: not hidden, and not named as if it lay outside the archive."""
     path = PureWindowsPath(name)  # which knows drives and both kinds of slashes
     if ".." in path.parts or path.anchor:
@@ -205,14 +206,10 @@ def is_damage(error: Exception) -> bool:
     return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
 
 
-READERS: dict[str, Callable[[Source], Iterator[Chunk]]] = {
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".json": read_json,
-    ".csv": partial(read_table, ","),
-    ".tsv": partial(read_table, "\t"),
-    ".parquet": read_parquet,
+READERS: dict[str, Reader] = {
+    **FORMATS,
     **{suffix: partial(read_compressed, opener) for suffix, opener in DECOMPRESSORS.items()},
     ".zip": read_zip,
     ".tar": read_tar,
 }
+"""Readers by suffix: of the text formats, of compressed files and of archives."""

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol, cast
 
 from nanogpt.errors import require
-from nanogpt.text.formats import missing
+from nanogpt.text.records import missing_library
 
 BOMB_RATIO, BOMB_BYTES = 200, 1 << 26
 """What expands more often than this, to more than this, is no text."""
 
-PACKED = 1 << 16
+READ_BYTES = 1 << 16
 """Compressed bytes that are read at a time."""
 
 
-class Counted(io.RawIOBase):
+class CountingReader(io.RawIOBase):
     """A file that tells how much of it has been read."""
 
     def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
@@ -75,7 +75,7 @@ class Decompressor(Protocol):
         ...
 
 
-class Frames(io.RawIOBase):
+class FrameReader(io.RawIOBase):
     """A decompressed stream out of one frame after the other.
 
     The libraries' own files end without a word where what follows a frame is none.
@@ -96,27 +96,27 @@ class Frames(io.RawIOBase):
             given = b""
             if self.frame is None or self.frame.eof:
                 given = self.frame.unused_data if self.frame else b""
-                given = given or self.file.read(PACKED)
-                given = given.lstrip(b"\0") or self.behind_padding()
+                given = given or self.file.read(READ_BYTES)
+                given = given.lstrip(b"\0") or self.skip_padding()
                 if not given:
                     return 0
                 self.frame = self.new()
             elif self.frame.needs_input:
-                given = self.file.read(PACKED)
+                given = self.file.read(READ_BYTES)
                 if not given:
                     raise EOFError("it breaks off")
             data = self.frame.decompress(given, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
-    def behind_padding(self) -> bytes:
+    def skip_padding(self) -> bytes:
         """What follows zeros, which may fill a file up to the size of a block."""
-        while (given := self.file.read(PACKED)) and not given.strip(b"\0"):
+        while (given := self.file.read(READ_BYTES)) and not given.strip(b"\0"):
             pass
         return given.lstrip(b"\0")
 
 
-class Bounded(io.RawIOBase):
+class BombGuard(io.RawIOBase):
     """A decompressed stream that refuses to expand without end.
 
     packed: how many compressed bytes went into it so far.
@@ -148,12 +148,12 @@ def ungzip(file: BinaryIO) -> BinaryIO:
 
 def unbzip(file: BinaryIO) -> BinaryIO:
     """A stream out of a bzip2 file."""
-    return cast(BinaryIO, Frames(file, bz2.BZ2Decompressor))
+    return cast(BinaryIO, FrameReader(file, bz2.BZ2Decompressor))
 
 
 def unxz(file: BinaryIO) -> BinaryIO:
     """A stream out of an xz file."""
-    return cast(BinaryIO, Frames(file, lzma.LZMADecompressor))
+    return cast(BinaryIO, FrameReader(file, lzma.LZMADecompressor))
 
 
 def unzstd(file: BinaryIO) -> BinaryIO:
@@ -164,8 +164,8 @@ def unzstd(file: BinaryIO) -> BinaryIO:
         else:
             from backports import zstd
     except ModuleNotFoundError as error:
-        raise missing("backports.zstd") from error
-    return cast(BinaryIO, Frames(file, zstd.ZstdDecompressor))
+        raise missing_library("backports.zstd") from error
+    return cast(BinaryIO, FrameReader(file, zstd.ZstdDecompressor))
 
 
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {

@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from nanogpt.config import DataConfig
 from nanogpt.errors import UserError, require
-from nanogpt.text.archives import Hidden, read, reporting
-from nanogpt.text.compressed import Counted
-from nanogpt.text.documents import Chunk, SkipReport, one_line
-from nanogpt.text.formats import Source
+from nanogpt.text.archives import HiddenFiles, read_file, skip_on_error
+from nanogpt.text.compressed import CountingReader
+from nanogpt.text.documents import DEFAULT_TEXT_FIELD, Chunk, SkipReport, one_line
+from nanogpt.text.records import Source
 
-KINDS = {
+SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -31,10 +30,10 @@ KINDS = {
 }
 """What is not read, because reading it may never end."""
 
-SHOWN = 200
+MAX_NAME_CHARS = 200
 """Characters of a name in a message: it may be a whole text, given in the place of its file."""
 
-SYSTEM_FILES = "/proc"
+PROC_FOLDER = "/proc"
 """A folder whose files have no size, and other text each time that they are read."""
 
 
@@ -47,8 +46,8 @@ class Corpus:
     """
 
     files: tuple[Path, ...]
-    text_field: str = DataConfig.text_field
-    lost: tuple[tuple[str, str], ...] = ()
+    text_field: str = DEFAULT_TEXT_FIELD
+    unreadable: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -63,18 +62,20 @@ class Corpus:
         Errors: UserError if the only file there is cannot be read; of several, such a one is reported.
         """
         report.notes += self.notes
-        for where, why in self.lost:
+        for where, why in self.unreadable:
             report.reject(where, why)
         for path in self.files:
-            source = partial(self.pieces_of, path, report, advance)
-            yield from source() if len(self.files) == 1 else reporting(source(), str(path), report)
+            source = partial(self.read_chunks, path, report, advance)
+            yield from source() if len(self.files) == 1 else skip_on_error(source(), str(path), report)
 
-    def pieces_of(self, path: Path, report: SkipReport, advance: Callable[[int], object]) -> Iterator[Chunk]:
+    def read_chunks(
+        self, path: Path, report: SkipReport, advance: Callable[[int], object]
+    ) -> Iterator[Chunk]:
         """The documents in a file. Errors: UserError if it cannot be read."""
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:
-                file = cast(BinaryIO, io.BufferedReader(Counted(raw, advance), 1 << 18))
-                yield from read(Source(file, str(path), str(path), self.text_field, report))
+                file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, advance), 1 << 18))
+                yield from read_file(Source(file, str(path), str(path), self.text_field, report))
         except OSError as error:
             raise UserError(f"--input_file {path} cannot be read: {error.strerror or error}") from error
 
@@ -90,45 +91,45 @@ def size_of(path: Path) -> int:
 def open_file(path: str, flags: int) -> int:
     """Open a file, and nothing that could be waited for without end. Errors: OSError."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if (kind := kind_of(os.fstat(descriptor))) is not None:
+    if (kind := special_file_kind(os.fstat(descriptor))) is not None:
         os.close(descriptor)
         raise OSError(f"it is {kind}")
     return descriptor
 
 
-def kind_of(status: os.stat_result) -> str | None:
+def special_file_kind(status: os.stat_result) -> str | None:
     """What something is, if it is neither a file nor a folder."""
     if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_dev == system_device():
-        return f"a file of the system in {SYSTEM_FILES}"
-    return KINDS.get(stat.S_IFMT(status.st_mode))
+        return f"a file of the system in {PROC_FOLDER}"
+    return SPECIAL_FILES.get(stat.S_IFMT(status.st_mode))
 
 
 def system_device() -> int | None:
     """The device of SYSTEM_FILES, None where there is none."""
     try:
-        return Path(SYSTEM_FILES).stat().st_dev
+        return Path(PROC_FOLDER).stat().st_dev
     except OSError:
         return None
 
 
-def find(names: Sequence[str], text_field: str = DataConfig.text_field) -> Corpus:
+def find_corpus(names: Sequence[str], text_field: str = DEFAULT_TEXT_FIELD) -> Corpus:
     """The files that are meant by files, folders and globs, in that order; inside each by name, each once.
 
     Errors: UserError if one is missing or holds no files.
     """
-    search = Search()
+    search = FileSearch()
     for name in names:
-        search.take(name)
+        search.add(name)
     return Corpus(
         tuple(search.files.values()),
         text_field,
-        tuple(search.lost.items()),
+        tuple(search.unreadable.items()),
         search.hidden.notes(),
     )
 
 
 @dataclass
-class Search:
+class FileSearch:
     """A search for files.
 
     files: what was found, by its real path. lost: what cannot be read, by its path, and why.
@@ -136,13 +137,13 @@ class Search:
     """
 
     files: dict[str, Path] = field(default_factory=dict[str, Path])
-    lost: dict[str, str] = field(default_factory=dict[str, str])
-    hidden: Hidden = field(default_factory=Hidden)
+    unreadable: dict[str, str] = field(default_factory=dict[str, str])
+    hidden: HiddenFiles = field(default_factory=HiddenFiles)
 
-    def take(self, name: str) -> None:
+    def add(self, name: str) -> None:
         """Look for what is meant by a file, a folder or a glob. Errors: UserError if it is nothing."""
         found: list[Path] = []
-        lost_before = len(self.lost)
+        lost_before = len(self.unreadable)
         for match in self.matches(name):
             if match.is_dir():
                 found += self.walk(match)
@@ -150,16 +151,16 @@ class Search:
                 found.append(match)
         for file in found:
             self.files.setdefault(os.path.realpath(file), file)
-        for where, why in list(self.lost.items())[lost_before:]:
+        for where, why in list(self.unreadable.items())[lost_before:]:
             require(bool(found), f"--input_file {name} holds nothing that can be read: {where} is {why}")
         require(bool(found), f"--input_file {name} is a folder without files: give another one")
 
     def matches(self, name: str) -> list[Path]:
         """The files and folders that a name means. Errors: UserError if there are none."""
         require(bool(name), "--input_file is empty: give a file")
-        shown = one_line(name)[:SHOWN]
+        shown = one_line(name)[:MAX_NAME_CHARS]
         try:
-            kind = kind_of(Path(name).stat())
+            kind = special_file_kind(Path(name).stat())
             advice = f"is {kind}, no file: pipe what comes out of it into --input_file -"
             require(kind is None, f"--input_file {shown} {advice}")
             return [Path(name)]
@@ -170,22 +171,22 @@ class Search:
                 raise UserError(f"--input_file {shown} cannot be read: {error.strerror}") from error
         require(not Path(name).is_symlink(), f"--input_file {shown} is a link to a file that is not there")
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
-        self.look_behind(name)
-        for where, why in self.lost.items() if not matches else ():
+        self.check_glob_folders(name)
+        for where, why in self.unreadable.items() if not matches else ():
             raise UserError(f"--input_file {shown} finds nothing: {where} is {why}")
         require(bool(matches), f"--input_file {shown} does not exist: check the path")
         return matches
 
-    def look_behind(self, pattern: str) -> None:
+    def check_glob_folders(self, pattern: str) -> None:
         """Report the folders that a glob cannot look into: it passes over them without a word."""
         while glob.has_magic(pattern):
             head, tail = os.path.split(pattern)
             folders = glob.glob(head, recursive=True) if head else [os.curdir]  # noqa: PTH207
             for folder in filter(os.path.isdir, folders):
-                self.look_into(folder, "*" if head.endswith("**") else tail)
+                self.check_folder(folder, "*" if head.endswith("**") else tail)
             pattern = head
 
-    def look_into(self, folder: str, name: str) -> None:
+    def check_folder(self, folder: str, name: str) -> None:
         """Report a folder where it cannot be seen whether there is a name, or what matches it."""
         try:
             if glob.has_magic(name):
@@ -195,28 +196,30 @@ class Search:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            self.lose_folder(error, folder)
+            self.add_unreadable_folder(error, folder)
 
-    def lose_folder(self, error: OSError, folder: str = "") -> None:
+    def add_unreadable_folder(self, error: OSError, folder: str = "") -> None:
         """Report a folder that cannot be read."""
-        self.lost[str(error.filename or folder)] = f"a folder that cannot be read: {error.strerror or error}"
+        self.unreadable[str(error.filename or folder)] = (
+            f"a folder that cannot be read: {error.strerror or error}"
+        )
 
     def is_readable(self, path: Path) -> bool:
         """Whether there is a file. What else is there is reported."""
         try:
-            why = kind_of(path.stat())
+            why = special_file_kind(path.stat())
         except FileNotFoundError:
             why = "a link to a file that is not there"
         except OSError as error:
             why = f"a file that cannot be read: {error.strerror or error}"
         if why is not None:
-            self.lost[str(path)] = why
+            self.unreadable[str(path)] = why
         return why is None
 
     def walk(self, folder: Path) -> Iterator[Path]:
         """The files in a folder and its folders, by name, hidden ones left out; a loop of links ends."""
         seen: set[str] = set()
-        for place, folders, files in os.walk(folder, onerror=self.lose_folder, followlinks=True):
+        for place, folders, files in os.walk(folder, onerror=self.add_unreadable_folder, followlinks=True):
             real = os.path.realpath(place)
             if real in seen:
                 folders.clear()

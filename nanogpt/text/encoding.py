@@ -22,33 +22,37 @@ BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16'
 
 NOT_TEXT = "is not a text file: save it as plain text in UTF-8"
 
-COMMONEST = "cp1252"
+PREFERRED_ENCODING = "cp1252"
 """The old encoding of western Europe, a superset of Latin-1's characters."""
 
 DETECTION_BYTES = 1 << 20
 """How much of a file the encoding detector looks at."""
 
-BEGINNING = 1 << 24
+HEAD_BYTES = 1 << 24
 """How much of a file decides its encoding, in bytes: most files are shorter."""
 
 READ_BYTES = 1 << 17
 """How much of a longer file is decoded at a time."""
 
 
-def decoded(file: BinaryIO, lose: Callable[[str], object] = str) -> tuple[Iterator[bytes], tuple[str, ...]]:
+def decode_file(
+    file: BinaryIO, lose: Callable[[str], object] = str
+) -> tuple[Iterator[bytes], tuple[str, ...]]:
     """The text of a file in UTF-8, in blocks of whole characters, and notes on its encoding (a line each).
 
     lose: called with a line on bytes at the end that are left out.
     Errors: UserError if it is binary, or where it cannot be decoded (then, in the middle of the blocks).
     """
-    beginning = file.read(BEGINNING)
+    beginning = file.read(HEAD_BYTES)
     following = file.read(READ_BYTES)
-    encoding, notes = encoding_of(beginning, whole=not following)
-    parts = blocks(file, beginning, following)
-    return without_nul(checked(parts, lose) if encoding == "utf-8" else converted(parts, encoding)), notes
+    encoding, notes = find_encoding(beginning, whole=not following)
+    parts = read_blocks(file, beginning, following)
+    return reject_nul(
+        check_utf8(parts, lose) if encoding == "utf-8" else convert_to_utf8(parts, encoding)
+    ), notes
 
 
-def blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes]:
+def read_blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes]:
     """The bytes of a file, of which some have been read, in blocks of READ_BYTES."""
     for start in range(0, len(beginning), READ_BYTES):
         yield beginning[start : start + READ_BYTES]
@@ -58,7 +62,7 @@ def blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes
         following = file.read(READ_BYTES)
 
 
-def checked(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterator[bytes]:
+def check_utf8(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterator[bytes]:
     """UTF-8 in blocks of whole characters. One that is cut off by the end of the file is left out and said.
 
     Errors: UserError at bytes that are no UTF-8.
@@ -72,14 +76,14 @@ def checked(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterator[b
             try:
                 whole.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(not_decoded("UTF-8", error, position + error.start)) from error
+                raise UserError(decode_error_message("UTF-8", error, position + error.start)) from error
         position += len(whole)
         yield whole
     if held:
         lose(f"ends inside a character: {counted(len(held), 'byte')} left out")
 
 
-def converted(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+def convert_to_utf8(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
     """Another encoding as UTF-8. Errors: UserError at bytes that do not belong to it."""
     decoder, position = codecs.getincrementaldecoder(encoding)("strict"), 0
     try:
@@ -88,15 +92,15 @@ def converted(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
             position += len(part)
         yield decoder.decode(b"", final=True).encode()
     except UnicodeDecodeError as error:
-        raise UserError(not_decoded(encoding, error, position + error.start)) from error
+        raise UserError(decode_error_message(encoding, error, position + error.start)) from error
 
 
-def not_decoded(encoding: str, error: UnicodeDecodeError, position: int) -> str:
+def decode_error_message(encoding: str, error: UnicodeDecodeError, position: int) -> str:
     """What is wrong at a byte of a file."""
     return f"{NOT_TEXT} (read as {encoding}, but: {error.reason} at about byte {position:,})"
 
 
-def without_nul(parts: Iterator[bytes]) -> Iterator[bytes]:
+def reject_nul(parts: Iterator[bytes]) -> Iterator[bytes]:
     """The blocks, unless one has the character that no text has. Errors: UserError at that."""
     for part in parts:
         require(b"\0" not in part, NOT_TEXT)
@@ -115,7 +119,7 @@ def whole_characters(raw: bytes) -> bytes:
     return raw
 
 
-def encoding_of(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[str, tuple[str, ...]]:
+def find_encoding(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[str, tuple[str, ...]]:
     """The encoding of a file by its beginning, and notes on it: by its mark, else UTF-8, else detected.
 
     whole: `raw` is all there is of the file. in_records: a few bytes that are no UTF-8 break the records
@@ -134,7 +138,7 @@ def encoding_of(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[s
         not is_mostly_utf8(raw),
         f"is UTF-8 but for the byte 0x{raw[valid]:02X} at {valid:,}: remove or repair it",
     )
-    encoding = detect(raw, whole=whole)
+    encoding = guess_encoding(raw, whole=whole)
     if encoding is None:
         raise UserError(NOT_TEXT)
     return encoding, (f"not UTF-8: read as {encoding}, as detected",)
@@ -163,7 +167,7 @@ def is_mostly_utf8(raw: bytes) -> bool:
     return whole > 9 * broken
 
 
-def detect(raw: bytes, *, whole: bool) -> str | None:
+def guess_encoding(raw: bytes, *, whole: bool) -> str | None:
     """The likeliest encoding of `raw` by its beginning (charset-normalizer), None for binary data."""
     from charset_normalizer import from_bytes
 
@@ -178,7 +182,7 @@ def detect(raw: bytes, *, whole: bool) -> str | None:
     # Several may explain the bytes equally well: then the commonest of them.
     equals = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
     encodings = [best.encoding, *(name for match in equals for name in match.could_be_from_charset)]
-    return COMMONEST if COMMONEST in encodings else best.encoding
+    return PREFERRED_ENCODING if PREFERRED_ENCODING in encodings else best.encoding
 
 
 def utf8(text: str) -> bytes:

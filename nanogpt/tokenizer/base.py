@@ -10,8 +10,8 @@ Encoding is a table lookup, of bytes or of code points; no Python loop touches a
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from nanogpt.errors import UserError
 from nanogpt.text.encoding import utf8
 
-CHUNK = 1 << 16
+ENCODE_CHARS = 1 << 16
 """Characters encoded at once: their copy in UTF-32 (256 KiB) stays in the processor's cache."""
 
-UNICODE = 0x110000
+CODE_POINTS = 0x110000
 """Number of code points in Unicode."""
 
 END_OF_TEXT = "<|endoftext|>"
@@ -31,14 +31,49 @@ END_OF_TEXT = "<|endoftext|>"
 Ids = NDArray[np.unsignedinteger[Any]]
 
 
+class TrainingText(Protocol):
+    """The text that a tokenizer is made from."""
+
+    @property
+    def characters(self) -> str:
+        """Every different character of the whole text, in order of code point."""
+        ...
+
+    @property
+    def documents(self) -> int:
+        """Number of documents in the whole text."""
+        ...
+
+    def sample(self) -> bytes:
+        """Part of the training split in UTF-8; the byte 0xFF separates chunks. Reads the text again."""
+        ...
+
+
 class Tokenizer(ABC):
     """Text <-> ids.
 
     tokens: the UTF-8 bytes of each id, V of them; end_of_text: the id between documents, if there is one.
+    A new kind of tokenizer is a subclass, and a row in registry.py.
     """
 
+    kind: ClassVar[str]
+    """The name of the class in registry.py and in saved tokenizers."""
+    unit: ClassVar[str] = "tokens"
+    """The noun for its tokens, in messages."""
+    min_vocab_size: ClassVar[int | None] = None
+    """Least --vocab_size; None: the vocabulary does not depend on --vocab_size."""
     tokens: list[bytes]
     end_of_text: int | None = None
+
+    @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "Tokenizer":
+        """A new tokenizer for a text. Raises: UserError if the text is too small for `vocab_size`."""
+        raise NotImplementedError(f"{cls.__name__} is not made from a text")
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Tokenizer":
+        """Inverse of to_dict. Raises: any exception if `saved` is malformed."""
 
     @property
     def vocab_size(self) -> int:
@@ -48,7 +83,7 @@ class Tokenizer(ABC):
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
         """The narrowest integer type that holds every id."""
-        return narrowest(self.vocab_size)
+        return narrowest_dtype(self.vocab_size)
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
@@ -64,6 +99,10 @@ class Tokenizer(ABC):
         Errors: UserError if a character has none.
         """
         return self.encode_batch([utf8(text)])[0]
+
+    def unknown_characters(self, text: str) -> list[str]:
+        """The characters of `text` that no id stands for, each once, in the order they come: usually none."""
+        return []
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, the inverse of encode. Bytes that are not UTF-8 come out as U+FFFD."""
@@ -83,6 +122,9 @@ class CharTokenizer(Tokenizer):
     chars: the vocabulary; the id of a character is its position in it, and len(chars) ends a document.
     """
 
+    kind = "char"
+    unit = "different characters"
+
     def __init__(self, chars: str, *, end_of_text: bool = False) -> None:
         self.chars = chars
         self.tokens = [char.encode("utf-8", "surrogatepass") for char in chars]
@@ -90,17 +132,27 @@ class CharTokenizer(Tokenizer):
             self.end_of_text = len(chars)
             self.tokens.append(END_OF_TEXT.encode())
         self.points = code_points(chars)  # (V,) id -> code point
-        self.ids = np.full(UNICODE, -1, dtype=np.int32)  # code point -> id, -1 if unknown
+        self.ids = np.full(CODE_POINTS, -1, dtype=np.int32)  # code point -> id, -1 if unknown
         self.ids[self.points] = np.arange(len(chars), dtype=np.int32)
         # Ids of ASCII characters are below 128, since ids are in order of code point.
         self.ascii = bytes(max(i, 0) for i in self.ids[:256].tolist() if i < 256).ljust(256)
         self.unknown_ascii = bytes(np.flatnonzero(self.ids[:128] < 0).tolist())
 
     @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "CharTokenizer":
+        """The tokenizer of every character of a text; documents end with a token if there are several."""
+        return cls(text.characters, end_of_text=text.documents > 1)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "CharTokenizer":
+        """Inverse of to_dict."""
+        return cls(saved["chars"], end_of_text=saved.get("end_of_text", False))
+
+    @classmethod
     def train(cls, text: str, *, end_of_text: bool = False) -> "CharTokenizer":
         """The tokenizer whose vocabulary is every character that occurs in `text`."""
-        seen = np.zeros(UNICODE, dtype=np.bool_)
-        for chunk in chunks(text):
+        seen = np.zeros(CODE_POINTS, dtype=np.bool_)
+        for chunk in split_text(text):
             mark_characters(seen, chunk.encode("utf-8", "surrogatepass"))
         return cls(characters(seen), end_of_text=end_of_text)
 
@@ -113,7 +165,7 @@ class CharTokenizer(Tokenizer):
         if len(texts) == 1:
             ids = self.encode_raw(texts[0])
             return ids, np.array([len(ids)])
-        parts = [self.encode_raw(text) for text in texts] if any_wide(texts) else None
+        parts = [self.encode_raw(text) for text in texts] if has_multibyte(texts) else None
         if parts is None:
             return self.encode_raw(b"".join(texts)), np.array([len(text) for text in texts], np.int64)
         return np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
@@ -125,25 +177,25 @@ class CharTokenizer(Tokenizer):
         text = raw.decode("utf-8", "surrogatepass")
         ids = np.empty(len(text), dtype=self.dtype)
         start = 0
-        for chunk in chunks(text):
+        for chunk in split_text(text):
             found = self.ids[code_points(chunk)]
             if found.min() < 0:
-                raise UserError(self.complaint(text))
+                raise UserError(self.unknown_message(text))
             ids[start : start + len(chunk)] = found
             start += len(chunk)
         return ids
 
-    def complaint(self, text: str) -> str:
+    def unknown_message(self, text: str) -> str:
         """What is wrong with `text`: which characters are unknown, and where the first is."""
-        missing = self.unknown(text)
-        names = ", ".join(describe(char) for char in missing[:5]) + ", ..." * (len(missing) > 5)
+        missing = self.unknown_characters(text)
+        names = ", ".join(describe_character(char) for char in missing[:5]) + ", ..." * (len(missing) > 5)
         where = f"at position {text.index(missing[0])}"
         of = f"not in the vocabulary of {len(self.chars)} characters"
         if len(missing) == 1:
             return f"character {names} {where} is {of}: leave it out"
         return f"characters {names} (the first {where}) are {of}: leave them out"
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown_characters(self, text: str) -> list[str]:
         """The characters of `text` that are not in the vocabulary, each once, in the order they come."""
         return [char for char in dict.fromkeys(text) if self.ids[ord(char)] < 0]
 
@@ -157,7 +209,7 @@ class CharTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         """All of the tokenizer, as plain types."""
-        return {"kind": "char", "chars": self.chars, "end_of_text": self.end_of_text is not None}
+        return {"kind": self.kind, "chars": self.chars, "end_of_text": self.end_of_text is not None}
 
 
 class ByteTokenizer(Tokenizer):
@@ -166,10 +218,21 @@ class ByteTokenizer(Tokenizer):
     The byte 0xFF never occurs in UTF-8: it ends a document.
     """
 
+    kind = "byte"
     end_of_text = 255
 
     def __init__(self) -> None:
         self.tokens = [bytes([i]) for i in range(255)] + [END_OF_TEXT.encode()]
+
+    @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "ByteTokenizer":
+        """The tokenizer: it is the same for every text."""
+        return cls()
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "ByteTokenizer":
+        """Inverse of to_dict."""
+        return cls()
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
@@ -178,10 +241,10 @@ class ByteTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         """All of the tokenizer, as plain types."""
-        return {"kind": "byte"}
+        return {"kind": self.kind}
 
 
-def narrowest(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+def narrowest_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     """The narrowest unsigned type that holds the ids 0 .. vocab_size - 1."""
     if vocab_size <= 1 << 8:
         return np.uint8
@@ -201,7 +264,7 @@ def characters(seen: NDArray[np.bool_]) -> str:
     return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 
-def any_wide(texts: Sequence[bytes]) -> bool:
+def has_multibyte(texts: Sequence[bytes]) -> bool:
     """Whether one of the texts has a character of several bytes."""
     return not all(text.isascii() for text in texts)
 
@@ -216,12 +279,12 @@ def code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def chunks(text: str) -> Iterator[str]:
+def split_text(text: str) -> Iterator[str]:
     """`text` in pieces of at most CHUNK characters."""
-    for start in range(0, len(text), CHUNK):
-        yield text[start : start + CHUNK]
+    for start in range(0, len(text), ENCODE_CHARS):
+        yield text[start : start + ENCODE_CHARS]
 
 
-def describe(char: str) -> str:
+def describe_character(char: str) -> str:
     """A character as a person can recognise it: itself and its code point."""
     return f"{char!r} (U+{ord(char):04X})"

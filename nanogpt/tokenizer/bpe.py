@@ -7,6 +7,7 @@ Face's tokenizers, which defined the format.
 # V vocab_size, N tokens
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.config import LEAST_BPE
-from nanogpt.errors import require
-from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer
+from nanogpt.console import say
+from nanogpt.errors import UserError, require
+from nanogpt.text.tiny_shakespeare import download
+from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer, TrainingText
 
-END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
+UNMERGED_IDS = 257
+"""Ids of a byte-level BPE without merges: every byte, and the end of a text."""
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
 """What the token that ends a text is called in other people's vocabularies."""
 
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
@@ -45,6 +53,9 @@ class BPETokenizer(Tokenizer):
     says is done here (`is_byte_level`).
     """
 
+    kind = "bpe"
+    min_vocab_size = UNMERGED_IDS + 1
+
     def __init__(self, source: str) -> None:
         import awkward  # noqa: F401 - gigatoken hides that it cannot be had, and why  # pyright: ignore
         import gigatoken
@@ -58,9 +69,21 @@ class BPETokenizer(Tokenizer):
             self.tokens[i] = bytes(BYTE_OF[char] for char in token)
         for token, i in added.items():
             self.tokens[i] = token.encode()
-        self.end_of_text = end_of_text(self.tokens, added)
+        self.end_of_text = find_end_of_text(self.tokens, added)
         described["added_tokens"] = []  # so that text which spells one is text
         self.backend = gigatoken.Tokenizer.from_json(json.dumps(described))
+
+    @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "BPETokenizer":
+        """Learn the merges from a sample of a text. Raises: UserError if it is too small for `vocab_size`."""
+        sample = text.sample()
+        say(f"Learning a vocabulary of {vocab_size:,} from {len(sample) / 1e6:,.1f} MB of text")
+        return train_bpe(sample, vocab_size)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "BPETokenizer":
+        """Inverse of to_dict."""
+        return cls(saved["tokenizer.json"])
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
@@ -72,7 +95,7 @@ class BPETokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         """All of the tokenizer, as plain types."""
-        return {"kind": "bpe", "tokenizer.json": self.source}
+        return {"kind": self.kind, "tokenizer.json": self.source}
 
 
 class ForeignTokenizer(Tokenizer):
@@ -80,6 +103,8 @@ class ForeignTokenizer(Tokenizer):
 
     It may change text on the way (as normalizers do): decode need not be the inverse of encode.
     """
+
+    kind = "tokenizer.json"
 
     def __init__(self, source: str) -> None:
         from tokenizers import Tokenizer as Backend
@@ -92,7 +117,12 @@ class ForeignTokenizer(Tokenizer):
             self.backend.decode([i], skip_special_tokens=False).encode("utf-8", "replace")
             for i in range(max(vocabulary.values()) + 1)
         ]
-        self.end_of_text = end_of_text(self.tokens, added_tokens(json.loads(source)))
+        self.end_of_text = find_end_of_text(self.tokens, added_tokens(json.loads(source)))
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "ForeignTokenizer":
+        """Inverse of to_dict."""
+        return cls(saved["tokenizer.json"])
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
@@ -121,7 +151,7 @@ class ForeignTokenizer(Tokenizer):
 
     def to_dict(self) -> dict[str, Any]:
         """All of the tokenizer, as plain types."""
-        return {"kind": "tokenizer.json", "tokenizer.json": self.source}
+        return {"kind": self.kind, "tokenizer.json": self.source}
 
 
 def is_byte_level(described: Mapping[str, Any]) -> bool:
@@ -146,9 +176,9 @@ def added_tokens(described: Mapping[str, Any]) -> dict[str, int]:
     return {token["content"]: token["id"] for token in tokens}
 
 
-def end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:
+def find_end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:
     """The id that ends a document: the vocabulary's own, or a new one, appended to `tokens`."""
-    for name in END_NAMES:
+    for name in END_OF_TEXT_NAMES:
         if name in added:
             return added[name]
     tokens.append(END_OF_TEXT.encode())
@@ -167,9 +197,9 @@ def train_bpe(text: bytes, vocab_size: int) -> BPETokenizer:
     with muted():  # it reports on its own
         _, merges = learn(text, vocab_size, [END_OF_TEXT], separator=b"\xff")
     require(
-        len(merges) == vocab_size - LEAST_BPE,
+        len(merges) == vocab_size - UNMERGED_IDS,
         f"--vocab_size {vocab_size} is too large for this text, which has only {len(merges)} pairs to merge: "
-        f"use at most {len(merges) + LEAST_BPE}, or --tokenizer byte",
+        f"use at most {len(merges) + UNMERGED_IDS}, or --tokenizer byte",
     )
     return BPETokenizer(byte_level_json(merges))
 
@@ -212,11 +242,29 @@ def byte_level_json(merges: Iterable[tuple[bytes, bytes]], alphabet: Iterable[in
     )
 
 
-def gpt2(vocab_bpe: str) -> BPETokenizer:
+def gpt2_tokenizer(vocab_bpe: str) -> BPETokenizer:
     """GPT-2's tokenizer, from the file of merges that was published with it (vocab.bpe)."""
     pairs = (line.split(" ") for line in vocab_bpe.splitlines()[1:] if line)
     merges = ((unspell(left), unspell(right)) for left, right in pairs)
     return BPETokenizer(byte_level_json(merges, alphabet=GPT2_ORDER))
+
+
+def download_gpt2() -> BPETokenizer:
+    """GPT-2's tokenizer, downloaded. Raises: UserError if it cannot be."""
+    return gpt2_tokenizer(published_merges())
+
+
+def published_merges() -> str:
+    """GPT-2's file of merges, from where it was published. Errors: UserError if it cannot be fetched."""
+    try:
+        raw = download(GPT2_URL)
+    except OSError as error:
+        raise UserError(
+            "--tokenizer gpt2 cannot be fetched: connect to the internet, or give --tokenizer the path "
+            f"of GPT-2's tokenizer.json ({type(error).__name__})"
+        ) from error
+    require(hashlib.sha256(raw).hexdigest() == GPT2_SHA256, "--tokenizer gpt2 arrived damaged: try again")
+    return raw.decode("utf-8")
 
 
 def spell(token: bytes) -> str:

@@ -98,7 +98,7 @@ def encode(text: str, merges: Sequence[Pair]) -> list[int]:
 
 
 def encode_word(word: str, rank: Mapping[Pair, int]) -> list[bytes]:
-    """Turn a word into tokens: while some pair has been merged in training, merge the earliest learned one."""
+    """Turn a word into tokens: as long as some pairs have a rank, merge the pair of the lowest rank."""
     tokens = to_bytes(word)
     while pairs := [pair for pair in pairwise(tokens) if pair in rank]:
         tokens = merge(tokens, min(pairs, key=lambda pair: rank[pair]))

@@ -288,7 +288,10 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     """Mean loss over the validation split, in nats per token; None if interrupted by a signal."""
     config = run.config
     batches = evaluation_batches(
-        run.dataset.val, block_size=config.block_size, batch_size=config.batch_size, most=config.eval_iters
+        run.dataset.val,
+        block_size=config.block_size,
+        batch_size=config.batch_size,
+        max_batches=config.eval_iters,
     )
     micro = math.ceil(config.batch_size / (run.num_micro_batches * run.world.size))
     losses: list[Tensor] = []  # on the device: nothing waits for them before the end
