@@ -97,10 +97,10 @@ def text(tmp_path):
 def begun(folder, config, text):
     """A preparation that has encoded seven tokens, and saved five of them."""
     work = EncodingJob(folder, config, [text])
-    survey = ScanResult(first_val=1)
-    survey.characters.extend([3, 4])
-    survey.digests.extend([2**64 - 1, 5])
-    work.start(survey, ByteTokenizer())
+    scanned = ScanResult(first_val=1)
+    scanned.characters.extend([3, 4])
+    scanned.digests.extend([2**64 - 1, 5])
+    work.start(scanned, ByteTokenizer())
     with work.open_token_files() as files:
         for file, values, count in ((files[0], b"abcd", 3), (files[1], b"xyz", 2)):
             work.append(files, files.index(file), np.frombuffer(values[:count], np.uint8), count)
@@ -115,11 +115,11 @@ def test_a_preparation_goes_on_from_what_was_saved(tmp_path, text):
     config = PrepareConfig(data_dir=str(tmp_path))
     begun(tmp_path / "preparing", config, text)
     again = EncodingJob(tmp_path / "preparing", config, [text])
-    assert again.survey is not None
+    assert again.scanned is not None
     assert (again.tokens, again.bytes, again.batches) == ([3, 2], [3, 2], 1)
-    assert list(again.survey.characters) == [3, 4]
-    assert list(again.survey.digests) == [2**64 - 1, 5]
-    assert again.survey.first_val == 1
+    assert list(again.scanned.characters) == [3, 4]
+    assert list(again.scanned.digests) == [2**64 - 1, 5]
+    assert again.scanned.first_val == 1
     with again.open_token_files() as files:
         files[0].write(b"!")
     assert again.token_path("train").read_bytes() == b"abc!"
@@ -155,6 +155,6 @@ def test_what_is_of_another_preparation_or_damaged_is_thrown_away(tmp_path, text
     else:
         (folder / "val.tokens").unlink()
     again = EncodingJob(folder, config, files)
-    assert again.survey is None
+    assert again.scanned is None
     assert again.tokens == [0, 0]
     assert not Path(folder, "train.tokens").exists()

@@ -1,11 +1,13 @@
 """Tokens to batches.
 
-Use:    data = load_dataset(Path("data"))
-        sampler = BatchSampler(data.train, block_size=256, batch_size=64, seed=1)
-        loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
+Example:
+    data = load_dataset(Path("data"))
+    sampler = BatchSampler(data.train, block_size=256, batch_size=64, seed=1)
+    loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
 The folder is opened in data/dataset.py. Does not know the model.
 
 # B batch, T block_size, N tokens in the split, W windows in an epoch
+
 """
 
 import numpy as np
@@ -124,8 +126,8 @@ class BatchLoader:
         dtype = torch.uint8 if self.tokens.dtype == np.uint8 else torch.int32
         self.resident = torch.empty(len(self.tokens), dtype=dtype, device=self.device)
         for first in range(0, len(self.tokens), TOKENS_PER_COPY):  # the host need not hold it all
-            piece = self.tokens[first : first + TOKENS_PER_COPY].astype(np.int32)
-            self.resident[first : first + TOKENS_PER_COPY] = torch.from_numpy(piece).to(self.device)
+            part = self.tokens[first : first + TOKENS_PER_COPY].astype(np.int32)
+            self.resident[first : first + TOKENS_PER_COPY] = torch.from_numpy(part).to(self.device)
 
     def __call__(self, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
         """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""

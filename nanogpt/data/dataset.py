@@ -1,8 +1,10 @@
 """A prepared data folder, opened: train.pt, val.pt (or shards) and vocab.pt, which names and seals them.
 
-Use:    data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
+Example:
+    data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
 Whatever is in the folder, `load_dataset` gives the data set whole or says in one line what is wrong. The
 files are those that data/prepare.py wrote. Knows nothing of batches.
+
 """
 
 import math
@@ -84,7 +86,7 @@ def load_dataset(
 
     most: how many bytes of token files are compared with their seals: all if there are no more, else some
     blocks (seals.verify). None: all. advance: called with the bytes compared since the last call.
-    Errors: UserError if it is missing, incomplete, damaged, malformed or of a newer format.
+    Raises: UserError if it is missing, incomplete, damaged, malformed or of a newer format.
     """
     for _ in range(MAX_TRIES - 1):
         finish_interrupted_swap(folder)
@@ -173,7 +175,7 @@ def errors_with_advice(path: Path, advice: str) -> Generator[None]:
 
 
 def check_is_file(path: Path, advice: str) -> None:
-    """Errors: UserError if it is missing, or something that one would wait for, as a pipe is."""
+    """Raises: UserError if it is missing, or something that one would wait for, as a pipe is."""
     require(path.exists(), f"{path} is missing: {advice}")
     require(path.is_file(), f"{path} is not a file: move it away, then {advice}")
 
@@ -210,13 +212,13 @@ def prepare_arguments(config: PrepareConfig) -> list[str]:
 
 
 class VocabFile:
-    """What vocab.pt says, every value of its type. Errors: UserError naming the one that is not."""
+    """What vocab.pt says, every value of its type. Raises: UserError naming the one that is not."""
 
     def __init__(self, content: Mapping[str, Any], path: Path, advice: str) -> None:
         self.content, self.path, self.advice = content, path, advice
         self.fingerprint: str = self.get("fingerprint", is_string, needed=True)
-        self.tokens: dict[str, int] = self.get("tokens", is_count_of_splits, needed=True)
-        self.bytes: dict[str, int] | None = self.get("bytes", is_count_of_splits)
+        self.tokens: dict[str, int] = self.get("tokens", is_count_per_split, needed=True)
+        self.bytes: dict[str, int] | None = self.get("bytes", is_count_per_split)
         self.characters: int | None = self.get("characters", is_count)
         shards: dict[str, int] | None = self.get("shards", is_shards)
         self.files = {
@@ -227,7 +229,7 @@ class VocabFile:
         self.seals = self.seals_of(self.get("sha256", is_digests) or {}, self.get("blocks", is_blocks) or {})
 
     def get(self, key: str, right: Callable[[Any], bool], *, needed: bool = False) -> Any:
-        """A value, None if it is not there. Errors: UserError if it is not right, or needed and missing."""
+        """A value, None if it is not there. Raises: UserError if it is not right, or needed and missing."""
         value = self.content.get(key)
         if value is None and not needed:
             return None
@@ -270,7 +272,7 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def is_count_of_splits(value: Any) -> bool:
+def is_count_per_split(value: Any) -> bool:
     """Whether it is a number for each split."""
     counts = cast(dict[Any, Any], value) if isinstance(value, dict) else {}
     return set(counts) == set(SPLITS) and all(is_count(count) or count == 0 for count in counts.values())
@@ -278,7 +280,7 @@ def is_count_of_splits(value: Any) -> bool:
 
 def is_shards(value: Any) -> bool:
     """Whether it is a number of files for each split."""
-    return is_count_of_splits(value) and all(0 < count <= MAX_SHARDS for count in value.values())
+    return is_count_per_split(value) and all(0 < count <= MAX_SHARDS for count in value.values())
 
 
 def is_digests(value: Any) -> bool:
@@ -325,7 +327,7 @@ def check_ids_of_files(
 ) -> None:
     """See that every id is one of the vocabulary's: now, if there are few; else, unsealed, when read.
 
-    Errors: DamageError that names the file.
+    Raises: DamageError that names the file.
     """
     if verify_bytes is None or sum(part.nbytes for _, part in files) <= verify_bytes:
         for path, part in files:

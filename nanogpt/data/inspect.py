@@ -97,11 +97,11 @@ def count_tokens(dataset: Dataset) -> TokenCounts:
         for split in (dataset.train, dataset.val):
             ends = [np.array([-1])]
             for first in range(0, len(split), TOKENS_PER_READ):
-                piece = split[first : first + TOKENS_PER_READ]
-                frequencies += np.bincount(piece, minlength=V)
+                part = split[first : first + TOKENS_PER_READ]
+                frequencies += np.bincount(part, minlength=V)
                 if end is not None:
-                    ends.append(first + np.flatnonzero(piece == end))
-                bar.advance(task, len(piece))
+                    ends.append(first + np.flatnonzero(part == end))
+                bar.advance(task, len(part))
             if int(split[-1]) != end:  # a document that the split cuts, or the only one
                 ends.append(np.array([len(split)]))
             lengths.append(np.diff(np.concatenate(ends)) - 1)

@@ -5,7 +5,7 @@ Run:    python data.py                                          Tiny Shakespeare
 Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer, counts,
         a fingerprint of the text, and the SHA-256 of each token file). What was there is replaced when
         all of them are whole (data/swap.py).
-One pass over the corpus counts (data/scan.py), one encodes; each holds a few pieces of text and no more,
+One pass over the corpus counts (data/scan.py), one encodes; each holds a few chunks of text and no more,
 whatever the size, and shares the work among threads. Killed, the second goes on where it was.
 """
 
@@ -94,7 +94,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def prepare(config: PrepareConfig) -> None:
     """Write train.pt, val.pt and vocab.pt into config.data_dir, and say what they hold.
 
-    Errors: UserError if the text cannot be read or is too short for the split, if the folder holds
+    Raises: UserError if the text cannot be read or is too short for the split, if the folder holds
     another data set and overwrite is off, or if it cannot be written.
     """
     folder = Path(config.data_dir)
@@ -102,21 +102,21 @@ def prepare(config: PrepareConfig) -> None:
     corpora = open_corpora(config, folder)
     work = EncodingJob(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
     given = (
-        None if work.survey else existing_tokenizer(config.tokenizer)
+        None if work.scanned else existing_tokenizer(config.tokenizer)
     )  # before a long pass: it may be missing
-    survey = work.survey or scan(corpora, config)
-    fingerprint = fingerprint_of(survey, config)
+    scanned = work.scanned or scan(corpora, config)
+    fingerprint = fingerprint_of(scanned, config)
     if is_prepared(folder, fingerprint, config.overwrite):
-        if work.survey is None:
-            print_skip_report(survey.report, folder)
+        if work.scanned is None:
+            print_skip_report(scanned.report, folder)
         say(f"{folder} is already prepared from this text")
         work.remove()
         return
-    split = Split(survey, config)
-    if work.survey is None:
-        print_skip_report(survey.report, folder)
-        text = CorpusText(corpora, split, survey)
-        work.start(survey, given or TOKENIZERS[config.tokenizer].from_text(text, config.vocab_size))
+    split = Split(scanned, config)
+    if work.scanned is None:
+        print_skip_report(scanned.report, folder)
+        text = CorpusText(corpora, split, scanned)
+        work.start(scanned, given or TOKENIZERS[config.tokenizer].from_text(text, config.vocab_size))
     else:
         say(f"Going on with the preparation that was cut short, after {counted(sum(work.tokens), 'token')}")
     encode_corpora(corpora, split, work, config.shard_tokens)
@@ -128,17 +128,17 @@ def prepare(config: PrepareConfig) -> None:
 def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, fingerprint: str) -> dict[str, Any]:
     """Write the files of the set, then replace by them what is in the folder. Returns what vocab.pt says.
 
-    Errors: UserError if the disk is full; then what was there still is.
+    Raises: UserError if the disk is full; then what was there still is.
     """
-    assert work.survey is not None
+    assert work.scanned is not None
     tokens, sizes = (dict(zip(SPLITS, values, strict=True)) for values in (work.tokens, work.bytes))
     facts: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "tokenizer": work.tokenizer.to_dict(),
         "fingerprint": fingerprint,
         "arguments": prepare_arguments(config),
-        "characters": work.survey.total,
-        "documents": len(work.survey.characters),
+        "characters": work.scanned.total_characters,
+        "documents": len(work.scanned.characters),
         "tokens": tokens,
         "bytes": sizes,
     }
@@ -179,26 +179,26 @@ def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
 def save_standard_input(folder: Path) -> Path:
     """Standard input as a file for as long as the preparation takes, since it is read more than once.
 
-    Errors: UserError if it is closed, cannot be read, or does not fit on the disk.
+    Raises: UserError if it is closed, cannot be read, or does not fit on the disk.
     """
     require(sys.stdin is not None, "--input_file - is standard input, which is closed: pipe a text into it")
     path = folder / STDIN_FILE
     with replacing(path) as file:
         while True:
             try:
-                piece = sys.stdin.buffer.read(1 << 20)
+                block = sys.stdin.buffer.read(1 << 20)
             except (OSError, ValueError) as error:
                 why = (isinstance(error, OSError) and error.strerror) or str(error)
                 raise UserError(f"--input_file - cannot be read: {why}") from error
-            if not piece:
+            if not block:
                 return path
-            file.write(piece)
+            file.write(block)
 
 
 def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
     """Whether `folder` holds the data set with this fingerprint, whole.
 
-    Errors: UserError if it holds something else and `overwrite` is off.
+    Raises: UserError if it holds something else and `overwrite` is off.
     """
     if not (folder / "vocab.pt").exists():  # empty, or a preparation that was cut short
         return False
@@ -251,12 +251,12 @@ def encode_corpora(
 ) -> None:
     """Append the tokens of every document to its side's file, from where `work` stands.
 
-    Errors: UserError if the disk is full, or if files of `shard_tokens` are too many.
+    Raises: UserError if the disk is full, or if files of `shard_tokens` are too many.
     """
     with progress_bar("Encoding", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
-        pieces = split(all_chunks(corpora, partial(bar.advance, task)))
-        left = islice(group_into_batches(pieces, lambda piece: len(piece[0].raw)), work.batches, None)
+        chunks = split(all_chunks(corpora, partial(bar.advance, task)))
+        left = islice(group_into_batches(chunks, lambda chunk: len(chunk[0].raw)), work.batches, None)
         began = saved = time.monotonic()
         with work.open_token_files() as files:
             for sides in map_in_order(partial(encode_batch, work.tokenizer), left):
@@ -275,12 +275,12 @@ def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Chunk, int]]) -> list[E
     """The tokens of a batch for each side, with end-of-text after every document that ends."""
     encoded: list[EncodedBatch] = []
     for side in range(len(SPLITS)):
-        pieces = [piece for piece, its_side in batch if its_side == side]
-        ids, lengths = tokenizer.encode_batch([piece.raw for piece in pieces])
+        chunks = [chunk for chunk, its_side in batch if its_side == side]
+        ids, lengths = tokenizer.encode_batch([chunk.raw for chunk in chunks])
         if tokenizer.end_of_text is not None:
-            ends = np.array([piece.ends for piece in pieces], np.bool_)
+            ends = np.array([chunk.ends for chunk in chunks], np.bool_)
             ids = np.insert(ids, np.cumsum(lengths)[ends], tokenizer.end_of_text)
-        encoded.append(EncodedBatch(ids, sum(len(piece.raw) for piece in pieces)))
+        encoded.append(EncodedBatch(ids, sum(len(chunk.raw) for chunk in chunks)))
     return encoded
 
 

@@ -1,8 +1,10 @@
 """The first pass over a corpus: how long every document is, what is in it, and which side it goes to.
 
-Use:    survey = take_survey(corpora, config); split = Split(survey, config)
-        for piece, side in split(all_pieces(corpora)): ...
+Example:
+    scanned = take_survey(corpora, config); split = Split(scanned, config)
+    for chunk, side in split(all_pieces(corpora)): ...
 Knows nothing of tokens. Holds 16 bytes a document and no text.
+
 """
 
 import hashlib
@@ -40,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class ChunkStats(NamedTuple):
-    """A piece of text: its length in characters, 8 bytes that identify it, whether it ends a document."""
+    """A chunk of text: its length in characters, 8 bytes that identify it, whether it ends a document."""
 
     characters: int
     digest: bytes
@@ -57,23 +59,25 @@ class ScanResult:
     characters: "array[int]" = field(default_factory=lambda: array("Q"))
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     first_val: int | None = None
-    seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(tokenizers.CODE_POINTS, np.bool_))
+    seen_characters: NDArray[np.bool_] = field(
+        default_factory=lambda: np.zeros(tokenizers.CODE_POINTS, np.bool_)
+    )
     report: SkipReport = field(default_factory=SkipReport)
-    waiting: list[ChunkStats] = field(default_factory=list[ChunkStats])
-    """The pieces of a document that has not ended."""
+    open_document: list[ChunkStats] = field(default_factory=list[ChunkStats])
+    """The chunks of a document that has not ended."""
 
-    def add(self, piece: ChunkStats) -> None:
-        """Take the next piece."""
-        self.waiting.append(piece)
-        if piece.ends:
-            digests = b"".join(part.digest for part in self.waiting)
-            digest = digests if len(self.waiting) == 1 else short_digest(digests)
-            self.characters.append(sum(part.characters for part in self.waiting))
+    def add(self, chunk: ChunkStats) -> None:
+        """Take the next chunk."""
+        self.open_document.append(chunk)
+        if chunk.ends:
+            digests = b"".join(part.digest for part in self.open_document)
+            digest = digests if len(self.open_document) == 1 else short_digest(digests)
+            self.characters.append(sum(part.characters for part in self.open_document))
             self.digests.append(int.from_bytes(digest, "little"))
-            self.waiting.clear()
+            self.open_document.clear()
 
     @property
-    def total(self) -> int:
+    def total_characters(self) -> int:
         """Characters in all."""
         return sum(self.characters)
 
@@ -81,32 +85,32 @@ class ScanResult:
 def scan(corpora: Mapping[str, Corpus], config: PrepareConfig) -> ScanResult:
     """Pass over every document: its length, a digest, the characters in it.
 
-    Errors: UserError if there is no text.
+    Raises: UserError if there is no text.
     """
-    survey = ScanResult(report=SkipReport(config.strict))
-    measure = partial(measure_batch, survey.seen)
+    scanned = ScanResult(report=SkipReport(config.strict))
+    measure = partial(measure_batch, scanned.seen_characters)
     with progress_bar("Reading", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
         for name, corpus in corpora.items():
             if name == "val":
-                survey.first_val = len(survey.characters)
-            pieces = corpus.chunks(survey.report, partial(bar.advance, task))
-            for batch in map_in_order(measure, group_into_batches(pieces, lambda piece: len(piece.raw))):
-                for piece in batch:
-                    survey.add(piece)
-    survey.report.notes[:0] = survey.report.unused_field_note(
+                scanned.first_val = len(scanned.characters)
+            chunks = corpus.chunks(scanned.report, partial(bar.advance, task))
+            for batch in map_in_order(measure, group_into_batches(chunks, lambda chunk: len(chunk.raw))):
+                for chunk in batch:
+                    scanned.add(chunk)
+    scanned.report.notes[:0] = scanned.report.unused_field_note(
         config.text_field
     )  # first: it is sure to be shown
-    require_text(survey, config)
-    return survey
+    require_text(scanned, config)
+    return scanned
 
 
 def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[ChunkStats]:
-    """Measure each piece, and mark in `seen`, (UNICODE,), the characters that occur."""
+    """Measure each chunk, and mark in `seen`, (UNICODE,), the characters that occur."""
     measured: list[ChunkStats] = []
-    for piece in batch:
-        tokenizers.mark_characters(seen, piece.raw)
-        measured.append(ChunkStats(piece.characters, short_digest(piece.raw), piece.ends))
+    for chunk in batch:
+        tokenizers.mark_characters(seen, chunk.raw)
+        measured.append(ChunkStats(chunk.characters, short_digest(chunk.raw), chunk.ends))
     return measured
 
 
@@ -115,28 +119,30 @@ def short_digest(raw: bytes) -> bytes:
     return hashlib.sha256(raw).digest()[:8]
 
 
-def require_text(survey: ScanResult, config: PrepareConfig) -> None:
+def require_text(scanned: ScanResult, config: PrepareConfig) -> None:
     """Raise UserError if there is no text, or none of a corpus for validation alone."""
-    broken = survey.report.broken
+    broken = scanned.report.broken
     why = (
-        f" ({counted(survey.report.broken_count, 'broken record')}, the first: {broken[0]})" if broken else ""
+        f" ({counted(scanned.report.broken_count, 'broken record')}, the first: {broken[0]})"
+        if broken
+        else ""
     )
     message = "is empty: give a file with text in it"
-    require(survey.first_val != len(survey.characters), f"--val_file {config.val_source} {message}{why}")
-    require(bool(survey.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
+    require(scanned.first_val != len(scanned.characters), f"--val_file {config.val_source} {message}{why}")
+    require(bool(scanned.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
 
 
-def fingerprint_of(survey: ScanResult, config: PrepareConfig) -> str:
+def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:
     """Identifies a data set: SHA-256 over its documents, in order, and the settings that shape the tokens."""
     shape = (
         *tokenizer_settings(config),
         config.shard_tokens,
         config.split,
         config.train_split,
-        survey.first_val,
+        scanned.first_val,
     )
     return hashlib.sha256(
-        f"nanogpt data {FORMAT_VERSION} {shape}\n".encode() + survey.digests.tobytes()
+        f"nanogpt data {FORMAT_VERSION} {shape}\n".encode() + scanned.digests.tobytes()
     ).hexdigest()
 
 
@@ -157,13 +163,13 @@ def all_chunks(corpora: Mapping[str, Corpus], advance: Callable[[int], object] =
         yield from corpus.chunks(SkipReport(), advance)
 
 
-def group_into_batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+def group_into_batches(chunks: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
     """Pieces in lists of BATCH_BYTES, by `size`, or of BATCH_DOCUMENTS."""
     batch: list[Item] = []
     total = 0
-    for piece in pieces:
-        batch.append(piece)
-        total += size(piece)
+    for chunk in chunks:
+        batch.append(chunk)
+        total += size(chunk)
         if total >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, total = [], 0
@@ -193,63 +199,63 @@ class Split:
 
     tail: the last part of the characters validates. documents: whole documents do, drawn by a hash of
     their text, so that a document stays on its side when the corpus grows.
-    Errors: UserError if a side is too small.
+    Raises: UserError if a side is too small.
     """
 
-    def __init__(self, survey: ScanResult, config: PrepareConfig) -> None:
-        self.survey = survey
-        digests = np.frombuffer(survey.digests, np.uint64)
+    def __init__(self, scanned: ScanResult, config: PrepareConfig) -> None:
+        self.scanned = scanned
+        digests = np.frombuffer(scanned.digests, np.uint64)
         self.by_document: NDArray[np.bool_] | None = None
         """Whether each document validates, unless a boundary says it."""
-        self.boundary = int(survey.total * config.train_split)
+        self.boundary = int(scanned.total_characters * config.train_split)
         """Characters before the tail."""
-        if survey.first_val is not None:
-            self.by_document = np.arange(len(digests)) >= survey.first_val
+        if scanned.first_val is not None:
+            self.by_document = np.arange(len(digests)) >= scanned.first_val
         elif config.split == "documents":
             self.by_document = digests >= np.uint64(min(config.train_split, 1 - 2**-53) * 2.0**64)
         if self.by_document is None:
-            sizes = self.boundary, survey.total - self.boundary
+            sizes = self.boundary, scanned.total_characters - self.boundary
         else:
-            characters = np.frombuffer(survey.characters, np.uint64)
+            characters = np.frombuffer(scanned.characters, np.uint64)
             sizes = (int(characters[~self.by_document].sum()), int(characters[self.by_document].sum()))
         require(
             min(sizes) >= 2,
-            f"{config.source or TINY_SHAKESPEARE} has {counted(survey.total, 'character')} in "
+            f"{config.source or TINY_SHAKESPEARE} has {counted(scanned.total_characters, 'character')} in "
             f"{counted(len(digests), 'document')}: too short for --train_split "
             f"{config.train_split}, both splits need at least 2",
         )
 
-    def __call__(self, pieces: Iterable[Chunk]) -> Iterator[tuple[Chunk, int]]:
-        """Each piece and its side: 0 training, 1 validation; cut where the tail begins.
+    def __call__(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, int]]:
+        """Each chunk and its side: 0 training, 1 validation; cut where the tail begins.
 
-        Errors: UserError if these are not the documents of the survey.
+        Raises: UserError if these are not the documents of the scanned.
         """
         changed = "the text changed while it was being read: run the command again"
         document, position = 0, 0
-        for piece in pieces:
-            require(document < len(self.survey.characters), changed)
+        for chunk in chunks:
+            require(document < len(self.scanned.characters), changed)
             if self.by_document is not None:
-                yield piece, int(self.by_document[document])
+                yield chunk, int(self.by_document[document])
             else:
-                left, size = self.boundary - position, piece.characters
+                left, size = self.boundary - position, chunk.characters
                 if 0 < left < size:
-                    tail = piece.raw.decode()[left:].encode()
-                    yield Chunk(piece.raw[: -len(tail)], False), 0
-                    yield Chunk(tail, piece.ends), 1
+                    tail = chunk.raw.decode()[left:].encode()
+                    yield Chunk(chunk.raw[: -len(tail)], False), 0
+                    yield Chunk(tail, chunk.ends), 1
                 else:
-                    yield piece, int(left <= 0)
+                    yield chunk, int(left <= 0)
                 position += size
-            document += piece.ends
-        require(document == len(self.survey.characters), changed)
+            document += chunk.ends
+        require(document == len(self.scanned.characters), changed)
 
     def duplicates(self) -> tuple[int, int]:
         """How many documents of the validation split are in the training split too, and of how many."""
-        digests, validates = np.frombuffer(self.survey.digests, np.uint64), self.by_document
+        digests, validates = np.frombuffer(self.scanned.digests, np.uint64), self.by_document
         trains = None if validates is None else ~validates
         if validates is None:
-            ends = np.cumsum(np.frombuffer(self.survey.characters, np.uint64))
+            ends = np.cumsum(np.frombuffer(self.scanned.characters, np.uint64))
             trains = ends <= self.boundary
-            validates = ends - np.frombuffer(self.survey.characters, np.uint64) >= self.boundary
+            validates = ends - np.frombuffer(self.scanned.characters, np.uint64) >= self.boundary
         return int(np.isin(digests[validates], digests[trains]).sum()), int(validates.sum())
 
 
@@ -259,24 +265,26 @@ class CorpusText:
 
     corpora: Mapping[str, Corpus]
     split: Split
-    survey: ScanResult
+    scanned: ScanResult
 
     @property
     def characters(self) -> str:
         """Every different character of the whole text, in order of code point."""
-        return tokenizers.characters(self.survey.seen)
+        return tokenizers.marked_characters(self.scanned.seen_characters)
 
     @property
     def documents(self) -> int:
         """Number of documents in the whole text."""
-        return len(self.survey.characters)
+        return len(self.scanned.characters)
 
     def sample(self) -> bytes:
         """Chunks of the training split in UTF-8, about SAMPLE_BYTES of them, evenly spread.
 
         The byte 0xFF stands between them: chunks that are neighbors in the sample are none in the text.
         """
-        total = self.survey.total  # in characters, a little less than bytes: the sample is the larger
+        total = (
+            self.scanned.total_characters
+        )  # in characters, a little less than bytes: the sample is the larger
         sample: list[bytes] = []
         taken = passed = 0
         with progress_bar("Sampling", size_in_bytes=True) as bar:

@@ -1,7 +1,9 @@
 """Several token files that read as one array.
 
-Use:    tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
+Example:
+    tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
 Nothing is copied until it is asked for: the parts may be maps of files larger than memory.
+
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,12 @@
 """A new set of files takes the place of an old one: a kill at any instant leaves one of the two.
 
-Use:    write into fresh(folder); commit(folder, names, stale)      in prepare.py, which owns the folder
-        finish_what_was_begun(folder)                               in whoever opens it
+Example:
+    write into fresh(folder); commit(folder, names, stale)      in prepare.py, which owns the folder
+    finish_what_was_begun(folder)                               in whoever opens it
 The new files are written and synced in a folder inside the folder. Then a journal that lists them is, and
 with it the new set is there: whoever finds the journal moves the files that have not been moved yet. So the
 old set is whole until the journal is, and from then on the new one can always be finished.
+
 """
 
 import contextlib
@@ -33,7 +35,7 @@ WAIT_SECONDS = 10.0
 
 
 def make_new_folder(folder: Path) -> Path:
-    """The empty folder for the files of the new set. Errors: UserError if it cannot be made."""
+    """The empty folder for the files of the new set. Raises: UserError if it cannot be made."""
     new = folder / WORK / NEW
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -46,7 +48,7 @@ def make_new_folder(folder: Path) -> Path:
 def replace_dataset(folder: Path, names: Iterable[str], stale: Iterable[str]) -> None:
     """Replace the set in the folder by the files of these names in its new folder; delete the stale ones.
 
-    Errors: UserError if that is not possible; then the old set is there, or the journal is.
+    Raises: UserError if that is not possible; then the old set is there, or the journal is.
     """
     names, stale = sorted(names), sorted(stale)
     for name in (*names, *stale):
@@ -82,7 +84,7 @@ def read_journal(folder: Path) -> dict[str, list[str]] | None:
 def finish_swap(folder: Path) -> bool:
     """Move what a journal lists and has not been moved, for the owner of the folder. False: no journal.
 
-    Errors: UserError if the folder cannot be written; the journal stays, and with it the new set.
+    Raises: UserError if the folder cannot be written; the journal stays, and with it the new set.
     """
     found = read_journal(folder)
     if found is None:
@@ -109,7 +111,7 @@ def finish_swap(folder: Path) -> bool:
 def finish_interrupted_swap(folder: Path) -> None:
     """Move what a swap that was cut short has left, before the folder is read.
 
-    Errors: UserError if another program is at it for long, or if the folder cannot be written.
+    Raises: UserError if another program is at it for long, or if the folder cannot be written.
     """
     if read_journal(folder) is None:
         return

@@ -1,10 +1,12 @@
 """One token file, opened for reading: mapped into memory, read-only, wherever that is possible.
 
-Use:    tokens = open_tokens(Path("train.pt")); tokens[100:200]
+Example:
+    tokens = open_tokens(Path("train.pt")); tokens[100:200]
 The file is a tensor as torch.save writes it. torch.load would map it writable and private, which the system
 charges as if it were memory; so the place of the tokens in the file is looked up here, and they are mapped
 read-only: such a file may be larger than memory and swap. Knows neither vocabularies nor what to do about
 a file that is damaged.
+
 """
 
 import errno
@@ -78,9 +80,9 @@ class TensorLocation(NamedTuple):
 class FileStamp(NamedTuple):
     """What tells that a file was changed: file, which one it is; size, bytes; time, of the last change."""
 
-    file: tuple[int, int]
+    device_and_inode: tuple[int, int]
     size: int
-    time: int
+    modified_ns: int
 
     @classmethod
     def of(cls, stat: os.stat_result) -> "FileStamp":
@@ -101,12 +103,14 @@ class ChangeGuard:
         self.above: int | None = None
 
     def check(self) -> None:
-        """Errors: UserError if the file was changed in place since it was opened."""
+        """Raises: UserError if the file was changed in place since it was opened."""
         try:
             now = FileStamp.of(self.path.stat())
         except OSError:
             return  # deleted or moved: its content stays as long as it is mapped
-        if now == self.stamp or now.file != self.stamp.file:  # or another file has its name
+        if (
+            now == self.stamp or now.device_and_inode != self.stamp.device_and_inode
+        ):  # or another file has its name
             return
         same = False
         if now.size == self.stamp.size and self.verify is not None:
@@ -144,7 +148,7 @@ class TokenFile(np.ndarray[Any, np.dtype[Any]]):
 
 
 def check_ids(tokens: NDArray[Any], vocab_size: int, path: Path) -> None:
-    """Errors: DamageError if one of the ids is none of a vocabulary of this size."""
+    """Raises: DamageError if one of the ids is none of a vocabulary of this size."""
     if len(tokens) and np.iinfo(tokens.dtype).max >= vocab_size and int(tokens.max()) >= vocab_size:
         raise DamageError(
             f"{path} is malformed (it has the id {int(tokens.max())}, the vocabulary {vocab_size:,})"
@@ -156,7 +160,7 @@ def check_ids(tokens: NDArray[Any], vocab_size: int, path: Path) -> None:
 def open_tokens(path: Path) -> NDArray[Any]:
     """The tokens in a file, (N,): a TokenFile; or in memory, where the file system cannot map.
 
-    Errors: DamageError if the file is not a vector of integers; UserError if there is not the memory for it;
+    Raises: DamageError if the file is not a vector of integers; UserError if there is not the memory for it;
     OSError if it cannot be read.
     """
     with open(path, "rb") as file:
@@ -186,7 +190,7 @@ def open_tokens(path: Path) -> NDArray[Any]:
 def locate_tensor(file: BinaryIO) -> TensorLocation | None:
     """Where a .pt file keeps its tensor, without reading that; None if it is not a vector of integers.
 
-    Errors: whatever zipfile raises on what is no archive, ValueError on one that is cut.
+    Raises: whatever zipfile raises on what is no archive, ValueError on one that is cut.
     """
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -252,7 +256,7 @@ def read_pickle(pickled: bytes) -> list[Any] | None:
 def map_tokens(file: BinaryIO, described: TensorLocation) -> NDArray[Any]:
     """The values as a map of the file, read-only, (N,).
 
-    Errors: OSError if they cannot be mapped, ValueError if the file is too short.
+    Raises: OSError if they cannot be mapped, ValueError if the file is too short.
     """
     start = described.offset - described.offset % mmap.ALLOCATIONGRANULARITY
     size = described.offset + described.length * described.dtype.itemsize - start
@@ -290,7 +294,7 @@ def allow_more_files() -> bool:
 def read_tokens(file: BinaryIO, path: Path, described: TensorLocation, error: OSError) -> NDArray[Any]:
     """The values in memory, (N,), after the system refused to map them: `error`.
 
-    Errors: UserError if memory is what is missing.
+    Raises: UserError if memory is what is missing.
     """
     size = described.length * described.dtype.itemsize
     lacking = f"not enough memory to map {path} ({size:,} bytes): end other programs, or raise `ulimit -v`"

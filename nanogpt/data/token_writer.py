@@ -1,8 +1,10 @@
 """Token files while they are written: they grow, survive a kill, and become .pt files in the end.
 
-Use:    work = Work(folder, config, files); work.begin(survey, tokenizer)
-        with work.writing() as files: work.add(files, 0, ids, size); work.save(files)
-        seal = write_tokens(work.tokens_file("train"), Path("train.pt"), np.uint16, 0, count)
+Example:
+    work = Work(folder, config, files); work.begin(scanned, tokenizer)
+    with work.writing() as files: work.add(files, 0, ids, size); work.save(files)
+    seal = write_tokens(work.tokens_file("train"), Path("train.pt"), np.uint16, 0, count)
+
 """
 
 import hashlib
@@ -39,7 +41,7 @@ COPY_BYTES = 1 << 22
 class EncodingJob:
     """A preparation on its way, in a folder of its own, so that it can go on after a kill.
 
-    survey: None if there is nothing to go on with. tokens, bytes: of each split, so far; batches: how many
+    scanned: None if there is nothing to go on with. tokens, bytes: of each split, so far; batches: how many
     batches of text these are. stretches: of each split, where every stretch that was saved at once ends, in
     bytes, and its SHA-256; new: the same of what was added since.
     """
@@ -55,7 +57,7 @@ class EncodingJob:
             [FORMAT_VERSION, {**asdict(config), "overwrite": False}, tokenizer_settings(config), stats]
         )
         self.key = hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
-        self.survey: ScanResult | None = None
+        self.scanned: ScanResult | None = None
         self.tokens, self.bytes, self.batches = [0, 0], [0, 0], 0
         self.stretches: list[list[tuple[int, str]]] = [[], []]
         self.new = [hashlib.sha256(), hashlib.sha256()]
@@ -64,9 +66,9 @@ class EncodingJob:
             self.tokens, self.bytes, self.batches = state["tokens"], state["bytes"], state["batches"]
             self.stretches = state["stretches"]
             self.tokenizer = from_dict(state["tokenizer"])
-            self.survey = ScanResult(first_val=state["first_val"])
+            self.scanned = ScanResult(first_val=state["first_val"])
             for name in ("characters", "digests"):
-                getattr(self.survey, name).frombytes(state[name].numpy().tobytes())
+                getattr(self.scanned, name).frombytes(state[name].numpy().tobytes())
         elif folder.exists():
             shutil.rmtree(folder)
 
@@ -91,14 +93,14 @@ class EncodingJob:
         """Where the tokens of a split grow."""
         return self.folder / f"{name}.tokens"
 
-    def start(self, survey: ScanResult, tokenizer: Tokenizer) -> None:
+    def start(self, scanned: ScanResult, tokenizer: Tokenizer) -> None:
         """Start with the encoding."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.survey, self.tokenizer = survey, tokenizer
+        self.scanned, self.tokenizer = scanned, tokenizer
 
     @contextmanager
     def open_token_files(self) -> Generator[list[BinaryIO]]:
-        """The files to append to, cut back to what was saved. Errors: UserError if the disk is full."""
+        """The files to append to, cut back to what was saved. Raises: UserError if the disk is full."""
         width = np.dtype(self.tokenizer.dtype).itemsize
         try:
             with ExitStack() as stack:
@@ -115,7 +117,7 @@ class EncodingJob:
             ) from error
 
     def append(self, files: Sequence[BinaryIO], side: int, ids: Ids, size: int) -> None:
-        """Append tokens, of `size` bytes of text, to a split. Errors: OSError if the disk is full."""
+        """Append tokens, of `size` bytes of text, to a split. Raises: OSError if the disk is full."""
         raw = ids.tobytes()
         files[side].write(raw)
         self.new[side].update(raw)
@@ -124,7 +126,7 @@ class EncodingJob:
 
     def save_state(self, files: Sequence[BinaryIO]) -> None:
         """Remember how far the encoding is."""
-        assert self.survey is not None
+        assert self.scanned is not None
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -139,9 +141,9 @@ class EncodingJob:
             "bytes": self.bytes,
             "batches": self.batches,
             "stretches": self.stretches,
-            "first_val": self.survey.first_val,
-            "characters": as_tensor(self.survey.characters),
-            "digests": as_tensor(self.survey.digests),
+            "first_val": self.scanned.first_val,
+            "characters": as_tensor(self.scanned.characters),
+            "digests": as_tensor(self.scanned.digests),
         }
         write_sealed(self.folder / "state.pt", state)
 
@@ -156,14 +158,14 @@ def as_tensor(values: "array[int]") -> torch.Tensor:
 
 
 def matches_checksums(path: Path, stretches: Sequence[tuple[int, str]]) -> bool:
-    """Whether a file begins with stretches of bytes of these ends and SHA-256s. Errors: OSError."""
+    """Whether a file begins with stretches of bytes of these ends and SHA-256s. Raises: OSError."""
     place = 0
     with open(path, "rb") as file:
         for end, expected in stretches:
             digest = hashlib.sha256()
-            while place < end and (piece := file.read(min(end - place, COPY_BYTES))):
-                digest.update(piece)
-                place += len(piece)
+            while place < end and (block := file.read(min(end - place, COPY_BYTES))):
+                digest.update(block)
+                place += len(block)
             if place < end or digest.hexdigest() != expected:
                 return False
     return True
@@ -173,7 +175,7 @@ def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], fi
     """Make of bare tokens, `count` in `raw` from the `first` on, a .pt file with one tensor, (count,).
 
     torch.save writes the file without the tokens; they are then copied to their place in it, so that
-    little is in memory at a time. Returns its seal, taken on the way. Errors: UserError if the disk is full.
+    little is in memory at a time. Returns its seal, taken on the way. Raises: UserError if the disk is full.
     """
     width, sealing = np.dtype(dtype).itemsize, Sealing()
     with replacing(path) as file:

@@ -1,8 +1,10 @@
 """One file to documents, whatever it is: by the end of its name, packed or not.
 
-Use:    for piece in read(source): ...
+Example:
+    for chunk in read(source): ...
 Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in place and never unpacked. What is
 damaged or hostile is refused in one line.
+
 """
 
 import csv
@@ -39,13 +41,13 @@ SYSTEM_FILE_PREFIXES = (".DS_Store", ".localized", "._")
 """How names of hidden files begin that a system writes and nobody misses."""
 
 
-def skip_on_error(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
-    """The pieces of one of several files: if it fails, that is reported, and its last document ends there."""
+def skip_on_error(chunks: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
+    """The chunks of one of several files: if it fails, that is reported, and its last document ends there."""
     open_document = False
     try:
-        for piece in pieces:
-            open_document = not piece.ends
-            yield piece
+        for chunk in chunks:
+            open_document = not chunk.ends
+            yield chunk
     except UserError as error:
         if report.strict:
             raise
@@ -57,7 +59,7 @@ def skip_on_error(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Ite
 def read_file(source: Source) -> Iterator[Chunk]:
     """The documents in a file, whatever it is.
 
-    Errors: UserError if it is damaged, or not what its name says.
+    Raises: UserError if it is damaged, or not what its name says.
     """
     with errors_with_name(source.name):
         yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
@@ -65,7 +67,7 @@ def read_file(source: Source) -> Iterator[Chunk]:
 
 @contextmanager
 def errors_with_name(name: str) -> Generator[None]:
-    """Put the name of a file before what is wrong with it. Errors: UserError, also if it is damaged."""
+    """Put the name of a file before what is wrong with it. Raises: UserError, also if it is damaged."""
     try:
         yield
     except UserError as error:
@@ -80,7 +82,7 @@ def errors_with_name(name: str) -> Generator[None]:
 
 
 def nested_source(source: Source, file: io.RawIOBase, kind: str) -> Source:
-    """What a compressed file holds. Errors: UserError if it is compressed over and over."""
+    """What a compressed file holds. Raises: UserError if it is compressed over and over."""
     require(
         source.depth < MAX_DEPTH, f"has archives inside archives, more than {MAX_DEPTH} deep: unpack it first"
     )
@@ -94,19 +96,19 @@ def read_member(
     """The documents in a file of an archive, of `packed` bytes there; if it is damaged, that is reported."""
     whole_name = f"{source.name}/{name}"
 
-    def pieces() -> Iterator[Chunk]:
+    def chunks() -> Iterator[Chunk]:
         """Open it only when its turn has come."""
         with errors_with_name(whole_name), cast(IO[bytes], opener()) as stream:
             bounded = BombGuard(cast(BinaryIO, stream), partial(int, packed))
             yield from read_file(replace(nested_source(source, bounded, name), name=whole_name))
 
-    return skip_on_error(pieces(), whole_name, source.report)
+    return skip_on_error(chunks(), whole_name, source.report)
 
 
 def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Chunk]:
     """What is inside a compressed file."""
     counted = CountingReader(source.file, int)
-    stream = BombGuard(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
+    stream = BombGuard(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.bytes_read)
     path = Path(source.kind)
     kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SUFFIXES else "")
     yield from read_file(nested_source(source, stream, str(kind)))
@@ -177,7 +179,7 @@ class CheckedTarInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "CheckedTarInfo":
-        """The header at the archive's position. Errors: ReadError if it is damaged."""
+        """The header at the archive's position. Raises: ReadError if it is damaged."""
         try:
             return super().fromtarfile(tarfile)
         except HeaderError as error:

@@ -1,7 +1,9 @@
 """Compressed files (gzip, bzip2, xz, zstd): streams out of them, which end in an error and never silently.
 
-Use:    stream = Bounded(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
+Example:
+    stream = Bounded(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
 What expands without end is refused. Knows no names and no archives.
+
 """
 
 import bz2
@@ -26,7 +28,7 @@ class CountingReader(io.RawIOBase):
     """A file that tells how much of it has been read."""
 
     def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
-        self.file, self.advance, self.taken = file, advance, 0
+        self.file, self.advance, self.bytes_read = file, advance, 0
 
     def readable(self) -> bool:
         """It is."""
@@ -47,7 +49,7 @@ class CountingReader(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Read into `buffer`, and count."""
         size = cast(io.RawIOBase, self.file).readinto(buffer) or 0
-        self.taken += size
+        self.bytes_read += size
         self.advance(size)
         return size
 
@@ -90,7 +92,7 @@ class FrameReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`. Errors: EOFError if a frame breaks off; the library's if it is none."""
+        """Read into `buffer`. Raises: EOFError if a frame breaks off; the library's if it is none."""
         data = b""
         while not data:
             given = b""
@@ -122,20 +124,20 @@ class BombGuard(io.RawIOBase):
     packed: how many compressed bytes went into it so far.
     """
 
-    def __init__(self, file: BinaryIO, packed: Callable[[], int]) -> None:
-        self.file, self.packed, self.given = file, packed, 0
+    def __init__(self, file: BinaryIO, bytes_in: Callable[[], int]) -> None:
+        self.file, self.bytes_in, self.bytes_out = file, bytes_in, 0
 
     def readable(self) -> bool:
         """It is."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`. Errors: UserError if it is a decompression bomb."""
+        """Read into `buffer`. Raises: UserError if it is a decompression bomb."""
         data = self.file.read(len(buffer))
         buffer[: len(data)] = data
-        self.given += len(data)
+        self.bytes_out += len(data)
         require(
-            self.given <= BOMB_BYTES or self.given <= BOMB_RATIO * self.packed(),
+            self.bytes_out <= BOMB_BYTES or self.bytes_out <= BOMB_RATIO * self.bytes_in(),
             f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
         )
         return len(data)
@@ -157,7 +159,7 @@ def unxz(file: BinaryIO) -> BinaryIO:
 
 
 def unzstd(file: BinaryIO) -> BinaryIO:
-    """A stream out of zstd frames. Errors: UserError if the library is not installed."""
+    """A stream out of zstd frames. Raises: UserError if the library is not installed."""
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd

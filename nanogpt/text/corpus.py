@@ -1,9 +1,11 @@
 """Where text comes from: files, folders, globs and standard input, in any of the usual formats.
 
-Use:    corpus = find(["books/", "dump.jsonl.gz"], text_field="text")
-        for piece in corpus.pieces(Report()): piece.text; piece.ends
-One pass holds one piece of one document, whatever the size of the corpus; passing again gives the same
-pieces. What is there and cannot be read is reported. Knows nothing of tokens.
+Example:
+    corpus = find(["books/", "dump.jsonl.gz"], text_field="text")
+    for chunk in corpus.chunks(Report()): chunk.text; chunk.ends
+One pass holds one chunk of one document, whatever the size of the corpus; passing again gives the same
+chunks. What is there and cannot be read is reported. Knows nothing of tokens.
+
 """
 
 import glob
@@ -56,10 +58,10 @@ class Corpus:
         return sum(size_of(path) for path in self.files)
 
     def chunks(self, report: SkipReport, advance: Callable[[int], object] = int) -> Iterator[Chunk]:
-        """Every document, piece by piece.
+        """Every document, chunk by chunk.
 
         advance: called with the number of bytes read from the disk since the last call.
-        Errors: UserError if the only file there is cannot be read; of several, such a one is reported.
+        Raises: UserError if the only file there is cannot be read; of several, such a one is reported.
         """
         report.notes += self.notes
         for where, why in self.unreadable:
@@ -71,7 +73,7 @@ class Corpus:
     def read_chunks(
         self, path: Path, report: SkipReport, advance: Callable[[int], object]
     ) -> Iterator[Chunk]:
-        """The documents in a file. Errors: UserError if it cannot be read."""
+        """The documents in a file. Raises: UserError if it cannot be read."""
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:
                 file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, advance), 1 << 18))
@@ -89,7 +91,7 @@ def size_of(path: Path) -> int:
 
 
 def open_file(path: str, flags: int) -> int:
-    """Open a file, and nothing that could be waited for without end. Errors: OSError."""
+    """Open a file, and nothing that could be waited for without end. Raises: OSError."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if (kind := special_file_kind(os.fstat(descriptor))) is not None:
         os.close(descriptor)
@@ -115,7 +117,7 @@ def system_device() -> int | None:
 def find_corpus(names: Sequence[str], text_field: str = DEFAULT_TEXT_FIELD) -> Corpus:
     """The files that are meant by files, folders and globs, in that order; inside each by name, each once.
 
-    Errors: UserError if one is missing or holds no files.
+    Raises: UserError if one is missing or holds no files.
     """
     search = FileSearch()
     for name in names:
@@ -141,7 +143,7 @@ class FileSearch:
     hidden: HiddenFiles = field(default_factory=HiddenFiles)
 
     def add(self, name: str) -> None:
-        """Look for what is meant by a file, a folder or a glob. Errors: UserError if it is nothing."""
+        """Look for what is meant by a file, a folder or a glob. Raises: UserError if it is nothing."""
         found: list[Path] = []
         lost_before = len(self.unreadable)
         for match in self.matches(name):
@@ -156,7 +158,7 @@ class FileSearch:
         require(bool(found), f"--input_file {name} is a folder without files: give another one")
 
     def matches(self, name: str) -> list[Path]:
-        """The files and folders that a name means. Errors: UserError if there are none."""
+        """The files and folders that a name means. Raises: UserError if there are none."""
         require(bool(name), "--input_file is empty: give a file")
         shown = one_line(name)[:MAX_NAME_CHARS]
         try:

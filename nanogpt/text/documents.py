@@ -1,8 +1,10 @@
-"""Documents: what a corpus is made of, in pieces of bounded length.
+"""Documents: what a corpus is made of, in chunks of bounded length.
 
-Use:    for piece in cut(texts): piece.raw; piece.ends
-        report.reject("dump.jsonl:17", "not JSON")
+Example:
+    for chunk in cut(texts): chunk.raw; chunk.ends
+    report.reject("dump.jsonl:17", "not JSON")
 Knows neither files nor tokens.
+
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +17,10 @@ DEFAULT_TEXT_FIELD = "text"
 """The field of a record that is its text, unless --text_field names another."""
 
 CHUNK_BYTES = 1 << 17
-"""Bytes in a piece: longer documents come in several."""
+"""Bytes in a chunk: longer documents come in several."""
 
 CUT_MARGIN_BYTES = 1 << 12
-"""How far from its end a piece may be cut to end where a word does, in bytes."""
+"""How far from its end a chunk may be cut to end where a word does, in bytes."""
 
 ASCII = bytes(range(128))
 
@@ -63,7 +65,7 @@ class SkipReport:
     plain_files: int = field(default=0, compare=False)
 
     def reject(self, where: str, what: str) -> None:
-        """Count a record that cannot be read. Errors: UserError if strict."""
+        """Count a record that cannot be read. Raises: UserError if strict."""
         line = one_line(f"{where}: {what}")
         require(not self.strict, f"{line} (--strict stops at the first broken record)")
         self.broken_count += 1
@@ -106,9 +108,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def split_into_chunks(blocks: Iterable[bytes]) -> Iterator[Chunk]:
-    """A document, given in blocks of whole characters of UTF-8, in pieces of PIECE bytes.
+    """A document, given in blocks of whole characters of UTF-8, in chunks of PIECE bytes.
 
-    A piece ends before a space that follows a word, if there is one: no token of a byte-level BPE spans
+    A chunk ends before a space that follows a word, if there is one: no token of a byte-level BPE spans
     that, and so the cut changes no token. White space alone is no document.
     """
     waiting, begun = b"", False

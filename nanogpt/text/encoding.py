@@ -1,8 +1,10 @@
 """Bytes to text: which encoding a file has, and reading it in blocks of UTF-8.
 
-Use:    blocks, notes = decoded(file)
+Example:
+    blocks, notes = decoded(file)
 A byte order mark decides, then UTF-8, then detection. Errors are UserErrors without a file's name:
 the caller knows it.
+
 """
 
 import codecs
@@ -41,7 +43,7 @@ def decode_file(
     """The text of a file in UTF-8, in blocks of whole characters, and notes on its encoding (a line each).
 
     lose: called with a line on bytes at the end that are left out.
-    Errors: UserError if it is binary, or where it cannot be decoded (then, in the middle of the blocks).
+    Raises: UserError if it is binary, or where it cannot be decoded (then, in the middle of the blocks).
     """
     beginning = file.read(HEAD_BYTES)
     following = file.read(READ_BYTES)
@@ -65,7 +67,7 @@ def read_blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[
 def check_utf8(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterator[bytes]:
     """UTF-8 in blocks of whole characters. One that is cut off by the end of the file is left out and said.
 
-    Errors: UserError at bytes that are no UTF-8.
+    Raises: UserError at bytes that are no UTF-8.
     """
     held, position = b"", 0
     for part in parts:
@@ -84,7 +86,7 @@ def check_utf8(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterato
 
 
 def convert_to_utf8(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """Another encoding as UTF-8. Errors: UserError at bytes that do not belong to it."""
+    """Another encoding as UTF-8. Raises: UserError at bytes that do not belong to it."""
     decoder, position = codecs.getincrementaldecoder(encoding)("strict"), 0
     try:
         for part in parts:
@@ -101,7 +103,7 @@ def decode_error_message(encoding: str, error: UnicodeDecodeError, position: int
 
 
 def reject_nul(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """The blocks, unless one has the character that no text has. Errors: UserError at that."""
+    """The blocks, unless one has the character that no text has. Raises: UserError at that."""
     for part in parts:
         require(b"\0" not in part, NOT_TEXT)
         yield part
@@ -124,7 +126,7 @@ def find_encoding(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple
 
     whole: `raw` is all there is of the file. in_records: a few bytes that are no UTF-8 break the records
     they are in, not the file.
-    Errors: UserError if it is binary or cannot be decoded.
+    Raises: UserError if it is binary or cannot be decoded.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if raw.startswith(mark):  # whose codec takes the mark away

@@ -1,7 +1,9 @@
 """JSON Lines and JSON: records out of a text, one in memory at a time.
 
-Use:    for piece in read_json_lines(source): ...
+Example:
+    for piece in read_json_lines(source): ...
 Behind a broken record the reading goes on where the next one begins. Knows neither files nor archives.
+
 """
 
 import io
@@ -66,7 +68,7 @@ def read_json_lines(source: Source) -> Iterator[Chunk]:
                 source.report.reject(where, f"not JSON ({first_line(error)})")
                 continue
             yield from read_record(source, where, value)
-    note_byte_order_marks(source, lines.marks)
+    note_byte_order_marks(source, lines.byte_order_marks)
 
 
 def multiline_reader(lines: Lines, first: str) -> Callable[[int], str] | None:
@@ -87,13 +89,13 @@ def multiline_reader(lines: Lines, first: str) -> Callable[[int], str] | None:
     except (ValueError, RecursionError):
         goes_on = False
     else:
-        goes_on = values.passed > len(first) or first.rstrip().endswith(("[", "{", ","))
+        goes_on = values.position > len(first) or first.rstrip().endswith(("[", "{", ","))
     text = "".join(taken)
     if not goes_on:
         text += lines.text.readline(records.MAX_RECORD_CHARS)  # no line shall be torn
         following = io.StringIO(text, newline="")
         next(following)
-        lines.again.extend(map(lines.drop_byte_order_mark, following))
+        lines.pushed_back.extend(map(lines.drop_byte_order_mark, following))
         return None
     beginning = io.StringIO(text, newline="")
     return lambda size: beginning.read(size) or lines.text.read(size)
@@ -108,19 +110,19 @@ def read_values(source: Source, read: Callable[[int], str]) -> Iterator[Chunk]:
     """The documents in JSON values one after the other, or in an array of them."""
     values, number = JSONStream(read), 0
     while values.seek_value():
-        number, begin = number + 1, values.passed
+        number, begin = number + 1, values.position
         where = f"{source.name}, record {number}"
         try:
             value = values.read_value()
         except (ValueError, RecursionError) as error:
             found = values.skip_broken()
             what = (
-                f"characters {begin + 1:,} to {values.passed:,} are" if found else "the rest of the file is"
+                f"characters {begin + 1:,} to {values.position:,} are" if found else "the rest of the file is"
             )
             source.report.reject(where, f"not JSON ({first_line(error)}): {what} left out")
             continue
         yield from read_record(source, where, value)
-    note_byte_order_marks(source, values.marks)
+    note_byte_order_marks(source, values.byte_order_marks)
 
 
 class JSONStream:
@@ -131,14 +133,14 @@ class JSONStream:
     """
 
     def __init__(self, read: Callable[[int], str], text: str = "") -> None:
-        self.read, self.text, self.passed, self.complete = read, text, 0, False
+        self.read, self.text, self.position, self.complete = read, text, 0, False
         self.in_array: bool | None = None
-        self.marks = 0
-        self.beginnings: dict[str, None] = {}
+        self.byte_order_marks = 0
+        self.start_patterns: dict[str, None] = {}
         """Patterns of how the records began so far."""
-        self.between = ""
+        self.separator = ""
         """What was between the last two records."""
-        self.seen = ""
+        self.last_start = ""
         """How the last record began that was looked at: most begin alike, and patterns take time."""
 
     def read_more(self) -> None:
@@ -149,7 +151,7 @@ class JSONStream:
 
     def advance(self, count: int) -> None:
         """Leave characters behind."""
-        self.passed += count
+        self.position += count
         self.text = self.text[count:]
 
     def seek_value(self) -> bool:
@@ -157,9 +159,9 @@ class JSONStream:
         while True:
             rest = self.text.lstrip(" \t\r\n,\ufeff]" if self.in_array else " \t\r\n,\ufeff")
             space = len(self.text) - len(rest)
-            self.marks += self.text.count("\ufeff", 0, space)
-            if rest and 0 < space < OVERLAP_CHARS and self.beginnings:
-                self.between = self.text[:space]
+            self.byte_order_marks += self.text.count("\ufeff", 0, space)
+            if rest and 0 < space < OVERLAP_CHARS and self.start_patterns:
+                self.separator = self.text[:space]
             self.advance(space)
             if self.text and self.in_array is not None:
                 return True
@@ -172,7 +174,7 @@ class JSONStream:
                 self.read_more()
 
     def read_value(self) -> Any:
-        """The value that begins here. Errors: ValueError or RecursionError if it is broken."""
+        """The value that begins here. Raises: ValueError or RecursionError if it is broken."""
         while True:
             try:
                 value, end = decode(self.text)
@@ -194,13 +196,13 @@ class JSONStream:
 
     def learn_start(self) -> None:
         """Remember how the record here begins."""
-        if self.seen and self.text.startswith(self.seen):
+        if self.last_start and self.text.startswith(self.last_start):
             return
         match = FIRST_KEY.match(self.text)
-        self.seen = match[0] if match else self.text[:1]
+        self.last_start = match[0] if match else self.text[:1]
         pattern = start_pattern(self.text)
-        if pattern is not None and len(self.beginnings) < MAX_START_PATTERNS:
-            self.beginnings[pattern] = None
+        if pattern is not None and len(self.start_patterns) < MAX_START_PATTERNS:
+            self.start_patterns[pattern] = None
 
     def skip_broken(self) -> bool:
         """Leave a broken record behind: go to where another seems to begin. Returns False if none does.
@@ -208,12 +210,12 @@ class JSONStream:
         It begins with a key that others began with, or as far behind a brace as the last one did.
         """
         own = start_pattern(self.text)
-        patterns = {**self.beginnings}
+        patterns = {**self.start_patterns}
         if own is not None and own.startswith(re.escape("{")):
             patterns[own] = None
         kinds = "|".join(patterns) or ANY_START
         like_others = rf"{AFTER_RECORD}{SPACE}(?={kinds})"
-        like_before = rf"(?<=\}}){re.escape(self.between) or SPACE + ',' + SPACE}(?=\{{)"
+        like_before = rf"(?<=\}}){re.escape(self.separator) or SPACE + ',' + SPACE}(?=\{{)"
         start = re.compile(f"{like_others}|{like_before}")
         self.advance(1)
         while not (match := start.search(self.text)) and not self.complete:

@@ -1,8 +1,10 @@
 """A file of text or of records: the encoding, the lines, and the text in a record.
 
-Use:    for piece in read_text(source): ...
-        lines = Lines(decoded_text(source)); for piece in document(source, "a.jsonl:17", {"text": "..."}): ...
+Example:
+    for piece in read_text(source): ...
+    lines = Lines(decoded_text(source)); for piece in document(source, "a.jsonl:17", {"text": "..."}): ...
 What is broken is reported with its file and line and left out. Knows no format of records.
+
 """
 
 import codecs
@@ -178,19 +180,19 @@ class Lines:
     """
 
     def __init__(self, text: io.TextIOWrapper) -> None:
-        self.text, self.number, self.taken, self.marks = text, 0, 0, 0
-        self.again: deque[str] = deque()
+        self.text, self.number, self.chars_read, self.byte_order_marks = text, 0, 0, 0
+        self.pushed_back: deque[str] = deque()
 
     def read(self) -> str:
         """The next line with its end, "" behind the last."""
-        line = self.again.popleft() if self.again else self.read_new()
+        line = self.pushed_back.popleft() if self.pushed_back else self.read_new()
         self.number += bool(line)
         return line
 
     def read_new(self) -> str:
         """The next line that has not been read before."""
         line = self.text.readline(MAX_RECORD_CHARS)
-        self.taken += len(line)
+        self.chars_read += len(line)
         line = self.drop_byte_order_mark(line)
         if len(line) < MAX_RECORD_CHARS or line.endswith(("\n", "\r")):
             return line
@@ -200,12 +202,12 @@ class Lines:
 
     def drop_byte_order_mark(self, line: str) -> str:
         """A line without the byte order mark at its start, which is counted."""
-        self.marks += line.startswith(BYTE_ORDER_MARK)
+        self.byte_order_marks += line.startswith(BYTE_ORDER_MARK)
         return line.removeprefix(BYTE_ORDER_MARK)
 
     def give_back(self, lines: Sequence[str]) -> None:
         """Read the last lines once more, from the next call on."""
-        self.again.extendleft(reversed(lines))
+        self.pushed_back.extendleft(reversed(lines))
         self.number -= len(lines)
 
 

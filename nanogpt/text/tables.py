@@ -1,8 +1,10 @@
 """CSV, TSV and Parquet: the column of a table that is its text.
 
-Use:    for piece in read_table(",", source): ...
+Example:
+    for piece in read_table(",", source): ...
 The delimiter of a CSV file and the column are found in its line of names. A quote that is never closed
 costs the row it is in and no other. Knows neither files nor archives.
+
 """
 
 import csv
@@ -60,7 +62,7 @@ def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
         elif row:
             what = f"{counted(len(row), 'field')} instead of {rows.width}"
             source.report.reject(f"{source.name}:{number}", what)
-    note_byte_order_marks(source, rows.lines.marks)
+    note_byte_order_marks(source, rows.lines.byte_order_marks)
 
 
 class HeaderLayout(NamedTuple):
@@ -84,7 +86,7 @@ class RowFeed:
 
     def start_row(self, limit: int) -> None:
         """Begin a row."""
-        self.held: list[str] = []
+        self.row_lines: list[str] = []
         self.size, self.limit, self.ended = 0, limit, False
 
     def __iter__(self) -> "RowFeed":
@@ -92,14 +94,14 @@ class RowFeed:
         return self
 
     def __next__(self) -> str:
-        """The next line. Errors: csv.Error if the row or the line is too long."""
-        if self.held and self.size > self.limit:
+        """The next line. Raises: csv.Error if the row or the line is too long."""
+        if self.row_lines and self.size > self.limit:
             raise csv.Error(f"longer than {self.limit:,} characters")
         line = self.lines.read()
         if not line:
             self.ended = True
             raise StopIteration
-        self.held.append(line)
+        self.row_lines.append(line)
         self.size += len(line)
         if isinstance(line, LongLine):
             raise csv.Error(f"longer than {records.MAX_RECORD_CHARS:,} characters")
@@ -107,7 +109,7 @@ class RowFeed:
 
     def give_back(self) -> None:
         """Have the lines read once more."""
-        self.lines.give_back(self.held)
+        self.lines.give_back(self.row_lines)
 
 
 class TableRows:
@@ -118,10 +120,10 @@ class TableRows:
 
     def __init__(self, lines: Lines, source: Source) -> None:
         self.lines, self.source, self.feed = lines, source, RowFeed(lines)
-        self.delimiter, self.spaced, self.width, self.spent = ",", False, 0, 0
+        self.delimiter, self.spaced, self.width, self.reread_chars = ",", False, 0, 0
 
     def read_header(self, delimiter: str) -> int:
-        """Read the line of names: which column is the text. Errors: UserError if none is."""
+        """Read the line of names: which column is the text. Raises: UserError if none is."""
         while (line := self.lines.read()) and not line.strip():
             pass
         match = SEPARATOR_LINE.fullmatch(line)
@@ -150,7 +152,7 @@ class TableRows:
         return best
 
     def split_header(self, delimiter: str, spaced: bool) -> list[str]:
-        """The line of names, cut in a certain way. Errors: csv.Error if it is too long."""
+        """The line of names, cut in a certain way. Raises: csv.Error if it is too long."""
         self.feed.start_row(MAX_HEADER_CHARS)
         names = next(csv.reader(self.feed, delimiter=delimiter, skipinitialspace=spaced), list[str]())
         return [name.strip() for name in names] if spaced else names
@@ -180,7 +182,7 @@ class TableRows:
 
     def start_row(self) -> None:
         """Begin a row, which may be as long as what has been read allows."""
-        limit = records.MAX_RECORD_CHARS + MAX_REREAD_RATIO * self.lines.taken - self.spent
+        limit = records.MAX_RECORD_CHARS + MAX_REREAD_RATIO * self.lines.chars_read - self.reread_chars
         self.feed.start_row(max(0, min(records.MAX_RECORD_CHARS, limit)))
 
     def read_tolerantly(self, number: int) -> list[str] | None:
@@ -190,13 +192,13 @@ class TableRows:
         try:
             row = next(self.csv_reader(feed))
         except csv.Error as error:
-            if len(feed.held) == 1:
+            if len(feed.row_lines) == 1:
                 self.source.report.reject(f"{self.source.name}:{number}", first_line(error))
                 return None
-            opened = self.find_open_quote(feed.held[:-1])
+            opened = self.find_open_quote(feed.row_lines[:-1])
             return self.report_open_quote(number, opened, opened + 1)
         if feed.ended:
-            opened = self.find_open_quote(feed.held)
+            opened = self.find_open_quote(feed.row_lines)
             return self.report_open_quote(number, opened, opened + 1)
         following = self.find_swallowed_row(row, closed=False)
         return self.report_open_quote(number, 0, following) if following else row
@@ -212,7 +214,7 @@ class TableRows:
 
         closed: every quote in it ends where its field does. Then only a wrong number of fields is suspicious.
         """
-        held, fits = self.feed.held, len(row) == self.width
+        held, fits = self.feed.row_lines, len(row) == self.width
         if len(held) == 1 or (fits and (closed or self.width == 1)):
             return 0
         firsts = [
@@ -242,9 +244,9 @@ class TableRows:
 
         number: of its first line. opened: in which of its lines the quote is. first: the first behind it.
         """
-        held, where = self.feed.held, f"{self.source.name}:{number + opened}"
+        held, where = self.feed.row_lines, f"{self.source.name}:{number + opened}"
         following, what = held[first:], "a quote that opens here is not closed"
-        self.spent += self.feed.size
+        self.reread_chars += self.feed.size
         if self.has_row(following):
             self.lines.give_back(following)
             what += ": its row is left out, the lines behind it are read as rows of their own"
@@ -287,7 +289,7 @@ def read_parquet(source: Source) -> Iterator[Chunk]:
 def find_column(source: Source, names: Sequence[str]) -> int:
     """Where text_field is among the columns: its name, or that of a column it leads into.
 
-    Errors: UserError if it is not.
+    Raises: UserError if it is not.
     """
     path = source.text_field.split(".")
     for size in range(len(path), 0, -1):

@@ -1,11 +1,13 @@
 """Tokenizers: text <-> ids. Here what they have in common, and the two simplest: characters and bytes.
 
-Use:    tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
+Example:
+    tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
 Saved:  to_dict (and vocabulary.from_dict), plain types, inside vocab.pt and inside every checkpoint.
 
 Encoding is a table lookup, of bytes or of code points; no Python loop touches a character.
 
 # V vocab_size, N tokens
+
 """
 
 import codecs
@@ -96,7 +98,7 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> Ids:
         """Ids of `text`, (N,), of the narrowest type. Half a surrogate pair, no character, is U+FFFD.
 
-        Errors: UserError if a character has none.
+        Raises: UserError if a character has none.
         """
         return self.encode_batch([utf8(text)])[0]
 
@@ -154,24 +156,24 @@ class CharTokenizer(Tokenizer):
         seen = np.zeros(CODE_POINTS, dtype=np.bool_)
         for chunk in split_text(text):
             mark_characters(seen, chunk.encode("utf-8", "surrogatepass"))
-        return cls(characters(seen), end_of_text=end_of_text)
+        return cls(marked_characters(seen), end_of_text=end_of_text)
 
     def encode(self, text: str) -> Ids:
-        """Ids of the characters of `text`, lone surrogates too. Errors: UserError naming the unknown ones."""
-        return self.encode_raw(text.encode("utf-8", "surrogatepass"))
+        """Ids of the characters of `text`, lone surrogates too. Raises: UserError naming the unknown ones."""
+        return self.encode_utf8(text.encode("utf-8", "surrogatepass"))
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
-        """As Tokenizer.encode_batch. Errors: UserError naming the characters not in the vocabulary."""
+        """As Tokenizer.encode_batch. Raises: UserError naming the characters not in the vocabulary."""
         if len(texts) == 1:
-            ids = self.encode_raw(texts[0])
+            ids = self.encode_utf8(texts[0])
             return ids, np.array([len(ids)])
-        parts = [self.encode_raw(text) for text in texts] if has_multibyte(texts) else None
+        parts = [self.encode_utf8(text) for text in texts] if has_multibyte(texts) else None
         if parts is None:
-            return self.encode_raw(b"".join(texts)), np.array([len(text) for text in texts], np.int64)
+            return self.encode_utf8(b"".join(texts)), np.array([len(text) for text in texts], np.int64)
         return np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
 
-    def encode_raw(self, raw: bytes) -> Ids:
-        """Ids of the characters of UTF-8. Errors: UserError naming the unknown ones."""
+    def encode_utf8(self, raw: bytes) -> Ids:
+        """Ids of the characters of UTF-8. Raises: UserError naming the unknown ones."""
         if raw.isascii() and not has_any(raw, self.unknown_ascii):
             return np.frombuffer(raw.translate(self.ascii), np.uint8).astype(self.dtype, copy=False)
         text = raw.decode("utf-8", "surrogatepass")
@@ -259,7 +261,7 @@ def mark_characters(seen: NDArray[np.bool_], raw: bytes) -> None:
         seen[ord(char)] = True
 
 
-def characters(seen: NDArray[np.bool_]) -> str:
+def marked_characters(seen: NDArray[np.bool_]) -> str:
     """The characters that mark_characters has marked, in order of code point."""
     return "".join(map(chr, np.flatnonzero(seen).tolist()))
 

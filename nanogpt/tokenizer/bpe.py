@@ -1,10 +1,12 @@
 """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a token is a piece of a word.
 
-Use:    tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
+Example:
+    tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
 Learning and encoding run in gigatoken; a tokenizer.json that asks for anything else runs in Hugging
 Face's tokenizers, which defined the format.
 
 # V vocab_size, N tokens
+
 """
 
 import hashlib
@@ -190,11 +192,11 @@ def train_bpe(text: bytes, vocab_size: int) -> BPETokenizer:
 
     Ids: 256 bytes, the merges in the order they were learned, end-of-text last. The byte 0xFF separates
     documents in `text`. Merges equal those of Hugging Face's trainer, ties included.
-    Errors: UserError if the text is too small for so many merges.
+    Raises: UserError if the text is too small for so many merges.
     """
     from gigatoken.gigatoken_rs import train_bpe as learn
 
-    with muted():  # it reports on its own
+    with silence_output():  # it reports on its own
         _, merges = learn(text, vocab_size, [END_OF_TEXT], separator=b"\xff")
     require(
         len(merges) == vocab_size - UNMERGED_IDS,
@@ -255,7 +257,7 @@ def download_gpt2() -> BPETokenizer:
 
 
 def published_merges() -> str:
-    """GPT-2's file of merges, from where it was published. Errors: UserError if it cannot be fetched."""
+    """GPT-2's file of merges, from where it was published. Raises: UserError if it cannot be fetched."""
     try:
         raw = download(GPT2_URL)
     except OSError as error:
@@ -278,7 +280,7 @@ def unspell(token: str) -> bytes:
 
 
 @contextmanager
-def muted() -> Generator[None]:
+def silence_output() -> Generator[None]:
     """Silence what compiled code writes to standard output and error by itself."""
     with open(os.devnull, "w") as nowhere:
         saved = {stream: os.dup(stream) for stream in (1, 2)}
