@@ -348,7 +348,7 @@ def test_pipes_devices_and_files_of_the_system_are_refused_by_name_and_never_wai
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to("nowhere")
     for name, said in (
-        (tmp_path / "pipe", "is a named pipe, no file: pipe what comes out of it into --input_file -"),
+        (tmp_path / "pipe", "is a named pipe, no file: pipe its output into --input_file -"),
         ("/dev/zero", "is a device, no file: pipe"),
         ("/proc/self/status", "is a file of the system"),
         (tmp_path / "dangling", "is a link to a file that is not there"),
@@ -480,8 +480,8 @@ def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
     assert documents_in(tmp_path / "a.tar", report) == ["last"]
     assert [line.removeprefix(f"{tmp_path / 'a.tar'}/") for line in report.broken] == [
         f"member2.txt: a link that leads out of the archive, to {secret}",
-        "member3.txt: no file but a device or a pipe",
-        "member6.txt: no file but a device or a pipe",
+        "member3.txt: a device or a pipe, not a file",
+        "member6.txt: a device or a pipe, not a file",
     ]
 
 

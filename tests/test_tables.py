@@ -67,7 +67,7 @@ def test_another_delimiter_is_found_and_said(tmp_path, name, delimiter, said):
     usual = {"a.csv": ",", "a.tsv": "\t"}[name]
     assert (found, report.broken) == (texts, [])
     assert report.notes == (
-        [] if delimiter == usual else [f"columns separated by {said}, by the line of names"]
+        [] if delimiter == usual else [f"columns separated by {said}, as the line of names shows"]
     )
 
 
@@ -148,7 +148,7 @@ def test_an_unclosed_quote_costs_its_own_row_and_no_other(tmp_path, kind):
     assert [text.replace('"', "") for text in found[:3]] == ["one", "three", "four"]
     assert report.broken == [
         ":3: a quote that opens here is not closed: its row is left out, "
-        "the lines behind it are read as rows of their own"
+        "the lines after it are read as rows of their own"
     ]
 
 

@@ -29,7 +29,7 @@ class PrepareConfig(Settings):
     train_split: float = 0.9
     """Fraction of the text to train on, from its start; the rest is for validation."""
     split: SplitKind = "tail"
-    """How to choose what validates: the tail of the text, or whole documents, by a hash of each."""
+    """How to choose the validation split: the tail of the text, or whole documents, by a hash of each."""
     val_file: tuple[str, ...] = ()
     """Texts for validation alone; then all of input_file is for training."""
     tokenizer: str = "char"
@@ -77,8 +77,8 @@ class PrepareConfig(Settings):
 
 
 def first_few(names: tuple[str, ...]) -> str:
-    """The first few names of many."""
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    """The first three names, for messages."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What is in a prepared data folder: counts, frequent tokens, document lengths, an excerpt, a picture.
+"""Inspect a prepared data folder: counts, frequent tokens, document lengths, an excerpt, a picture.
 
 Run:    nanogpt data info my_data
 Writes: info.png in the folder, if it can be written. Compares the token files with their checksums, and reads
-        them in pieces, through their maps.
+        them part by part, through memory maps.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ from nanogpt.files import replacing
 from nanogpt.text.documents import counted
 
 TOKENS_PER_READ = 1 << 24
-"""Tokens looked at at a time."""
+"""Tokens to read at a time."""
 
 FREQUENT, EXCERPT = 20, 400
-"""Tokens that are listed, and tokens of text that are shown."""
+"""Number of frequent tokens in the list, and of tokens in the excerpt."""
 
 BINS = 40
 
@@ -35,7 +35,7 @@ PERCENTILES = {"shortest": 0, "lower quarter": 25, "median": 50, "upper quarter"
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """frequencies: of each id, (V,). lengths: of each document, in tokens, without the one that ends it."""
+    """Counts of tokens. frequencies: of each id, (V,). lengths: of each document, without its end token."""
 
     frequencies: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -57,7 +57,7 @@ def main(config: InspectConfig) -> int:
     path = folder / "info.png"
     try:
         draw_histograms(counts, path)
-    except UserError as error:  # a folder that is only to be read has told all the same
+    except UserError as error:  # the folder may be read-only
         warn(f"No picture: {error}")
     else:
         say(f"Picture: {path}")
@@ -65,7 +65,7 @@ def main(config: InspectConfig) -> int:
 
 
 def open_verified(folder: Path) -> Dataset:
-    """The data set, compared with its checksums to the last byte."""
+    """Open the data set, and compare every byte with the checksums."""
     size = sum(path.stat().st_size for path in folder.glob("*.pt") if path.is_file())
     with progress_bar("Verifying", size_in_bytes=True) as bar:
         task = bar.add_task("", total=size, detail="")
@@ -73,7 +73,7 @@ def open_verified(folder: Path) -> Dataset:
 
 
 def summary(dataset: Dataset) -> Iterator[str]:
-    """The facts, a line each."""
+    """The lines of the description."""
     tokenizer, tokens = dataset.tokenizer, len(dataset.train) + len(dataset.val)
     yield f"Tokenizer: {tokenizer.kind}, vocabulary of {tokenizer.vocab_size:,}"
     yield f"Tokens: {len(dataset.train):,} to train on, {len(dataset.val):,} to validate, {dataset.val.dtype}"
@@ -88,7 +88,7 @@ def summary(dataset: Dataset) -> Iterator[str]:
 
 
 def count_tokens(dataset: Dataset) -> TokenCounts:
-    """Go over all tokens once."""
+    """Count the tokens of both splits."""
     V, end = dataset.tokenizer.vocab_size, dataset.tokenizer.end_of_text
     frequencies = np.zeros(V, np.int64)
     lengths: list[NDArray[np.int64]] = []
@@ -102,14 +102,14 @@ def count_tokens(dataset: Dataset) -> TokenCounts:
                 if end is not None:
                     ends.append(first + np.flatnonzero(part == end))
                 bar.advance(task, len(part))
-            if int(split[-1]) != end:  # a document that the split cuts, or the only one
+            if int(split[-1]) != end:  # the last document is cut by the split, or is the only one
                 ends.append(np.array([len(split)]))
             lengths.append(np.diff(np.concatenate(ends)) - 1)
     return TokenCounts(frequencies, np.concatenate(lengths))
 
 
 def show_documents(counts: TokenCounts) -> None:
-    """Print how long documents are."""
+    """Print percentiles of the document lengths."""
     if len(counts.lengths) > len(SPLITS):
         values = np.percentile(counts.lengths, list(PERCENTILES.values()))
         parts = (f"{name} {value:,.0f}" for name, value in zip(PERCENTILES, values, strict=True))
@@ -117,7 +117,7 @@ def show_documents(counts: TokenCounts) -> None:
 
 
 def show_frequent(dataset: Dataset, counts: TokenCounts) -> None:
-    """Print the most frequent tokens, and how many never occur."""
+    """Print a table of the most frequent tokens, and how many tokens never occur."""
     total = counts.frequencies.sum()
     table = Table("token", "id", "times", "share", box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -135,7 +135,7 @@ def show_frequent(dataset: Dataset, counts: TokenCounts) -> None:
 
 
 def draw_histograms(counts: TokenCounts, path: Path) -> None:
-    """Draw two histograms: how long documents are, and how often the tokens come, from the commonest on."""
+    """Draw a histogram of document lengths, and the frequencies of the tokens by rank."""
     figure = new_figure(10, 4)
     documents, tokens = figure.subplots(1, 2)
     lengths = np.maximum(counts.lengths, 1)

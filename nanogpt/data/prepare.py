@@ -1,14 +1,15 @@
-"""The `data` command: a corpus to token files.
+"""The `data` command: turn a corpus into token files.
 
 Run:    python data.py                                          Tiny Shakespeare into data/
         python data.py --input_file books/ dump.jsonl.gz --tokenizer bpe --data_dir my_data
 Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer, counts,
-        a fingerprint of the text, and the SHA-256 of each token file). What was there is replaced when
-        all of them are whole (data/swap.py).
-One pass over the corpus counts (data/scan.py), one encodes; each holds a few chunks of text and no more,
-whatever the size, and shares the work among threads. Killed, the second goes on where it was.
+        a fingerprint of the text, and the SHA-256 of each token file). An earlier set is replaced
+        when the new one is complete (data/swap.py).
+The first pass over the corpus scans it (data/scan.py), the second encodes it. Each holds a few chunks of
+text in memory, whatever the size, and shares the work among threads. The second resumes after a kill.
 """
 
+import math
 import re
 import sys
 import time
@@ -46,10 +47,10 @@ from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import TOKENIZERS, existing_tokenizer
 
 SAVE_SECONDS = 5.0
-"""Seconds of encoding that a kill may cost."""
+"""Seconds between saves of the encoding's state: a kill loses no more."""
 
 MAX_FILES = 10_000
-"""Files that a data set may have: the system lets a process map some 65,000, and each is synced twice."""
+"""Most files of a data set: a process can map some 65,000, and each file is synced twice."""
 
 OUT_OF_MEMORY_WORDS = (
     "can't start new thread",
@@ -62,11 +63,11 @@ OUT_OF_MEMORY_WORDS = (
 STDIN_FILE = "stdin.txt"
 
 MAX_SHOWN = 5
-"""Broken records that are shown; the rest are in broken.txt."""
+"""Broken records that are printed; broken.txt lists them all."""
 
 
 def main(config: PrepareConfig) -> int:
-    """Prepare a data folder and say what was made. Returns the exit code."""
+    """Prepare a data folder and print a summary. Returns the exit code."""
     folder = Path(config.data_dir)
     try:
         with lock(folder, f"another program is writing to {folder}: use another --data_dir"):
@@ -87,18 +88,18 @@ def main(config: PrepareConfig) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is what was missing: threads, tensors and libraries to be loaded say it in words."""
+    """Whether an error means that memory ran out: threads, tensors and libraries say so in words."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Write train.pt, val.pt and vocab.pt into config.data_dir, and say what they hold.
+    """Write train.pt, val.pt and vocab.pt into config.data_dir, and print a summary.
 
     Raises: UserError if the text cannot be read or is too short for the split, if the folder holds
     another data set and overwrite is off, or if it cannot be written.
     """
     folder = Path(config.data_dir)
-    finish_swap(folder)  # a swap that was cut short
+    finish_swap(folder)  # if a swap was interrupted
     corpora = open_corpora(config, folder)
     work = EncodingJob(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
     given = (
@@ -126,9 +127,9 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, fingerprint: str) -> dict[str, Any]:
-    """Write the files of the set, then replace by them what is in the folder. Returns what vocab.pt says.
+    """Write the files of the new set, and replace the old one. Returns the content of vocab.pt.
 
-    Raises: UserError if the disk is full; then what was there still is.
+    Raises: UserError if the disk is full; then the old set is still there.
     """
     assert work.scanned is not None
     tokens, sizes = (dict(zip(SPLITS, values, strict=True)) for values in (work.tokens, work.bytes))
@@ -142,15 +143,15 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
         "tokens": tokens,
         "bytes": sizes,
     }
-    most = config.shard_tokens or max(tokens.values())
-    counts = {name: -(-count // most) for name, count in tokens.items()}
+    shard_size = config.shard_tokens or max(tokens.values())
+    counts = {name: math.ceil(count / shard_size) for name, count in tokens.items()}
     if config.shard_tokens is not None:
         facts["shards"] = counts
     new, seals = make_new_folder(folder), dict[str, Seal]()
     for split, count in tokens.items():
         names = [f"{split}.pt"] if config.shard_tokens is None else shard_names(split, counts[split])
-        for name, first in zip(names, range(0, count, most), strict=True):
-            size = min(most, count - first)
+        for name, first in zip(names, range(0, count, shard_size), strict=True):
+            size = min(shard_size, count - first)
             seals[name] = write_tokens(work.token_path(split), new / name, work.tokenizer.dtype, first, size)
     facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
     tables = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
@@ -161,7 +162,7 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
 
 
 def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
-    """The corpus that is split ("train"), and the one for validation alone ("val") if there is one."""
+    """Open the corpus that is split ("train") and, with --val_file, the one for validation alone ("val")."""
     given: dict[str, tuple[str, ...]] = {"train": config.input_file}
     if not config.input_file:
         path, note = tiny_shakespeare(folder)
@@ -177,7 +178,7 @@ def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
 
 
 def save_standard_input(folder: Path) -> Path:
-    """Standard input as a file for as long as the preparation takes, since it is read more than once.
+    """Save standard input to a file while the preparation lasts, since it is read more than once.
 
     Raises: UserError if it is closed, cannot be read, or does not fit on the disk.
     """
@@ -196,11 +197,11 @@ def save_standard_input(folder: Path) -> Path:
 
 
 def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Whether `folder` holds the data set with this fingerprint, whole.
+    """Whether `folder` holds the complete data set with this fingerprint.
 
     Raises: UserError if it holds something else and `overwrite` is off.
     """
-    if not (folder / "vocab.pt").exists():  # empty, or a preparation that was cut short
+    if not (folder / "vocab.pt").exists():  # empty, or a preparation was interrupted
         return False
     try:
         if load_dataset(folder, verify_bytes=None).fingerprint == fingerprint:
@@ -213,7 +214,7 @@ def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
 
 
 def print_skip_report(report: SkipReport, folder: Path) -> None:
-    """Say how the corpus was read and which records were left out; all of those are listed in broken.txt."""
+    """Print how the corpus was read and which records were skipped; broken.txt lists all of those."""
     for note in report.notes[:MAX_SHOWN]:
         say(note)
     if len(report.notes) > MAX_SHOWN:
@@ -230,15 +231,15 @@ def print_skip_report(report: SkipReport, folder: Path) -> None:
 
 
 class EncodedBatch(NamedTuple):
-    """The tokens of a batch that go to one side, and the bytes of text they stand for."""
+    """The tokens of a batch for one split, and the bytes of text in them."""
 
     ids: Ids
     bytes: int
 
 
 def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
-    """Raise UserError if the tokens so far make too many files already."""
-    files = sum(-(-count // shard_tokens) for count in tokens) if shard_tokens else 0
+    """Raise UserError if the tokens so far make more than MAX_FILES files."""
+    files = sum(math.ceil(count / shard_tokens) for count in tokens) if shard_tokens else 0
     require(
         files <= MAX_FILES,
         f"--shard_tokens {shard_tokens} makes more than {MAX_FILES:,} files: "
@@ -249,7 +250,7 @@ def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
 def encode_corpora(
     corpora: Mapping[str, Corpus], split: Split, work: EncodingJob, shard_tokens: int | None = None
 ) -> None:
-    """Append the tokens of every document to its side's file, from where `work` stands.
+    """Encode every document and append its tokens to the file of its split, from where `work` left off.
 
     Raises: UserError if the disk is full, or if files of `shard_tokens` are too many.
     """
@@ -267,15 +268,15 @@ def encode_corpora(
                 if time.monotonic() - saved > SAVE_SECONDS:
                     work.save_state(files)
                     saved = time.monotonic()
-            if saved > began:  # a long one: nor shall it be done again if the next step is killed
+            if saved > began:  # a long encoding is saved, in case the next step is killed
                 work.save_state(files)
 
 
 def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Chunk, int]]) -> list[EncodedBatch]:
-    """The tokens of a batch for each side, with end-of-text after every document that ends."""
+    """Encode a batch: the tokens of each split, with an end-of-text token after each document."""
     encoded: list[EncodedBatch] = []
     for side in range(len(SPLITS)):
-        chunks = [chunk for chunk, its_side in batch if its_side == side]
+        chunks = [chunk for chunk, chunk_side in batch if chunk_side == side]
         ids, lengths = tokenizer.encode_batch([chunk.raw for chunk in chunks])
         if tokenizer.end_of_text is not None:
             ends = np.array([chunk.ends for chunk in chunks], np.bool_)
@@ -285,13 +286,13 @@ def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Chunk, int]]) -> list[E
 
 
 def token_file_names(folder: Path) -> list[str]:
-    """The names of the token files of the data set in a folder."""
+    """Names of the token files in a folder."""
     patterns = [re.compile(rf"{split}(-\d{{5,}})?\.pt") for split in SPLITS]
     return [path.name for path in folder.iterdir() if any(p.fullmatch(path.name) for p in patterns)]
 
 
 def print_summary(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split: Split) -> None:
-    """Say what was made."""
+    """Print a summary of the data set."""
     say(f"Characters: {facts['characters']:,}")
     if facts["documents"] > 1:
         say(f"Documents: {facts['documents']:,}")

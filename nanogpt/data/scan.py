@@ -1,9 +1,9 @@
-"""The first pass over a corpus: how long every document is, what is in it, and which side it goes to.
+"""The first pass over a corpus: length and digest of every document, all characters, and the split.
 
 Example:
-    scanned = take_survey(corpora, config); split = Split(scanned, config)
-    for chunk, side in split(all_pieces(corpora)): ...
-Knows nothing of tokens. Holds 16 bytes a document and no text.
+    scanned = scan(corpora, config); split = Split(scanned, config)
+    for chunk, side in split(all_chunks(corpora)): ...
+Holds 16 bytes for each document and no text. Knows nothing of tokens.
 
 """
 
@@ -32,7 +32,7 @@ from nanogpt.tokenizer import base as tokenizers
 from nanogpt.tokenizer.registry import min_vocab_size
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
-"""What a thread works on at a time: this many bytes of text, of no more documents than that."""
+"""Size of a thread's batch: this many bytes of text, from at most so many documents."""
 
 SAMPLE_BYTES = 1 << 26
 """Size of the sample of the training split that a tokenizer learns from."""
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class ChunkStats(NamedTuple):
-    """A chunk of text: its length in characters, 8 bytes that identify it, whether it ends a document."""
+    """A chunk's length in characters, 8 bytes of its SHA-256, and whether it ends a document."""
 
     characters: int
     digest: bytes
@@ -51,9 +51,10 @@ class ChunkStats(NamedTuple):
 
 @dataclass
 class ScanResult:
-    """What the first pass learns.
+    """The result of the first pass.
 
-    characters, digests: of each document, the documents for validation alone (from first_val on) last.
+    characters, digests: of each document. With --val_file, its documents are the last, from first_val on.
+    seen_characters: (CODE_POINTS,), whether each code point occurs.
     """
 
     characters: "array[int]" = field(default_factory=lambda: array("Q"))
@@ -64,10 +65,10 @@ class ScanResult:
     )
     report: SkipReport = field(default_factory=SkipReport)
     open_document: list[ChunkStats] = field(default_factory=list[ChunkStats])
-    """The chunks of a document that has not ended."""
+    """The chunks so far of the current document."""
 
     def add(self, chunk: ChunkStats) -> None:
-        """Take the next chunk."""
+        """Add the next chunk."""
         self.open_document.append(chunk)
         if chunk.ends:
             digests = b"".join(part.digest for part in self.open_document)
@@ -78,12 +79,12 @@ class ScanResult:
 
     @property
     def total_characters(self) -> int:
-        """Characters in all."""
+        """Characters of all documents."""
         return sum(self.characters)
 
 
 def scan(corpora: Mapping[str, Corpus], config: PrepareConfig) -> ScanResult:
-    """Pass over every document: its length, a digest, the characters in it.
+    """Scan every document: its length, its digest, its characters.
 
     Raises: UserError if there is no text.
     """
@@ -100,13 +101,13 @@ def scan(corpora: Mapping[str, Corpus], config: PrepareConfig) -> ScanResult:
                     scanned.add(chunk)
     scanned.report.notes[:0] = scanned.report.unused_field_note(
         config.text_field
-    )  # first: it is sure to be shown
+    )  # first, so that it is printed
     require_text(scanned, config)
     return scanned
 
 
 def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[ChunkStats]:
-    """Measure each chunk, and mark in `seen`, (UNICODE,), the characters that occur."""
+    """Measure each chunk, and mark its characters in `seen`, (CODE_POINTS,)."""
     measured: list[ChunkStats] = []
     for chunk in batch:
         tokenizers.mark_characters(seen, chunk.raw)
@@ -115,12 +116,12 @@ def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[ChunkStat
 
 
 def short_digest(raw: bytes) -> bytes:
-    """8 bytes that identify `raw`: of its SHA-256."""
+    """The first 8 bytes of the SHA-256 of `raw`."""
     return hashlib.sha256(raw).digest()[:8]
 
 
 def require_text(scanned: ScanResult, config: PrepareConfig) -> None:
-    """Raise UserError if there is no text, or none of a corpus for validation alone."""
+    """Raise UserError if there is no text, or none in --val_file."""
     broken = scanned.report.broken
     why = (
         f" ({counted(scanned.report.broken_count, 'broken record')}, the first: {broken[0]})"
@@ -133,7 +134,7 @@ def require_text(scanned: ScanResult, config: PrepareConfig) -> None:
 
 
 def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:
-    """Identifies a data set: SHA-256 over its documents, in order, and the settings that shape the tokens."""
+    """The fingerprint of a data set: SHA-256 of its documents, in order, and of its settings."""
     shape = (
         *tokenizer_settings(config),
         config.shard_tokens,
@@ -147,7 +148,7 @@ def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:
 
 
 def tokenizer_settings(config: PrepareConfig) -> tuple[str, int]:
-    """What tells tokenizers apart: the kind, or what is in its file; and the size of a learned vocabulary."""
+    """Identify a tokenizer: its name, or a digest of its file, and --vocab_size if it matters (else 0)."""
     path = Path(config.tokenizer)
     kind = (
         short_digest(path.read_bytes()).hex()
@@ -158,13 +159,13 @@ def tokenizer_settings(config: PrepareConfig) -> tuple[str, int]:
 
 
 def all_chunks(corpora: Mapping[str, Corpus], advance: Callable[[int], object] = int) -> Iterator[Chunk]:
-    """All documents of all corpora, once more: what is broken has been reported."""
+    """All chunks of all corpora, in a further pass: broken records have been reported already."""
     for corpus in corpora.values():
         yield from corpus.chunks(SkipReport(), advance)
 
 
 def group_into_batches(chunks: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Pieces in lists of BATCH_BYTES, by `size`, or of BATCH_DOCUMENTS."""
+    """Group chunks into lists of BATCH_BYTES, by `size`, or of BATCH_DOCUMENTS."""
     batch: list[Item] = []
     total = 0
     for chunk in chunks:
@@ -178,7 +179,7 @@ def group_into_batches(chunks: Iterable[Item], size: Callable[[Item], int]) -> I
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """function(item) for each item, in order, by as many threads as there are cores; few items are held."""
+    """Map a function over items in order, with a thread for each core. Holds few items at a time."""
     workers = usable_cores(physical=False)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
@@ -195,20 +196,20 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
 
 class Split:
-    """Which text is for training and which for validation.
+    """The training and the validation split.
 
-    tail: the last part of the characters validates. documents: whole documents do, drawn by a hash of
-    their text, so that a document stays on its side when the corpus grows.
-    Raises: UserError if a side is too small.
+    tail: the last part of the characters is for validation. documents: whole documents are, drawn by a hash
+    of their text, so that a document stays in its split when the corpus grows.
+    Raises: UserError if a split is too small.
     """
 
     def __init__(self, scanned: ScanResult, config: PrepareConfig) -> None:
         self.scanned = scanned
         digests = np.frombuffer(scanned.digests, np.uint64)
         self.by_document: NDArray[np.bool_] | None = None
-        """Whether each document validates, unless a boundary says it."""
+        """Whether each document is for validation; None with a tail."""
         self.boundary = int(scanned.total_characters * config.train_split)
-        """Characters before the tail."""
+        """Number of characters before the tail."""
         if scanned.first_val is not None:
             self.by_document = np.arange(len(digests)) >= scanned.first_val
         elif config.split == "documents":
@@ -226,9 +227,9 @@ class Split:
         )
 
     def __call__(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, int]]:
-        """Each chunk and its side: 0 training, 1 validation; cut where the tail begins.
+        """Each chunk with its side: 0 training, 1 validation. The chunk where the tail begins is cut.
 
-        Raises: UserError if these are not the documents of the scanned.
+        Raises: UserError if these are not the scanned documents.
         """
         changed = "the text changed while it was being read: run the command again"
         document, position = 0, 0
@@ -249,7 +250,7 @@ class Split:
         require(document == len(self.scanned.characters), changed)
 
     def duplicates(self) -> tuple[int, int]:
-        """How many documents of the validation split are in the training split too, and of how many."""
+        """How many documents for validation are also in the training split, and how many there are."""
         digests, validates = np.frombuffer(self.scanned.digests, np.uint64), self.by_document
         trains = None if validates is None else ~validates
         if validates is None:

@@ -1,9 +1,9 @@
-"""Token files while they are written: they grow, survive a kill, and become .pt files in the end.
+"""Write token files: append to them, resume after a kill, and turn them into .pt files.
 
 Example:
-    work = Work(folder, config, files); work.begin(scanned, tokenizer)
-    with work.writing() as files: work.add(files, 0, ids, size); work.save(files)
-    seal = write_tokens(work.tokens_file("train"), Path("train.pt"), np.uint16, 0, count)
+    work = EncodingJob(folder, config, paths); work.start(scanned, tokenizer)
+    with work.open_token_files() as files: work.append(files, 0, ids, size); work.save_state(files)
+    seal = write_tokens(work.token_path("train"), Path("train.pt"), np.uint16, 0, count)
 
 """
 
@@ -35,15 +35,15 @@ from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
 COPY_BYTES = 1 << 22
-"""Bytes copied at a time."""
+"""Bytes to copy at a time."""
 
 
 class EncodingJob:
-    """A preparation on its way, in a folder of its own, so that it can go on after a kill.
+    """An encoding in progress, with its state in a folder of its own, so that it resumes after a kill.
 
-    scanned: None if there is nothing to go on with. tokens, bytes: of each split, so far; batches: how many
-    batches of text these are. stretches: of each split, where every stretch that was saved at once ends, in
-    bytes, and its SHA-256; new: the same of what was added since.
+    scanned: None if there is nothing to resume. tokens, bytes: of each split so far. batches: batches of text
+    encoded so far. ranges: of each split, the end, in bytes, and the SHA-256 of each range of tokens that was
+    saved. unsaved: the running SHA-256 of the tokens after the last range.
     """
 
     def __init__(self, folder: Path, config: PrepareConfig, files: Sequence[Path]) -> None:
@@ -59,12 +59,12 @@ class EncodingJob:
         self.key = hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
         self.scanned: ScanResult | None = None
         self.tokens, self.bytes, self.batches = [0, 0], [0, 0], 0
-        self.stretches: list[list[tuple[int, str]]] = [[], []]
-        self.new = [hashlib.sha256(), hashlib.sha256()]
+        self.ranges: list[list[tuple[int, str]]] = [[], []]
+        self.unsaved = [hashlib.sha256(), hashlib.sha256()]
         state = self.load_state()
         if state is not None:
             self.tokens, self.bytes, self.batches = state["tokens"], state["bytes"], state["batches"]
-            self.stretches = state["stretches"]
+            self.ranges = state["stretches"]
             self.tokenizer = from_dict(state["tokenizer"])
             self.scanned = ScanResult(first_val=state["first_val"])
             for name in ("characters", "digests"):
@@ -73,9 +73,9 @@ class EncodingJob:
             shutil.rmtree(folder)
 
     def load_state(self) -> dict[str, Any] | None:
-        """What was saved of this very preparation, if its token files are, to the bit, what it speaks of."""
+        """The saved state of this very preparation, if the token files match its checksums; else None."""
         paths = [self.folder / "state.pt", *map(self.token_path, SPLITS)]
-        if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would be waited for
+        if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would block
             return None
         try:
             content, sealed = read_sealed(paths[0])
@@ -86,21 +86,21 @@ class EncodingJob:
             return state if same else None
         except MemoryError:
             raise
-        except Exception:  # damaged: begin again
+        except Exception:  # damaged: start over
             return None
 
     def token_path(self, name: str) -> Path:
-        """Where the tokens of a split grow."""
+        """Path of the growing tokens of a split."""
         return self.folder / f"{name}.tokens"
 
     def start(self, scanned: ScanResult, tokenizer: Tokenizer) -> None:
-        """Start with the encoding."""
+        """Start the encoding."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.scanned, self.tokenizer = scanned, tokenizer
 
     @contextmanager
     def open_token_files(self) -> Generator[list[BinaryIO]]:
-        """The files to append to, cut back to what was saved. Raises: UserError if the disk is full."""
+        """Open the files to append to, cut back to the saved state. Raises: UserError for a full disk."""
         width = np.dtype(self.tokenizer.dtype).itemsize
         try:
             with ExitStack() as stack:
@@ -117,30 +117,30 @@ class EncodingJob:
             ) from error
 
     def append(self, files: Sequence[BinaryIO], side: int, ids: Ids, size: int) -> None:
-        """Append tokens, of `size` bytes of text, to a split. Raises: OSError if the disk is full."""
+        """Append the tokens of `size` bytes of text to a split. Raises: OSError if the disk is full."""
         raw = ids.tobytes()
         files[side].write(raw)
-        self.new[side].update(raw)
+        self.unsaved[side].update(raw)
         self.tokens[side] += len(ids)
         self.bytes[side] += size
 
     def save_state(self, files: Sequence[BinaryIO]) -> None:
-        """Remember how far the encoding is."""
+        """Sync the token files, and save how far the encoding is."""
         assert self.scanned is not None
         for file in files:
             file.flush()
             os.fsync(file.fileno())
         width = np.dtype(self.tokenizer.dtype).itemsize
         for side, count in enumerate(self.tokens):
-            self.stretches[side].append((width * count, self.new[side].hexdigest()))
-            self.new[side] = hashlib.sha256()
+            self.ranges[side].append((width * count, self.unsaved[side].hexdigest()))
+            self.unsaved[side] = hashlib.sha256()
         state = {
             "key": self.key,
             "tokenizer": self.tokenizer.to_dict(),
             "tokens": self.tokens,
             "bytes": self.bytes,
             "batches": self.batches,
-            "stretches": self.stretches,
+            "stretches": self.ranges,
             "first_val": self.scanned.first_val,
             "characters": as_tensor(self.scanned.characters),
             "digests": as_tensor(self.scanned.digests),
@@ -148,34 +148,35 @@ class EncodingJob:
         write_sealed(self.folder / "state.pt", state)
 
     def remove(self) -> None:
-        """It is done."""
+        """Remove the folder: the preparation is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def as_tensor(values: "array[int]") -> torch.Tensor:
-    """64-bit numbers as a tensor, which torch.save takes."""
+    """64-bit numbers as a tensor, for torch.save."""
     return torch.from_numpy(np.frombuffer(values, np.int64).copy())
 
 
-def matches_checksums(path: Path, stretches: Sequence[tuple[int, str]]) -> bool:
-    """Whether a file begins with stretches of bytes of these ends and SHA-256s. Raises: OSError."""
-    place = 0
+def matches_checksums(path: Path, ranges: Sequence[tuple[int, str]]) -> bool:
+    """Whether a file begins with byte ranges of these ends and SHA-256s. Raises: OSError."""
+    position = 0
     with open(path, "rb") as file:
-        for end, expected in stretches:
+        for end, expected in ranges:
             digest = hashlib.sha256()
-            while place < end and (block := file.read(min(end - place, COPY_BYTES))):
+            while position < end and (block := file.read(min(end - position, COPY_BYTES))):
                 digest.update(block)
-                place += len(block)
-            if place < end or digest.hexdigest() != expected:
+                position += len(block)
+            if position < end or digest.hexdigest() != expected:
                 return False
     return True
 
 
 def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], first: int, count: int) -> Seal:
-    """Make of bare tokens, `count` in `raw` from the `first` on, a .pt file with one tensor, (count,).
+    """Write a .pt file with one tensor, (count,), of the tokens in `raw` from the `first` on.
 
-    torch.save writes the file without the tokens; they are then copied to their place in it, so that
-    little is in memory at a time. Returns its seal, taken on the way. Raises: UserError if the disk is full.
+    torch.save writes the file without the tokens. Then they are copied to their place in it, block by
+    block, so that little is in memory. Returns the file's seal, computed on the way.
+    Raises: UserError if the disk is full.
     """
     width, sealing = np.dtype(dtype).itemsize, Sealing()
     with replacing(path) as file:
@@ -202,10 +203,10 @@ def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], fi
 
 
 def placeholder_array(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:
-    """Any `count` values, (count,), that take no memory: of more tokens than fit into it, too.
+    """An array of any `count` values, (count,), that takes no memory, for torch.save under skip_data.
 
-    torch.save asks for a tensor although it skips the values. A map of the file that has them will do, not
-    written to; an empty array where files cannot be mapped.
+    torch.save needs a tensor although it skips the values. The array is a memory map of the tokens, which
+    is not written to; or an empty array where files cannot be mapped.
     """
     require(
         raw.stat().st_size >= np.dtype(dtype).itemsize * count,

@@ -1,9 +1,9 @@
-"""One file to documents, whatever it is: by the end of its name, packed or not.
+"""The documents in one file, plain, compressed or an archive: its suffix says what it is.
 
 Example:
-    for chunk in read(source): ...
-Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in place and never unpacked. What is
-damaged or hostile is refused in one line.
+    for chunk in read_file(source): ...
+Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in place and never unpacked to the
+disk. A damaged or hostile file is refused in one line.
 
 """
 
@@ -32,17 +32,17 @@ from nanogpt.text.records import Source, first_line, read_text, seekable_copy
 TAR_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tzst")
 
 MAX_DEPTH = 4
-"""Archives inside archives."""
+"""How deep archives may be nested."""
 
 MAX_LINK_BYTES = 1 << 12
-"""Bytes of the target of a link."""
+"""Bytes of a link's target that are read."""
 
 SYSTEM_FILE_PREFIXES = (".DS_Store", ".localized", "._")
-"""How names of hidden files begin that a system writes and nobody misses."""
+"""Beginnings of the names of hidden files that a system writes by itself."""
 
 
 def skip_on_error(chunks: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
-    """The chunks of one of several files: if it fails, that is reported, and its last document ends there."""
+    """The chunks of one of several files. An error is reported, and the open document ends there."""
     open_document = False
     try:
         for chunk in chunks:
@@ -57,9 +57,9 @@ def skip_on_error(chunks: Iterator[Chunk], name: str, report: SkipReport) -> Ite
 
 
 def read_file(source: Source) -> Iterator[Chunk]:
-    """The documents in a file, whatever it is.
+    """The documents in a file of any format.
 
-    Raises: UserError if it is damaged, or not what its name says.
+    Raises: UserError if it is damaged, or not what its suffix says.
     """
     with errors_with_name(source.name):
         yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
@@ -67,7 +67,7 @@ def read_file(source: Source) -> Iterator[Chunk]:
 
 @contextmanager
 def errors_with_name(name: str) -> Generator[None]:
-    """Put the name of a file before what is wrong with it. Raises: UserError, also if it is damaged."""
+    """Put the name of the file in front of an error's message. Raises: UserError, also for damage."""
     try:
         yield
     except UserError as error:
@@ -82,7 +82,7 @@ def errors_with_name(name: str) -> Generator[None]:
 
 
 def nested_source(source: Source, file: io.RawIOBase, kind: str) -> Source:
-    """What a compressed file holds. Raises: UserError if it is compressed over and over."""
+    """The source inside a compressed file. Raises: UserError if archives are nested too deep."""
     require(
         source.depth < MAX_DEPTH, f"has archives inside archives, more than {MAX_DEPTH} deep: unpack it first"
     )
@@ -93,11 +93,11 @@ def nested_source(source: Source, file: io.RawIOBase, kind: str) -> Source:
 def read_member(
     source: Source, name: str, packed: int, opener: Callable[[], IO[bytes] | None]
 ) -> Iterator[Chunk]:
-    """The documents in a file of an archive, of `packed` bytes there; if it is damaged, that is reported."""
+    """The documents in a member of an archive, `packed` bytes there. Damage is reported."""
     whole_name = f"{source.name}/{name}"
 
     def chunks() -> Iterator[Chunk]:
-        """Open it only when its turn has come."""
+        """Open the member and read it: only when the first chunk is asked for."""
         with errors_with_name(whole_name), cast(IO[bytes], opener()) as stream:
             bounded = BombGuard(cast(BinaryIO, stream), partial(int, packed))
             yield from read_file(replace(nested_source(source, bounded, name), name=whole_name))
@@ -106,7 +106,7 @@ def read_member(
 
 
 def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Chunk]:
-    """What is inside a compressed file."""
+    """The documents in a compressed file."""
     counted = CountingReader(source.file, int)
     stream = BombGuard(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.bytes_read)
     path = Path(source.kind)
@@ -115,7 +115,7 @@ def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> I
 
 
 def read_zip(source: Source) -> Iterator[Chunk]:
-    """The files in a zip archive, in its order."""
+    """The documents in a zip archive, in its order."""
     hidden = HiddenFiles()
     with seekable_copy(source.file) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
@@ -131,7 +131,7 @@ def read_zip(source: Source) -> Iterator[Chunk]:
 
 
 def read_tar(source: Source) -> Iterator[Chunk]:
-    """The files in a tar archive, in its order; of archives one after the other too."""
+    """The documents in a tar archive, or in several that were joined, in their order."""
     hidden = HiddenFiles()
     with tarfile.open(fileobj=source.file, mode="r|", tarinfo=CheckedTarInfo, ignore_zeros=True) as archive:
         for member in archive:
@@ -142,40 +142,40 @@ def read_tar(source: Source) -> Iterator[Chunk]:
                 yield from read_member(source, member.name, member.size, opener)
             elif member.issym():
                 report_link(source, member.name, member.linkname)
-            elif not member.islnk():  # whose text has come before, under the name that it links to
-                source.report.reject(f"{source.name}/{member.name}", "no file but a device or a pipe")
+            elif not member.islnk():  # a hard link: its text has been read under the other name
+                source.report.reject(f"{source.name}/{member.name}", "a device or a pipe, not a file")
     source.report.notes += hidden.notes(source.name)
 
 
 def report_link(source: Source, name: str, target: str) -> None:
-    """Report a link in an archive, unless what it leads to is a member too and comes by itself."""
-    place = PureWindowsPath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
-    if ".." in place.parts or place.anchor:
+    """Report a link that leads out of its archive. Other links lead to members, which are read anyway."""
+    resolved = PureWindowsPath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
+    if ".." in resolved.parts or resolved.anchor:
         source.report.reject(f"{source.name}/{name}", f"a link that leads out of the archive, to {target}")
 
 
 @dataclass
 class HiddenFiles:
-    """Hidden files and folders that are left out. number: how many; first: the first of them."""
+    """Hidden files and folders that are left out. number: how many; first: the name of the first."""
 
     number: int = 0
     first: str = ""
 
     def add(self, name: str) -> None:
-        """Count one, unless it is a file that a system writes by itself."""
+        """Count a hidden file, unless a system writes such files by itself."""
         if not PureWindowsPath(name).name.startswith(SYSTEM_FILE_PREFIXES):
             self.number += 1
             self.first = self.first or name
 
-    def notes(self, place: str = "") -> tuple[str, ...]:
-        """A line on them, if there are any."""
-        where = f"{place}: " if place else ""
-        said = f"{where}hidden files and folders left out: {self.number:,}, the first: {self.first}"
-        return (one_line(said),) if self.number else ()
+    def notes(self, archive: str = "") -> tuple[str, ...]:
+        """A line on how many were left out, if any."""
+        where = f"{archive}: " if archive else ""
+        line = f"{where}hidden files and folders left out: {self.number:,}, the first: {self.first}"
+        return (one_line(line),) if self.number else ()
 
 
 class CheckedTarInfo(tarfile.TarInfo):
-    """The header of a member of a tar archive. The library takes a damaged one for the end, silently."""
+    """The header of a tar member. tarfile itself takes a damaged header for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "CheckedTarInfo":
@@ -189,8 +189,8 @@ class CheckedTarInfo(tarfile.TarInfo):
 
 
 def is_wanted_member(source: Source, name: str, hidden: HiddenFiles) -> bool:
-    """Whether a member is to be read: not hidden, and not named as if it lay outside the archive."""
-    path = PureWindowsPath(name)  # which knows drives and both kinds of slashes
+    """Whether to read a member: it is not hidden, and its path stays inside the archive."""
+    path = PureWindowsPath(name)  # understands drives and both kinds of slashes
     if ".." in path.parts or path.anchor:
         source.report.reject(f"{source.name}/{name}", "a path that leads out of the archive: refused")
         return False
@@ -201,7 +201,7 @@ def is_wanted_member(source: Source, name: str, hidden: HiddenFiles) -> bool:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether the reader of an archive gave up on its bytes (and not the disk on the file)."""
+    """Whether an error means damaged content, not a disk or a file that cannot be read."""
     known = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, csv.Error)
     of_library = type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow")
     of_file = isinstance(error, OSError) and error.errno is None

@@ -1,8 +1,8 @@
-"""Compressed files (gzip, bzip2, xz, zstd): streams out of them, which end in an error and never silently.
+"""Compressed files (gzip, bzip2, xz, zstd) as decompressed streams. A cut or damaged file raises an error.
 
 Example:
-    stream = Bounded(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
-What expands without end is refused. Knows no names and no archives.
+    stream = BombGuard(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
+Decompression bombs are refused. Knows neither file names nor archives.
 
 """
 
@@ -18,14 +18,14 @@ from nanogpt.errors import require
 from nanogpt.text.records import missing_library
 
 BOMB_RATIO, BOMB_BYTES = 200, 1 << 26
-"""What expands more often than this, to more than this, is no text."""
+"""A file that expands to more than this many times its size, and to more than this many bytes, is refused."""
 
 READ_BYTES = 1 << 16
-"""Compressed bytes that are read at a time."""
+"""Compressed bytes to read at a time."""
 
 
 class CountingReader(io.RawIOBase):
-    """A file that tells how much of it has been read."""
+    """A file that counts the bytes read from it."""
 
     def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
         self.file, self.advance, self.bytes_read = file, advance, 0
@@ -47,7 +47,7 @@ class CountingReader(io.RawIOBase):
         return self.file.tell()
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`, and count."""
+        """Read into `buffer`, and count the bytes."""
         size = cast(io.RawIOBase, self.file).readinto(buffer) or 0
         self.bytes_read += size
         self.advance(size)
@@ -55,7 +55,7 @@ class CountingReader(io.RawIOBase):
 
 
 class Decompressor(Protocol):
-    """What bz2, lzma and zstd have in common: one compressed frame, piece by piece."""
+    """The interface that the decompressors of bz2, lzma and zstd share: one compressed frame."""
 
     @property
     def eof(self) -> bool:
@@ -64,23 +64,23 @@ class Decompressor(Protocol):
 
     @property
     def needs_input(self) -> bool:
-        """Whether nothing more comes out without more input."""
+        """Whether more input is needed for more output."""
         ...
 
     @property
     def unused_data(self) -> bytes:
-        """What followed the frame."""
+        """The bytes after the frame."""
         ...
 
     def decompress(self, data: bytes, max_length: int = ...) -> bytes:
-        """What comes out, no more than so much."""
+        """The next bytes of output, at most max_length."""
         ...
 
 
 class FrameReader(io.RawIOBase):
-    """A decompressed stream out of one frame after the other.
+    """The decompressed stream of one frame after the other.
 
-    The libraries' own files end without a word where what follows a frame is none.
+    The libraries' own file classes end silently where the bytes after a frame are no frame.
     """
 
     def __init__(self, file: BinaryIO, new: Callable[[], Decompressor]) -> None:
@@ -92,7 +92,7 @@ class FrameReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`. Raises: EOFError if a frame breaks off; the library's if it is none."""
+        """Read into `buffer`. Raises: EOFError if a frame is cut off; the library's error if damaged."""
         data = b""
         while not data:
             given = b""
@@ -106,22 +106,22 @@ class FrameReader(io.RawIOBase):
             elif self.frame.needs_input:
                 given = self.file.read(READ_BYTES)
                 if not given:
-                    raise EOFError("it breaks off")
+                    raise EOFError("it is cut off")
             data = self.frame.decompress(given, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def skip_padding(self) -> bytes:
-        """What follows zeros, which may fill a file up to the size of a block."""
+        """The bytes after zeros, which may fill a file up to the size of a block."""
         while (given := self.file.read(READ_BYTES)) and not given.strip(b"\0"):
             pass
         return given.lstrip(b"\0")
 
 
 class BombGuard(io.RawIOBase):
-    """A decompressed stream that refuses to expand without end.
+    """A decompressed stream that refuses decompression bombs.
 
-    packed: how many compressed bytes went into it so far.
+    bytes_in: returns the number of compressed bytes read so far.
     """
 
     def __init__(self, file: BinaryIO, bytes_in: Callable[[], int]) -> None:

@@ -1,10 +1,10 @@
-"""Where text comes from: files, folders, globs and standard input, in any of the usual formats.
+"""A corpus: the documents in files, folders and globs, in any of the usual formats.
 
 Example:
-    corpus = find(["books/", "dump.jsonl.gz"], text_field="text")
-    for chunk in corpus.chunks(Report()): chunk.text; chunk.ends
-One pass holds one chunk of one document, whatever the size of the corpus; passing again gives the same
-chunks. What is there and cannot be read is reported. Knows nothing of tokens.
+    corpus = find_corpus(["books/", "dump.jsonl.gz"], text_field="text")
+    for chunk in corpus.chunks(SkipReport()): chunk.raw; chunk.ends
+A pass holds one chunk of one document in memory, whatever the size of the corpus. Another pass gives the
+same chunks. Files that cannot be read are reported. Knows nothing of tokens.
 
 """
 
@@ -30,21 +30,22 @@ SPECIAL_FILES = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What is not read, because reading it may never end."""
+"""Kinds of files that are not read, because reading them may never end."""
 
 MAX_NAME_CHARS = 200
-"""Characters of a name in a message: it may be a whole text, given in the place of its file."""
+"""Longest name in a message: somebody may give a whole text instead of its file."""
 
 PROC_FOLDER = "/proc"
-"""A folder whose files have no size, and other text each time that they are read."""
+"""A folder whose files have no size, and a different text at each reading."""
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents in files, in order.
 
-    text_field: which field of a record is its text; dots lead into nested ones.
-    lost: what else is there and cannot be read: where, and why. notes: what is left out on purpose.
+    text_field: the field of a record that is its text; dots lead into nested records.
+    unreadable: files and folders that cannot be read, each with the reason. notes: lines on what is left out
+    on purpose.
     """
 
     files: tuple[Path, ...]
@@ -58,10 +59,10 @@ class Corpus:
         return sum(size_of(path) for path in self.files)
 
     def chunks(self, report: SkipReport, advance: Callable[[int], object] = int) -> Iterator[Chunk]:
-        """Every document, chunk by chunk.
+        """All chunks of all documents.
 
         advance: called with the number of bytes read from the disk since the last call.
-        Raises: UserError if the only file there is cannot be read; of several, such a one is reported.
+        Raises: UserError if the only file cannot be read. Of several files, it is reported.
         """
         report.notes += self.notes
         for where, why in self.unreadable:
@@ -83,7 +84,7 @@ class Corpus:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file on the disk, 0 if it is not there."""
+    """Bytes of a file on the disk, 0 if it does not exist."""
     try:
         return path.stat().st_size
     except OSError:
@@ -91,7 +92,7 @@ def size_of(path: Path) -> int:
 
 
 def open_file(path: str, flags: int) -> int:
-    """Open a file, and nothing that could be waited for without end. Raises: OSError."""
+    """Open a file, but no pipe or device that could block. Raises: OSError."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if (kind := special_file_kind(os.fstat(descriptor))) is not None:
         os.close(descriptor)
@@ -100,14 +101,14 @@ def open_file(path: str, flags: int) -> int:
 
 
 def special_file_kind(status: os.stat_result) -> str | None:
-    """What something is, if it is neither a file nor a folder."""
+    """The kind of a special file (a pipe, a device); None for a file or a folder."""
     if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_dev == system_device():
         return f"a file of the system in {PROC_FOLDER}"
     return SPECIAL_FILES.get(stat.S_IFMT(status.st_mode))
 
 
 def system_device() -> int | None:
-    """The device of SYSTEM_FILES, None where there is none."""
+    """The device number of PROC_FOLDER, None if there is no such folder."""
     try:
         return Path(PROC_FOLDER).stat().st_dev
     except OSError:
@@ -115,9 +116,9 @@ def system_device() -> int | None:
 
 
 def find_corpus(names: Sequence[str], text_field: str = DEFAULT_TEXT_FIELD) -> Corpus:
-    """The files that are meant by files, folders and globs, in that order; inside each by name, each once.
+    """The corpus of files, folders and globs, in that order. Folders are sorted; each file comes once.
 
-    Raises: UserError if one is missing or holds no files.
+    Raises: UserError if one is missing or has no files.
     """
     search = FileSearch()
     for name in names:
@@ -134,8 +135,7 @@ def find_corpus(names: Sequence[str], text_field: str = DEFAULT_TEXT_FIELD) -> C
 class FileSearch:
     """A search for files.
 
-    files: what was found, by its real path. lost: what cannot be read, by its path, and why.
-    hidden: what is left out because it is hidden.
+    files: the files found, by real path. unreadable: reasons, by path. hidden: hidden files left out.
     """
 
     files: dict[str, Path] = field(default_factory=dict[str, Path])
@@ -143,7 +143,7 @@ class FileSearch:
     hidden: HiddenFiles = field(default_factory=HiddenFiles)
 
     def add(self, name: str) -> None:
-        """Look for what is meant by a file, a folder or a glob. Raises: UserError if it is nothing."""
+        """Find the files of a file name, a folder or a glob. Raises: UserError if there are none."""
         found: list[Path] = []
         lost_before = len(self.unreadable)
         for match in self.matches(name):
@@ -158,12 +158,12 @@ class FileSearch:
         require(bool(found), f"--input_file {name} is a folder without files: give another one")
 
     def matches(self, name: str) -> list[Path]:
-        """The files and folders that a name means. Raises: UserError if there are none."""
+        """The files and folders that a name or glob matches. Raises: UserError if there are none."""
         require(bool(name), "--input_file is empty: give a file")
         shown = one_line(name)[:MAX_NAME_CHARS]
         try:
             kind = special_file_kind(Path(name).stat())
-            advice = f"is {kind}, no file: pipe what comes out of it into --input_file -"
+            advice = f"is {kind}, no file: pipe its output into --input_file -"
             require(kind is None, f"--input_file {shown} {advice}")
             return [Path(name)]
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -180,7 +180,7 @@ class FileSearch:
         return matches
 
     def check_glob_folders(self, pattern: str) -> None:
-        """Report the folders that a glob cannot look into: it passes over them without a word."""
+        """Report the folders that a glob cannot read: glob itself skips them silently."""
         while glob.has_magic(pattern):
             head, tail = os.path.split(pattern)
             folders = glob.glob(head, recursive=True) if head else [os.curdir]  # noqa: PTH207
@@ -189,7 +189,7 @@ class FileSearch:
             pattern = head
 
     def check_folder(self, folder: str, name: str) -> None:
-        """Report a folder where it cannot be seen whether there is a name, or what matches it."""
+        """Report a folder that hides whether it has a name, or names that match a glob."""
         try:
             if glob.has_magic(name):
                 os.scandir(folder).close()
@@ -207,7 +207,7 @@ class FileSearch:
         )
 
     def is_readable(self, path: Path) -> bool:
-        """Whether there is a file. What else is there is reported."""
+        """Whether a path is a file that can be opened. Anything else is reported."""
         try:
             why = special_file_kind(path.stat())
         except FileNotFoundError:
@@ -219,19 +219,19 @@ class FileSearch:
         return why is None
 
     def walk(self, folder: Path) -> Iterator[Path]:
-        """The files in a folder and its folders, by name, hidden ones left out; a loop of links ends."""
+        """The files in a folder and its subfolders, by name, without hidden ones. Link loops end."""
         seen: set[str] = set()
-        for place, folders, files in os.walk(folder, onerror=self.add_unreadable_folder, followlinks=True):
-            real = os.path.realpath(place)
+        for parent, folders, files in os.walk(folder, onerror=self.add_unreadable_folder, followlinks=True):
+            real = os.path.realpath(parent)
             if real in seen:
                 folders.clear()
                 continue
             seen.add(real)
             for name in (*folders, *files):
                 if name.startswith("."):
-                    self.hidden.add(str(Path(place, name)))
+                    self.hidden.add(str(Path(parent, name)))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
-                path = Path(place, name)
+                path = Path(parent, name)
                 if not name.startswith(".") and self.is_readable(path):
                     yield path

@@ -1,7 +1,7 @@
-"""Documents: what a corpus is made of, in chunks of bounded length.
+"""Documents, in chunks of bounded length, and the report of records that were skipped.
 
 Example:
-    for chunk in cut(texts): chunk.raw; chunk.ends
+    for chunk in split_into_chunks(blocks): chunk.raw; chunk.ends
     report.reject("dump.jsonl:17", "not JSON")
 Knows neither files nor tokens.
 
@@ -17,37 +17,37 @@ DEFAULT_TEXT_FIELD = "text"
 """The field of a record that is its text, unless --text_field names another."""
 
 CHUNK_BYTES = 1 << 17
-"""Bytes in a chunk: longer documents come in several."""
+"""Size of a chunk in bytes: longer documents have several."""
 
 CUT_MARGIN_BYTES = 1 << 12
-"""How far from its end a chunk may be cut to end where a word does, in bytes."""
+"""How far before its end a chunk may be cut, so that it ends with a word."""
 
 ASCII = bytes(range(128))
 
 MAX_LISTED_RECORDS = 10_000
-"""Broken records that are remembered with their place; more are counted."""
+"""Broken records that are listed; further ones are only counted."""
 
 
 MISSING: Final = object()
-"""Stands where a record does not have a field: null is a value."""
+"""Marks a field that a record does not have. (None is a value: null.)"""
 
 
 class Chunk(NamedTuple):
-    """A part of a document, in UTF-8; ends: nothing of it follows."""
+    """A part of a document, in UTF-8. ends: it is the last part."""
 
     raw: bytes
     ends: bool
 
     @property
     def characters(self) -> int:
-        """How many characters it has."""
-        beyond = self.raw.translate(None, ASCII)  # multi-byte characters, one after the other
+        """Number of characters."""
+        beyond = self.raw.translate(None, ASCII)  # the multi-byte characters
         return len(self.raw) - len(beyond) + len(beyond.decode())
 
 
 @dataclass
 class SkipReport:
-    """What a pass over a corpus met on its way.
+    """A report on one pass over a corpus: skipped records and notes.
 
     strict: the first broken record is an error. notes: how files were read, a line each.
     """
@@ -57,15 +57,15 @@ class SkipReport:
     broken: list[str] = field(default_factory=list[str])
     broken_count: int = 0
     repaired: int = 0
-    """Records with half a surrogate pair, or bytes that are no characters, which became U+FFFD."""
+    """Records with half a surrogate pair or invalid bytes, which became U+FFFD."""
     files_with_fields: int = field(default=0, compare=False)
-    """Files whose records or columns have names."""
+    """Number of files whose records or columns have names."""
     first_plain_file: list[str] = field(default_factory=list[str], compare=False)
     """The first file that was read as plain text, if there was one."""
     plain_files: int = field(default=0, compare=False)
 
     def reject(self, where: str, what: str) -> None:
-        """Count a record that cannot be read. Raises: UserError if strict."""
+        """Count and list a record that cannot be read. Raises: UserError if strict."""
         line = one_line(f"{where}: {what}")
         require(not self.strict, f"{line} (--strict stops at the first broken record)")
         self.broken_count += 1
@@ -73,17 +73,17 @@ class SkipReport:
             self.broken.append(line)
 
     def note(self, where: str, what: str) -> None:
-        """Say how a file is read."""
+        """Add a note on how a file is read."""
         self.notes.append(one_line(f"{where}: {what}"))
 
     def count_plain_file(self, name: str) -> None:
-        """Count a file that has no fields."""
+        """Count a file without fields."""
         self.plain_files += 1
         if not self.first_plain_file:
             self.first_plain_file.append(one_line(name))
 
     def unused_field_note(self, text_field: str) -> tuple[str, ...]:
-        """A note if the name of a field was given, and some files, or all, have no fields."""
+        """A note if --text_field was given, but some or all files have no fields."""
         if text_field == DEFAULT_TEXT_FIELD or not self.first_plain_file:
             return ()
         if self.files_with_fields:
@@ -98,7 +98,7 @@ class SkipReport:
 
 
 def one_line(text: str) -> str:
-    """A text that can be shown in a line: names of files may have line ends, and bytes that are no text."""
+    """A text in one line that can be printed: file names may have line ends and invalid bytes."""
     return " ".join(text.splitlines()).encode("utf-8", "replace").decode()
 
 
@@ -108,10 +108,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def split_into_chunks(blocks: Iterable[bytes]) -> Iterator[Chunk]:
-    """A document, given in blocks of whole characters of UTF-8, in chunks of PIECE bytes.
+    """Split a document, given in blocks of whole UTF-8 characters, into chunks of CHUNK_BYTES.
 
     A chunk ends before a space that follows a word, if there is one: no token of a byte-level BPE spans
-    that, and so the cut changes no token. White space alone is no document.
+    that border, so the cut changes no token. White space alone is no document.
     """
     waiting, begun = b"", False
     for block in blocks:
@@ -127,7 +127,7 @@ def split_into_chunks(blocks: Iterable[bytes]) -> Iterator[Chunk]:
 
 
 def cut_position(raw: bytes, start: int, stop: int) -> int:
-    """Where to cut raw[start:stop]: before its last space that follows a word; or where a character ends."""
+    """Where to cut raw[start:stop]: before the last space after a word, else where a character ends."""
     least = max(start + 1, stop - CUT_MARGIN_BYTES)
     end = raw.rfind(b" ", least, stop)
     while end > 0:
@@ -140,17 +140,17 @@ def cut_position(raw: bytes, start: int, stop: int) -> int:
 
 
 def is_blank(raw: bytes) -> bool:
-    """Whether there is nothing but white space, of any script."""
+    """Whether a text is empty or white space alone, of any script."""
     return not raw or raw.isspace() or (len(raw) <= CUT_MARGIN_BYTES and raw.decode().isspace())
 
 
 def field_values(value: object, path: Sequence[str]) -> Iterator[object]:
-    """The values of a field, in every element of every list on the way; MISSING where it leads nowhere.
+    """The values of a field, in every element of every list on the way; MISSING if there is no such field.
 
-    A key that has the dots of the path in it comes before the path. An object in the field that has a
-    field of the same name gives that, as the parts of a message in a chat do.
+    A key that contains dots itself is tried before the path. An object in the field gives its own field of
+    the same name, if it has one, as the parts of a chat message do.
     """
-    waiting = [(value, tuple(path))]  # a stack and no recursion: lists may be nested deeper than that goes
+    waiting = [(value, tuple(path))]  # a stack, since lists may be nested deeper than recursion goes
     while waiting:
         value, left = waiting.pop()
         if isinstance(value, list):

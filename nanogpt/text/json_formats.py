@@ -1,8 +1,8 @@
-"""JSON Lines and JSON: records out of a text, one in memory at a time.
+"""JSON Lines and JSON, one record in memory at a time.
 
 Example:
-    for piece in read_json_lines(source): ...
-Behind a broken record the reading goes on where the next one begins. Knows neither files nor archives.
+    for chunk in read_json_lines(source): ...
+After a broken record, reading continues where the next record begins. Knows neither files nor archives.
 
 """
 
@@ -25,19 +25,19 @@ from nanogpt.text.records import (
 )
 
 READ_CHARS = 1 << 16
-"""Characters that are read at a time."""
+"""Characters to read at a time."""
 
 ERROR_MARGIN_CHARS = 16
-"""How far from the end of what was read an error may come from that end: in the middle of a word."""
+"""An error this close to the end of what was read may only mean that the rest is missing."""
 
 OVERLAP_CHARS = 1 << 10
-"""Characters that are searched again with what follows, for a beginning of a record that was cut."""
+"""Characters that are searched again with the next ones, for the start of a record that was cut."""
 
 MAX_START_PATTERNS = 16
-"""Kinds of records that are told apart by their first key."""
+"""Most patterns of record starts that are remembered."""
 
 ANY_START = r'["{\[]'
-"""A pattern of how a record begins, if none has been seen."""
+"""The pattern for the start of a record while none has been seen."""
 
 AFTER_RECORD = r"(?<=[,\n\r}\]\ufeff])"
 
@@ -49,7 +49,7 @@ decode = json.JSONDecoder().raw_decode
 
 
 def read_json_lines(source: Source) -> Iterator[Chunk]:
-    """A JSON value a line; or JSON over several lines, which is told by its beginning."""
+    """The documents in JSON Lines; a file whose first value spans several lines is read as JSON."""
     lines, begun = Lines(open_text(source)), False
     while line := lines.read():
         where = f"{source.name}:{lines.number}"
@@ -58,7 +58,7 @@ def read_json_lines(source: Source) -> Iterator[Chunk]:
         elif line.strip():
             first, begun = not begun, True
             try:
-                line.encode("utf-8")  # bytes that are no text came in as lone surrogates
+                line.encode("utf-8")  # fails for invalid bytes, which came in as lone surrogates
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if first and (text := multiline_reader(lines, line)) is not None:
@@ -72,13 +72,13 @@ def read_json_lines(source: Source) -> Iterator[Chunk]:
 
 
 def multiline_reader(lines: Lines, first: str) -> Callable[[int], str] | None:
-    """How to read the text from its first line on, if that begins a value that goes on; else None."""
+    """A function that reads the text from its first line on, if a value spans lines there; else None."""
     if not first.lstrip().startswith(("{", "[")):
         return None
     taken: list[str] = [first]
 
     def read(size: int) -> str:
-        """The following text, which is kept."""
+        """Read more text, and keep it."""
         taken.append(lines.text.read(size))
         return taken[-1]
 
@@ -92,7 +92,7 @@ def multiline_reader(lines: Lines, first: str) -> Callable[[int], str] | None:
         goes_on = values.position > len(first) or first.rstrip().endswith(("[", "{", ","))
     text = "".join(taken)
     if not goes_on:
-        text += lines.text.readline(records.MAX_RECORD_CHARS)  # no line shall be torn
+        text += lines.text.readline(records.MAX_RECORD_CHARS)  # up to the end of a line
         following = io.StringIO(text, newline="")
         next(following)
         lines.pushed_back.extend(map(lines.drop_byte_order_mark, following))
@@ -102,12 +102,12 @@ def multiline_reader(lines: Lines, first: str) -> Callable[[int], str] | None:
 
 
 def read_json(source: Source) -> Iterator[Chunk]:
-    """A JSON array of records, or one record or several; no more than one is held at a time."""
+    """The documents in a JSON array of records, in one record, or in several one after the other."""
     yield from read_values(source, open_text(source).read)
 
 
 def read_values(source: Source, read: Callable[[int], str]) -> Iterator[Chunk]:
-    """The documents in JSON values one after the other, or in an array of them."""
+    """The documents in JSON values, one after the other or in an array."""
     values, number = JSONStream(read), 0
     while values.seek_value():
         number, begin = number + 1, values.position
@@ -126,9 +126,9 @@ def read_values(source: Source, read: Callable[[int], str]) -> Iterator[Chunk]:
 
 
 class JSONStream:
-    """JSON values in a text, of which a part is in memory.
+    """JSON values in a text, with a part of the text in memory.
 
-    read: gives the next characters of the text, at most so many. passed: characters before that part.
+    read: returns the next characters, at most so many. position: number of characters before that part.
     in_array: whether the values are the elements of one array; None until that is known.
     """
 
@@ -137,25 +137,25 @@ class JSONStream:
         self.in_array: bool | None = None
         self.byte_order_marks = 0
         self.start_patterns: dict[str, None] = {}
-        """Patterns of how the records began so far."""
+        """Patterns of the starts of the records so far (a dict as an ordered set)."""
         self.separator = ""
-        """What was between the last two records."""
+        """The text between the last two records."""
         self.last_start = ""
-        """How the last record began that was looked at: most begin alike, and patterns take time."""
+        """The start of the last record. Most records start alike, and making a pattern takes time."""
 
     def read_more(self) -> None:
-        """Read on: as much as there is, so that a long record is not parsed too often."""
+        """Read as many characters as are in memory already, so that a long record is not parsed too often."""
         following = self.read(max(READ_CHARS, len(self.text)))
         self.complete = not following
         self.text += following
 
     def advance(self, count: int) -> None:
-        """Leave characters behind."""
+        """Drop the first characters from memory."""
         self.position += count
         self.text = self.text[count:]
 
     def seek_value(self) -> bool:
-        """Go to where the next value begins; False if none does."""
+        """Go to the start of the next value. Returns False at the end."""
         while True:
             rest = self.text.lstrip(" \t\r\n,\ufeff]" if self.in_array else " \t\r\n,\ufeff")
             space = len(self.text) - len(rest)
@@ -174,11 +174,13 @@ class JSONStream:
                 self.read_more()
 
     def read_value(self) -> Any:
-        """The value that begins here. Raises: ValueError or RecursionError if it is broken."""
+        """Read the value here. Raises: ValueError or RecursionError if it is broken."""
         while True:
             try:
                 value, end = decode(self.text)
-                if end < len(self.text) or self.complete:  # else a number may go on
+                if (
+                    end < len(self.text) or self.complete
+                ):  # at the end of what was read, a number may continue
                     break
             except ValueError as error:
                 if self.complete or is_final_error(error, len(self.text)):
@@ -189,13 +191,13 @@ class JSONStream:
         following = self.text[end : end + ERROR_MARGIN_CHARS].lstrip()[:1]
         torn = following == ":" or (self.in_array and following not in ',]"{[\ufeff')
         if isinstance(value, str) and torn:
-            raise ValueError(f"{following!r} behind a string")
+            raise ValueError(f"{following!r} after a string")
         self.learn_start()
         self.advance(end)
         return value
 
     def learn_start(self) -> None:
-        """Remember how the record here begins."""
+        """Remember how the record here starts."""
         if self.last_start and self.text.startswith(self.last_start):
             return
         match = FIRST_KEY.match(self.text)
@@ -205,9 +207,10 @@ class JSONStream:
             self.start_patterns[pattern] = None
 
     def skip_broken(self) -> bool:
-        """Leave a broken record behind: go to where another seems to begin. Returns False if none does.
+        """Skip a broken record: go to where the next one seems to start. Returns False if none does.
 
-        It begins with a key that others began with, or as far behind a brace as the last one did.
+        A record seems to start where a first key of other records stands, or where a brace follows another
+        with the usual text between records.
         """
         own = start_pattern(self.text)
         patterns = {**self.start_patterns}
@@ -227,14 +230,14 @@ class JSONStream:
 
 
 def start_pattern(text: str) -> str | None:
-    """A pattern of records that begin as the one here does: with the same key, a string, a list."""
+    """A pattern of records that start like this one: with the same key, or as a string or a list."""
     if match := FIRST_KEY.match(text):
         return rf"\{{\s*{re.escape(match[1])}\s*:"
     return re.escape(text[0]) if text.startswith(('"', "[")) else None
 
 
 def is_final_error(error: ValueError, size: int) -> bool:
-    """Whether a text of this size is broken, whatever follows it."""
+    """Whether a text of this size is broken whatever follows it."""
     if not isinstance(error, json.JSONDecodeError):
         return True
     return not error.msg.startswith("Unterminated string") and error.pos < size - ERROR_MARGIN_CHARS

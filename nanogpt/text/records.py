@@ -1,9 +1,10 @@
-"""A file of text or of records: the encoding, the lines, and the text in a record.
+"""What the readers of formats share: a source, its lines, and the text in a record. And plain text.
 
 Example:
-    for piece in read_text(source): ...
-    lines = Lines(decoded_text(source)); for piece in document(source, "a.jsonl:17", {"text": "..."}): ...
-What is broken is reported with its file and line and left out. Knows no format of records.
+    for chunk in read_text(source): ...
+    lines = Lines(open_text(source))
+    for chunk in read_record(source, "a.jsonl:17", {"text": "..."}): ...
+Broken records are reported with file and line, and left out. Knows no format of records.
 
 """
 
@@ -24,27 +25,27 @@ from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, field_va
 from nanogpt.text.encoding import utf8
 
 MAX_RECORD_CHARS = 1 << 26
-"""Characters in a record of JSON Lines or CSV: a longer one is broken."""
+"""Longest record of JSON Lines or CSV: a longer one counts as broken."""
 
 REPLACEMENT = "\ufffd".encode()
 
 BYTE_ORDER_MARK = "\ufeff"
-"""The byte order mark. Files that were joined have it at the start of a line, where it means nothing."""
+"""The byte order mark. In files that were joined, it stands at the start of a line and means nothing."""
 
 LATER_BYTE_ORDER_MARKS = re.compile(rb"(?<=[\r\n])(?:%b)+" % BYTE_ORDER_MARK.encode())
 
 ESCAPE_ERRORS = "nanogpt.escape"
-"""How bytes that are no text come in: as lone surrogates, which no text has (PEP 383, for every encoding)."""
+"""Error handler that decodes invalid bytes to lone surrogates, which no text has (as PEP 383 does)."""
 
 SPOOL_BYTES = 1 << 24
-"""Bytes of an archive inside an archive that are kept in memory; more go to a temporary file."""
+"""Bytes of a nested archive that are kept in memory; a larger one goes to a temporary file."""
 
 
 @dataclass(frozen=True)
 class Source:
     """A file, or a member of an archive.
 
-    name: what it is called. kind: a name whose end says what it is.
+    name: its name in messages. kind: a name whose suffix is that of its format. depth: of nested archives.
     """
 
     file: BinaryIO
@@ -55,12 +56,12 @@ class Source:
     depth: int = 0
 
     def note(self, what: str) -> None:
-        """Say how the file is read."""
+        """Add a note on how the file is read."""
         self.report.note(self.name, what)
 
 
 def read_text(source: Source) -> Iterator[Chunk]:
-    """A text file is a document. Windows line ends (CRLF) are folded to LF."""
+    """The text of a file as one document. Windows line ends (CRLF) become LF."""
     source.report.count_plain_file(source.name)
     blocks, notes = encoding.decode_file(source.file, lambda what: source.report.reject(source.name, what))
     for note in notes:
@@ -69,7 +70,7 @@ def read_text(source: Source) -> Iterator[Chunk]:
 
 
 def drop_byte_order_marks(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
-    """The text without the byte order marks at the start of a line, and a note on how many."""
+    """Drop the byte order marks at the start of a line, and note how many."""
     mark, dropped, last = BYTE_ORDER_MARK.encode(), 0, b"\n"
     for block in blocks:
         if mark in block:
@@ -83,7 +84,7 @@ def drop_byte_order_marks(blocks: Iterator[bytes], source: Source) -> Iterator[b
 
 
 def note_byte_order_marks(source: Source, dropped: int) -> None:
-    """Say how many byte order marks were in the middle of a file."""
+    """Add a note on how many byte order marks were in the middle of a file."""
     if dropped:
         source.note(
             f"{counted(dropped, 'byte order mark')} at the start of a later line dropped (were files joined?)"
@@ -91,12 +92,12 @@ def note_byte_order_marks(source: Source, dropped: int) -> None:
 
 
 def normalize_line_ends(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
-    """The text with CRLF folded to LF, and a note on how often."""
+    """Replace CRLF by LF, and note how often."""
     held, folded = b"", 0
     for block in blocks:
         if held or b"\r" in block:
             text = held + block
-            held = b"\r" if text.endswith(b"\r") else b""  # its LF may be about to come
+            held = b"\r" if text.endswith(b"\r") else b""  # its LF may be in the next block
             text = text[: len(text) - len(held)]
             folded += text.count(b"\r\n")
             yield text.replace(b"\r\n", b"\n")
@@ -108,7 +109,7 @@ def normalize_line_ends(blocks: Iterator[bytes], source: Source) -> Iterator[byt
 
 
 def read_record(source: Source, where: str, value: object) -> Iterator[Chunk]:
-    """The documents in a record: a string, or what text_field leads to."""
+    """The documents in a record: the record itself if it is a string, else the values of text_field."""
     for text in field_values(value, source.text_field.split(".")):
         if isinstance(text, str):
             raw = utf8(text)
@@ -119,7 +120,7 @@ def read_record(source: Source, where: str, value: object) -> Iterator[Chunk]:
 
 
 def explain_missing_text(text_field: str, found: object, record: object) -> str:
-    """Why there is no text in a record: the field is missing, or holds something else."""
+    """The reason why a record has no text: the field is missing, or is not a string."""
     names = list(cast(dict[str, object], record)) if isinstance(record, dict) else []
     if found is MISSING:
         known = f" (it has {join_names(names)}): give --text_field" if names else ""
@@ -132,7 +133,7 @@ def explain_missing_text(text_field: str, found: object, record: object) -> str:
 
 
 def describe_value(value: object) -> str:
-    """A value that is no text, in a few words."""
+    """A value that is not text, in a few words."""
     if isinstance(value, dict):
         return (
             f"an object (it has {join_names(list(map(str, cast(dict[object, object], value)))) or 'nothing'})"
@@ -147,7 +148,7 @@ def describe_value(value: object) -> str:
 
 
 def open_text(source: Source) -> io.TextIOWrapper:
-    """The file as text, in the encoding that it has."""
+    """Open a file of records as text, in the encoding that it has."""
     source.report.files_with_fields += 1
     beginning = cast(io.BufferedReader, source.file).peek(1 << 16)[: 1 << 16]
     name, notes = encoding.find_encoding(beginning, whole=False, in_records=True)
@@ -157,7 +158,7 @@ def open_text(source: Source) -> io.TextIOWrapper:
 
 
 def escape_bytes(error: UnicodeError) -> tuple[str, int]:
-    """What stands for bytes that cannot be decoded, and where to go on."""
+    """Lone surrogates in place of invalid bytes, and the position after them (a codecs error handler)."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
@@ -167,16 +168,16 @@ codecs.register_error(ESCAPE_ERRORS, escape_bytes)
 
 
 class LongLine(str):
-    """The beginning of a line of more than RECORD characters, whose rest is dropped."""
+    """The first MAX_RECORD_CHARS characters of a longer line, whose rest is dropped."""
 
     __slots__ = ()
 
 
 class Lines:
-    """The lines of a text, which can be given back to be read again.
+    """The lines of a text. Lines can be given back, to be read again.
 
-    number: how many have been read. taken: the characters of the text in them. marks: byte order marks at
-    the start of a line, which are dropped.
+    number: lines read so far. chars_read: characters in them. byte_order_marks: those at the start of a line,
+    which are dropped.
     """
 
     def __init__(self, text: io.TextIOWrapper) -> None:
@@ -184,7 +185,7 @@ class Lines:
         self.pushed_back: deque[str] = deque()
 
     def read(self) -> str:
-        """The next line with its end, "" behind the last."""
+        """The next line with its line end; "" after the last line."""
         line = self.pushed_back.popleft() if self.pushed_back else self.read_new()
         self.number += bool(line)
         return line
@@ -201,29 +202,29 @@ class Lines:
         return LongLine(line)
 
     def drop_byte_order_mark(self, line: str) -> str:
-        """A line without the byte order mark at its start, which is counted."""
+        """Drop the byte order mark at the start of a line, and count it."""
         self.byte_order_marks += line.startswith(BYTE_ORDER_MARK)
         return line.removeprefix(BYTE_ORDER_MARK)
 
     def give_back(self, lines: Sequence[str]) -> None:
-        """Read the last lines once more, from the next call on."""
+        """Give back the last lines: the next calls of read return them again."""
         self.pushed_back.extendleft(reversed(lines))
         self.number -= len(lines)
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Names, as many as there is room for, in one line."""
+    """Names in one line, cut after 200 characters."""
     return " ".join(", ".join(names).split())[:200]
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def seekable_copy(file: BinaryIO) -> Generator[BinaryIO]:
-    """The file, or a copy of it if it cannot be read from anywhere but its start."""
+    """The file itself if it is seekable, else a copy that is."""
     if file.seekable():
         yield file
         return
@@ -234,5 +235,5 @@ def seekable_copy(file: BinaryIO) -> Generator[BinaryIO]:
 
 
 def missing_library(library: str) -> UserError:
-    """How to get a library that a format needs."""
+    """The error for a library that a format needs and that is not installed."""
     return UserError(f"needs {library}: pip install -c constraints.txt -e '.[corpora]'")

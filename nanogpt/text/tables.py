@@ -1,9 +1,9 @@
 """CSV, TSV and Parquet: the column of a table that is its text.
 
 Example:
-    for piece in read_table(",", source): ...
-The delimiter of a CSV file and the column are found in its line of names. A quote that is never closed
-costs the row it is in and no other. Knows neither files nor archives.
+    for chunk in read_table(",", source): ...
+The header line tells the delimiter of a CSV file and the column. A quote that is never closed costs its own
+row and no other. Knows neither files nor archives.
 
 """
 
@@ -34,25 +34,25 @@ PARQUET_BATCH_ROWS = 256
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 MAX_REREAD_RATIO = 4
-"""Characters read again because of unclosed quotes, at most, for each one of the file: time stays linear."""
+"""Characters that unclosed quotes may have read again, for each one of the file: time stays linear."""
 
 SEPARATOR_LINE = re.compile(r"sep=([^\"\r\n])[\r\n]*", re.IGNORECASE)
-"""With which spreadsheets say the delimiter, above the names."""
+"""The line above the header in which spreadsheets name the delimiter."""
 
 MAX_TRIED_LINES = 32
-"""Lines at the start and end of a broken row that are tried as the first of another row."""
+"""Lines at the start and end of a broken row that are tried as the first line of another row."""
 
 SENTINEL_LINE = "end\n"
-"""A line that shows whether those before it are complete."""
+"""A line that is appended to others to see whether they are complete."""
 
 MAX_HEADER_CHARS = 1 << 20
-"""Characters in the names of the columns that may be cut into several lines."""
+"""Longest header that may span several lines."""
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
-    """CSV or TSV with a line of names: text_field says which column is the text."""
+    """The documents in a CSV or TSV file with a header: text_field names the column."""
     csv.field_size_limit(records.MAX_RECORD_CHARS)
     rows = TableRows(Lines(open_text(source)), source)
     column = rows.read_header(delimiter)
@@ -66,7 +66,7 @@ def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
 
 
 class HeaderLayout(NamedTuple):
-    """How a line of names is cut. spaced: spaces around the names, and behind delimiters, mean nothing."""
+    """How a header is split. spaced: spaces around names and after delimiters are ignored."""
 
     delimiter: str
     spaced: bool
@@ -74,9 +74,9 @@ class HeaderLayout(NamedTuple):
 
 
 class RowFeed:
-    """The lines of one row, for csv.reader.
+    """The lines of one row, as an iterator for csv.reader.
 
-    held: those that it took so far. size: characters in them. limit: how many there may be before the last.
+    row_lines: the lines taken so far. size: characters in them. limit: most characters before the last line.
     ended: whether the file ended inside the row.
     """
 
@@ -90,7 +90,7 @@ class RowFeed:
         self.size, self.limit, self.ended = 0, limit, False
 
     def __iter__(self) -> "RowFeed":
-        """Itself: it may go on behind its end, once lines are given back."""
+        """Itself. It may continue after its end, once lines are given back."""
         return self
 
     def __next__(self) -> str:
@@ -108,14 +108,14 @@ class RowFeed:
         return line
 
     def give_back(self) -> None:
-        """Have the lines read once more."""
+        """Give the lines of the row back, to be read again."""
         self.lines.give_back(self.row_lines)
 
 
 class TableRows:
     """The rows of a table, each with the number of its first line.
 
-    width: how many columns there are. spent: characters that unclosed quotes have cost.
+    width: number of columns. reread_chars: characters that unclosed quotes have had read again.
     """
 
     def __init__(self, lines: Lines, source: Source) -> None:
@@ -123,7 +123,7 @@ class TableRows:
         self.delimiter, self.spaced, self.width, self.reread_chars = ",", False, 0, 0
 
     def read_header(self, delimiter: str) -> int:
-        """Read the line of names: which column is the text. Raises: UserError if none is."""
+        """Read the header. Returns the index of the text column. Raises: UserError if there is none."""
         while (line := self.lines.read()) and not line.strip():
             pass
         match = SEPARATOR_LINE.fullmatch(line)
@@ -133,12 +133,12 @@ class TableRows:
         column = find_column(self.source, layout.names)
         self.delimiter, self.spaced, self.width = layout.delimiter, layout.spaced, len(layout.names)
         if layout.delimiter != delimiter:
-            said = DELIMITERS.get(layout.delimiter, repr(layout.delimiter))
-            self.source.note(f"columns separated by {said}, by the line of names")
+            words = DELIMITERS.get(layout.delimiter, repr(layout.delimiter))
+            self.source.note(f"columns separated by {words}, as the line of names shows")
         return column
 
     def find_layout(self, delimiter: str) -> HeaderLayout:
-        """How the line of names is cut so that the text field is there; else so that there are most names."""
+        """The layout in which the header has the text field; if none does, the one with the most names."""
         field, layouts = self.source.text_field, list[HeaderLayout]()
         for candidate in (delimiter, *(other for other in DELIMITERS if other != delimiter)):
             for spaced in (False, True):
@@ -152,17 +152,17 @@ class TableRows:
         return best
 
     def split_header(self, delimiter: str, spaced: bool) -> list[str]:
-        """The line of names, cut in a certain way. Raises: csv.Error if it is too long."""
+        """The names in the header for one layout. Raises: csv.Error if it is too long."""
         self.feed.start_row(MAX_HEADER_CHARS)
         names = next(csv.reader(self.feed, delimiter=delimiter, skipinitialspace=spaced), list[str]())
         return [name.strip() for name in names] if spaced else names
 
     def csv_reader(self, lines: Iterable[str], *, strict: bool = False) -> Iterator[list[str]]:
-        """The rows in lines. strict: csv.Error at a quote that is not closed, or not where a field ends."""
+        """A csv.reader of lines. strict: csv.Error at a quote that is open or inside a field."""
         return csv.reader(lines, delimiter=self.delimiter, skipinitialspace=self.spaced, strict=strict)
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        """Every row. What is broken is reported."""
+        """Every row with the number of its first line. Broken rows are reported."""
         strict = self.csv_reader(self.feed, strict=True)
         while True:
             number = self.lines.number + 1
@@ -181,12 +181,12 @@ class TableRows:
                 yield number, found
 
     def start_row(self) -> None:
-        """Begin a row, which may be as long as what has been read allows."""
+        """Begin a row. Its longest length depends on how much has been read, so that time stays linear."""
         limit = records.MAX_RECORD_CHARS + MAX_REREAD_RATIO * self.lines.chars_read - self.reread_chars
         self.feed.start_row(max(0, min(records.MAX_RECORD_CHARS, limit)))
 
     def read_tolerantly(self, number: int) -> list[str] | None:
-        """The row with quotes anywhere; None if that is no row, which is reported then."""
+        """Read a row that may have quotes anywhere. If it is no row, report it and return None."""
         self.start_row()
         feed = self.feed
         try:
@@ -204,15 +204,15 @@ class TableRows:
         return self.report_open_quote(number, 0, following) if following else row
 
     def find_open_quote(self, lines: list[str]) -> int:
-        """In which of the lines of an unfinished row its last quote opens."""
+        """The index of the line of an unfinished row in which its last quote opens."""
         *_, row = self.csv_reader(lines)
         ends = lines[-1].endswith(("\n", "\r"))
         return len(lines) - len(LINE_END.findall(row[-1])) - (not ends)
 
     def find_swallowed_row(self, row: list[str], *, closed: bool) -> int:
-        """From which of its lines on a row is other rows, into which a quote in it ran; 0 if it is one row.
+        """The index of the line where other rows begin, which an open quote swallowed; 0 if it is one row.
 
-        closed: every quote in it ends where its field does. Then only a wrong number of fields is suspicious.
+        closed: every quote ends where its field does. Then only a wrong number of fields is suspicious.
         """
         held, fits = self.feed.row_lines, len(row) == self.width
         if len(held) == 1 or (fits and (closed or self.width == 1)):
@@ -225,9 +225,9 @@ class TableRows:
         return next((first for first in firsts if self.are_rows(held[first:])), 0)
 
     def are_rows(self, lines: list[str]) -> bool:
-        """Whether lines are rows of the table by themselves, of which the last may go on.
+        """Whether lines are rows of the table by themselves; the last one may be unfinished.
 
-        The end of a text over several lines is none: it has the quote that closes it, but not the other.
+        The end of a text over several lines is not a row: it has a closing quote without the opening one.
         """
         try:
             *rows, last = self.csv_reader([*lines, SENTINEL_LINE])
@@ -240,30 +240,30 @@ class TableRows:
         return whole and all(len(row) == self.width for row in rows)
 
     def report_open_quote(self, number: int, opened: int, first: int) -> None:
-        """Report the row with a quote that is never closed; have the lines behind it read as rows, if any is.
+        """Report a row with a quote that is never closed, and give back the lines after it if some are rows.
 
-        number: of its first line. opened: in which of its lines the quote is. first: the first behind it.
+        number: of its first line. opened: index of the line with the quote. first: index of the next line.
         """
         held, where = self.feed.row_lines, f"{self.source.name}:{number + opened}"
         following, what = held[first:], "a quote that opens here is not closed"
         self.reread_chars += self.feed.size
         if self.has_row(following):
             self.lines.give_back(following)
-            what += ": its row is left out, the lines behind it are read as rows of their own"
+            what += ": its row is left out, the lines after it are read as rows of their own"
         elif following:
             what += f": {counted(len(held), 'line')} left out, up to line {number + len(held) - 1}"
         self.source.report.reject(where, what)
 
     def has_row(self, lines: list[str]) -> bool:
-        """Whether there is a row with the right number of fields in lines."""
+        """Whether some row in lines has the right number of fields."""
         try:
             return any(len(row) == self.width for row in self.csv_reader(lines))
         except csv.Error:
-            return True  # it is told when its turn comes
+            return True  # reported when it is read
 
 
 def read_parquet(source: Source) -> Iterator[Chunk]:
-    """A column of a Parquet file."""
+    """The documents in a column of a Parquet file."""
     try:
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as error:
@@ -281,15 +281,15 @@ def read_parquet(source: Source) -> Iterator[Chunk]:
                 try:
                     record = {name: value.as_py()}
                 except UnicodeDecodeError as error:
-                    source.report.reject(where, f"bytes that are no text ({first_line(error)})")
+                    source.report.reject(where, f"bytes that are not text ({first_line(error)})")
                     continue
                 yield from read_record(source, where, record)
 
 
 def find_column(source: Source, names: Sequence[str]) -> int:
-    """Where text_field is among the columns: its name, or that of a column it leads into.
+    """The index of the column that text_field names or leads into.
 
-    Raises: UserError if it is not.
+    Raises: UserError if there is none.
     """
     path = source.text_field.split(".")
     for size in range(len(path), 0, -1):

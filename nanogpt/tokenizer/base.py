@@ -1,8 +1,8 @@
-"""Tokenizers: text <-> ids. Here what they have in common, and the two simplest: characters and bytes.
+"""Tokenizers: text <-> ids. The interface of all of them, and the two simplest: characters and bytes.
 
 Example:
     tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
-Saved:  to_dict (and vocabulary.from_dict), plain types, inside vocab.pt and inside every checkpoint.
+to_dict and registry.from_dict save and load a tokenizer, as plain types in vocab.pt and in every checkpoint.
 
 Encoding is a table lookup, of bytes or of code points; no Python loop touches a character.
 
@@ -22,13 +22,13 @@ from nanogpt.errors import UserError
 from nanogpt.text.encoding import utf8
 
 ENCODE_CHARS = 1 << 16
-"""Characters encoded at once: their copy in UTF-32 (256 KiB) stays in the processor's cache."""
+"""Characters to encode at a time: their copy in UTF-32 (256 KiB) stays in the processor's cache."""
 
 CODE_POINTS = 0x110000
 """Number of code points in Unicode."""
 
 END_OF_TEXT = "<|endoftext|>"
-"""How the token that ends a document is shown. Text that spells it is encoded like any other."""
+"""The text shown for the token that ends a document. The same characters in a text are ordinary text."""
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
@@ -89,29 +89,29 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
-        """Ids of several texts in UTF-8, one after the other, (N,), and how many each has, (len(texts),)."""
+        """Ids of several texts in UTF-8, concatenated, (N,), and how many each text has, (len(texts),)."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
+        """The whole tokenizer as plain types."""
 
     def encode(self, text: str) -> Ids:
-        """Ids of `text`, (N,), of the narrowest type. Half a surrogate pair, no character, is U+FFFD.
+        """Ids of `text`, (N,), of the narrowest type. Half a surrogate pair becomes U+FFFD.
 
-        Raises: UserError if a character has none.
+        Raises: UserError if a character has no id.
         """
         return self.encode_batch([utf8(text)])[0]
 
     def unknown_characters(self, text: str) -> list[str]:
-        """The characters of `text` that no id stands for, each once, in the order they come: usually none."""
+        """The characters of `text` without an id, each once, in order. By default there are none."""
         return []
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, the inverse of encode. Bytes that are not UTF-8 come out as U+FFFD."""
+        """The text of `ids`, the inverse of encode. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join([self.tokens[i] for i in ids]).decode("utf-8", "replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come; a character cut between tokens waits for its rest."""
+        """The text of each id as it comes. A character split between tokens waits for its last byte."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.tokens[i])
@@ -121,7 +121,7 @@ class Tokenizer(ABC):
 class CharTokenizer(Tokenizer):
     """One id per character, in order of code point.
 
-    chars: the vocabulary; the id of a character is its position in it, and len(chars) ends a document.
+    chars: the vocabulary. The id of a character is its index there, and the id len(chars) ends a document.
     """
 
     kind = "char"
@@ -134,7 +134,7 @@ class CharTokenizer(Tokenizer):
             self.end_of_text = len(chars)
             self.tokens.append(END_OF_TEXT.encode())
         self.points = code_points(chars)  # (V,) id -> code point
-        self.ids = np.full(CODE_POINTS, -1, dtype=np.int32)  # code point -> id, -1 if unknown
+        self.ids = np.full(CODE_POINTS, -1, dtype=np.int32)  # code point -> id; -1: unknown
         self.ids[self.points] = np.arange(len(chars), dtype=np.int32)
         # Ids of ASCII characters are below 128, since ids are in order of code point.
         self.ascii = bytes(max(i, 0) for i in self.ids[:256].tolist() if i < 256).ljust(256)
@@ -142,7 +142,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: TrainingText, vocab_size: int) -> "CharTokenizer":
-        """The tokenizer of every character of a text; documents end with a token if there are several."""
+        """The tokenizer of all characters of a text; with an end-of-text token for several documents."""
         return cls(text.characters, end_of_text=text.documents > 1)
 
     @classmethod
@@ -152,7 +152,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, text: str, *, end_of_text: bool = False) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is every character that occurs in `text`."""
+        """The tokenizer of all characters in `text`."""
         seen = np.zeros(CODE_POINTS, dtype=np.bool_)
         for chunk in split_text(text):
             mark_characters(seen, chunk.encode("utf-8", "surrogatepass"))
@@ -173,7 +173,7 @@ class CharTokenizer(Tokenizer):
         return np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
 
     def encode_utf8(self, raw: bytes) -> Ids:
-        """Ids of the characters of UTF-8. Raises: UserError naming the unknown ones."""
+        """Ids of the characters of a text in UTF-8. Raises: UserError naming the unknown ones."""
         if raw.isascii() and not has_any(raw, self.unknown_ascii):
             return np.frombuffer(raw.translate(self.ascii), np.uint8).astype(self.dtype, copy=False)
         text = raw.decode("utf-8", "surrogatepass")
@@ -188,9 +188,9 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def unknown_message(self, text: str) -> str:
-        """What is wrong with `text`: which characters are unknown, and where the first is."""
+        """The error message for `text`: the unknown characters, and the position of the first."""
         missing = self.unknown_characters(text)
-        names = ", ".join(describe_character(char) for char in missing[:5]) + ", ..." * (len(missing) > 5)
+        names = ", ".join([*map(describe_character, missing[:5]), *(["..."] if len(missing) > 5 else [])])
         where = f"at position {text.index(missing[0])}"
         of = f"not in the vocabulary of {len(self.chars)} characters"
         if len(missing) == 1:
@@ -198,7 +198,7 @@ class CharTokenizer(Tokenizer):
         return f"characters {names} (the first {where}) are {of}: leave them out"
 
     def unknown_characters(self, text: str) -> list[str]:
-        """The characters of `text` that are not in the vocabulary, each once, in the order they come."""
+        """The characters of `text` that are not in the vocabulary, each once, in order."""
         return [char for char in dict.fromkeys(text) if self.ids[ord(char)] < 0]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -210,14 +210,14 @@ class CharTokenizer(Tokenizer):
         return (self.decode([i]) for i in ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
+        """The whole tokenizer as plain types."""
         return {"kind": self.kind, "chars": self.chars, "end_of_text": self.end_of_text is not None}
 
 
 class ByteTokenizer(Tokenizer):
-    """One id per byte of UTF-8: 256 of them, and no text that fails.
+    """One id per byte of UTF-8, 256 of them, so that every text can be encoded.
 
-    The byte 0xFF never occurs in UTF-8: it ends a document.
+    The byte 0xFF, which never occurs in UTF-8, ends a document.
     """
 
     kind = "byte"
@@ -242,7 +242,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(b"".join(texts), np.uint8), lengths
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
+        """The whole tokenizer as plain types."""
         return {"kind": self.kind}
 
 
@@ -254,9 +254,9 @@ def narrowest_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
 
 
 def mark_characters(seen: NDArray[np.bool_], raw: bytes) -> None:
-    """Set seen[c], (UNICODE,), for every code point c in UTF-8."""
+    """Set seen[c], (CODE_POINTS,), for every code point c of a text in UTF-8."""
     known = bytes(np.flatnonzero(seen[:128]).tolist())
-    rest = raw.translate(None, known)  # most often nothing, or characters of several bytes, is left
+    rest = raw.translate(None, known)  # mostly empty, else characters of several bytes
     for char in set(rest.decode("utf-8", "surrogatepass")):
         seen[ord(char)] = True
 
@@ -282,11 +282,11 @@ def code_points(text: str) -> NDArray[np.uint32]:
 
 
 def split_text(text: str) -> Iterator[str]:
-    """`text` in pieces of at most CHUNK characters."""
+    """Split `text` into parts of at most ENCODE_CHARS characters."""
     for start in range(0, len(text), ENCODE_CHARS):
         yield text[start : start + ENCODE_CHARS]
 
 
 def describe_character(char: str) -> str:
-    """A character as a person can recognise it: itself and its code point."""
+    """A character for a message: itself and its code point."""
     return f"{char!r} (U+{ord(char):04X})"

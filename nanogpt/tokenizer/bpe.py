@@ -2,8 +2,8 @@
 
 Example:
     tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
-Learning and encoding run in gigatoken; a tokenizer.json that asks for anything else runs in Hugging
-Face's tokenizers, which defined the format.
+gigatoken learns and encodes. A tokenizer.json that needs anything else runs in Hugging Face's tokenizers, the
+library that defined the format. How BPE works is in reference_bpe.py.
 
 # V vocab_size, N tokens
 
@@ -31,10 +31,10 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/voca
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
-"""What the token that ends a text is called in other people's vocabularies."""
+"""Names of the token that ends a text in published vocabularies."""
 
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
-"""Bytes that a byte-level vocabulary spells as the character of the same number."""
+"""Bytes that a byte-level vocabulary writes as the character of the same number."""
 
 GPT2_ORDER = (*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE))
 """Bytes in the order of GPT-2's ids."""
@@ -42,8 +42,7 @@ GPT2_ORDER = (*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE
 CHAR_OF = {
     byte: chr(byte if byte in PRINTABLE else 256 + i - len(PRINTABLE)) for i, byte in enumerate(GPT2_ORDER)
 }
-"""How a byte is spelled in a byte-level vocabulary (Radford et al. 2019): always as something visible."""
-
+"""The visible character for each byte in a byte-level vocabulary (Radford et al. 2019)."""
 
 BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 
@@ -51,8 +50,7 @@ BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding as a tokenizer.json describes it, in gigatoken.
 
-    source: the whole text of the tokenizer.json. Only what a byte-level BPE without a normalizer
-    says is done here (`is_byte_level`).
+    source: the whole text of the tokenizer.json, a byte-level BPE without a normalizer (`is_byte_level`).
     """
 
     kind = "bpe"
@@ -72,7 +70,7 @@ class BPETokenizer(Tokenizer):
         for token, i in added.items():
             self.tokens[i] = token.encode()
         self.end_of_text = find_end_of_text(self.tokens, added)
-        described["added_tokens"] = []  # so that text which spells one is text
+        described["added_tokens"] = []  # so that the same characters in a text are text
         self.backend = gigatoken.Tokenizer.from_json(json.dumps(described))
 
     @classmethod
@@ -90,20 +88,20 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
         encoded: Any = self.backend.encode_batch(list(texts), parallel=False)
-        if isinstance(encoded, list):  # what it falls back to where memory is short
-            raise MemoryError("no room for the result of an encoding")
+        if isinstance(encoded, list):  # its fallback where memory is short
+            raise MemoryError("no memory for the result of an encoding")
         ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data
         return ids.astype(self.dtype, copy=False), np.diff(offsets)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
+        """The whole tokenizer as plain types."""
         return {"kind": self.kind, "tokenizer.json": self.source}
 
 
 class ForeignTokenizer(Tokenizer):
     """Any other tokenizer.json, in the library that defined the format: slower, and right by definition.
 
-    It may change text on the way (as normalizers do): decode need not be the inverse of encode.
+    It may change the text, as normalizers do: then decode is not the inverse of encode.
     """
 
     kind = "tokenizer.json"
@@ -140,7 +138,7 @@ class ForeignTokenizer(Tokenizer):
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come."""
+        """The text of each id as it comes."""
         from tokenizers.decoders import DecodeStream
 
         decoder = DecodeStream(skip_special_tokens=False)
@@ -152,12 +150,12 @@ class ForeignTokenizer(Tokenizer):
                 yield decoder.step(self.backend, int(i)) or ""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
+        """The whole tokenizer as plain types."""
         return {"kind": self.kind, "tokenizer.json": self.source}
 
 
 def is_byte_level(described: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is a byte-level BPE that changes nothing in the text."""
+    """Whether a tokenizer.json is a byte-level BPE that does not change the text."""
     model: dict[str, Any] = described["model"]
     decoder: dict[str, Any] = described.get("decoder") or {}
     added: list[dict[str, Any]] = described.get("added_tokens") or []
@@ -173,7 +171,7 @@ def is_byte_level(described: Mapping[str, Any]) -> bool:
 
 
 def added_tokens(described: Mapping[str, Any]) -> dict[str, int]:
-    """The tokens that a tokenizer.json puts beside its model's vocabulary: token -> id."""
+    """The tokens that a tokenizer.json adds to its model's vocabulary: token -> id."""
     tokens: list[dict[str, Any]] = described.get("added_tokens") or []
     return {token["content"]: token["id"] for token in tokens}
 
@@ -188,15 +186,16 @@ def find_end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:
 
 
 def train_bpe(text: bytes, vocab_size: int) -> BPETokenizer:
-    """Learn a byte-level BPE of `vocab_size` ids from UTF-8 text, with GPT-2's rule for what a word is.
+    """Learn a byte-level BPE of `vocab_size` ids from UTF-8 text, with GPT-2's rule for words.
 
     Ids: 256 bytes, the merges in the order they were learned, end-of-text last. The byte 0xFF separates
-    documents in `text`. Merges equal those of Hugging Face's trainer, ties included.
+    documents in `text`. The merges equal those of Hugging Face's trainer, ties included, until a text has no
+    more pairs to merge: then gigatoken appends pairs that no longer occur, which encoding never uses.
     Raises: UserError if the text is too small for so many merges.
     """
     from gigatoken.gigatoken_rs import train_bpe as learn
 
-    with silence_output():  # it reports on its own
+    with silence_output():  # it prints a report
         _, merges = learn(text, vocab_size, [END_OF_TEXT], separator=b"\xff")
     require(
         len(merges) == vocab_size - UNMERGED_IDS,
@@ -245,19 +244,19 @@ def byte_level_json(merges: Iterable[tuple[bytes, bytes]], alphabet: Iterable[in
 
 
 def gpt2_tokenizer(vocab_bpe: str) -> BPETokenizer:
-    """GPT-2's tokenizer, from the file of merges that was published with it (vocab.bpe)."""
+    """GPT-2's tokenizer, from its published file of merges (vocab.bpe)."""
     pairs = (line.split(" ") for line in vocab_bpe.splitlines()[1:] if line)
     merges = ((unspell(left), unspell(right)) for left, right in pairs)
     return BPETokenizer(byte_level_json(merges, alphabet=GPT2_ORDER))
 
 
 def download_gpt2() -> BPETokenizer:
-    """GPT-2's tokenizer, downloaded. Raises: UserError if it cannot be."""
+    """Download GPT-2's tokenizer. Raises: UserError if it cannot be reached."""
     return gpt2_tokenizer(published_merges())
 
 
 def published_merges() -> str:
-    """GPT-2's file of merges, from where it was published. Raises: UserError if it cannot be fetched."""
+    """Download GPT-2's published file of merges. Raises: UserError if it cannot be reached."""
     try:
         raw = download(GPT2_URL)
     except OSError as error:
@@ -281,7 +280,7 @@ def unspell(token: str) -> bytes:
 
 @contextmanager
 def silence_output() -> Generator[None]:
-    """Silence what compiled code writes to standard output and error by itself."""
+    """Silence compiled code that writes to standard output and error."""
     with open(os.devnull, "w") as nowhere:
         saved = {stream: os.dup(stream) for stream in (1, 2)}
         try:
