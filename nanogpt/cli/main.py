@@ -1,7 +1,7 @@
 """The command line: parse first, import the command after.
 
 Run:    nanogpt train --max_iters 100         (= python train.py --max_iters 100)
-The fields of a command's config (config.py) are its flags; tyro makes the parser, here alone.
+The fields of a command's config (config.py, data/config.py) are its flags; tyro makes the parser, here alone.
 Order: defaults < --preset < flags; with --resume: the run's own settings < flags.
 """
 

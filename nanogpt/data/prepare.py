@@ -102,9 +102,8 @@ def prepare(config: PrepareConfig) -> None:
     finish_swap(folder)  # if a swap was interrupted
     corpora = open_corpora(config, folder)
     work = EncodingJob(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
-    given = (
-        None if work.scanned else existing_tokenizer(config.tokenizer)
-    )  # before a long pass: it may be missing
+    # Before the long pass: a missing tokenizer is reported at once.
+    given = None if work.scanned else existing_tokenizer(config.tokenizer)
     scanned = work.scanned or scan(corpora, config)
     fingerprint = fingerprint_of(scanned, config)
     if is_prepared(folder, fingerprint, config.overwrite):

@@ -283,9 +283,7 @@ class CorpusText:
 
         The byte 0xFF stands between them: chunks that are neighbors in the sample are none in the text.
         """
-        total = (
-            self.scanned.total_characters
-        )  # in characters, a little less than bytes: the sample is the larger
+        total = self.scanned.total_characters  # fewer than bytes: the sample is a little larger
         sample: list[bytes] = []
         taken = passed = 0
         with progress_bar("Sampling", size_in_bytes=True) as bar:

@@ -104,7 +104,7 @@ def one_line(text: str) -> str:
 
 def counted(number: int, noun: str) -> str:
     """A number with the noun that it counts: 1 byte, 2 bytes."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def split_into_chunks(blocks: Iterable[bytes]) -> Iterator[Chunk]:
