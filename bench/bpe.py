@@ -22,7 +22,8 @@ from rich.table import Table
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
-from nanogpt.data.scan import batches, cores, in_order
+from nanogpt.cores import usable_cores
+from nanogpt.data.scan import group_into_batches, map_in_order
 from nanogpt.text.documents import Chunk
 from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import GPT2_ORDER, train_bpe, unspell
@@ -50,9 +51,9 @@ def learn(documents: list[str]) -> Library:
 def encode(tokenizer: Tokenizer, documents: list[str]) -> list[int]:
     """Our way: documents in batches, batches on threads."""
     pieces = [Chunk(text.encode(), True) for text in documents]
-    groups = batches(pieces, lambda piece: len(piece.raw))
+    groups = group_into_batches(pieces, lambda piece: len(piece.raw))
     work = partial(encode_group, tokenizer)
-    return np.concatenate(list(in_order(work, groups)))
+    return np.concatenate(list(map_in_order(work, groups)))
 
 
 def encode_group(tokenizer: Tokenizer, group: list[Chunk]) -> np.ndarray:
@@ -92,7 +93,9 @@ def main() -> None:
         "bpe: tokenizers, a call a document": lambda: [library.encode(one).ids for one in documents],
         "bpe: tokenizers, one call": lambda: [one.ids for one in library.encode_batch_fast(documents)],
         "bpe: tiktoken, a call a document": lambda: [theirs.encode_ordinary(one) for one in documents],
-        "bpe: tiktoken, one call": lambda: theirs.encode_ordinary_batch(documents, num_threads=cores()),
+        "bpe: tiktoken, one call": lambda: theirs.encode_ordinary_batch(
+            documents, num_threads=usable_cores()
+        ),
         "bpe: ours, new words": lambda: encode(type(ours)(ours.source), documents),
         "bpe: ours": lambda: encode(ours, documents),
         "characters: dictionary": lambda: by_dictionary(text),

@@ -24,15 +24,11 @@ Positions = Literal["learned", "rope"]
 MLPKind = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
-SplitKind = Literal["tail", "documents"]
 Unknown = Literal["error", "skip"]
 
 
 MOST = 10**9
 """What a number of tokens or texts may be: half a month of the fastest sampling."""
-
-LEAST_BPE = 257
-"""Ids of a byte-level BPE that has learned nothing: every byte, and the end of a text."""
 
 
 @dataclass(frozen=True)
@@ -133,82 +129,6 @@ class SummaryConfig(GPTConfig):
 @dataclass(frozen=True)
 class PresetsConfig(Settings):
     """List the presets: size, measured loss and training time of each."""
-
-
-@dataclass(frozen=True)
-class DataConfig(Settings):
-    """Turn texts into token files: train.pt, val.pt and vocab.pt in the data folder."""
-
-    input_file: tuple[str, ...] = ()
-    """Your texts: files, folders, globs, - for standard input. Without it: Tiny Shakespeare, downloaded."""
-    data_dir: str = "data"
-    """Folder for the prepared data."""
-    train_split: float = 0.9
-    """Fraction of the text to train on, from its start; the rest is for validation."""
-    split: SplitKind = "tail"
-    """How to choose what validates: the tail of the text, or whole documents, by a hash of each."""
-    val_file: tuple[str, ...] = ()
-    """Texts for validation alone; then all of input_file is for training."""
-    tokenizer: str = "char"
-    """What a token is: char, byte, bpe (learned from your text), gpt2, or the path of a tokenizer.json."""
-    vocab_size: int = 4096
-    """Number of tokens that bpe learns."""
-    text_field: str = "text"
-    """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
-    shard_tokens: int | None = None
-    """Cut each split into files of at most this many tokens; None: one file."""
-    strict: bool = False
-    """Stop at the first broken record instead of reporting it and going on."""
-    overwrite: bool = False
-    """Replace a different data set that is already in the folder."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 < self.train_split < 1,
-            f"--train_split {self.train_split} is outside (0, 1): try 0.9",
-        )
-        require(
-            not self.val_file or self.split == "tail",
-            "--split documents and --val_file both say what validates: give one of them",
-        )
-        require(
-            (self.input_file + self.val_file).count("-") <= 1,
-            "- is given twice, but there is one standard input: save it to a file first",
-        )
-        require(
-            self.tokenizer != "bpe" or self.vocab_size > LEAST_BPE,
-            f"--vocab_size {self.vocab_size} is too small: bpe begins with {LEAST_BPE} tokens",
-        )
-        at_least(self, "shard_tokens", 1)
-        kinds = ("char", "byte", "bpe", "gpt2")
-        require(
-            self.tokenizer in kinds or self.tokenizer.endswith(".json"),
-            f"--tokenizer {self.tokenizer} is unknown: use {', '.join(kinds)} or the path of a .json",
-        )
-
-    @property
-    def source(self) -> str:
-        """The texts, for messages."""
-        return shortened(self.input_file)
-
-    @property
-    def val_source(self) -> str:
-        """The texts for validation alone, for messages."""
-        return shortened(self.val_file)
-
-
-def shortened(names: tuple[str, ...]) -> str:
-    """The first few names of many."""
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-
-
-@dataclass(frozen=True)
-class InfoConfig(Settings):
-    """Describe a prepared data folder: counts, tokens, document lengths, a picture."""
-
-    data_dir: str = "data"
-    """The folder."""
 
 
 @dataclass(frozen=True)

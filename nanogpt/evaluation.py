@@ -39,7 +39,9 @@ def evaluation_windows(
 
     micro_batch: sequences at a time; 0: batch_size. max_batches: an even, fixed choice of so many batches.
     """
-    batches = evaluation_batches(tokens, block_size=block_size, batch_size=batch_size, most=max_batches)
+    batches = evaluation_batches(
+        tokens, block_size=block_size, batch_size=batch_size, max_batches=max_batches
+    )
     size = micro_batch or batch_size
     return [
         (starts[first : first + size], length)

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.compiler.config
 
-from nanogpt.config import DataConfig, TrainConfig
+from nanogpt.config import TrainConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.data.prepare import main as prepare
 from nanogpt.text.corpus import Corpus
@@ -56,7 +57,7 @@ def prepared(folder: Path, text: str, **settings: Any) -> Dataset:
     """Write a text to a file beside `folder`, prepare the folder from it, and open it."""
     path = folder.with_name(f"{folder.name}.txt")
     path.write_bytes(text.encode("utf-8"))
-    prepare(DataConfig(input_file=(str(path),), data_dir=str(folder), **settings))
+    prepare(PrepareConfig(input_file=(str(path),), data_dir=str(folder), **settings))
     return load_dataset(folder)
 
 

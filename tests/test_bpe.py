@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nanogpt.config import DataConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.errors import UserError
 from nanogpt.text import documents
 from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer
-from nanogpt.tokenizer.bpe import ForeignTokenizer, gpt2, spell, train_bpe, unspell
+from nanogpt.tokenizer.bpe import ForeignTokenizer, gpt2_tokenizer, spell, train_bpe, unspell
 from nanogpt.tokenizer.registry import from_dict
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
@@ -54,7 +54,7 @@ def learned():
 def published(learned):
     """A tokenizer in the form of GPT-2's, from a file of merges."""
     merges = json.loads(learned.source)["model"]["merges"]
-    return gpt2("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    return gpt2_tokenizer("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
 
 
 @pytest.fixture(scope="module", params=["byte", "bpe", "gpt2"])
@@ -146,16 +146,16 @@ def test_saved_and_back(coder, tmp_path):
 def test_pieces_that_end_with_a_word_have_the_tokens_of_the_whole(learned, parts, piece):
     text = " ".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", piece)
-        pieces = [raw for raw, _ in documents.cut([text.encode()])]
+        patch.setattr(documents, "CHUNK_BYTES", piece)
+        pieces = [raw for raw, _ in documents.split_into_chunks([text.encode()])]
     ends_with_word = (earlier[-1:].isascii() and not earlier[-1:].isspace() for earlier in pieces[:-1])
     if all(ends_with_word) and all(later.startswith(b" ") for later in pieces[1:]):
         assert learned.encode_batch(pieces)[0].tolist() == learned.encode(b"".join(pieces).decode()).tolist()
 
 
 def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(learned, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 1000)
-    pieces = [raw for raw, _ in documents.cut([LEARNED_FROM.encode()])]
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
+    pieces = [raw for raw, _ in documents.split_into_chunks([LEARNED_FROM.encode()])]
     assert len(pieces) > 100
     assert learned.encode_batch(pieces)[0].tolist() == learned.encode(LEARNED_FROM).tolist()
 
@@ -230,12 +230,12 @@ def test_learning_is_silent_and_leaves_the_streams_alone(capfd):
 @pytest.mark.parametrize("size", [1, 256, 257])
 def test_a_vocabulary_without_room_for_merges_is_refused(size):
     with pytest.raises(UserError, match=f"--vocab_size {size} is too small") as raised:
-        DataConfig(tokenizer="bpe", vocab_size=size)
+        PrepareConfig(tokenizer="bpe", vocab_size=size)
     assert "\n" not in str(raised.value)
 
 
 def test_the_smallest_vocabulary_has_one_merge():
-    DataConfig(tokenizer="bpe", vocab_size=258)
+    PrepareConfig(tokenizer="bpe", vocab_size=258)
     coder = train_bpe(b"some some", 258)
     assert len(coder.encode("some")) == 3
     assert coder.end_of_text == 257

@@ -11,7 +11,7 @@ import torch
 
 from nanogpt.checkpoint import format as checkpoints
 from nanogpt.checkpoint.format import (
-    FORMAT,
+    FORMAT_VERSION,
     Checkpoint,
     Progress,
     load_checkpoint,
@@ -119,7 +119,7 @@ def refusal(path):
 def test_what_is_saved_is_loaded(path, original):
     loaded = load_checkpoint(path)
     assert same(loaded, original)
-    assert loaded.format == FORMAT
+    assert loaded.format == FORMAT_VERSION
     assert loaded.train_config == CONFIG
     assert loaded.model_config == GPTConfig(
         block_size=4, n_layer=1, n_head=2, n_embd=8, dropout=0.0, vocab_size=len(CHARS)
@@ -348,26 +348,28 @@ def test_a_foreign_torch_file(tmp_path, content, sealed):
 def test_a_prepared_vocabulary_is_no_checkpoint(tmp_path):
     """Its format has the same number."""
     path = tmp_path / "vocab.pt"
-    torch.save({"format": FORMAT, "tokenizer": {"kind": "char", "chars": "ab"}, "fingerprint": "f"}, path)
+    torch.save(
+        {"format": FORMAT_VERSION, "tokenizer": {"kind": "char", "chars": "ab"}, "fingerprint": "f"}, path
+    )
     assert "is not a NanoGPT checkpoint" in refusal(path)
 
 
-@pytest.mark.parametrize("version", [FORMAT + 1, 0, "1.0", [1]])
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1.0", [1]])
 def test_another_format(tmp_path, original, version):
     save_checkpoint(tmp_path / "ckpt.pt", replace(original, format=version))
     message = refusal(tmp_path / "ckpt.pt")
-    assert f"has format {version}, this is {FORMAT}" in message
+    assert f"has format {version}, this is {FORMAT_VERSION}" in message
 
 
 def test_a_newer_format_with_other_parts(tmp_path, original):
-    write_sealed(tmp_path / "ckpt.pt", {**vars(original), "format": FORMAT + 1, "experts": []})
+    write_sealed(tmp_path / "ckpt.pt", {**vars(original), "format": FORMAT_VERSION + 1, "experts": []})
     assert "update NanoGPT" in refusal(tmp_path / "ckpt.pt")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: {"format": FORMAT},
+        lambda content: {"format": FORMAT_VERSION},
         lambda content: {**content, "experts": []},
         lambda content: {name: part for name, part in content.items() if name != "model"},
         lambda content: {**content, 7: "seven"},
@@ -457,7 +459,7 @@ def test_a_checkpoint_of_format_1(tmp_path, original):
     }
     write_sealed(tmp_path / "ckpt.pt", old)
     loaded = load_checkpoint(tmp_path / "ckpt.pt")
-    assert (loaded.format, loaded.average, len(loaded.optimizers)) == (FORMAT, {}, 1)
+    assert (loaded.format, loaded.average, len(loaded.optimizers)) == (FORMAT_VERSION, {}, 1)
     assert loaded.train_config.mlp == loaded.model_config.mlp == "gelu_tanh"
     assert Progress(**loaded.progress).step == 3
     assert peek(tmp_path / "ckpt.pt") == (loaded.train_config, 3)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import nanogpt
 from nanogpt import console
 from nanogpt.cli import main as cli
-from nanogpt.config import DataConfig, SampleConfig, TrainConfig
+from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.errors import UserError
 from nanogpt.text import tiny_shakespeare
 
@@ -379,12 +380,12 @@ def test_spellings_of_flags() -> None:
     ],
 )
 def test_flags_with_several_values(line: str, files: tuple[str, ...]) -> None:
-    config = parse(DataConfig, line)
+    config = parse(PrepareConfig, line)
     assert (config.input_file, config.data_dir) == (files, "x")
 
 
 def test_validation_files_are_several_too() -> None:
-    config = parse(DataConfig, "--input_file a b --val_file c d --strict")
+    config = parse(PrepareConfig, "--input_file a b --val_file c d --strict")
     assert (config.input_file, config.val_file, config.strict) == (("a", "b"), ("c", "d"), True)
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from nanogpt.errors import UserError
 from nanogpt.text import archives, compressed, documents, encoding
-from nanogpt.text.corpus import Corpus, find
+from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import SkipReport
 
 if sys.version_info >= (3, 14):
@@ -155,7 +155,7 @@ def test_archives_inside_archives(tmp_path):
 
 
 def test_a_long_document_in_an_archive_comes_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 1000)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
     text = "some words " * 1000
     (tmp_path / "a.zip").write_bytes(zipped([("a.txt", text), ("b.txt", "last")]))
     assert documents_in(tmp_path / "a.zip") == [text, "last"]
@@ -165,7 +165,7 @@ def test_passing_again_gives_the_same_pieces_and_counts_every_byte(tmp_path):
     for name, raw in PLAIN.items():
         (tmp_path / name).write_bytes(raw)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(raw))
-    source = find([str(tmp_path)])
+    source = find_corpus([str(tmp_path)])
     assert source.size == sum(path.stat().st_size for path in tmp_path.iterdir())
     read = []
     first = list(source.chunks(SkipReport(), read.append))
@@ -184,7 +184,7 @@ def test_files_folders_and_globs_in_the_order_given_and_each_once(tmp_path, monk
     monkeypatch.chdir(tmp_path)
 
     def names(*given):
-        return [path.as_posix() for path in find(given).files]
+        return [path.as_posix() for path in find_corpus(given).files]
 
     assert names("b") == ["b/1.txt", "b/2.txt", "b/c/3.txt"]
     assert names("z.log", "b", "a.txt") == ["z.log", "b/1.txt", "b/2.txt", "b/c/3.txt", "a.txt"]
@@ -211,7 +211,7 @@ def test_loops_of_links_end_and_links_are_followed_once(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far/two.txt").write_text("two")
     (tmp_path / "in/there").symlink_to(tmp_path / "far")
-    found = find([str(tmp_path / "in")]).files
+    found = find_corpus([str(tmp_path / "in")]).files
     assert [path.read_text() for path in found] == ["one", "two"]
 
 
@@ -220,7 +220,9 @@ def test_names_with_odd_characters(tmp_path):
         if sys.platform == "win32" and "*" in name:
             continue
         (tmp_path / name).write_text("text")
-        assert find([str(tmp_path / name)]).files == (tmp_path / name,)  # a file that is there is no glob
+        assert find_corpus([str(tmp_path / name)]).files == (
+            tmp_path / name,
+        )  # a file that is there is no glob
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, name, said
     if name == "":
         (tmp_path / "file").unlink()
     with pytest.raises(UserError) as raised:
-        find([name])
+        find_corpus([name])
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith("--input_file")
     assert said in str(raised.value)
@@ -254,7 +256,7 @@ def test_a_file_that_is_gone_since(tmp_path):
 def test_of_several_files_one_that_cannot_be_read_is_reported(tmp_path):
     for name, raw in (("1.txt", b"one"), ("2.txt", b"\0\0"), ("3.gz", b"no"), ("4.txt", b"four")):
         (tmp_path / name).write_bytes(raw)
-    source, report = find([str(tmp_path)]), SkipReport()
+    source, report = find_corpus([str(tmp_path)]), SkipReport()
     assert joined(source.chunks(report)) == ["one", "four"]
     assert report.broken_count == 2
     assert report.broken[0].startswith(f"{tmp_path / '2.txt'}: is not a text file")
@@ -264,12 +266,12 @@ def test_of_several_files_one_that_cannot_be_read_is_reported(tmp_path):
 
 
 def test_a_file_that_breaks_off_ends_its_document_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 100)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 100)
     whole = gzip.compress(random.Random(1).randbytes(30_000).hex().encode())
     (tmp_path / "1.txt.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "2.txt").write_bytes(b"two")
     report = SkipReport()
-    found = joined(find([str(tmp_path)]).chunks(report))
+    found = joined(find_corpus([str(tmp_path)]).chunks(report))
     assert found[-1] == "two"
     assert report.broken_count == 1
 
@@ -280,7 +282,7 @@ def test_a_file_that_breaks_off_ends_its_document_there(tmp_path, monkeypatch):
 def lost(*names):
     """What a search reports as lost, by name."""
     report = SkipReport()
-    list(find([str(name) for name in names]).chunks(report))
+    list(find_corpus([str(name) for name in names]).chunks(report))
     assert report.broken_count == len(report.broken)
     return report.broken
 
@@ -308,7 +310,7 @@ def test_a_folder_that_cannot_be_read_is_reported_however_it_is_found(tmp_path, 
         f"{tmp_path / 'closed'}: a folder that cannot be read: Permission denied"
     ]
     with pytest.raises(UserError, match=r"closed: a folder that cannot be read: .*--strict"):
-        list(find([str(tmp_path / glob)]).chunks(SkipReport(strict=True)))
+        list(find_corpus([str(tmp_path / glob)]).chunks(SkipReport(strict=True)))
 
 
 @pytest.mark.usefixtures("closed")
@@ -316,7 +318,7 @@ def test_a_folder_that_cannot_be_read_is_reported_however_it_is_found(tmp_path, 
 def test_a_folder_of_which_nothing_can_be_read_is_refused_with_the_reason(tmp_path, name):
     (tmp_path / "closed").mkdir()
     with pytest.raises(UserError, match=r"closed is a folder that cannot be read: Permission denied$"):
-        find([str(tmp_path / name)])
+        find_corpus([str(tmp_path / name)])
 
 
 @posix
@@ -346,14 +348,14 @@ def test_pipes_devices_and_files_of_the_system_are_refused_by_name_and_never_wai
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to("nowhere")
     for name, said in (
-        (tmp_path / "pipe", "is a named pipe, no file: pipe what comes out of it into --input_file -"),
+        (tmp_path / "pipe", "is a named pipe, no file: pipe its output into --input_file -"),
         ("/dev/zero", "is a device, no file: pipe"),
         ("/proc/self/status", "is a file of the system"),
         (tmp_path / "dangling", "is a link to a file that is not there"),
         ("a\0b", "does not exist"),
     ):
         with pytest.raises(UserError) as raised:
-            find([str(name)])
+            find_corpus([str(name)])
         assert said in str(raised.value)
     assert "it is a named pipe" in refusal(tmp_path / "pipe")  # put there since
     assert "it is a device" in refusal(Path("/dev/zero"))
@@ -364,13 +366,13 @@ def test_hidden_files_are_left_out_on_purpose_and_that_is_said(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one")
     report = SkipReport(strict=True)
-    assert joined(find([str(tmp_path), str(tmp_path / "in/.secret")]).chunks(report)) == ["one", "one"]
+    assert joined(find_corpus([str(tmp_path), str(tmp_path / "in/.secret")]).chunks(report)) == ["one", "one"]
     assert report.notes[0].startswith("hidden files and folders left out: 3, the first: ")
 
 
 def test_a_name_that_is_a_whole_text_is_not_shown_whole():
     with pytest.raises(UserError) as raised:
-        find(["word " * 30_000 + "\n and more"])
+        find_corpus(["word " * 30_000 + "\n and more"])
     assert len(str(raised.value)) < 400
     assert "\n" not in str(raised.value)
 
@@ -381,7 +383,7 @@ def test_names_that_are_not_utf8_are_read_and_reported(tmp_path):
     Path(name).mkdir()
     (Path(name) / "\udce9.txt").write_text("one")
     (Path(name) / "\udcff.jsonl").write_text('"two"\nno\n')
-    source, report = find([name]), SkipReport()
+    source, report = find_corpus([name]), SkipReport()
     assert joined(source.chunks(report)) == ["one", "two"]
     assert report.broken[0].startswith(f"{tmp_path}/caf?/?.jsonl:2: not JSON")
 
@@ -401,8 +403,8 @@ def test_the_name_of_a_field_that_does_nothing_is_said(tmp_path):
 
     def said(names, field):
         report = SkipReport()
-        list(find([str(tmp_path / name) for name in names], field).chunks(report))
-        return report.idle_field(field)
+        list(find_corpus([str(tmp_path / name) for name in names], field).chunks(report))
+        return report.unused_field_note(field)
 
     assert said(["tweets.js"], "text") == ()
     (line,) = said(["tweets.js", "z.txt"], "full_text")
@@ -478,8 +480,8 @@ def test_links_and_devices_in_a_tar_are_not_followed(tmp_path):
     assert documents_in(tmp_path / "a.tar", report) == ["last"]
     assert [line.removeprefix(f"{tmp_path / 'a.tar'}/") for line in report.broken] == [
         f"member2.txt: a link that leads out of the archive, to {secret}",
-        "member3.txt: no file but a device or a pipe",
-        "member6.txt: no file but a device or a pipe",
+        "member3.txt: a device or a pipe, not a file",
+        "member6.txt: a device or a pipe, not a file",
     ]
 
 
@@ -548,10 +550,10 @@ def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["gz", "zip"])
 def test_archives_too_deep_inside_one_another_are_refused(tmp_path, kind):
     raw, name = b"text", "a.txt"
-    for depth in range(1, archives.DEPTH + 2):
+    for depth in range(1, archives.MAX_DEPTH + 2):
         raw, name = (gzip.compress(raw), f"{name}.gz") if kind == "gz" else (zipped([(name, raw)]), "a.zip")
         (tmp_path / name).write_bytes(raw)
-        if depth <= archives.DEPTH:
+        if depth <= archives.MAX_DEPTH:
             assert documents_in(tmp_path / name) == ["text"]
     report = SkipReport()
     try:

@@ -16,7 +16,7 @@ from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
 from nanogpt.cli import sample
 from nanogpt.config import SampleConfig, TrainConfig
 from nanogpt.data.batches import BatchLoader, BatchSampler, evaluation_batches
-from nanogpt.data.dataset import FORMAT, SPLITS, Dataset, load_dataset
+from nanogpt.data.dataset import FORMAT_VERSION, SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
 from nanogpt.training.fit import fit
@@ -49,7 +49,7 @@ def test_the_files_and_what_they_hold(folder):
     assert train.dtype == val.dtype == torch.uint8
     tokenizer = CharTokenizer(vocabulary["tokenizer"]["chars"])
     assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == TEXT
-    assert vocabulary["format"] == FORMAT
+    assert vocabulary["format"] == FORMAT_VERSION
 
 
 def test_load_gives_back_the_text(folder):
@@ -116,7 +116,7 @@ def test_foreign_tokens(folder, name, kind):
 
 def test_a_folder_of_another_version(folder):
     vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
-    torch.save({**vocabulary, "format": FORMAT + 1}, folder / "vocab.pt")
+    torch.save({**vocabulary, "format": FORMAT_VERSION + 1}, folder / "vocab.pt")
     with pytest.raises(UserError, match="version") as raised:
         load_dataset(folder)
     one_line(raised)
@@ -360,7 +360,9 @@ def test_evaluation_predicts_every_token_but_the_first_once_in_order(n, block_si
 @given(st.integers(2, 300), st.integers(1, 20), st.integers(1, 4), st.integers(1, 40))
 def test_most_is_an_even_fixed_subset(n, block_size, batch_size, most):
     def starts(most=None):
-        batches = evaluation_batches(np.zeros(n), block_size=block_size, batch_size=batch_size, most=most)
+        batches = evaluation_batches(
+            np.zeros(n), block_size=block_size, batch_size=batch_size, max_batches=most
+        )
         return [(tuple(starts.tolist()), length) for starts, length in batches]
 
     whole, some = starts(), starts(most)

@@ -46,7 +46,7 @@ def refused(folder, match=None, **values):
 def loads(folder, most):
     """Whether it does."""
     try:
-        load_dataset(folder, most=most)
+        load_dataset(folder, verify_bytes=most)
     except UserError:
         return False
     return True
@@ -117,10 +117,10 @@ def test_of_a_large_folder_some_blocks_are_compared_and_data_info_compares_all(t
     raw = path.read_bytes()
     size = len(raw) + (tmp_path / "data/val.pt").stat().st_size
     path.write_bytes(raw[:-1] + b"\x01")  # in the last block
-    refused(tmp_path / "data", "checksum", most=size // 2)
+    refused(tmp_path / "data", "checksum", verify_bytes=size // 2)
     path.write_bytes(raw[:800] + bytes([raw[800] ^ 1]) + raw[801:])
     assert {loads(tmp_path / "data", size // 2) for _ in range(60)} == {True, False}
-    refused(tmp_path / "data", "checksum", most=None)
+    refused(tmp_path / "data", "checksum", verify_bytes=None)
 
 
 # Changed during a training
@@ -311,7 +311,7 @@ def test_folders_of_earlier_versions_load_and_their_ids_are_watched(folder, monk
     unsealed(folder)
     assert not load_dataset(folder).sealed
     torch.save(TOKENS["one beyond"], folder / "train.pt")
-    loaded = load_dataset(folder, most=100)  # as if it were too large to be looked at
+    loaded = load_dataset(folder, verify_bytes=100)  # as if it were too large to be looked at
     windows = BatchLoader(loaded.train, torch.device("cpu"))
     windows(np.array([0, 5]), 8)
     with pytest.raises(UserError, match=r"train\.pt is malformed \(it has the id 255"):

@@ -235,7 +235,7 @@ def test_every_training_flag_is_documented() -> None:
     assert not [field.name for field in fields(TrainConfig) if f"--{field.name}" not in text]
 
 
-def test_the_map_of_the_code_has_every_file() -> None:
-    text = (ROOT / "docs" / "code.md").read_text("utf-8")
+def test_the_map_of_the_code_or_the_page_of_a_feature_has_every_file() -> None:
+    text = "".join(page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md"))
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nanogpt").rglob("*.py")}
     assert not [name for name in sorted(files) if f"(../{name})" not in text and "__init__" not in name]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from nanogpt.errors import UserError
 from nanogpt.text import documents
-from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, cut, strings
+from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, field_values, split_into_chunks
 
 quick = settings(deadline=None, derandomize=True, max_examples=150)
 prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categories=["Cs"]), max_size=80)
@@ -14,7 +14,7 @@ prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categor
 
 def pieces_of(*texts):
     """The pieces of a document that comes in these blocks, as text."""
-    return [raw.decode() for raw, _ in cut([text.encode() for text in texts])]
+    return [raw.decode() for raw, _ in split_into_chunks([text.encode() for text in texts])]
 
 
 @quick
@@ -22,9 +22,9 @@ def pieces_of(*texts):
 def test_the_pieces_of_a_document_are_the_document(texts, piece, margin):
     """Each of whole characters, and no longer than asked but for the rest of one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", piece)
-        patch.setattr(documents, "MARGIN", max(margin, 1))
-        pieces = list(cut([text.encode() for text in texts]))
+        patch.setattr(documents, "CHUNK_BYTES", piece)
+        patch.setattr(documents, "CUT_MARGIN_BYTES", max(margin, 1))
+        pieces = list(split_into_chunks([text.encode() for text in texts]))
     whole = "".join(texts)
     if whole.strip():
         assert "".join(raw.decode() for raw, _ in pieces) == whole
@@ -37,7 +37,7 @@ def test_the_pieces_of_a_document_are_the_document(texts, piece, margin):
 @given(st.lists(prose, max_size=5), st.integers(10, 30))
 def test_how_the_text_comes_does_not_matter(texts, piece):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", piece)
+        patch.setattr(documents, "CHUNK_BYTES", piece)
         assert pieces_of(*texts) == pieces_of("".join(texts))
 
 
@@ -47,7 +47,7 @@ def test_characters_are_counted(text):
 
 
 def test_a_cut_is_before_a_space_behind_a_word(monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 10)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 10)
     assert pieces_of("a word or two  and on") == ["a word or", " two  and", " on"]
     assert pieces_of("abc   \n   defghijk") == ["abc", "   \n   def", "ghijk"]
     assert pieces_of("x" * 25) == ["x" * 10, "x" * 10, "x" * 5]
@@ -55,8 +55,8 @@ def test_a_cut_is_before_a_space_behind_a_word(monkeypatch):
 
 
 def test_no_cut_far_from_the_end(monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 10)
-    monkeypatch.setattr(documents, "MARGIN", 4)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(documents, "CUT_MARGIN_BYTES", 4)
     assert pieces_of("ab cdefghijkl") == ["ab cdefghi", "jkl"]
 
 
@@ -95,11 +95,11 @@ def test_white_space_alone_is_no_document(text):
     ],
 )
 def test_what_a_field_leads_to(value, path, found):
-    assert list(strings(value, path.split("."))) == found
+    assert list(field_values(value, path.split("."))) == found
 
 
 def test_broken_records_are_counted_and_so_many_are_kept(monkeypatch):
-    monkeypatch.setattr(documents, "KEPT", 3)
+    monkeypatch.setattr(documents, "MAX_LISTED_RECORDS", 3)
     report = SkipReport()
     for number in range(5):
         report.reject(f"a.jsonl:{number}", "not JSON")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
-from nanogpt.text.encoding import decoded, encoding_of
+from nanogpt.text.encoding import decode_file, find_encoding
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -55,7 +55,7 @@ MIXED = "Grüße, “naïve” 中文 \U0001f600 Привет\n"
 
 def read(raw):
     """The text of a file, and the notes on it."""
-    pieces, notes = decoded(io.BytesIO(raw))
+    pieces, notes = decode_file(io.BytesIO(raw))
     return b"".join(pieces).decode(), notes
 
 
@@ -127,7 +127,7 @@ def test_unicode_in_pieces_of_any_size_is_the_same_text(text, draw):
     if not mark:
         text = text.removeprefix("\ufeff")  # that is a mark
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "BEGINNING", draw.draw(st.integers(4, 12)))
+        patch.setattr(encoding, "HEAD_BYTES", draw.draw(st.integers(4, 12)))
         patch.setattr(encoding, "READ_BYTES", draw.draw(st.integers(1, 5)))
         assert read(mark + text.encode(name))[0] == text
 
@@ -136,7 +136,7 @@ def test_unicode_in_pieces_of_any_size_is_the_same_text(text, draw):
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_older_encodings_in_pieces_of_any_size_are_the_same_text(monkeypatch, text, name, size):
     monkeypatch.setattr(encoding, "DETECTION_BYTES", 300)
-    monkeypatch.setattr(encoding, "BEGINNING", 401)
+    monkeypatch.setattr(encoding, "HEAD_BYTES", 401)
     monkeypatch.setattr(encoding, "READ_BYTES", size)
     found, notes = read(text.encode(name))
     assert found == text
@@ -144,13 +144,13 @@ def test_older_encodings_in_pieces_of_any_size_are_the_same_text(monkeypatch, te
 
 
 def test_ascii_that_is_something_else_later_is_refused_and_not_garbled(monkeypatch):
-    monkeypatch.setattr(encoding, "BEGINNING", 100)
+    monkeypatch.setattr(encoding, "HEAD_BYTES", 100)
     monkeypatch.setattr(encoding, "READ_BYTES", 10)
     assert "at about byte 20" in refusal(b"a" * 205 + b"\xe9" + b"b" * 300)
 
 
 def test_a_nul_after_the_beginning_is_refused(monkeypatch):
-    monkeypatch.setattr(encoding, "BEGINNING", 100)
+    monkeypatch.setattr(encoding, "HEAD_BYTES", 100)
     monkeypatch.setattr(encoding, "READ_BYTES", 10)
     assert "is not a text file" in refusal(b"a" * 205 + b"\0" + b"b" * 300)
 
@@ -201,10 +201,10 @@ def test_any_bytes_are_text_or_refused(raw):
     ("char", "there"), [("ж", 1), ("—", 1), ("—", 2), ("\U0001f600", 1), ("\U0001f600", 3)]
 )
 def test_a_text_cut_inside_a_character_loses_no_more_than_that(monkeypatch, beginning, char, there):
-    monkeypatch.setattr(encoding, "BEGINNING", beginning)
+    monkeypatch.setattr(encoding, "HEAD_BYTES", beginning)
     monkeypatch.setattr(encoding, "READ_BYTES", 32)
     lost = []
-    pieces, notes = decoded(io.BytesIO((RUSSIAN * 3).encode() + char.encode()[:there]), lost.append)
+    pieces, notes = decode_file(io.BytesIO((RUSSIAN * 3).encode() + char.encode()[:there]), lost.append)
     assert b"".join(pieces).decode() == RUSSIAN * 3
     assert notes == ()
     assert lost == [f"ends inside a character: {there} {'byte' if there == 1 else 'bytes'} left out"]
@@ -217,4 +217,4 @@ def test_one_bad_byte_is_named_and_not_taken_for_another_encoding():
 
 def test_a_beginning_that_ends_inside_a_character_is_utf8_all_the_same():
     raw = RUSSIAN.encode()
-    assert encoding_of(raw[:1001], whole=False) == encoding_of(raw, whole=True) == ("utf-8", ())
+    assert find_encoding(raw[:1001], whole=False) == find_encoding(raw, whole=True) == ("utf-8", ())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.errors import UserError
-from nanogpt.text import formats, json_formats
+from nanogpt.text import json_formats, records
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport
 
@@ -79,11 +79,13 @@ def test_behind_a_broken_string_the_reading_goes_on(tmp_path, raw):
 
 
 def test_a_record_that_is_too_long_loses_no_other_and_little_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "RECORD", 1000)
-    monkeypatch.setattr(json_formats, "CHUNK", 100)
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 1000)
+    monkeypatch.setattr(json_formats, "READ_CHARS", 100)
     sizes = []
-    more = json_formats.Values.more
-    monkeypatch.setattr(json_formats.Values, "more", lambda self: sizes.append(len(self.text)) or more(self))
+    more = json_formats.JSONStream.read_more
+    monkeypatch.setattr(
+        json_formats.JSONStream, "read_more", lambda self: sizes.append(len(self.text)) or more(self)
+    )
     raw = json.dumps([{"text": "one"}, {"text": "x" * 50_000}, {"text": "three"}])
     found, report = texts_in(tmp_path / "a.json", raw)
     assert found == ["one", "three"]
@@ -201,8 +203,8 @@ def test_every_record_comes_out_or_is_counted(tmp_path_factory, values, kind, dr
 
 
 def test_random_json_is_read_or_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "RECORD", 60)
-    monkeypatch.setattr(json_formats, "CHUNK", 7)
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 60)
+    monkeypatch.setattr(json_formats, "READ_CHARS", 7)
     chance = random.Random(5)
     for trial in range(300):
         raw = "".join(chance.choices('ab"",,::{}[]\\\n\r\ufeff\x00 1', k=chance.randrange(150)))

@@ -35,7 +35,7 @@ NO_TORCH = (
     "presets",
     "text",
 )
-NO_TORCH_EITHER = ("tokenizer", "data.shards", "data.tokenizer_choice", "cli.main", "training.stopping")
+NO_TORCH_EITHER = ("tokenizer", "data.shards", "data.config", "cli.main", "training.stopping")
 
 PURE = ("model", "training.optimizer", "inference.generate")
 """Mathematics: nothing here reads files or the environment, or prints."""

@@ -23,12 +23,13 @@ from conftest import prepared
 from filelock import FileLock
 
 from nanogpt import files
-from nanogpt.config import DataConfig
-from nanogpt.data import prepare, scan, token_writer, tokenizer_choice
+from nanogpt.data import prepare, scan, token_writer
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.data.prepare import main
 from nanogpt.errors import UserError
-from nanogpt.tokenizer.bpe import byte_level_json, gpt2
+from nanogpt.tokenizer import bpe
+from nanogpt.tokenizer.bpe import byte_level_json, gpt2_tokenizer
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
 FILES = ["train.pt", "val.pt", "vocab.pt"]
@@ -40,7 +41,7 @@ DOCUMENTS = [f"Document {i}: {'ein Wörtchen ' * (i % 7)}and so on.\n" for i in 
 @pytest.fixture
 def config(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    return DataConfig(input_file=(str(tmp_path / "text.txt"),), data_dir=str(tmp_path / "data"))
+    return PrepareConfig(input_file=(str(tmp_path / "text.txt"),), data_dir=str(tmp_path / "data"))
 
 
 def write_lines(path, texts):
@@ -52,7 +53,7 @@ def write_lines(path, texts):
 def many(tmp_path):
     """A preparation of many documents."""
     file = write_lines(tmp_path / "many.jsonl", DOCUMENTS)
-    return DataConfig(input_file=(file,), data_dir=str(tmp_path / "data"), tokenizer="byte")
+    return PrepareConfig(input_file=(file,), data_dir=str(tmp_path / "data"), tokenizer="byte")
 
 
 def contents(folder):
@@ -154,7 +155,7 @@ def test_what_cannot_be_read_is_said_each_time_and_refused_when_strict(tmp_path,
     folder.mkdir()
     (folder / "one.txt").write_text(TEXT)
     (folder / "dangling").symlink_to("nowhere")
-    config = DataConfig((str(folder),), str(tmp_path / "data"))
+    config = PrepareConfig((str(folder),), str(tmp_path / "data"))
     for _ in range(2):  # the second time, all is prepared
         main(config)
         assert "dangling: a link to a file that is not there" in capsys.readouterr().err
@@ -166,7 +167,7 @@ def test_what_cannot_be_read_is_said_each_time_and_refused_when_strict(tmp_path,
 def test_a_text_field_that_does_nothing_is_said_before_anything_else(tmp_path, capsys):
     for number in range(9):
         (tmp_path / f"{number}.txt").write_bytes(b"a line\r\nand one more\r\n" * 9)
-    main(DataConfig((str(tmp_path / "*.txt"),), str(tmp_path / "data"), text_field="body"))
+    main(PrepareConfig((str(tmp_path / "*.txt"),), str(tmp_path / "data"), text_field="body"))
     assert capsys.readouterr().out.startswith("--text_field body does nothing: ")
 
 
@@ -175,7 +176,7 @@ def test_nothing_but_broken_records_says_what_is_broken(tmp_path):
     with pytest.raises(
         UserError, match=r"3 broken records, the first: .*a\.jsonl:1: no text in the field 'text'"
     ):
-        main(DataConfig(input_file=(str(tmp_path / "a.jsonl"),), data_dir=str(tmp_path / "data")))
+        main(PrepareConfig(input_file=(str(tmp_path / "a.jsonl"),), data_dir=str(tmp_path / "data")))
 
 
 def test_broken_records_are_shown_and_listed(many, tmp_path, capsys):
@@ -183,7 +184,7 @@ def test_broken_records_are_shown_and_listed(many, tmp_path, capsys):
         file.write("no\n" * 20)
     main(many)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == prepare.SHOWN + 1
+    assert len(said) == prepare.MAX_SHOWN + 1
     assert (
         said[0] == f"left out: {many.input_file[0]}:401: not JSON (Expecting value: line 1 column 1 (char 0))"
     )
@@ -280,17 +281,17 @@ def test_bpe_learns_from_the_training_split_alone(tmp_path):
 
 def test_gpt2s_tokenizer_is_fetched_and_checked(tmp_path, monkeypatch):
     merges = "#version: 0.2\nt h\nth e\nĠ the\n".encode()
-    monkeypatch.setattr(tokenizer_choice, "download", lambda url: merges)
+    monkeypatch.setattr(bpe, "download", lambda url: merges)
     with pytest.raises(UserError, match="arrived damaged"):
         prepared(tmp_path / "data", TEXT, tokenizer="gpt2")
-    monkeypatch.setattr(tokenizer_choice, "GPT2_SHA256", hashlib.sha256(merges).hexdigest())
+    monkeypatch.setattr(bpe, "GPT2_SHA256", hashlib.sha256(merges).hexdigest())
     loaded = prepared(tmp_path / "data", TEXT, tokenizer="gpt2")
-    assert loaded.tokenizer.to_dict() == gpt2(merges.decode()).to_dict()
+    assert loaded.tokenizer.to_dict() == gpt2_tokenizer(merges.decode()).to_dict()
 
     def unreachable(url):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(tokenizer_choice, "download", unreachable)
+    monkeypatch.setattr(bpe, "download", unreachable)
     with pytest.raises(UserError, match="cannot be fetched") as raised:
         prepared(tmp_path / "other", TEXT, tokenizer="gpt2")
     assert "\n" not in str(raised.value)
@@ -427,14 +428,14 @@ def small_batches(monkeypatch):
 
 def stop_after(monkeypatch, count):
     """Cut a preparation short in the encoding, after so many batches."""
-    really, left = token_writer.EncodingJob.save, iter(range(count))
+    really, left = token_writer.EncodingJob.save_state, iter(range(count))
 
     def save(work, files):
         really(work, files)
         if next(left, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(token_writer.EncodingJob, "save", save)
+    monkeypatch.setattr(token_writer.EncodingJob, "save_state", save)
 
 
 SETTINGS = {
@@ -509,9 +510,10 @@ def test_overwriting_that_is_cut_short_leaves_the_old_data_set(many, tmp_path, m
 def test_a_preparation_that_is_killed_goes_on_to_the_same_files(tmp_path):
     write_lines(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(40) for text in DOCUMENTS])
     code = (
-        "import sys, time; from nanogpt.data import prepare, scan; from nanogpt.config import DataConfig\n"
+        "import sys, time; from nanogpt.data import prepare, scan\n"
+        "from nanogpt.data.config import PrepareConfig\n"
         "scan.BATCH_BYTES, prepare.SAVE_SECONDS = 20_000, -1.0\n"
-        "prepare.main(DataConfig(input_file=(sys.argv[1],), data_dir=sys.argv[2], tokenizer='byte'))"
+        "prepare.main(PrepareConfig(input_file=(sys.argv[1],), data_dir=sys.argv[2], tokenizer='byte'))"
     )
 
     def start(folder):
@@ -612,7 +614,7 @@ def test_a_full_disk_at_any_write_is_one_line_and_loses_nothing(tmp_path, monkey
         lines.write("broken\n")
     folder, name = tmp_path / "data", "-" if source == "standard input" else file
     prepared(folder, TEXT)
-    config = DataConfig(input_file=(name,), data_dir=str(folder), overwrite=True)
+    config = PrepareConfig(input_file=(name,), data_dir=str(folder), overwrite=True)
     disk = FullDisk()
     monkeypatch.setattr(prepare, "SAVE_SECONDS", -1.0)
     for module in (files, token_writer):
@@ -666,7 +668,7 @@ def test_too_little_memory_is_one_line(config, monkeypatch, error):
 
 
 def test_too_many_files_are_refused_before_they_are_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "MOST_FILES", 50)
+    monkeypatch.setattr(prepare, "MAX_FILES", 50)
     old = prepared(tmp_path / "data", TEXT)
     with pytest.raises(UserError, match=r"--shard_tokens 1 makes more than 50 files: give a larger one"):
         prepared(tmp_path / "data", TEXT + "!", shard_tokens=1, overwrite=True)
@@ -683,7 +685,7 @@ def test_a_name_that_is_not_utf8_is_a_name(tmp_path):
     except OSError:
         pytest.skip("a file system of UTF-8 alone")
     folder = tmp_path / "data"
-    main(DataConfig(input_file=(path,), data_dir=str(folder)))
+    main(PrepareConfig(input_file=(path,), data_dir=str(folder)))
     assert whole_text(load_dataset(folder)) == TEXT
     (folder / "train.pt").unlink()
     with pytest.raises(
@@ -697,7 +699,7 @@ def test_one_of_a_thing_is_not_several(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("It was")
     (tmp_path / "b.txt").write_text("The")
     main(
-        DataConfig(
+        PrepareConfig(
             input_file=(str(tmp_path / "a.txt"),),
             val_file=(str(tmp_path / "b.txt"),),
             data_dir=str(tmp_path / "data"),
@@ -712,7 +714,7 @@ def test_one_of_a_thing_is_not_several(tmp_path, capsys):
 
 
 def test_a_closed_standard_input_is_one_line(tmp_path, monkeypatch):
-    config = DataConfig(input_file=("-",), data_dir=str(tmp_path / "data"))
+    config = PrepareConfig(input_file=("-",), data_dir=str(tmp_path / "data"))
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UserError, match="--input_file - is standard input, which is closed"):
         main(config)
@@ -727,16 +729,16 @@ def test_a_standard_input_that_cannot_be_read_is_not_a_full_disk(tmp_path, monke
     monkeypatch.setattr(sys, "stdin", Standard(b""))
     sys.stdin.buffer = Folder()
     with pytest.raises(UserError, match="--input_file - cannot be read: Is a directory"):
-        main(DataConfig(input_file=("-",), data_dir=str(tmp_path / "data")))
+        main(PrepareConfig(input_file=("-",), data_dir=str(tmp_path / "data")))
 
 
 def test_a_program_that_is_kept_out_leaves_the_other_ones_standard_input(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / prepare.STDIN).write_text(TEXT)
+    (folder / prepare.STDIN_FILE).write_text(TEXT)
     with FileLock(folder / ".lock"), pytest.raises(UserError, match="another program is writing to"):
-        main(DataConfig(input_file=("-",), data_dir=str(folder)))
-    assert (folder / prepare.STDIN).read_text() == TEXT
+        main(PrepareConfig(input_file=("-",), data_dir=str(folder)))
+    assert (folder / prepare.STDIN_FILE).read_text() == TEXT
 
 
 def pipe(tmp_path, text, *more):
@@ -778,7 +780,7 @@ def test_a_pipe_in_place_of_a_file_is_read_once_or_refused(tmp_path):
     os.write(writing, TEXT.encode())
     os.close(writing)
     try:
-        main(DataConfig(input_file=(f"/dev/fd/{reading}",), data_dir=str(tmp_path / "data")))
+        main(PrepareConfig(input_file=(f"/dev/fd/{reading}",), data_dir=str(tmp_path / "data")))
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either is right
     else:

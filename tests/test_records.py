@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.errors import UserError
-from nanogpt.text import documents, encoding, formats
+from nanogpt.text import documents, encoding, records
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport, counted
 
@@ -87,7 +87,7 @@ def test_the_same_documents_in_every_format(tmp_path, name):
         path.write_bytes(WRITERS[name](texts))
         report = SkipReport()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(documents, "PIECE", piece)
+            patch.setattr(documents, "CHUNK_BYTES", piece)
             found = documents_in(path, report=report)
         expected = [text for text in texts if text.strip() or len(text.encode()) > piece]
         assert found == expected
@@ -219,7 +219,7 @@ def test_bytes_that_are_no_text_break_their_own_line_alone(tmp_path, before):
 
 @pytest.mark.parametrize("size", [39, 40, 41, 79, 80, 81, 120, 500])
 def test_a_line_that_is_too_long_loses_no_other(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(formats, "RECORD", 40)
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 40)
     long = b'"' + b"x" * (size - 2) + b'"'
     found, lines = broken(tmp_path, "a.jsonl", b'"one"\n' + long + b'\n"two"\n"three"\n')
     assert [text for text in found if "x" not in text] == ["one", "two", "three"]
@@ -229,7 +229,7 @@ def test_a_line_that_is_too_long_loses_no_other(tmp_path, monkeypatch, size):
 
 
 def test_a_json_record_that_is_too_long_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "RECORD", 100_000)
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 100_000)
     raw = json.dumps(["one", "x" * 500_000, "two"]).encode()
     found, lines = broken(tmp_path, "a.json", raw)
     assert found[0] == "one"
@@ -252,7 +252,7 @@ def test_a_row_of_another_length_is_counted_with_its_line(tmp_path, name, row, l
 
 
 def test_a_field_that_is_too_long_loses_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "RECORD", 100)
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 100)
     found, lines = broken(tmp_path, "a.csv", b"text\none\n" + b"x" * 200 + b"\ntwo\n")
     assert found == ["one", "two"]
     assert len(lines) == 1
@@ -260,7 +260,7 @@ def test_a_field_that_is_too_long_loses_no_other(tmp_path, monkeypatch):
 
 
 def test_a_line_of_names_that_is_too_long_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "RECORD", 100)
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 100)
     with pytest.raises(UserError) as raised:
         broken(tmp_path, "a.csv", b"x" * 200 + b"\none\n")
     assert "\n" not in str(raised.value)
@@ -315,7 +315,7 @@ def test_windows_line_ends_fold_even_across_a_border(tmp_path_factory, text, beg
     path.write_bytes(text.encode())
     report = SkipReport()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "BEGINNING", beginning)
+        patch.setattr(encoding, "HEAD_BYTES", beginning)
         patch.setattr(encoding, "READ_BYTES", size)
         found = documents_in(path, report=report)
     folded = text.replace("\r\n", "\n")

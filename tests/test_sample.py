@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from nanogpt import precision
 from nanogpt.cli.sample import main, read_prompt, show, unescape, until
-from nanogpt.config import DataConfig, SampleConfig, TrainConfig
+from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.errors import UserError
 from nanogpt.training.fit import fit
@@ -185,7 +186,7 @@ def test_a_sample_ends_where_the_document_does(config: TrainConfig, tmp_path: Pa
     (tmp_path / "short.jsonl").write_text('"Ä tiny end."\n' * 150)
     folder = str(tmp_path / kind)
     prepare(
-        DataConfig(
+        PrepareConfig(
             input_file=(str(tmp_path / "short.jsonl"),), data_dir=folder, tokenizer=kind, vocab_size=260
         )
     )
@@ -209,7 +210,7 @@ def test_training_and_sampling_with_somebody_elses_tokenizer(
     (tmp_path / "text.txt").write_text("From fairest creatures we desire increase, rose\n" * 60)
     folder = str(tmp_path / "foreign")
     tokenizer = str(tmp_path / "tokenizer.json")
-    prepare(DataConfig(input_file=(str(tmp_path / "text.txt"),), data_dir=folder, tokenizer=tokenizer))
+    prepare(PrepareConfig(input_file=(str(tmp_path / "text.txt"),), data_dir=folder, tokenizer=tokenizer))
     fit(replace(config, data_dir=folder))
     checkpoint = str(Path(config.out_dir) / "ckpt.pt")
     capsys.readouterr()

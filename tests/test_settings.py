@@ -22,7 +22,6 @@ from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.cli import main as cli
 from nanogpt.config import (
     Architecture,
-    DataConfig,
     GPTConfig,
     OptimizerName,
     SampleConfig,
@@ -30,6 +29,7 @@ from nanogpt.config import (
     from_dict,
     to_dict,
 )
+from nanogpt.data.config import PrepareConfig
 from nanogpt.errors import UserError
 from nanogpt.settings import Settings
 from nanogpt.training.fit import fit
@@ -84,8 +84,8 @@ def test_what_equals_a_plain_value_becomes_it(name, given, plain):
 
 
 def test_lists_become_tuples_of_texts():
-    config = DataConfig(input_file=["a", Path("b"), Text("c")], val_file=np.array(["d"]))
-    assert config == DataConfig(input_file=("a", "b", "c"), val_file=("d",))
+    config = PrepareConfig(input_file=["a", Path("b"), Text("c")], val_file=np.array(["d"]))
+    assert config == PrepareConfig(input_file=("a", "b", "c"), val_file=("d",))
     assert [type(name) for name in config.input_file] == [str] * 3
     assert SampleConfig(stop=iter(["x"])).stop == ("x",)
 
@@ -120,11 +120,11 @@ WRONG = [
     (TrainConfig, "device", torch.device("cpu"), "--device device(type='cpu') is of type device"),
     (TrainConfig, "out_dir", ["a\n" * 1000], "is of type list"),
     (GPTConfig, "logit_cap", float("nan"), "--logit_cap nan is not a finite number"),
-    (DataConfig, "split", "head", "--split head is unknown: use tail or documents"),
-    (DataConfig, "input_file", "a.txt", "--input_file 'a.txt' is of type str: it must be a list of texts"),
-    (DataConfig, "input_file", Path("a"), "it must be a list of texts"),
-    (DataConfig, "input_file", ["a", 1], "it must be a list of texts"),
-    (DataConfig, "train_split", "0.9", "--train_split '0.9' is of type str: it must be a number"),
+    (PrepareConfig, "split", "head", "--split head is unknown: use tail or documents"),
+    (PrepareConfig, "input_file", "a.txt", "--input_file 'a.txt' is of type str: it must be a list of texts"),
+    (PrepareConfig, "input_file", Path("a"), "it must be a list of texts"),
+    (PrepareConfig, "input_file", ["a", 1], "it must be a list of texts"),
+    (PrepareConfig, "train_split", "0.9", "--train_split '0.9' is of type str: it must be a number"),
     (SampleConfig, "unknown", "ignore", "--unknown ignore is unknown: use error or skip"),
     (SampleConfig, "top_k", 2.5, "--top_k 2.5 is of type float: it must be a whole number or None"),
     (SampleConfig, "num_tokens", 10**22, "is too large"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.data import batches as data_module
-from nanogpt.data.batches import BatchSampler, shuffled
+from nanogpt.data.batches import BatchSampler, shuffled_numbers
 from nanogpt.data.shards import Shards
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
@@ -32,21 +32,21 @@ def test_shards_read_as_the_whole(sizes, draw):
 @quick
 @given(st.integers(1, 3000), st.integers(0, 99))
 def test_a_computed_shuffle_visits_everything_once(size, seed):
-    order = shuffled(np.arange(size), size, np.random.default_rng(seed))
+    order = shuffled_numbers(np.arange(size), size, np.random.default_rng(seed))
     assert sorted(order.tolist()) == list(range(size))
 
 
 def test_a_computed_shuffle_looks_like_one():
     size = 50_021
-    order = shuffled(np.arange(size), size, np.random.default_rng(1))
+    order = shuffled_numbers(np.arange(size), size, np.random.default_rng(1))
     assert abs(np.corrcoef(np.arange(size), order)[0, 1]) < 0.02
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
     assert np.abs(np.diff(order)).mean() / size == pytest.approx(1 / 3, abs=0.01)
-    assert not np.array_equal(order, shuffled(np.arange(size), size, np.random.default_rng(2)))
+    assert not np.array_equal(order, shuffled_numbers(np.arange(size), size, np.random.default_rng(2)))
 
 
 def test_batches_of_a_long_epoch_are_disjoint_windows_each_once(monkeypatch):
-    monkeypatch.setattr(data_module, "LISTED", 10)
+    monkeypatch.setattr(data_module, "MAX_LISTED_WINDOWS", 10)
     batches = BatchSampler(np.zeros(1003, np.uint8), block_size=10, batch_size=33, seed=5)
     visits = np.concatenate([batches(step) for step in range(3)])
     assert batches.windows == 99

@@ -201,7 +201,7 @@ def main(config):
     {end}
 
 sys.modules["there"] = sys.modules["__main__"]
-cli.COMMANDS["data"] = cli.Command(cli.DataConfig, "there", "data.py", writes=True)
+cli.COMMANDS["data"] = cli.Command(cli.PrepareConfig, "there", "data.py", writes=True)
 cli.script("data")
 """
 

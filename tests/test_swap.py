@@ -14,8 +14,8 @@ import pytest
 from conftest import prepared
 from filelock import FileLock
 
-from nanogpt.config import DataConfig
 from nanogpt.data import swap
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.data.prepare import main
 from nanogpt.errors import UserError
@@ -77,7 +77,7 @@ def start(tmp_path, **settings):
     """A folder with the old set, and what replaces it by the new one."""
     prepared(tmp_path / "first", OLD, **settings)
     (tmp_path / "new.txt").write_text(NEW)
-    return DataConfig(
+    return PrepareConfig(
         input_file=(str(tmp_path / "new.txt"),), data_dir=str(tmp_path / "data"), overwrite=True
     )
 
@@ -130,7 +130,7 @@ def load_names(settings):
 
 CHILD = """
 import os, signal, sys
-from nanogpt.config import DataConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data import prepare
 left = int(sys.argv[3])
 def watch(event, arguments):
@@ -140,7 +140,7 @@ def watch(event, arguments):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(watch)
-prepare.main(DataConfig(input_file=(sys.argv[1],), data_dir=sys.argv[2], overwrite=True))
+prepare.main(PrepareConfig(input_file=(sys.argv[1],), data_dir=sys.argv[2], overwrite=True))
 """
 
 
@@ -160,7 +160,7 @@ def journaled(tmp_path):
     folder = tmp_path / "first"
     config = start(tmp_path)
     main(replace(config, data_dir=str(tmp_path / "second")))
-    new = swap.fresh(folder)
+    new = swap.make_new_folder(folder)
     for name in ("train.pt", "val.pt", "vocab.pt"):
         shutil.copy(tmp_path / "second" / name, new / name)
     names = {"names": ["train.pt", "val.pt", "vocab.pt"], "stale": []}
@@ -224,7 +224,7 @@ def test_a_link_or_a_pipe_in_place_of_the_folder_or_the_journal_is_not_followed(
     (folder / "preparing").rename(tmp_path / "elsewhere")
     (folder / "preparing").symlink_to(tmp_path / "elsewhere")
     assert text_of(folder) == OLD
-    config = DataConfig(input_file=(str(tmp_path / "new.txt"),), data_dir=str(folder), overwrite=True)
+    config = PrepareConfig(input_file=(str(tmp_path / "new.txt"),), data_dir=str(folder), overwrite=True)
     with pytest.raises(UserError, match=r"preparing is not a folder of this program: move it away"):
         main(config)
     assert (tmp_path / "elsewhere/new/train.pt").exists()

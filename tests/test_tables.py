@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.errors import UserError
-from nanogpt.text import formats
+from nanogpt.text import records
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport
 
@@ -67,7 +67,7 @@ def test_another_delimiter_is_found_and_said(tmp_path, name, delimiter, said):
     usual = {"a.csv": ",", "a.tsv": "\t"}[name]
     assert (found, report.broken) == (texts, [])
     assert report.notes == (
-        [] if delimiter == usual else [f"columns separated by {said}, by the line of names"]
+        [] if delimiter == usual else [f"columns separated by {said}, as the line of names shows"]
     )
 
 
@@ -148,7 +148,7 @@ def test_an_unclosed_quote_costs_its_own_row_and_no_other(tmp_path, kind):
     assert [text.replace('"', "") for text in found[:3]] == ["one", "three", "four"]
     assert report.broken == [
         ":3: a quote that opens here is not closed: its row is left out, "
-        "the lines behind it are read as rows of their own"
+        "the lines after it are read as rows of their own"
     ]
 
 
@@ -184,9 +184,9 @@ def test_quotes_inside_a_text_are_kept_as_they_were(tmp_path):
 def test_reading_behind_unclosed_quotes_stays_linear_and_counts_every_row(tmp_path, monkeypatch):
     """Every row but the last opens a quote that runs to the end of the file, if it may."""
     taken = []
-    fresh = formats.Lines.read
-    monkeypatch.setattr(formats.Lines, "read", lambda self: taken.append(1) or fresh(self))
-    monkeypatch.setattr(formats, "RECORD", 1000)
+    fresh = records.Lines.read
+    monkeypatch.setattr(records.Lines, "read", lambda self: taken.append(1) or fresh(self))
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 1000)
     raw = (
         "id\ttext\n"
         + "".join(f'{i}\t"row {i} `\n'.replace("`", "x" * (i % 7)) for i in range(2001))
@@ -232,7 +232,7 @@ def test_every_row_comes_out_or_is_counted_whatever_quote_is_lost(tmp_path_facto
 
 
 def test_random_tables_are_read_or_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "RECORD", 60)
+    monkeypatch.setattr(records, "MAX_RECORD_CHARS", 60)
     chance = random.Random(5)
     for _ in range(300):
         body = "".join(chance.choices('ab",;\t|\r\n\ufeff\x00 ', k=chance.randrange(120)))

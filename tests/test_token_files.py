@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.config import DataConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.scan import ScanResult
 from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.errors import UserError
@@ -97,51 +97,51 @@ def text(tmp_path):
 def begun(folder, config, text):
     """A preparation that has encoded seven tokens, and saved five of them."""
     work = EncodingJob(folder, config, [text])
-    survey = ScanResult(first_val=1)
-    survey.characters.extend([3, 4])
-    survey.digests.extend([2**64 - 1, 5])
-    work.begin(survey, ByteTokenizer())
-    with work.writing() as files:
+    scanned = ScanResult(first_val=1)
+    scanned.characters.extend([3, 4])
+    scanned.digests.extend([2**64 - 1, 5])
+    work.start(scanned, ByteTokenizer())
+    with work.open_token_files() as files:
         for file, values, count in ((files[0], b"abcd", 3), (files[1], b"xyz", 2)):
-            work.add(files, files.index(file), np.frombuffer(values[:count], np.uint8), count)
+            work.append(files, files.index(file), np.frombuffer(values[:count], np.uint8), count)
         work.batches = 1
-        work.save(files)
+        work.save_state(files)
         files[0].write(b"d")
         files[1].write(b"z")
     return work
 
 
 def test_a_preparation_goes_on_from_what_was_saved(tmp_path, text):
-    config = DataConfig(data_dir=str(tmp_path))
+    config = PrepareConfig(data_dir=str(tmp_path))
     begun(tmp_path / "preparing", config, text)
     again = EncodingJob(tmp_path / "preparing", config, [text])
-    assert again.survey is not None
+    assert again.scanned is not None
     assert (again.tokens, again.bytes, again.batches) == ([3, 2], [3, 2], 1)
-    assert list(again.survey.characters) == [3, 4]
-    assert list(again.survey.digests) == [2**64 - 1, 5]
-    assert again.survey.first_val == 1
-    with again.writing() as files:
+    assert list(again.scanned.characters) == [3, 4]
+    assert list(again.scanned.digests) == [2**64 - 1, 5]
+    assert again.scanned.first_val == 1
+    with again.open_token_files() as files:
         files[0].write(b"!")
-    assert again.tokens_file("train").read_bytes() == b"abc!"
-    assert again.tokens_file("val").read_bytes() == b"xy"
+    assert again.token_path("train").read_bytes() == b"abc!"
+    assert again.token_path("val").read_bytes() == b"xy"
     again.remove()
     assert not (tmp_path / "preparing").exists()
 
 
 def test_whether_to_overwrite_makes_no_difference(tmp_path, text):
-    config = DataConfig(data_dir=str(tmp_path))
+    config = PrepareConfig(data_dir=str(tmp_path))
     begun(tmp_path / "preparing", config, text)
-    again = EncodingJob(tmp_path / "preparing", DataConfig(data_dir=str(tmp_path), overwrite=True), [text])
+    again = EncodingJob(tmp_path / "preparing", PrepareConfig(data_dir=str(tmp_path), overwrite=True), [text])
     assert again.tokens == [3, 2]
 
 
 @pytest.mark.parametrize("change", ["settings", "files", "size", "time", "state", "tokens", "missing"])
 def test_what_is_of_another_preparation_or_damaged_is_thrown_away(tmp_path, text, change):
-    config, files = DataConfig(data_dir=str(tmp_path)), [text]
+    config, files = PrepareConfig(data_dir=str(tmp_path)), [text]
     folder = tmp_path / "preparing"
     begun(folder, config, text)
     if change == "settings":
-        config = DataConfig(data_dir=str(tmp_path), train_split=0.8)
+        config = PrepareConfig(data_dir=str(tmp_path), train_split=0.8)
     elif change == "files":
         files = [text, text]
     elif change == "size":
@@ -155,6 +155,6 @@ def test_what_is_of_another_preparation_or_damaged_is_thrown_away(tmp_path, text
     else:
         (folder / "val.tokens").unlink()
     again = EncodingJob(folder, config, files)
-    assert again.survey is None
+    assert again.scanned is None
     assert again.tokens == [0, 0]
     assert not Path(folder, "train.tokens").exists()

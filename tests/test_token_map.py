@@ -114,7 +114,7 @@ def test_a_hostile_header_does_nothing(tmp_path, monkeypatch, content):
     }
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w") as archive:
-        archive.writestr("train/data.pkl", raws[content][: token_map.HEADER_BYTES])
+        archive.writestr("train/data.pkl", raws[content][: token_map.MAX_HEADER_BYTES])
         archive.writestr("train/data/0", bytes(100))
     (tmp_path / "train.pt").write_bytes(raw.getvalue())
     with pytest.raises(DamageError):
@@ -266,7 +266,7 @@ def test_another_time_alone_is_no_harm_if_a_seal_says_so(tmp_path, same):
 def test_ids_beyond_the_vocabulary_are_seen_where_they_are_read(tmp_path):
     path = saved(tmp_path, torch.from_numpy(np.array([1, 2, 70, 3], np.uint16)))
     found = open_tokens(path)
-    found.guard.above = 70
+    found.guard.vocab_size = 70
     assert found[np.array([0, 1, 3])].tolist() == [1, 2, 3]
     with pytest.raises(UserError, match="id 70"):
         found[np.array([0, 2])]

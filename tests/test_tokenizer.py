@@ -16,7 +16,7 @@ from nanogpt.tokenizer.base import (
     ByteTokenizer,
     CharTokenizer,
     code_points,
-    narrowest,
+    narrowest_dtype,
 )
 from nanogpt.tokenizer.registry import from_dict
 
@@ -53,8 +53,8 @@ def test_cutting_into_chunks_changes_nothing(text, size):
     whole = CharTokenizer.train(text)
     ids = whole.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "CHUNK", size)
-        assert "".join(base.chunks(text)) == text
+        patch.setattr(base, "ENCODE_CHARS", size)
+        assert "".join(base.split_text(text)) == text
         assert CharTokenizer.train(text).chars == whole.chars
         assert whole.encode(text).tolist() == ids.tolist()
 
@@ -85,7 +85,7 @@ def test_code_points_are_those_of_python():
     ],
 )
 def test_the_narrowest_type_holds_every_id(size, dtype):
-    assert narrowest(size) is dtype
+    assert narrowest_dtype(size) is dtype
     assert np.iinfo(dtype).max >= size - 1
 
 
@@ -122,7 +122,7 @@ def test_the_unknown_character_is_named(char, code):
 
 
 def test_the_position_counts_from_the_start_of_the_text_not_of_the_chunk(monkeypatch):
-    monkeypatch.setattr(base, "CHUNK", 4)
+    monkeypatch.setattr(base, "ENCODE_CHARS", 4)
     coder = CharTokenizer.train("ab")
     with pytest.raises(UserError, match=r"'x' \(U\+0078\) at position 9 "):
         coder.encode("abababab" + "bx" + "x")
@@ -135,7 +135,7 @@ def test_several_unknown_characters_are_named_in_the_order_they_come():
     message = str(raised.value)
     assert "characters 'x' (U+0078), 'y' (U+0079), 'z' (U+007A) (the first at position 1)" in message
     assert "vocabulary of 2 characters" in message
-    assert coder.unknown("axyxzab") == ["x", "y", "z"]
+    assert coder.unknown_characters("axyxzab") == ["x", "y", "z"]
     with pytest.raises(UserError, match=r"\), \.\.\. \(the first at position 0\)") as raised:
         coder.encode("0123456789")
     assert str(raised.value).count("U+") == 5
@@ -184,7 +184,7 @@ def test_the_end_of_a_document_is_an_id_behind_all_characters(size):
     coder = CharTokenizer.train(text, end_of_text=True)
     assert coder.end_of_text == size
     assert coder.vocab_size == size + 1
-    assert coder.dtype is narrowest(size + 1)
+    assert coder.dtype is narrowest_dtype(size + 1)
     assert coder.encode(text).tolist() == list(range(size))
     assert coder.decode([0, size]) == text[0] + END_OF_TEXT
     assert from_dict(coder.to_dict()).end_of_text == size

@@ -543,7 +543,7 @@ def test_running_ahead_goes_back_too(config: TrainConfig, monkeypatch, capsys) -
 
 
 def test_a_split_on_the_device_gives_the_same_windows(monkeypatch) -> None:
-    monkeypatch.setattr(data_module, "PIECE", 300)
+    monkeypatch.setattr(data_module, "TOKENS_PER_COPY", 300)
     for dtype in (np.uint8, np.uint16, np.uint32):
         tokens = np.random.default_rng(1).integers(0, 200, 1000).astype(dtype)
         away, resident = (BatchLoader(tokens, torch.device("cpu")) for _ in range(2))

@@ -26,7 +26,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 from rows import Results, attempt, parser_of, place_of
 
 from nanogpt import presets
-from nanogpt.config import DataConfig, TrainConfig
+from nanogpt.config import TrainConfig
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.text.tiny_shakespeare import SHAKESPEARE_SHA256
 from nanogpt.training.fit import fit
@@ -44,7 +45,7 @@ def data_folder(options: argparse.Namespace, scratch: Path) -> Path:
     if hashlib.sha256(text.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
         print(f"{text} is not Tiny Shakespeare: its losses do not compare with {options.target}")
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare(DataConfig(input_file=(str(text),), data_dir=str(scratch)))
+        prepare(PrepareConfig(input_file=(str(text),), data_dir=str(scratch)))
     return scratch
 
 

@@ -33,7 +33,8 @@ import torch
 from rows import Results, attempt, fresh, parser_of, place_of, reset_peak
 
 from nanogpt import presets
-from nanogpt.config import DataConfig, TrainConfig, model_config
+from nanogpt.config import TrainConfig, model_config
+from nanogpt.data.config import PrepareConfig
 from nanogpt.model.gpt import GPT, flops_per_token
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -122,7 +123,7 @@ def prepared(vocab_size: int, folder: Path) -> Path:
         text = folder / f"{vocab_size}.txt"
         text.write_text("".join(map(chr, [*alphabet, *random])), "utf-8")
         with contextlib.redirect_stdout(io.StringIO()):
-            prepare(DataConfig(input_file=(str(text),), data_dir=str(data)))
+            prepare(PrepareConfig(input_file=(str(text),), data_dir=str(data)))
     return data
 
 

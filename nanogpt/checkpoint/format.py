@@ -28,7 +28,7 @@ from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
-FORMAT = 3
+FORMAT_VERSION = 3
 """Version of the checkpoint format. Older ones are read too: see `upgraded`."""
 
 FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
@@ -86,7 +86,7 @@ class Checkpoint:
     tokenizer: dict[str, Any]
     fingerprint: str
     """Fingerprint of the training data."""
-    format: int = FORMAT
+    format: int = FORMAT_VERSION
     shards: dict[str, str] = field(default_factory=dict[str, str])
     """The files beside this one that hold the tensors, with their SHA-256; empty if they are here."""
 
@@ -185,8 +185,8 @@ def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
     require(version is not None and not isinstance(version, torch.Tensor), f"{path} {FOREIGN}")
     content = upgraded(content)
     require(
-        content["format"] == FORMAT,
-        f"checkpoint {path} has format {version}, this is {FORMAT}: update NanoGPT",
+        content["format"] == FORMAT_VERSION,
+        f"checkpoint {path} has format {version}, this is {FORMAT_VERSION}: update NanoGPT",
     )
     names = {field.name for field in fields(Checkpoint)}
     require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")

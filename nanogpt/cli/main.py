@@ -1,7 +1,7 @@
 """The command line: parse first, import the command after.
 
 Run:    nanogpt train --max_iters 100         (= python train.py --max_iters 100)
-The fields of a command's config (config.py) are its flags; tyro makes the parser, here alone.
+The fields of a command's config (config.py, data/config.py) are its flags; tyro makes the parser, here alone.
 Order: defaults < --preset < flags; with --resume: the run's own settings < flags.
 """
 
@@ -19,15 +19,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanogpt import __version__, streams
-from nanogpt.config import (
-    DataConfig,
-    InfoConfig,
-    PlanConfig,
-    PresetsConfig,
-    SampleConfig,
-    SummaryConfig,
-    TrainConfig,
-)
+from nanogpt.config import PlanConfig, PresetsConfig, SampleConfig, SummaryConfig, TrainConfig
+from nanogpt.data.config import InspectConfig, PrepareConfig
 from nanogpt.errors import UserError
 from nanogpt.training import stopping
 
@@ -47,8 +40,8 @@ class Command:
 
 
 COMMANDS = {
-    "data": Command(DataConfig, "nanogpt.data.prepare", "data.py", writes=True),
-    "data info": Command(InfoConfig, "nanogpt.data.inspect"),
+    "data": Command(PrepareConfig, "nanogpt.data.prepare", "data.py", writes=True),
+    "data info": Command(InspectConfig, "nanogpt.data.inspect"),
     "model": Command(SummaryConfig, "nanogpt.cli.info", "model.py"),
     "plan": Command(PlanConfig, "nanogpt.cli.plan"),
     "train": Command(TrainConfig, "nanogpt.training.fit", "train.py", writes=True),

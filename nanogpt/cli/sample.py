@@ -24,7 +24,7 @@ from nanogpt.errors import UserError, require
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
 from nanogpt.precision import pick_sampling_dtype
-from nanogpt.text.encoding import decoded
+from nanogpt.text.encoding import decode_file
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
@@ -111,7 +111,7 @@ def read_prompt(name: str) -> str:
     require(bool(raw), f"--prompt_file {name} is empty: give at least one character")
     require(len(raw) <= LONGEST_PROMPT, f"--prompt_file {name} is larger than {LONGEST_PROMPT >> 20} MiB")
     try:
-        blocks, notes = decoded(io.BytesIO(raw))
+        blocks, notes = decode_file(io.BytesIO(raw))
         text = b"".join(blocks).decode("utf-8")
     except UserError as error:
         raise UserError(f"--prompt_file {name} {error}") from error
@@ -140,7 +140,7 @@ def encode_prompt(
     """
     asked = prompt != unescape(SampleConfig.prompt)
     if skip and isinstance(tokens, CharTokenizer):
-        unknown = set(tokens.unknown(prompt))
+        unknown = set(tokens.unknown_characters(prompt))
         prompt = "".join(char for char in prompt if char not in unknown)
         require(bool(prompt) or not asked, f"{flag}: the model has seen none of its characters: give another")
     try:

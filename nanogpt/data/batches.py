@@ -1,11 +1,13 @@
-"""Tokens to batches.
+"""Training and evaluation batches, cut from the tokens of a split.
 
-Use:    data = load_dataset(Path("data"))
-        sampler = BatchSampler(data.train, block_size=256, batch_size=64, seed=1)
-        loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
-The folder is opened in data/dataset.py. Does not know the model.
+Example:
+    data = load_dataset(Path("data"))
+    sampler = BatchSampler(data.train, block_size=256, batch_size=64, seed=1)
+    loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
+data/dataset.py opens the folder. Knows nothing of the model.
 
 # B batch, T block_size, N tokens in the split, W windows in an epoch
+
 """
 
 import numpy as np
@@ -18,27 +20,27 @@ from nanogpt.device import kind_of
 from nanogpt.errors import require
 
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
-"""Share of a GPU's free memory that a split may take, and the most that a token takes there."""
+"""Share of a GPU's free memory that a split may take, and the most bytes of a token there."""
 
-LISTED = 2**24
-"""Windows in an epoch up to which their shuffled order is kept as a list; above, it is computed."""
+MAX_LISTED_WINDOWS = 2**24
+"""Up to this many windows in an epoch, their shuffled order is kept as a list; beyond, it is computed."""
 
 ROUNDS, MULTIPLIER = 6, np.uint64(0x9E3779B97F4A7C15)
-"""Of the Feistel network: its rounds, and an odd number that mixes bits (2^64 over the golden ratio)."""
+"""Rounds of the Feistel network, and an odd number that mixes bits (2^64 over the golden ratio)."""
 
-PIECE = 2**24
-"""Tokens copied to a GPU at a time."""
+TOKENS_PER_COPY = 2**24
+"""Tokens to copy to a GPU at a time."""
 
 
 class BatchSampler:
-    """The training batches, as a pure function of (seed, shuffle_id, step).
+    """Training batches as a pure function of (seed, shuffle_id, step).
 
     An epoch cuts the tokens into W windows of T + 1 tokens (each overlaps the next by the one
     token it predicts), from an offset that changes with the epoch, and visits each window once,
-    in shuffled order. There is no state: resuming at step s needs s and nothing else.
+    in shuffled order. There is no state: to resume at step s, s is enough.
 
-    shuffle_id: another number gives other shuffles of the same windows (trainer.py uses it to step
-    around a batch that broke the training).
+    shuffle_id: another number gives other shuffles of the same windows (after a roll-back, trainer.py
+    uses one to avoid the batch that made the loss diverge).
     """
 
     def __init__(self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int) -> None:
@@ -48,18 +50,18 @@ class BatchSampler:
             f"use at most {len(tokens) - 1}, or more text",
         )
         self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
-        # One window fewer than fit leaves room for the offset: every token gets its turn.
+        # One window fewer than fit leaves room for the offset, so that every token is used.
         self.windows = max(1, (len(tokens) - 1) // block_size - 1)
         self.offsets = len(tokens) - self.windows * block_size
         self._epoch: tuple[tuple[int, int], NDArray[np.int64]] | None = None
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which every window is seen once."""
+        """Steps in an epoch, in which every window is seen once."""
         return self.windows / self.batch_size
 
     def __call__(self, step: int, shuffle_id: int = 0) -> NDArray[np.int64]:
-        """Where the windows of a step begin, (B,)."""
+        """Start positions of the windows of a step, (B,)."""
         numbers = step * self.batch_size + np.arange(self.batch_size)
         starts = np.empty(self.batch_size, dtype=np.int64)
         epochs = numbers // self.windows
@@ -69,10 +71,10 @@ class BatchSampler:
         return starts
 
     def starts(self, epoch: int, shuffle_id: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the windows begin that an epoch visits as its first, second, ..., by number from 0, (N,)."""
-        if self.windows > LISTED:
+        """Start positions of the windows with these numbers, from 0, in the order of an epoch, (N,)."""
+        if self.windows > MAX_LISTED_WINDOWS:
             random = np.random.default_rng([self.seed, shuffle_id, epoch])
-            return int(random.integers(self.offsets)) + self.block_size * shuffled(
+            return int(random.integers(self.offsets)) + self.block_size * shuffled_numbers(
                 numbers, self.windows, random
             )
         if self._epoch is None or self._epoch[0] != (epoch, shuffle_id):
@@ -82,11 +84,11 @@ class BatchSampler:
         return self._epoch[1][numbers]
 
 
-def shuffled(numbers: NDArray[np.int64], size: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Where a shuffle of 0 .. size - 1 puts these numbers, (N,), without a list of all.
+def shuffled_numbers(numbers: NDArray[np.int64], size: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """The images of `numbers` in a random permutation of 0 .. size - 1, (N,), without a list of all.
 
-    A Feistel network permutes the numbers of 2 k bits; those that leave the range go through it again
-    until they are back (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    A Feistel network permutes the numbers of 2 k bits. A result outside the range goes through it again,
+    until it is inside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
     half = np.uint64((max(2, (size - 1).bit_length()) + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
@@ -105,11 +107,11 @@ def shuffled(numbers: NDArray[np.int64], size: int, random: np.random.Generator)
 
 
 class BatchLoader:
-    """Cuts windows out of a split, on the device where they are needed.
+    """Cuts windows out of a split and puts them on the device.
 
-    A split that takes no more than RESIDENT_SHARE of a GPU's free memory lives there: a batch is
-    then the numbers of its windows and nothing more. Otherwise windows travel, in the background
-    where the memory they leave is pinned.
+    A split that takes at most RESIDENT_SHARE of a GPU's free memory is copied there once; then only the
+    start positions of a batch are sent. Otherwise the windows are sent, in the background if their memory
+    is pinned.
     """
 
     def __init__(self, tokens: Tokens, device: torch.device) -> None:
@@ -123,36 +125,36 @@ class BatchLoader:
         """Copy the split to the device."""
         dtype = torch.uint8 if self.tokens.dtype == np.uint8 else torch.int32
         self.resident = torch.empty(len(self.tokens), dtype=dtype, device=self.device)
-        for first in range(0, len(self.tokens), PIECE):  # the host need not hold it all
-            piece = self.tokens[first : first + PIECE].astype(np.int32)
-            self.resident[first : first + PIECE] = torch.from_numpy(piece).to(self.device)
+        for first in range(0, len(self.tokens), TOKENS_PER_COPY):  # the host need not hold the whole split
+            part = self.tokens[first : first + TOKENS_PER_COPY].astype(np.int32)
+            self.resident[first : first + TOKENS_PER_COPY] = torch.from_numpy(part).to(self.device)
 
     def __call__(self, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
         """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
         if self.resident is None:
-            places = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
-            windows = self.send(torch.from_numpy(self.tokens[places].astype(np.int64)))
+            positions = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
+            windows = self.send(torch.from_numpy(self.tokens[positions].astype(np.int64)))
         else:
             offsets = torch.arange(length + 1, device=self.device)
             windows = self.resident[self.send(torch.from_numpy(starts))[:, None] + offsets].long()
         return windows[:, :-1], windows[:, 1:]
 
     def send(self, values: Tensor) -> Tensor:
-        """Contiguous values on the device.
+        """Send contiguous values to the device.
 
-        Only what is pinned is copied in the background: other memory may be gone by then.
+        Only pinned memory is copied in the background: other memory may be freed before.
         """
         kind = kind_of(self.device)
         return kind.pin(values).to(self.device, non_blocking=kind.pins)
 
 
 def evaluation_batches(
-    tokens: Tokens, *, block_size: int, batch_size: int, most: int | None = None
+    tokens: Tokens, *, block_size: int, batch_size: int, max_batches: int | None = None
 ) -> list[tuple[NDArray[np.int64], int]]:
-    """Cover a split in order, every token after the first predicted exactly once.
+    """Evaluation batches: cover a split in order, and predict every token after the first exactly once.
 
-    Returns (starts, length) for a BatchLoader, batch by batch: full windows, then the shorter tail.
-    most: keep at most this many batches, evenly spread and always the same ones.
+    Returns (starts, length) for a BatchLoader, for each batch: full windows, then the shorter tail.
+    max_batches: keep at most this many batches, evenly spread and always the same ones.
     """
     predicted = len(tokens) - 1
     whole = predicted // block_size
@@ -161,6 +163,6 @@ def evaluation_batches(
     tail = predicted - whole * block_size
     if tail:
         batches.append((np.array([whole * block_size], dtype=np.int64), tail))
-    if most is not None and most < len(batches):
-        batches = [batches[i * len(batches) // most] for i in range(most)]
+    if max_batches is not None and max_batches < len(batches):
+        batches = [batches[i * len(batches) // max_batches] for i in range(max_batches)]
     return batches

@@ -1,8 +1,10 @@
-"""A prepared data folder, opened: train.pt, val.pt (or shards) and vocab.pt, which names and seals them.
+"""A prepared data folder: train.pt, val.pt (or shards), and vocab.pt with their names and checksums.
 
-Use:    data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
-Whatever is in the folder, `load_dataset` gives the data set whole or says in one line what is wrong. The
-files are those that data/prepare.py wrote. Knows nothing of batches.
+Example:
+    data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
+data/prepare.py writes the folder. Whatever is in it, `load_dataset` returns the complete data set or says
+in one line what is wrong. Knows nothing of batches.
+
 """
 
 import math
@@ -19,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt.config import DataConfig
 from nanogpt.console import command
+from nanogpt.data.config import PrepareConfig
 from nanogpt.data.shards import Shards, Tokens
-from nanogpt.data.swap import LAST, finish_what_was_begun, journal
+from nanogpt.data.swap import VOCAB_FILE, finish_interrupted_swap, read_journal
 from nanogpt.data.token_map import TokenFile, check_ids, open_tokens
 from nanogpt.errors import UserError, require
 from nanogpt.seals import CHECKED, DamageError, Seal, read_sealed, verify
@@ -30,19 +32,19 @@ from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
-FORMAT = 2
-"""Version of the data folder's format. 1 had characters alone and did not count bytes; it is read too."""
+FORMAT_VERSION = 2
+"""Version of the data folder. Version 1, with characters alone and no count of bytes, is read too."""
 
 SPLITS = ("train", "val")
 
-MOST_SHARDS = 1_000_000
-"""More files than this are no shards but a damaged number."""
+MAX_SHARDS = 1_000_000
+"""A larger number of shards is taken for damage."""
 
-PIECE = 1 << 24
-"""Tokens looked at at a time."""
+TOKENS_PER_CHECK = 1 << 24
+"""Tokens to check at a time."""
 
-TRIES = 3
-"""How often a folder is opened that another program replaces at this very moment."""
+MAX_TRIES = 3
+"""How often to try to open a folder that another program is replacing."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,18 @@ class Dataset:
     tokenizer: Tokenizer
     fingerprint: str
     val_bytes: int | None = None
-    """Bytes of UTF-8 that the validation split stands for; None, as below, if they were not counted."""
+    """Bytes of UTF-8 in the validation split; None, here and below, if they were not counted."""
     bytes: int | None = None
-    """Bytes of UTF-8 that both splits stand for."""
+    """Bytes of UTF-8 in both splits."""
     characters: int | None = None
-    """Characters that both splits stand for."""
+    """Characters in both splits."""
     sealed: bool = False
-    """Whether the folder tells what its files have to be, to the bit; older ones do not."""
+    """Whether the folder has checksums of its files; those of earlier versions have none."""
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """The validation loss (nats a token, over every token but the first) in bits a byte of text.
+        """Convert the validation loss from nats per token (all but the first) to bits per byte of text.
 
-        Tokenizers compare in this unit alone.
+        In this unit, and in no other, losses with different tokenizers can be compared.
         """
         if self.val_bytes is None:
             return None
@@ -73,71 +75,73 @@ class Dataset:
         return loss * (len(self.val) - 1) / math.log(2) / max(1, predicted)
 
     def text_bytes(self, token: int) -> int:
-        """Bytes of text that a token stands for: none for the one that ends a document."""
+        """Bytes of text in a token: none for the token that ends a document."""
         return 0 if token == self.tokenizer.end_of_text else len(self.tokenizer.tokens[token])
 
 
 def load_dataset(
-    folder: Path, *, most: int | None = CHECKED, advance: Callable[[int], object] = int
+    folder: Path, *, verify_bytes: int | None = CHECKED, advance: Callable[[int], object] = int
 ) -> Dataset:
     """Open a prepared data folder; the tokens stay on the disk until they are read.
 
-    most: how many bytes of token files are compared with their seals: all if there are no more, else some
-    blocks (seals.verify). None: all. advance: called with the bytes compared since the last call.
-    Errors: UserError if it is missing, incomplete, damaged, malformed or of a newer format.
+    verify_bytes: compare at most so many bytes of token files with their checksums, in blocks drawn at
+    random (seals.verify); None: all. advance: called with the bytes compared since the last call.
+    Raises: UserError if the folder is missing, incomplete, damaged, malformed or of a newer version.
     """
-    for _ in range(TRIES - 1):
-        finish_what_was_begun(folder)
-        before = identity(folder)
+    for _ in range(MAX_TRIES - 1):
+        finish_interrupted_swap(folder)
+        before = vocab_file_id(folder)
         try:
-            return read(folder, most, advance)
+            return read_folder(folder, verify_bytes, advance)
         except UserError:
-            if journal(folder) is None and identity(folder) == before:
+            if read_journal(folder) is None and vocab_file_id(folder) == before:
                 raise
-    finish_what_was_begun(folder)  # another program replaced the set meanwhile
-    return read(folder, most, advance)
+    finish_interrupted_swap(folder)  # another program replaced the set meanwhile
+    return read_folder(folder, verify_bytes, advance)
 
 
-def identity(folder: Path) -> tuple[int, int] | None:
-    """Which file vocab.pt is: another one after a swap."""
+def vocab_file_id(folder: Path) -> tuple[int, int] | None:
+    """Inode and time of vocab.pt, which change when another program replaces the data set."""
     try:
-        stat = (folder / LAST).stat()
+        stat = (folder / VOCAB_FILE).stat()
     except OSError:
         return None
     return stat.st_ino, stat.st_mtime_ns
 
 
-def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Dataset:
-    """As `load_dataset`, of a folder that nobody replaces meanwhile."""
-    path = folder / LAST
-    unprepared = how_to_prepare(folder)
+def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int], object]) -> Dataset:
+    """Load a folder, as `load_dataset` does, while no other program replaces it."""
+    path = folder / VOCAB_FILE
+    unprepared = prepare_advice(folder)
     elsewhere = "" if folder.is_dir() else " (or give --data_dir the folder that you prepared)"
     check_is_file(path, unprepared + elsewhere)
-    with advising(path, f"{unprepared} --overwrite"):
+    with errors_with_advice(path, f"{unprepared} --overwrite"):
         content, sealed = read_sealed(path)
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
-    advice = f"{how_to_prepare(folder, content)} --overwrite"
+    advice = f"{prepare_advice(folder, content)} --overwrite"
     version = content.get("format")
     require(
-        isinstance(version, int) and version in (1, FORMAT) and "tokenizer" in content,
+        isinstance(version, int) and version in (1, FORMAT_VERSION) and "tokenizer" in content,
         f"{folder} was prepared by another version of NanoGPT: {advice}",
     )
-    facts = Facts(content, path, advice)
+    facts = VocabFile(content, path, advice)
     require(sealed or not facts.seals, f"{path} is damaged (its checksum is missing): {advice}")
     for name in facts.names:
         check_is_file(folder / name, advice.removesuffix(" --overwrite"))
     if facts.seals:
-        with advising(folder, advice):
-            verify(folder, facts.seals, most=most, advance=advance)
-    with advising(path, advice):
+        with errors_with_advice(folder, advice):
+            verify(folder, facts.seals, most=verify_bytes, advance=advance)
+    with errors_with_advice(path, advice):
         tokenizer = facts.tokenizer
     train, val = (open_split(folder, facts, split, advice) for split in SPLITS)
     require(
         facts.tokens == {"train": len(train), "val": len(val)},
         f"the files in {folder} do not belong together: {advice}",
     )
-    with advising(folder, advice):
-        look_at_ids(list(parts_of(folder, facts, (train, val))), tokenizer.vocab_size, facts, most)
+    with errors_with_advice(folder, advice):
+        check_ids_of_files(
+            list(named_token_arrays(folder, facts, (train, val))), tokenizer.vocab_size, facts, verify_bytes
+        )
     sizes = facts.bytes
     return Dataset(
         train,
@@ -152,8 +156,8 @@ def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Da
 
 
 @contextmanager
-def advising(path: Path, advice: str) -> Generator[None]:
-    """Turn what goes wrong with a file into a UserError that ends in advice."""
+def errors_with_advice(path: Path, advice: str) -> Generator[None]:
+    """Turn any error about a file into a UserError that ends in advice."""
     try:
         yield
     except DamageError as error:
@@ -166,55 +170,53 @@ def advising(path: Path, advice: str) -> Generator[None]:
         if error.errno is None:
             raise UserError(f"{path} is damaged: {advice}") from error
         raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # whatever torch.load makes of a damaged file
+    except Exception as error:  # torch.load raises many kinds on a damaged file
         raise UserError(f"{path} is damaged: {advice}") from error
 
 
 def check_is_file(path: Path, advice: str) -> None:
-    """Errors: UserError if it is missing, or something that one would wait for, as a pipe is."""
+    """Raise UserError if a file is missing, or is something else, such as a pipe that would block."""
     require(path.exists(), f"{path} is missing: {advice}")
     require(path.is_file(), f"{path} is not a file: move it away, then {advice}")
 
 
-def how_to_prepare(folder: Path, vocabulary: Mapping[str, Any] | None = None) -> str:
-    """The command that prepares a folder (again), as far as its vocab.pt tells."""
+def prepare_advice(folder: Path, vocabulary: Mapping[str, Any] | None = None) -> str:
+    """Advice with the command that prepares a folder (again), as far as its vocab.pt tells."""
     vocabulary = vocabulary or {}
-    source = vocabulary.get("source", None if vocabulary else "")  # of format 1
+    source = vocabulary.get("source", None if vocabulary else "")  # in version 1
     source = source if isinstance(source, str) else None
-    own_place = str(folder) == DataConfig.data_dir
+    default_folder = str(folder) == PrepareConfig.data_dir
     arguments = vocabulary.get("arguments")
     words = [str(word) for word in cast(list[Any], arguments)] if isinstance(arguments, list) else []
-    if arguments is None and source != TINY_SHAKESPEARE and (source or not own_place):
+    if arguments is None and source != TINY_SHAKESPEARE and (source or not default_folder):
         words += ["--input_file", str(source or "YOUR_TEXT")]
-    if not own_place:
+    if not default_folder:
         words += ["--data_dir", str(folder)]
-    line = " ".join(
-        shlex.join([*command("data"), *words]).splitlines()
-    )  # the name of a file may have several
+    line = " ".join(shlex.join([*command("data"), *words]).splitlines())  # file names may have line ends
     return f"prepare it with: {line}"
 
 
-def arguments(config: DataConfig) -> list[str]:
-    """The arguments that prepare the same data again, for advice to the user."""
+def prepare_arguments(config: PrepareConfig) -> list[str]:
+    """The arguments of the command that prepares the same data again, for advice to the user."""
     words: list[str] = []
     for name in ("input_file", "val_file"):
         values = getattr(config, name)
         words += [f"--{name}", *values] if values else []
-    default = DataConfig()
+    default = PrepareConfig()
     for name in ("train_split", "split", "tokenizer", "vocab_size", "text_field", "shard_tokens"):
         if getattr(config, name) != getattr(default, name):
             words += [f"--{name}", str(getattr(config, name))]
     return words
 
 
-class Facts:
-    """What vocab.pt says, every value of its type. Errors: UserError naming the one that is not."""
+class VocabFile:
+    """The values in vocab.pt, checked. Raises: UserError naming one that is missing or of a wrong type."""
 
     def __init__(self, content: Mapping[str, Any], path: Path, advice: str) -> None:
         self.content, self.path, self.advice = content, path, advice
-        self.fingerprint: str = self.get("fingerprint", is_text, needed=True)
-        self.tokens: dict[str, int] = self.get("tokens", is_count_of_splits, needed=True)
-        self.bytes: dict[str, int] | None = self.get("bytes", is_count_of_splits)
+        self.fingerprint: str = self.get("fingerprint", is_string, needed=True)
+        self.tokens: dict[str, int] = self.get("tokens", is_count_per_split, needed=True)
+        self.bytes: dict[str, int] | None = self.get("bytes", is_count_per_split)
         self.characters: int | None = self.get("characters", is_count)
         shards: dict[str, int] | None = self.get("shards", is_shards)
         self.files = {
@@ -225,7 +227,7 @@ class Facts:
         self.seals = self.seals_of(self.get("sha256", is_digests) or {}, self.get("blocks", is_blocks) or {})
 
     def get(self, key: str, right: Callable[[Any], bool], *, needed: bool = False) -> Any:
-        """A value, None if it is not there. Errors: UserError if it is not right, or needed and missing."""
+        """A value; None if it is missing. Raises: UserError if it is not `right`, or `needed` but missing."""
         value = self.content.get(key)
         if value is None and not needed:
             return None
@@ -234,7 +236,7 @@ class Facts:
         return value
 
     def refuse(self, what: str) -> NoReturn:
-        """Raise UserError."""
+        """Raise UserError: the file is malformed."""
         raise UserError(f"{self.path} is malformed ({what}): {self.advice}")
 
     @property
@@ -251,42 +253,42 @@ class Facts:
             raise
 
     def seals_of(self, digests: Mapping[str, str], blocks: Mapping[str, Tensor]) -> dict[str, Seal]:
-        """The seals of the files, {} if there are none."""
+        """The checksums of the files, {} if there are none."""
         if digests and (set(digests) != set(self.names) or not set(blocks) <= set(digests)):
             self.refuse("sha256 names other files")
         arrays = {name: cast(NDArray[np.uint8], tensor.numpy()) for name, tensor in blocks.items()}
         return {name: Seal(digest, arrays.get(name)) for name, digest in digests.items()}
 
 
-def is_text(value: Any) -> bool:
-    """Whether it is a string."""
+def is_string(value: Any) -> bool:
+    """Whether a value is a string."""
     return isinstance(value, str)
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a number of things."""
+    """Whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def is_count_of_splits(value: Any) -> bool:
-    """Whether it is a number for each split."""
+def is_count_per_split(value: Any) -> bool:
+    """Whether a value has a count, or 0, for each split."""
     counts = cast(dict[Any, Any], value) if isinstance(value, dict) else {}
     return set(counts) == set(SPLITS) and all(is_count(count) or count == 0 for count in counts.values())
 
 
 def is_shards(value: Any) -> bool:
-    """Whether it is a number of files for each split."""
-    return is_count_of_splits(value) and all(0 < count <= MOST_SHARDS for count in value.values())
+    """Whether a value has a number of files for each split."""
+    return is_count_per_split(value) and all(0 < count <= MAX_SHARDS for count in value.values())
 
 
 def is_digests(value: Any) -> bool:
-    """Whether it is SHA-256s by name."""
+    """Whether a value has SHA-256s by file name."""
     digests = cast(dict[Any, Any], value) if isinstance(value, dict) else {"": ""}
-    return all(is_text(item) and re.fullmatch("[0-9a-f]{64}", item) for item in digests.values())
+    return all(is_string(item) and re.fullmatch("[0-9a-f]{64}", item) for item in digests.values())
 
 
 def is_blocks(value: Any) -> bool:
-    """Whether it is tables of SHA-256s by name, (n, 32) uint8 each."""
+    """Whether a value has tables of SHA-256s by file name, (n, 32) uint8 each."""
     tables = cast(dict[Any, Any], value) if isinstance(value, dict) else {"": ""}
     return all(
         isinstance(item, Tensor)
@@ -300,15 +302,15 @@ def is_blocks(value: Any) -> bool:
 
 
 def shard_names(split: str, count: int) -> list[str]:
-    """What the files of a split are called."""
+    """The names of the shards of a split."""
     return [f"{split}-{number:05}.pt" for number in range(count)]
 
 
-def open_split(folder: Path, facts: Facts, split: str, advice: str) -> Tokens:
-    """The tokens of a split, (N,): of one file, or of its shards."""
+def open_split(folder: Path, facts: VocabFile, split: str, advice: str) -> Tokens:
+    """Open the tokens of a split, (N,): one file, or its shards."""
     parts: list[NDArray[Any]] = []
     for name in facts.files[split]:
-        with advising(folder / name, advice):
+        with errors_with_advice(folder / name, advice):
             parts.append(open_tokens(folder / name))
     for name, part in zip(facts.files[split], parts, strict=True):
         if part.dtype != parts[0].dtype:
@@ -318,27 +320,27 @@ def open_split(folder: Path, facts: Facts, split: str, advice: str) -> Tokens:
     return parts[0] if facts.files[split] == [f"{split}.pt"] else Shards(parts)
 
 
-def look_at_ids(
-    files: list[tuple[Path, NDArray[Any]]], vocab_size: int, facts: Facts, most: int | None
+def check_ids_of_files(
+    files: list[tuple[Path, NDArray[Any]]], vocab_size: int, facts: VocabFile, verify_bytes: int | None
 ) -> None:
-    """See that every id is one of the vocabulary's: now, if there are few; else, unsealed, when read.
+    """Check that every id is in the vocabulary: now if there are few, or when read if there are no checksums.
 
-    Errors: DamageError that names the file.
+    Raises: DamageError that names the file.
     """
-    if most is None or sum(part.nbytes for _, part in files) <= most:
+    if verify_bytes is None or sum(part.nbytes for _, part in files) <= verify_bytes:
         for path, part in files:
-            for first in range(0, len(part), PIECE):
-                check_ids(part[first : first + PIECE], vocab_size, path)
+            for first in range(0, len(part), TOKENS_PER_CHECK):
+                check_ids(part[first : first + TOKENS_PER_CHECK], vocab_size, path)
     elif not facts.seals:
         for _, part in files:
             if isinstance(part, TokenFile) and part.guard is not None:
-                part.guard.above = vocab_size
+                part.guard.vocab_size = vocab_size
 
 
-def parts_of(
-    folder: Path, facts: Facts, splits: tuple[Tokens, Tokens]
+def named_token_arrays(
+    folder: Path, facts: VocabFile, splits: tuple[Tokens, Tokens]
 ) -> Iterator[tuple[Path, NDArray[Any]]]:
-    """The token files and what is in them."""
+    """The path and the tokens of every token file."""
     for split, tokens in zip(SPLITS, splits, strict=True):
         parts = tokens.parts if isinstance(tokens, Shards) else [tokens]
         for name, part in zip(facts.files[split], parts, strict=True):

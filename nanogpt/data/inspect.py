@@ -1,8 +1,8 @@
-"""What is in a prepared data folder: counts, frequent tokens, document lengths, an excerpt, a picture.
+"""Inspect a prepared data folder: counts, frequent tokens, document lengths, an excerpt, a picture.
 
 Run:    nanogpt data info my_data
 Writes: info.png in the folder, if it can be written. Compares the token files with their checksums, and reads
-        them in pieces, through their maps.
+        them part by part, through memory maps.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from nanogpt.config import InfoConfig
 from nanogpt.console import new_figure, progress_bar, say, terminal, warn
+from nanogpt.data.config import InspectConfig
 from nanogpt.data.dataset import SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
 from nanogpt.files import replacing
 from nanogpt.text.documents import counted
 
-PIECE = 1 << 24
-"""Tokens looked at at a time."""
+TOKENS_PER_READ = 1 << 24
+"""Tokens to read at a time."""
 
 FREQUENT, EXCERPT = 20, 400
-"""Tokens that are listed, and tokens of text that are shown."""
+"""Number of frequent tokens in the list, and of tokens in the excerpt."""
 
 BINS = 40
 
@@ -34,18 +34,18 @@ PERCENTILES = {"shortest": 0, "lower quarter": 25, "median": 50, "upper quarter"
 
 
 @dataclass(frozen=True)
-class Counts:
-    """frequencies: of each id, (V,). lengths: of each document, in tokens, without the one that ends it."""
+class TokenCounts:
+    """Counts of tokens. frequencies: of each id, (V,). lengths: of each document, without its end token."""
 
     frequencies: NDArray[np.int64]
     lengths: NDArray[np.int64]
 
 
-def main(config: InfoConfig) -> int:
+def main(config: InspectConfig) -> int:
     """Print the description of a data folder and draw its picture. Returns the exit code."""
     folder = Path(config.data_dir)
-    dataset = opened(folder)
-    counts = count(dataset)
+    dataset = open_verified(folder)
+    counts = count_tokens(dataset)
     for line in summary(dataset):
         say(line)
     show_documents(counts)
@@ -56,26 +56,26 @@ def main(config: InfoConfig) -> int:
     say("    " + excerpt.strip("\n").replace("\n", "\n    "), style="dim")
     path = folder / "info.png"
     try:
-        draw(counts, path)
-    except UserError as error:  # a folder that is only to be read has told all the same
+        draw_histograms(counts, path)
+    except UserError as error:  # the folder may be read-only
         warn(f"No picture: {error}")
     else:
         say(f"Picture: {path}")
     return 0
 
 
-def opened(folder: Path) -> Dataset:
-    """The data set, compared with its checksums to the last byte."""
+def open_verified(folder: Path) -> Dataset:
+    """Open the data set, and compare every byte with the checksums."""
     size = sum(path.stat().st_size for path in folder.glob("*.pt") if path.is_file())
     with progress_bar("Verifying", size_in_bytes=True) as bar:
         task = bar.add_task("", total=size, detail="")
-        return load_dataset(folder, most=None, advance=partial(bar.advance, task))
+        return load_dataset(folder, verify_bytes=None, advance=partial(bar.advance, task))
 
 
 def summary(dataset: Dataset) -> Iterator[str]:
-    """The facts, a line each."""
+    """The lines of the description."""
     tokenizer, tokens = dataset.tokenizer, len(dataset.train) + len(dataset.val)
-    yield f"Tokenizer: {tokenizer.to_dict()['kind']}, vocabulary of {tokenizer.vocab_size:,}"
+    yield f"Tokenizer: {tokenizer.kind}, vocabulary of {tokenizer.vocab_size:,}"
     yield f"Tokens: {len(dataset.train):,} to train on, {len(dataset.val):,} to validate, {dataset.val.dtype}"
     if dataset.characters is not None and dataset.bytes is not None:
         yield (
@@ -87,8 +87,8 @@ def summary(dataset: Dataset) -> Iterator[str]:
         yield "Checksums: none, it was prepared by an earlier version (data.py --overwrite adds them)"
 
 
-def count(dataset: Dataset) -> Counts:
-    """Go over all tokens once."""
+def count_tokens(dataset: Dataset) -> TokenCounts:
+    """Count the tokens of both splits."""
     V, end = dataset.tokenizer.vocab_size, dataset.tokenizer.end_of_text
     frequencies = np.zeros(V, np.int64)
     lengths: list[NDArray[np.int64]] = []
@@ -96,28 +96,28 @@ def count(dataset: Dataset) -> Counts:
         task = bar.add_task("", total=len(dataset.train) + len(dataset.val), detail="")
         for split in (dataset.train, dataset.val):
             ends = [np.array([-1])]
-            for first in range(0, len(split), PIECE):
-                piece = split[first : first + PIECE]
-                frequencies += np.bincount(piece, minlength=V)
+            for first in range(0, len(split), TOKENS_PER_READ):
+                part = split[first : first + TOKENS_PER_READ]
+                frequencies += np.bincount(part, minlength=V)
                 if end is not None:
-                    ends.append(first + np.flatnonzero(piece == end))
-                bar.advance(task, len(piece))
-            if int(split[-1]) != end:  # a document that the split cuts, or the only one
+                    ends.append(first + np.flatnonzero(part == end))
+                bar.advance(task, len(part))
+            if int(split[-1]) != end:  # the last document is cut by the split, or is the only one
                 ends.append(np.array([len(split)]))
             lengths.append(np.diff(np.concatenate(ends)) - 1)
-    return Counts(frequencies, np.concatenate(lengths))
+    return TokenCounts(frequencies, np.concatenate(lengths))
 
 
-def show_documents(counts: Counts) -> None:
-    """Print how long documents are."""
+def show_documents(counts: TokenCounts) -> None:
+    """Print percentiles of the document lengths."""
     if len(counts.lengths) > len(SPLITS):
         values = np.percentile(counts.lengths, list(PERCENTILES.values()))
         parts = (f"{name} {value:,.0f}" for name, value in zip(PERCENTILES, values, strict=True))
         say(f"Documents: {len(counts.lengths):,}; in tokens: {', '.join(parts)}")
 
 
-def show_frequent(dataset: Dataset, counts: Counts) -> None:
-    """Print the most frequent tokens, and how many never occur."""
+def show_frequent(dataset: Dataset, counts: TokenCounts) -> None:
+    """Print a table of the most frequent tokens, and how many tokens never occur."""
     total = counts.frequencies.sum()
     table = Table("token", "id", "times", "share", box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -134,8 +134,8 @@ def show_frequent(dataset: Dataset, counts: Counts) -> None:
         say(f"Never used: {unused:,} of {len(counts.frequencies):,} tokens")
 
 
-def draw(counts: Counts, path: Path) -> None:
-    """Draw two histograms: how long documents are, and how often the tokens come, from the commonest on."""
+def draw_histograms(counts: TokenCounts, path: Path) -> None:
+    """Draw a histogram of document lengths, and the frequencies of the tokens by rank."""
     figure = new_figure(10, 4)
     documents, tokens = figure.subplots(1, 2)
     lengths = np.maximum(counts.lengths, 1)

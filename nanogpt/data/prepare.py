@@ -1,14 +1,15 @@
-"""The `data` command: a corpus to token files.
+"""The `data` command: turn a corpus into token files.
 
 Run:    python data.py                                          Tiny Shakespeare into data/
         python data.py --input_file books/ dump.jsonl.gz --tokenizer bpe --data_dir my_data
 Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer, counts,
-        a fingerprint of the text, and the SHA-256 of each token file). What was there is replaced when
-        all of them are whole (data/swap.py).
-One pass over the corpus counts (data/scan.py), one encodes; each holds a few pieces of text and no more,
-whatever the size, and shares the work among threads. Killed, the second goes on where it was.
+        a fingerprint of the text, and the SHA-256 of each token file). An earlier set is replaced
+        when the new one is complete (data/swap.py).
+The first pass over the corpus scans it (data/scan.py), the second encodes it. Each holds a few chunks of
+text in memory, whatever the size, and shares the work among threads. The second resumes after a kill.
 """
 
+import math
 import re
 import sys
 import time
@@ -21,29 +22,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanogpt.config import DataConfig
 from nanogpt.console import progress_bar, say, warn
-from nanogpt.data.dataset import FORMAT, SPLITS, arguments, load_dataset, shard_names
-from nanogpt.data.scan import Split, all_chunks, batches, fingerprint_of, in_order, scan
-from nanogpt.data.swap import WORK, commit, finish, fresh
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import FORMAT_VERSION, SPLITS, load_dataset, prepare_arguments, shard_names
+from nanogpt.data.scan import (
+    CorpusText,
+    Split,
+    all_chunks,
+    fingerprint_of,
+    group_into_batches,
+    map_in_order,
+    scan,
+)
+from nanogpt.data.swap import WORK, finish_swap, make_new_folder, replace_dataset
 from nanogpt.data.token_writer import EncodingJob, write_tokens
-from nanogpt.data.tokenizer_choice import given_tokenizer, learned_tokenizer
 from nanogpt.errors import UserError, require
 from nanogpt.files import replacing
 from nanogpt.locking import lock
 from nanogpt.seals import Seal, write_sealed
-from nanogpt.text.corpus import Corpus, find
+from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import Chunk, SkipReport, counted
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
-from nanogpt.tokenizer.base import CharTokenizer, Ids, Tokenizer
+from nanogpt.tokenizer.base import Ids, Tokenizer
+from nanogpt.tokenizer.registry import TOKENIZERS, existing_tokenizer
 
 SAVE_SECONDS = 5.0
-"""Seconds of encoding that a kill may cost."""
+"""Seconds between saves of the encoding's state: a kill loses no more."""
 
-MOST_FILES = 10_000
-"""Files that a data set may have: the system lets a process map some 65,000, and each is synced twice."""
+MAX_FILES = 10_000
+"""Most files of a data set: a process can map some 65,000, and each file is synced twice."""
 
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY_WORDS = (
     "can't start new thread",
     "not enough memory",
     "annot allocate memory",
@@ -51,14 +60,14 @@ OUT_OF_MEMORY = (
     "bad_alloc",
 )
 
-STDIN = "stdin.txt"
+STDIN_FILE = "stdin.txt"
 
-SHOWN = 5
-"""Broken records that are shown; the rest are in broken.txt."""
+MAX_SHOWN = 5
+"""Broken records that are printed; broken.txt lists them all."""
 
 
-def main(config: DataConfig) -> int:
-    """Prepare a data folder and say what was made. Returns the exit code."""
+def main(config: PrepareConfig) -> int:
+    """Prepare a data folder and print a summary. Returns the exit code."""
     folder = Path(config.data_dir)
     try:
         with lock(folder, f"another program is writing to {folder}: use another --data_dir"):
@@ -66,7 +75,7 @@ def main(config: DataConfig) -> int:
                 prepare(config)
             finally:
                 if "-" in config.input_file + config.val_file:
-                    (folder / STDIN).unlink(missing_ok=True)
+                    (folder / STDIN_FILE).unlink(missing_ok=True)
     except FileExistsError as error:
         raise UserError(f"--data_dir {folder} is a file: give a folder") from error
     except (MemoryError, RuntimeError, ImportError) as error:
@@ -79,78 +88,80 @@ def main(config: DataConfig) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is what was missing: threads, tensors and libraries to be loaded say it in words."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    """Whether an error means that memory ran out: threads, tensors and libraries say so in words."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
-def prepare(config: DataConfig) -> None:
-    """Write train.pt, val.pt and vocab.pt into config.data_dir, and say what they hold.
+def prepare(config: PrepareConfig) -> None:
+    """Write train.pt, val.pt and vocab.pt into config.data_dir, and print a summary.
 
-    Errors: UserError if the text cannot be read or is too short for the split, if the folder holds
+    Raises: UserError if the text cannot be read or is too short for the split, if the folder holds
     another data set and overwrite is off, or if it cannot be written.
     """
     folder = Path(config.data_dir)
-    finish(folder)  # a swap that was cut short
+    finish_swap(folder)  # if a swap was interrupted
     corpora = open_corpora(config, folder)
     work = EncodingJob(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
-    given = None if work.survey else given_tokenizer(config)  # before a long pass: it may not be there
-    survey = work.survey or scan(corpora, config)
-    fingerprint = fingerprint_of(survey, config)
+    # Before the long pass: a missing tokenizer is reported at once.
+    given = None if work.scanned else existing_tokenizer(config.tokenizer)
+    scanned = work.scanned or scan(corpora, config)
+    fingerprint = fingerprint_of(scanned, config)
     if is_prepared(folder, fingerprint, config.overwrite):
-        if work.survey is None:
-            report_broken(survey.report, folder)
+        if work.scanned is None:
+            print_skip_report(scanned.report, folder)
         say(f"{folder} is already prepared from this text")
         work.remove()
         return
-    split = Split(survey, config)
-    if work.survey is None:
-        report_broken(survey.report, folder)
-        work.begin(survey, given or learned_tokenizer(config, corpora, split, survey))
+    split = Split(scanned, config)
+    if work.scanned is None:
+        print_skip_report(scanned.report, folder)
+        text = CorpusText(corpora, split, scanned)
+        work.start(scanned, given or TOKENIZERS[config.tokenizer].from_text(text, config.vocab_size))
     else:
         say(f"Going on with the preparation that was cut short, after {counted(sum(work.tokens), 'token')}")
-    encode(corpora, split, work, config.shard_tokens)
-    facts = write_set(config, folder, work, fingerprint)
+    encode_corpora(corpora, split, work, config.shard_tokens)
+    facts = write_dataset(config, folder, work, fingerprint)
     work.remove()
-    describe(folder, facts, work.tokenizer, split)
+    print_summary(folder, facts, work.tokenizer, split)
 
 
-def write_set(config: DataConfig, folder: Path, work: EncodingJob, fingerprint: str) -> dict[str, Any]:
-    """Write the files of the set, then replace by them what is in the folder. Returns what vocab.pt says.
+def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, fingerprint: str) -> dict[str, Any]:
+    """Write the files of the new set, and replace the old one. Returns the content of vocab.pt.
 
-    Errors: UserError if the disk is full; then what was there still is.
+    Raises: UserError if the disk is full; then the old set is still there.
     """
-    assert work.survey is not None
+    assert work.scanned is not None
     tokens, sizes = (dict(zip(SPLITS, values, strict=True)) for values in (work.tokens, work.bytes))
     facts: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "tokenizer": work.tokenizer.to_dict(),
         "fingerprint": fingerprint,
-        "arguments": arguments(config),
-        "characters": work.survey.total,
-        "documents": len(work.survey.characters),
+        "arguments": prepare_arguments(config),
+        "characters": work.scanned.total_characters,
+        "documents": len(work.scanned.characters),
         "tokens": tokens,
         "bytes": sizes,
     }
-    most = config.shard_tokens or max(tokens.values())
-    counts = {name: -(-count // most) for name, count in tokens.items()}
+    shard_size = config.shard_tokens or max(tokens.values())
+    counts = {name: math.ceil(count / shard_size) for name, count in tokens.items()}
     if config.shard_tokens is not None:
         facts["shards"] = counts
-    new, seals = fresh(folder), dict[str, Seal]()
+    new, seals = make_new_folder(folder), dict[str, Seal]()
     for split, count in tokens.items():
         names = [f"{split}.pt"] if config.shard_tokens is None else shard_names(split, counts[split])
-        for name, first in zip(names, range(0, count, most), strict=True):
-            size = min(most, count - first)
-            seals[name] = write_tokens(work.tokens_file(split), new / name, work.tokenizer.dtype, first, size)
+        for name, first in zip(names, range(0, count, shard_size), strict=True):
+            size = min(shard_size, count - first)
+            seals[name] = write_tokens(work.token_path(split), new / name, work.tokenizer.dtype, first, size)
     facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
     tables = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
     facts["blocks"] = {name: torch.from_numpy(table.copy()) for name, table in tables.items()}
     write_sealed(new / "vocab.pt", facts)
-    commit(folder, [*seals, "vocab.pt"], set(token_files(folder)) - set(seals))
+    replace_dataset(folder, [*seals, "vocab.pt"], set(token_file_names(folder)) - set(seals))
     return facts
 
 
-def open_corpora(config: DataConfig, folder: Path) -> dict[str, Corpus]:
-    """The corpus that is split ("train"), and the one for validation alone ("val") if there is one."""
+def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
+    """Open the corpus that is split ("train") and, with --val_file, the one for validation alone ("val")."""
     given: dict[str, tuple[str, ...]] = {"train": config.input_file}
     if not config.input_file:
         path, note = tiny_shakespeare(folder)
@@ -160,39 +171,39 @@ def open_corpora(config: DataConfig, folder: Path) -> dict[str, Corpus]:
         given["val"] = config.val_file
     corpora: dict[str, Corpus] = {}
     for side, names in given.items():
-        files = [str(keep_standard_input(folder)) if name == "-" else name for name in names]
-        corpora[side] = find(files, config.text_field)
+        files = [str(save_standard_input(folder)) if name == "-" else name for name in names]
+        corpora[side] = find_corpus(files, config.text_field)
     return corpora
 
 
-def keep_standard_input(folder: Path) -> Path:
-    """Standard input as a file for as long as the preparation takes, since it is read more than once.
+def save_standard_input(folder: Path) -> Path:
+    """Save standard input to a file while the preparation lasts, since it is read more than once.
 
-    Errors: UserError if it is closed, cannot be read, or does not fit on the disk.
+    Raises: UserError if it is closed, cannot be read, or does not fit on the disk.
     """
     require(sys.stdin is not None, "--input_file - is standard input, which is closed: pipe a text into it")
-    path = folder / STDIN
+    path = folder / STDIN_FILE
     with replacing(path) as file:
         while True:
             try:
-                piece = sys.stdin.buffer.read(1 << 20)
+                block = sys.stdin.buffer.read(1 << 20)
             except (OSError, ValueError) as error:
                 why = (isinstance(error, OSError) and error.strerror) or str(error)
                 raise UserError(f"--input_file - cannot be read: {why}") from error
-            if not piece:
+            if not block:
                 return path
-            file.write(piece)
+            file.write(block)
 
 
 def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Whether `folder` holds the data set with this fingerprint, whole.
+    """Whether `folder` holds the complete data set with this fingerprint.
 
-    Errors: UserError if it holds something else and `overwrite` is off.
+    Raises: UserError if it holds something else and `overwrite` is off.
     """
-    if not (folder / "vocab.pt").exists():  # empty, or a preparation that was cut short
+    if not (folder / "vocab.pt").exists():  # empty, or a preparation was interrupted
         return False
     try:
-        if load_dataset(folder, most=None).fingerprint == fingerprint:
+        if load_dataset(folder, verify_bytes=None).fingerprint == fingerprint:
             return True
         found = "another data set"
     except UserError:
@@ -201,86 +212,86 @@ def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
     return False
 
 
-def report_broken(report: SkipReport, folder: Path) -> None:
-    """Say how the corpus was read and which records were left out; all of those are listed in broken.txt."""
-    for note in report.notes[:SHOWN]:
+def print_skip_report(report: SkipReport, folder: Path) -> None:
+    """Print how the corpus was read and which records were skipped; broken.txt lists all of those."""
+    for note in report.notes[:MAX_SHOWN]:
         say(note)
-    if len(report.notes) > SHOWN:
-        say(f"... and {counted(len(report.notes) - SHOWN, 'more note')} of that kind")
+    if len(report.notes) > MAX_SHOWN:
+        say(f"... and {counted(len(report.notes) - MAX_SHOWN, 'more note')} of that kind")
     if report.repaired:
         say(f"Records with what is no character, which became U+FFFD: {report.repaired:,}")
     (folder / "broken.txt").unlink(missing_ok=True)
     if report.broken_count:
-        for line in report.broken[:SHOWN]:
+        for line in report.broken[:MAX_SHOWN]:
             warn(f"left out: {line}")
         with replacing(folder / "broken.txt") as file:
             file.write(("\n".join(report.broken) + "\n").encode("utf-8", "replace"))
         warn(f"Broken records or files left out: {report.broken_count:,}, listed in {folder / 'broken.txt'}")
 
 
-class Encoded(NamedTuple):
-    """The tokens of a batch that go to one side, and the bytes of text they stand for."""
+class EncodedBatch(NamedTuple):
+    """The tokens of a batch for one split, and the bytes of text in them."""
 
     ids: Ids
     bytes: int
 
 
 def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
-    """Raise UserError if the tokens so far make too many files already."""
-    files = sum(-(-count // shard_tokens) for count in tokens) if shard_tokens else 0
+    """Raise UserError if the tokens so far make more than MAX_FILES files."""
+    files = sum(math.ceil(count / shard_tokens) for count in tokens) if shard_tokens else 0
     require(
-        files <= MOST_FILES,
-        f"--shard_tokens {shard_tokens} makes more than {MOST_FILES:,} files: "
+        files <= MAX_FILES,
+        f"--shard_tokens {shard_tokens} makes more than {MAX_FILES:,} files: "
         "give a larger one, a million or more",
     )
 
 
-def encode(
+def encode_corpora(
     corpora: Mapping[str, Corpus], split: Split, work: EncodingJob, shard_tokens: int | None = None
 ) -> None:
-    """Append the tokens of every document to its side's file, from where `work` stands.
+    """Encode every document and append its tokens to the file of its split, from where `work` left off.
 
-    Errors: UserError if the disk is full, or if files of `shard_tokens` are too many.
+    Raises: UserError if the disk is full, or if files of `shard_tokens` are too many.
     """
     with progress_bar("Encoding", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
-        pieces = split(all_chunks(corpora, partial(bar.advance, task)))
-        left = islice(batches(pieces, lambda piece: len(piece[0].raw)), work.batches, None)
+        chunks = split(all_chunks(corpora, partial(bar.advance, task)))
+        left = islice(group_into_batches(chunks, lambda chunk: len(chunk[0].raw)), work.batches, None)
         began = saved = time.monotonic()
-        with work.writing() as files:
-            for sides in in_order(partial(encode_batch, work.tokenizer), left):
+        with work.open_token_files() as files:
+            for sides in map_in_order(partial(encode_batch, work.tokenizer), left):
                 for side, part in enumerate(sides):
-                    work.add(files, side, part.ids, part.bytes)
+                    work.append(files, side, part.ids, part.bytes)
                 work.batches += 1
                 reject_many_files(work.tokens, shard_tokens)
                 if time.monotonic() - saved > SAVE_SECONDS:
-                    work.save(files)
+                    work.save_state(files)
                     saved = time.monotonic()
-            if saved > began:  # a long one: nor shall it be done again if the next step is killed
-                work.save(files)
+            if saved > began:  # a long encoding is saved, in case the next step is killed
+                work.save_state(files)
 
 
-def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Chunk, int]]) -> list[Encoded]:
-    """The tokens of a batch for each side, with end-of-text after every document that ends."""
-    encoded: list[Encoded] = []
+def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Chunk, int]]) -> list[EncodedBatch]:
+    """Encode a batch: the tokens of each split, with an end-of-text token after each document."""
+    encoded: list[EncodedBatch] = []
     for side in range(len(SPLITS)):
-        pieces = [piece for piece, its_side in batch if its_side == side]
-        ids, lengths = tokenizer.encode_batch([piece.raw for piece in pieces])
+        chunks = [chunk for chunk, chunk_side in batch if chunk_side == side]
+        ids, lengths = tokenizer.encode_batch([chunk.raw for chunk in chunks])
         if tokenizer.end_of_text is not None:
-            ends = np.array([piece.ends for piece in pieces], np.bool_)
+            ends = np.array([chunk.ends for chunk in chunks], np.bool_)
             ids = np.insert(ids, np.cumsum(lengths)[ends], tokenizer.end_of_text)
-        encoded.append(Encoded(ids, sum(len(piece.raw) for piece in pieces)))
+        encoded.append(EncodedBatch(ids, sum(len(chunk.raw) for chunk in chunks)))
     return encoded
 
 
-def token_files(folder: Path) -> list[str]:
-    """The names of the token files of the data set in a folder."""
+def token_file_names(folder: Path) -> list[str]:
+    """Names of the token files in a folder."""
     patterns = [re.compile(rf"{split}(-\d{{5,}})?\.pt") for split in SPLITS]
     return [path.name for path in folder.iterdir() if any(p.fullmatch(path.name) for p in patterns)]
 
 
-def describe(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split: Split) -> None:
-    """Say what was made."""
+def print_summary(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split: Split) -> None:
+    """Print a summary of the data set."""
     say(f"Characters: {facts['characters']:,}")
     if facts["documents"] > 1:
         say(f"Documents: {facts['documents']:,}")
@@ -291,8 +302,7 @@ def describe(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split
                 "also in the training split, letter by letter: the validation loss will be too good "
                 "(--split documents keeps copies together)"
             )
-    different = "different characters" if isinstance(tokenizer, CharTokenizer) else "tokens"
-    say(f"Vocabulary: {tokenizer.vocab_size:,} {different}")
+    say(f"Vocabulary: {tokenizer.vocab_size:,} {tokenizer.unit}")
     total = sum(facts["tokens"].values())
     for name, size in facts["tokens"].items():
         files = f"-*.pt ({counted(facts['shards'][name], 'file')})" if "shards" in facts else ".pt"

@@ -1,8 +1,10 @@
-"""The first pass over a corpus: how long every document is, what is in it, and which side it goes to.
+"""The first pass over a corpus: length and digest of every document, all characters, and the split.
 
-Use:    survey = take_survey(corpora, config); split = Split(survey, config)
-        for piece, side in split(all_pieces(corpora)): ...
-Knows nothing of tokens. Holds 16 bytes a document and no text.
+Example:
+    scanned = scan(corpora, config); split = Split(scanned, config)
+    for chunk, side in split(all_chunks(corpora)): ...
+Holds 16 bytes for each document and no text. Knows nothing of tokens.
+
 """
 
 import hashlib
@@ -18,25 +20,29 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.config import DataConfig
 from nanogpt.console import progress_bar
 from nanogpt.cores import usable_cores
-from nanogpt.data.dataset import FORMAT
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import FORMAT_VERSION
 from nanogpt.errors import require
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import Chunk, SkipReport, counted
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer import base as tokenizers
+from nanogpt.tokenizer.registry import min_vocab_size
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
-"""What a thread works on at a time: this many bytes of text, of no more documents than that."""
+"""Size of a thread's batch: this many bytes of text, from at most so many documents."""
+
+SAMPLE_BYTES = 1 << 26
+"""Size of the sample of the training split that a tokenizer learns from."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Measured(NamedTuple):
-    """A piece of text: its length in characters, 8 bytes that identify it, whether it ends a document."""
+class ChunkStats(NamedTuple):
+    """A chunk's length in characters, 8 bytes of its SHA-256, and whether it ends a document."""
 
     characters: int
     digest: bytes
@@ -45,115 +51,126 @@ class Measured(NamedTuple):
 
 @dataclass
 class ScanResult:
-    """What the first pass learns.
+    """The result of the first pass.
 
-    characters, digests: of each document, the documents for validation alone (from first_val on) last.
+    characters, digests: of each document. With --val_file, its documents are the last, from first_val on.
+    seen_characters: (CODE_POINTS,), whether each code point occurs.
     """
 
     characters: "array[int]" = field(default_factory=lambda: array("Q"))
     digests: "array[int]" = field(default_factory=lambda: array("Q"))
     first_val: int | None = None
-    seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(tokenizers.UNICODE, np.bool_))
+    seen_characters: NDArray[np.bool_] = field(
+        default_factory=lambda: np.zeros(tokenizers.CODE_POINTS, np.bool_)
+    )
     report: SkipReport = field(default_factory=SkipReport)
-    waiting: list[Measured] = field(default_factory=list[Measured])
-    """The pieces of a document that has not ended."""
+    open_document: list[ChunkStats] = field(default_factory=list[ChunkStats])
+    """The chunks so far of the current document."""
 
-    def add(self, piece: Measured) -> None:
-        """Take the next piece."""
-        self.waiting.append(piece)
-        if piece.ends:
-            digests = b"".join(part.digest for part in self.waiting)
-            digest = digests if len(self.waiting) == 1 else digest_of(digests)
-            self.characters.append(sum(part.characters for part in self.waiting))
+    def add(self, chunk: ChunkStats) -> None:
+        """Add the next chunk."""
+        self.open_document.append(chunk)
+        if chunk.ends:
+            digests = b"".join(part.digest for part in self.open_document)
+            digest = digests if len(self.open_document) == 1 else short_digest(digests)
+            self.characters.append(sum(part.characters for part in self.open_document))
             self.digests.append(int.from_bytes(digest, "little"))
-            self.waiting.clear()
+            self.open_document.clear()
 
     @property
-    def total(self) -> int:
-        """Characters in all."""
+    def total_characters(self) -> int:
+        """Characters of all documents."""
         return sum(self.characters)
 
 
-def scan(corpora: Mapping[str, Corpus], config: DataConfig) -> ScanResult:
-    """Pass over every document: its length, a digest, the characters in it.
+def scan(corpora: Mapping[str, Corpus], config: PrepareConfig) -> ScanResult:
+    """Scan every document: its length, its digest, its characters.
 
-    Errors: UserError if there is no text.
+    Raises: UserError if there is no text.
     """
-    survey = ScanResult(report=SkipReport(config.strict))
-    measure = partial(measure_batch, survey.seen)
+    scanned = ScanResult(report=SkipReport(config.strict))
+    measure = partial(measure_batch, scanned.seen_characters)
     with progress_bar("Reading", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
         for name, corpus in corpora.items():
             if name == "val":
-                survey.first_val = len(survey.characters)
-            pieces = corpus.chunks(survey.report, partial(bar.advance, task))
-            for batch in in_order(measure, batches(pieces, lambda piece: len(piece.raw))):
-                for piece in batch:
-                    survey.add(piece)
-    survey.report.notes[:0] = survey.report.idle_field(config.text_field)  # first: it is sure to be shown
-    require_text(survey, config)
-    return survey
+                scanned.first_val = len(scanned.characters)
+            chunks = corpus.chunks(scanned.report, partial(bar.advance, task))
+            for batch in map_in_order(measure, group_into_batches(chunks, lambda chunk: len(chunk.raw))):
+                for chunk in batch:
+                    scanned.add(chunk)
+    scanned.report.notes[:0] = scanned.report.unused_field_note(
+        config.text_field
+    )  # first, so that it is printed
+    require_text(scanned, config)
+    return scanned
 
 
-def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[Measured]:
-    """Measure each piece, and mark in `seen`, (UNICODE,), the characters that occur."""
-    measured: list[Measured] = []
-    for piece in batch:
-        tokenizers.mark_characters(seen, piece.raw)
-        measured.append(Measured(piece.characters, digest_of(piece.raw), piece.ends))
+def measure_batch(seen: NDArray[np.bool_], batch: list[Chunk]) -> list[ChunkStats]:
+    """Measure each chunk, and mark its characters in `seen`, (CODE_POINTS,)."""
+    measured: list[ChunkStats] = []
+    for chunk in batch:
+        tokenizers.mark_characters(seen, chunk.raw)
+        measured.append(ChunkStats(chunk.characters, short_digest(chunk.raw), chunk.ends))
     return measured
 
 
-def digest_of(raw: bytes) -> bytes:
-    """8 bytes that identify `raw`: of its SHA-256."""
+def short_digest(raw: bytes) -> bytes:
+    """The first 8 bytes of the SHA-256 of `raw`."""
     return hashlib.sha256(raw).digest()[:8]
 
 
-def require_text(survey: ScanResult, config: DataConfig) -> None:
-    """Raise UserError if there is no text, or none of a corpus for validation alone."""
-    broken = survey.report.broken
+def require_text(scanned: ScanResult, config: PrepareConfig) -> None:
+    """Raise UserError if there is no text, or none in --val_file."""
+    broken = scanned.report.broken
     why = (
-        f" ({counted(survey.report.broken_count, 'broken record')}, the first: {broken[0]})" if broken else ""
+        f" ({counted(scanned.report.broken_count, 'broken record')}, the first: {broken[0]})"
+        if broken
+        else ""
     )
     message = "is empty: give a file with text in it"
-    require(survey.first_val != len(survey.characters), f"--val_file {config.val_source} {message}{why}")
-    require(bool(survey.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
+    require(scanned.first_val != len(scanned.characters), f"--val_file {config.val_source} {message}{why}")
+    require(bool(scanned.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
 
 
-def fingerprint_of(survey: ScanResult, config: DataConfig) -> str:
-    """Identifies a data set: SHA-256 over its documents, in order, and the settings that shape the tokens."""
+def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:
+    """The fingerprint of a data set: SHA-256 of its documents, in order, and of its settings."""
     shape = (
         *tokenizer_settings(config),
         config.shard_tokens,
         config.split,
         config.train_split,
-        survey.first_val,
+        scanned.first_val,
     )
-    return hashlib.sha256(f"nanogpt data {FORMAT} {shape}\n".encode() + survey.digests.tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"nanogpt data {FORMAT_VERSION} {shape}\n".encode() + scanned.digests.tobytes()
+    ).hexdigest()
 
 
-def tokenizer_settings(config: DataConfig) -> tuple[str, int]:
-    """What tells tokenizers apart: the kind, or what is in its file; and the size of a learned vocabulary."""
+def tokenizer_settings(config: PrepareConfig) -> tuple[str, int]:
+    """Identify a tokenizer: its name, or a digest of its file, and --vocab_size if it matters (else 0)."""
     path = Path(config.tokenizer)
     kind = (
-        digest_of(path.read_bytes()).hex() if path.suffix == ".json" and path.is_file() else config.tokenizer
+        short_digest(path.read_bytes()).hex()
+        if path.suffix == ".json" and path.is_file()
+        else config.tokenizer
     )
-    return kind, config.vocab_size if kind == "bpe" else 0
+    return kind, config.vocab_size if min_vocab_size(config.tokenizer) is not None else 0
 
 
 def all_chunks(corpora: Mapping[str, Corpus], advance: Callable[[int], object] = int) -> Iterator[Chunk]:
-    """All documents of all corpora, once more: what is broken has been reported."""
+    """All chunks of all corpora, in a further pass: broken records have been reported already."""
     for corpus in corpora.values():
         yield from corpus.chunks(SkipReport(), advance)
 
 
-def batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Pieces in lists of BATCH_BYTES, by `size`, or of BATCH_DOCUMENTS."""
+def group_into_batches(chunks: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Group chunks into lists of BATCH_BYTES, by `size`, or of BATCH_DOCUMENTS."""
     batch: list[Item] = []
     total = 0
-    for piece in pieces:
-        batch.append(piece)
-        total += size(piece)
+    for chunk in chunks:
+        batch.append(chunk)
+        total += size(chunk)
         if total >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, total = [], 0
@@ -161,8 +178,8 @@ def batches(pieces: Iterable[Item], size: Callable[[Item], int]) -> Iterator[lis
         yield batch
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """function(item) for each item, in order, by as many threads as there are cores; few items are held."""
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Map a function over items in order, with a thread for each core. Holds few items at a time."""
     workers = usable_cores(physical=False)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
@@ -179,65 +196,101 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
 
 
 class Split:
-    """Which text is for training and which for validation.
+    """The training and the validation split.
 
-    tail: the last part of the characters validates. documents: whole documents do, drawn by a hash of
-    their text, so that a document stays on its side when the corpus grows.
-    Errors: UserError if a side is too small.
+    tail: the last part of the characters is for validation. documents: whole documents are, drawn by a hash
+    of their text, so that a document stays in its split when the corpus grows.
+    Raises: UserError if a split is too small.
     """
 
-    def __init__(self, survey: ScanResult, config: DataConfig) -> None:
-        self.survey = survey
-        digests = np.frombuffer(survey.digests, np.uint64)
+    def __init__(self, scanned: ScanResult, config: PrepareConfig) -> None:
+        self.scanned = scanned
+        digests = np.frombuffer(scanned.digests, np.uint64)
         self.by_document: NDArray[np.bool_] | None = None
-        """Whether each document validates, unless a boundary says it."""
-        self.boundary = int(survey.total * config.train_split)
-        """Characters before the tail."""
-        if survey.first_val is not None:
-            self.by_document = np.arange(len(digests)) >= survey.first_val
+        """Whether each document is for validation; None with a tail."""
+        self.boundary = int(scanned.total_characters * config.train_split)
+        """Number of characters before the tail."""
+        if scanned.first_val is not None:
+            self.by_document = np.arange(len(digests)) >= scanned.first_val
         elif config.split == "documents":
             self.by_document = digests >= np.uint64(min(config.train_split, 1 - 2**-53) * 2.0**64)
         if self.by_document is None:
-            sizes = self.boundary, survey.total - self.boundary
+            sizes = self.boundary, scanned.total_characters - self.boundary
         else:
-            characters = np.frombuffer(survey.characters, np.uint64)
+            characters = np.frombuffer(scanned.characters, np.uint64)
             sizes = (int(characters[~self.by_document].sum()), int(characters[self.by_document].sum()))
         require(
             min(sizes) >= 2,
-            f"{config.source or TINY_SHAKESPEARE} has {counted(survey.total, 'character')} in "
+            f"{config.source or TINY_SHAKESPEARE} has {counted(scanned.total_characters, 'character')} in "
             f"{counted(len(digests), 'document')}: too short for --train_split "
             f"{config.train_split}, both splits need at least 2",
         )
 
-    def __call__(self, pieces: Iterable[Chunk]) -> Iterator[tuple[Chunk, int]]:
-        """Each piece and its side: 0 training, 1 validation; cut where the tail begins.
+    def __call__(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, int]]:
+        """Each chunk with its side: 0 training, 1 validation. The chunk where the tail begins is cut.
 
-        Errors: UserError if these are not the documents of the survey.
+        Raises: UserError if these are not the scanned documents.
         """
         changed = "the text changed while it was being read: run the command again"
         document, position = 0, 0
-        for piece in pieces:
-            require(document < len(self.survey.characters), changed)
+        for chunk in chunks:
+            require(document < len(self.scanned.characters), changed)
             if self.by_document is not None:
-                yield piece, int(self.by_document[document])
+                yield chunk, int(self.by_document[document])
             else:
-                left, size = self.boundary - position, piece.characters
+                left, size = self.boundary - position, chunk.characters
                 if 0 < left < size:
-                    tail = piece.raw.decode()[left:].encode()
-                    yield Chunk(piece.raw[: -len(tail)], False), 0
-                    yield Chunk(tail, piece.ends), 1
+                    tail = chunk.raw.decode()[left:].encode()
+                    yield Chunk(chunk.raw[: -len(tail)], False), 0
+                    yield Chunk(tail, chunk.ends), 1
                 else:
-                    yield piece, int(left <= 0)
+                    yield chunk, int(left <= 0)
                 position += size
-            document += piece.ends
-        require(document == len(self.survey.characters), changed)
+            document += chunk.ends
+        require(document == len(self.scanned.characters), changed)
 
     def duplicates(self) -> tuple[int, int]:
-        """How many documents of the validation split are in the training split too, and of how many."""
-        digests, validates = np.frombuffer(self.survey.digests, np.uint64), self.by_document
+        """How many documents for validation are also in the training split, and how many there are."""
+        digests, validates = np.frombuffer(self.scanned.digests, np.uint64), self.by_document
         trains = None if validates is None else ~validates
         if validates is None:
-            ends = np.cumsum(np.frombuffer(self.survey.characters, np.uint64))
+            ends = np.cumsum(np.frombuffer(self.scanned.characters, np.uint64))
             trains = ends <= self.boundary
-            validates = ends - np.frombuffer(self.survey.characters, np.uint64) >= self.boundary
+            validates = ends - np.frombuffer(self.scanned.characters, np.uint64) >= self.boundary
         return int(np.isin(digests[validates], digests[trains]).sum()), int(validates.sum())
+
+
+@dataclass(frozen=True)
+class CorpusText:
+    """The text that a new tokenizer is made from (tokenizer/base.py: TrainingText)."""
+
+    corpora: Mapping[str, Corpus]
+    split: Split
+    scanned: ScanResult
+
+    @property
+    def characters(self) -> str:
+        """Every different character of the whole text, in order of code point."""
+        return tokenizers.marked_characters(self.scanned.seen_characters)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents in the whole text."""
+        return len(self.scanned.characters)
+
+    def sample(self) -> bytes:
+        """Chunks of the training split in UTF-8, about SAMPLE_BYTES of them, evenly spread.
+
+        The byte 0xFF stands between them: chunks that are neighbors in the sample are none in the text.
+        """
+        total = self.scanned.total_characters  # fewer than bytes: the sample is a little larger
+        sample: list[bytes] = []
+        taken = passed = 0
+        with progress_bar("Sampling", size_in_bytes=True) as bar:
+            task = bar.add_task("", total=sum(corpus.size for corpus in self.corpora.values()), detail="")
+            for chunk, side in self.split(all_chunks(self.corpora, partial(bar.advance, task))):
+                if side == 0 and taken * total <= passed * SAMPLE_BYTES:
+                    sample.append(chunk.raw)
+                    taken += len(chunk.raw)
+                passed += len(chunk.raw)
+        return b"\xff".join(sample)

@@ -1,7 +1,9 @@
-"""Several token files that read as one array.
+"""Shards: several token files that read as one array.
 
-Use:    tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
-Nothing is copied until it is asked for: the parts may be maps of files larger than memory.
+Example:
+    tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
+Only selected tokens are copied: the parts may be memory maps of files larger than memory.
+
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 
 class Shards:
-    """The parts one after the other, (N,), of one type; an int, a slice or an array of ints selects."""
+    """Arrays of one type, concatenated, (N,). The index is an int, a slice or an array of ints."""
 
     def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
         self.parts: list[NDArray[Any]] = list(parts)
@@ -26,14 +28,14 @@ class Shards:
         if isinstance(index, slice):
             start, stop, _ = index.indices(len(self))
             index = np.arange(start, stop)
-        places = np.asarray(index, np.int64)
-        places = np.where(places < 0, places + len(self), places)
-        shards = np.searchsorted(self.ends, places, side="right")
-        tokens = np.empty(places.shape, self.dtype)
+        positions = np.asarray(index, np.int64)
+        positions = np.where(positions < 0, positions + len(self), positions)
+        shards = np.searchsorted(self.ends, positions, side="right")
+        tokens = np.empty(positions.shape, self.dtype)
         for shard in map(int, np.unique(shards)):
             here = shards == shard
             part: NDArray[Any] = self.parts[shard]
-            tokens[here] = part[places[here] - (self.ends[shard] - len(part))]
+            tokens[here] = part[positions[here] - (self.ends[shard] - len(part))]
         return tokens
 
 

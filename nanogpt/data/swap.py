@@ -1,10 +1,13 @@
-"""A new set of files takes the place of an old one: a kill at any instant leaves one of the two.
+"""Replace a data set by a new one: a kill at any instant leaves one of the two complete.
 
-Use:    write into fresh(folder); commit(folder, names, stale)      in prepare.py, which owns the folder
-        finish_what_was_begun(folder)                               in whoever opens it
-The new files are written and synced in a folder inside the folder. Then a journal that lists them is, and
-with it the new set is there: whoever finds the journal moves the files that have not been moved yet. So the
-old set is whole until the journal is, and from then on the new one can always be finished.
+Example:
+    new = make_new_folder(folder)               # write the new files there, then:
+    replace_dataset(folder, names, stale)
+    finish_interrupted_swap(folder)             # in every program that opens the folder
+The new files are written and synced in a folder inside the data folder. Then a journal that lists them is
+written. Before the journal exists, the old set is complete. From then on the new set is: a program that finds
+the journal moves the files that have not been moved yet.
+
 """
 
 import contextlib
@@ -20,20 +23,20 @@ from nanogpt.files import rename, replacing, sync_folder
 from nanogpt.locking import lock
 
 WORK, NEW, JOURNAL = "preparing", "new", "swap.json"
-"""The folder of an unfinished preparation, in it the folder of the new set, and the journal."""
+"""The folder of an unfinished preparation, and inside it the folder of the new set, and the journal."""
 
-LAST = "vocab.pt"
-"""The file that is moved last, since it names the others."""
+VOCAB_FILE = "vocab.pt"
+"""The file that is moved last, since it lists the others."""
 
-NAME = re.compile(r"(train|val)(-\d{5,})?\.pt|vocab\.pt")
-"""The files that a set is made of."""
+FILE_NAME = re.compile(r"(train|val)(-\d{5,})?\.pt|vocab\.pt")
+"""The names of the files of a data set."""
 
 WAIT_SECONDS = 10.0
-"""How long to wait for a program that is at it."""
+"""How long to wait for another program that writes to the folder."""
 
 
-def fresh(folder: Path) -> Path:
-    """The empty folder for the files of the new set. Errors: UserError if it cannot be made."""
+def make_new_folder(folder: Path) -> Path:
+    """Make an empty folder for the files of the new set. Raises: UserError if that fails."""
     new = folder / WORK / NEW
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -43,23 +46,23 @@ def fresh(folder: Path) -> Path:
     return new
 
 
-def commit(folder: Path, names: Iterable[str], stale: Iterable[str]) -> None:
-    """Replace the set in the folder by the files of these names in its new folder; delete the stale ones.
+def replace_dataset(folder: Path, names: Iterable[str], stale: Iterable[str]) -> None:
+    """Replace the data set in the folder by the files `names` in its new folder, and delete the stale files.
 
-    Errors: UserError if that is not possible; then the old set is there, or the journal is.
+    Raises: UserError if that fails. Then the old set is still complete, or the journal exists.
     """
     names, stale = sorted(names), sorted(stale)
     for name in (*names, *stale):
         require(not (folder / name).is_dir(), f"{folder / name} is a folder: move it away")
     with replacing(folder / WORK / JOURNAL) as file:
         file.write(json.dumps({"names": names, "stale": stale}).encode())
-    finish(folder)
+    finish_swap(folder)
 
 
-def journal(folder: Path) -> dict[str, list[str]] | None:
-    """The journal of a swap that was cut short, if there is one.
+def read_journal(folder: Path) -> dict[str, list[str]] | None:
+    """The journal of an interrupted swap; None if there is none.
 
-    A link in place of the folder is not followed: what it leads to is not ours to move.
+    A link in place of the folder is not followed: its files are not ours to move.
     """
     path = folder / WORK / JOURNAL
     if path.parent.is_symlink() or path.is_symlink() or not path.is_file():
@@ -74,23 +77,23 @@ def journal(folder: Path) -> dict[str, list[str]] | None:
         if not isinstance(values, list):
             return None
         names = cast(list[Any], values)
-        if not all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
+        if not all(isinstance(name, str) and FILE_NAME.fullmatch(name) for name in names):
             return None
     return lists
 
 
-def finish(folder: Path) -> bool:
-    """Move what a journal lists and has not been moved, for the owner of the folder. False: no journal.
+def finish_swap(folder: Path) -> bool:
+    """Move the files that the journal lists. The caller holds the folder's lock. False: no journal.
 
-    Errors: UserError if the folder cannot be written; the journal stays, and with it the new set.
+    Raises: UserError if the folder cannot be written. The journal stays, and so does the new set.
     """
-    found = journal(folder)
+    found = read_journal(folder)
     if found is None:
         return False
     new = folder / WORK / NEW
     try:
-        for name in sorted(found["names"], key=lambda name: name == LAST):
-            with contextlib.suppress(FileNotFoundError):  # moved before the cut
+        for name in sorted(found["names"], key=lambda name: name == VOCAB_FILE):
+            with contextlib.suppress(FileNotFoundError):  # moved before the interruption
                 rename(new / name, folder / name)
         for name in found["stale"]:
             (folder / name).unlink(missing_ok=True)
@@ -106,16 +109,16 @@ def finish(folder: Path) -> bool:
     return True
 
 
-def finish_what_was_begun(folder: Path) -> None:
-    """Move what a swap that was cut short has left, before the folder is read.
+def finish_interrupted_swap(folder: Path) -> None:
+    """Finish a swap that was interrupted, before the folder is read.
 
-    Errors: UserError if another program is at it for long, or if the folder cannot be written.
+    Raises: UserError if another program holds the lock for long, or if the folder cannot be written.
     """
-    if journal(folder) is None:
+    if read_journal(folder) is None:
         return
     busy = f"another program is writing to {folder}: wait until it is done"
     try:
         with lock(folder, busy, wait=WAIT_SECONDS):
-            finish(folder)
-    except OSError:  # it cannot be written, which `finish` then says
-        finish(folder)
+            finish_swap(folder)
+    except OSError:  # the folder cannot be written, and finish_swap says so
+        finish_swap(folder)

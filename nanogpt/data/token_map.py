@@ -1,10 +1,11 @@
-"""One token file, opened for reading: mapped into memory, read-only, wherever that is possible.
+"""Open one token file for reading, as a read-only memory map wherever that is possible.
 
-Use:    tokens = open_tokens(Path("train.pt")); tokens[100:200]
+Example:
+    tokens = open_tokens(Path("train.pt")); tokens[100:200]
 The file is a tensor as torch.save writes it. torch.load would map it writable and private, which the system
-charges as if it were memory; so the place of the tokens in the file is looked up here, and they are mapped
-read-only: such a file may be larger than memory and swap. Knows neither vocabularies nor what to do about
-a file that is damaged.
+counts as memory. So this module finds the position of the tokens in the file and maps them read-only: the
+file may be larger than memory and swap. Knows no vocabularies, and no advice about a damaged file.
+
 """
 
 import errno
@@ -26,11 +27,11 @@ from nanogpt.console import warn
 from nanogpt.errors import UserError, require
 from nanogpt.seals import DamageError
 
-PLACE = 26
-"""Where a zip entry's header says how long its name and its extra field are (APPNOTE.TXT 4.3.7)."""
+NAME_LENGTH_OFFSET = 26
+"""Offset, in a zip entry's header, of the lengths of its name and extra field (APPNOTE.TXT 4.3.7)."""
 
-HEADER_BYTES = 1 << 16
-"""More than the description of any one tensor takes; a hostile one is not read."""
+MAX_HEADER_BYTES = 1 << 16
+"""Longest description of a tensor that is read: a longer one is hostile."""
 
 DTYPES: dict[str, type[np.integer[Any]]] = {
     "torch ByteStorage": np.uint8,
@@ -42,15 +43,15 @@ DTYPES: dict[str, type[np.integer[Any]]] = {
     "torch uint32": np.uint32,
     "torch uint64": np.uint64,
 }
-"""Integer types by what torch.save calls them."""
+"""Integer types by their names in torch.save."""
 
-ARGUMENTS = {"GLOBAL", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
-CONSTANTS: dict[str, Any] = {"NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
-NOTHING = {"PROTO", "BINPUT", "LONG_BINPUT", "BINPERSID", "STOP"}
-"""Instructions of a pickle: those that push their argument, those that push a value of their own, and those
-that change nothing here (a storage is the tuple that stands for it)."""
+ARGUMENT_OPCODES = {"GLOBAL", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+CONSTANT_OPCODES: dict[str, Any] = {"NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
+IGNORED_OPCODES = {"PROTO", "BINPUT", "LONG_BINPUT", "BINPERSID", "STOP"}
+"""Opcodes of a pickle: those that push their argument, those that push a constant, and those that change
+nothing here (a storage is represented by its tuple)."""
 
-NO_MAPS = {
+NO_MMAP_ERRORS = {
     errno.ENODEV,
     errno.EINVAL,
     errno.ENOSYS,
@@ -59,54 +60,56 @@ NO_MAPS = {
     errno.EACCES,
     errno.EPERM,
 }
-"""What file systems answer that know no maps (network drives, FUSE)."""
+"""Error numbers of file systems that cannot map files (network drives, FUSE)."""
 
-NO_MEMORY = {errno.ENOMEM, errno.EAGAIN}
+NO_MEMORY_ERRORS = {errno.ENOMEM, errno.EAGAIN}
 
-WINDOWS_NO_MEMORY = {8, 14, 1455}
-"""Windows' own numbers for it; the last: the paging file is too small."""
+WINDOWS_NO_MEMORY_ERRORS = {8, 14, 1455}
+"""Windows' error numbers for too little memory; the last: the paging file is too small."""
 
 
-class Described(NamedTuple):
-    """A tensor in a file: its type, its length, and at which byte its values begin."""
+class TensorLocation(NamedTuple):
+    """A tensor in a file: its type, its length, and the byte offset of its values."""
 
     dtype: np.dtype[Any]
     length: int
     offset: int
 
 
-class Stamp(NamedTuple):
-    """What tells that a file was changed: file, which one it is; size, bytes; time, of the last change."""
+class FileStamp(NamedTuple):
+    """Identity, size in bytes and modification time of a file, to see whether it was changed."""
 
-    file: tuple[int, int]
+    device_and_inode: tuple[int, int]
     size: int
-    time: int
+    modified_ns: int
 
     @classmethod
-    def of(cls, stat: os.stat_result) -> "Stamp":
+    def of(cls, stat: os.stat_result) -> "FileStamp":
         """The stamp of a file."""
         return cls((stat.st_dev, stat.st_ino), stat.st_size, stat.st_mtime_ns)
 
 
-class Guard:
-    """Watches a mapped file: to read from one that was cut kills the process, from a rewritten one is wrong.
+class ChangeGuard:
+    """Checks that a mapped file was not changed: reading from a truncated map kills the process.
 
-    verify: None, or what raises DamageError if the file is not what was written; then a new time alone is
-    no harm. above: None, or the number that ids have to stay below, looked at in whatever is read.
+    verify: None, or a function that raises DamageError if the file differs from its checksum; if it does
+    not, a new modification time is harmless. vocab_size: None, or the size that all ids read stay below.
     """
 
-    def __init__(self, path: Path, stamp: Stamp) -> None:
+    def __init__(self, path: Path, stamp: FileStamp) -> None:
         self.path, self.stamp = path.absolute(), stamp
         self.verify: Callable[[], None] | None = None
-        self.above: int | None = None
+        self.vocab_size: int | None = None
 
     def check(self) -> None:
-        """Errors: UserError if the file was changed in place since it was opened."""
+        """Raise UserError if the file was changed in place since it was opened."""
         try:
-            now = Stamp.of(self.path.stat())
+            now = FileStamp.of(self.path.stat())
         except OSError:
-            return  # deleted or moved: its content stays as long as it is mapped
-        if now == self.stamp or now.file != self.stamp.file:  # or another file has its name
+            return  # deleted or moved: the mapped content stays
+        if (
+            now == self.stamp or now.device_and_inode != self.stamp.device_and_inode
+        ):  # or another file has its name now
             return
         same = False
         if now.size == self.stamp.size and self.verify is not None:
@@ -122,9 +125,9 @@ class Guard:
 
 
 class TokenFile(np.ndarray[Any, np.dtype[Any]]):
-    """The tokens in a mapped file, (N,). What is selected is a plain array, read from an unchanged file."""
+    """The tokens in a mapped file, (N,). A selection is a plain array, read from an unchanged file."""
 
-    guard: Guard | None
+    guard: ChangeGuard | None
 
     def __array_finalize__(self, array: NDArray[Any] | None) -> None:
         self.guard = getattr(array, "guard", None)
@@ -136,15 +139,15 @@ class TokenFile(np.ndarray[Any, np.dtype[Any]]):
         found: Any = super().__getitem__(index)
         if isinstance(found, TokenFile):
             found = found.view(np.ndarray)
-            if self.guard.above is not None:
-                check_ids(found, self.guard.above, self.guard.path)
-            if not np.may_share_memory(found, self):  # was copied: from what, had it changed by then?
+            if self.guard.vocab_size is not None:
+                check_ids(found, self.guard.vocab_size, self.guard.path)
+            if not np.may_share_memory(found, self):  # a copy: had the file changed by then?
                 self.guard.check()
         return found
 
 
 def check_ids(tokens: NDArray[Any], vocab_size: int, path: Path) -> None:
-    """Errors: DamageError if one of the ids is none of a vocabulary of this size."""
+    """Raise DamageError if an id is outside a vocabulary of this size."""
     if len(tokens) and np.iinfo(tokens.dtype).max >= vocab_size and int(tokens.max()) >= vocab_size:
         raise DamageError(
             f"{path} is malformed (it has the id {int(tokens.max())}, the vocabulary {vocab_size:,})"
@@ -154,46 +157,44 @@ def check_ids(tokens: NDArray[Any], vocab_size: int, path: Path) -> None:
 
 
 def open_tokens(path: Path) -> NDArray[Any]:
-    """The tokens in a file, (N,): a TokenFile; or in memory, where the file system cannot map.
+    """Open the tokens in a file, (N,): a TokenFile; or an array, where the file system cannot map.
 
-    Errors: DamageError if the file is not a vector of integers; UserError if there is not the memory for it;
+    Raises: DamageError if the file is not a vector of integers; UserError if memory is too short;
     OSError if it cannot be read.
     """
     with open(path, "rb") as file:
         try:
-            described = describe(file)
+            described = locate_tensor(file)
         except MemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever a damaged archive makes of its reader, a wrong place to read too
+        except Exception as error:  # a damaged archive raises many kinds, also for a wrong offset
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             raise DamageError(f"{path} is damaged") from error
         if described is None:
             raise DamageError(f"{path} does not hold tokens")
-        stamp = Stamp.of(os.fstat(file.fileno()))
+        stamp = FileStamp.of(os.fstat(file.fileno()))
         try:
-            tokens = mapped(file, described).view(TokenFile)
-        except ValueError as error:  # the file was cut since
+            tokens = map_tokens(file, described).view(TokenFile)
+        except ValueError as error:  # the file was truncated since
             raise DamageError(f"{path} is damaged") from error
         except OSError as error:
-            return unmapped(file, path, described, error)
-        tokens.guard = Guard(path, stamp)
+            return read_tokens(file, path, described, error)
+        tokens.guard = ChangeGuard(path, stamp)
         return tokens
 
 
-def describe(file: BinaryIO) -> Described | None:
-    """Where a .pt file keeps its tensor, without reading that; None if it is not a vector of integers.
+def locate_tensor(file: BinaryIO) -> TensorLocation | None:
+    """Find the tensor in a .pt file without reading it; None if it is not a vector of integers.
 
-    Errors: whatever zipfile raises on what is no archive, ValueError on one that is cut.
+    Raises: ValueError if the file is truncated; the errors of zipfile if it is no archive.
     """
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         header = next(entry for name, entry in entries.items() if name.endswith("/data.pkl"))
-        if header.file_size > HEADER_BYTES:
+        if header.file_size > MAX_HEADER_BYTES:
             return None
-        found = tensor_in(archive.read(header))
+        found = parse_tensor(archive.read(header))
         root = header.filename.removesuffix("data.pkl")
         order = entries.get(root + "byteorder")
         foreign = order is not None and archive.read(order).decode() != sys.byteorder
@@ -201,19 +202,19 @@ def describe(file: BinaryIO) -> Described | None:
         return None
     dtype, key, first, count = found
     entry = entries[f"{root}data/{key}"]
-    file.seek(entry.header_offset + PLACE)
+    file.seek(entry.header_offset + NAME_LENGTH_OFFSET)
     name, extra = struct.unpack("<HH", file.read(4))
-    offset = entry.header_offset + PLACE + 4 + name + extra + first * dtype.itemsize
+    offset = entry.header_offset + NAME_LENGTH_OFFSET + 4 + name + extra + first * dtype.itemsize
     size = os.fstat(file.fileno()).st_size
     if entry.compress_type != zipfile.ZIP_STORED or offset + count * dtype.itemsize > size:
         raise ValueError("cut, or compressed")
-    return Described(dtype, count, offset)
+    return TensorLocation(dtype, count, offset)
 
 
-def tensor_in(pickled: bytes) -> tuple[np.dtype[Any], str, int, int] | None:
-    """What a pickle says if it is of one vector of integers: type, storage, first of its values, how many.
+def parse_tensor(pickled: bytes) -> tuple[np.dtype[Any], str, int, int] | None:
+    """Parse the pickle of one vector of integers: type, storage, index of its first value, length.
 
-    The pickle is read as a list of instructions and never run: a hostile one can do nothing.
+    The pickle is read as a list of opcodes and never run, so a hostile one can do nothing.
     """
     match read_pickle(pickled):
         case [
@@ -228,31 +229,31 @@ def tensor_in(pickled: bytes) -> tuple[np.dtype[Any], str, int, int] | None:
 
 
 def read_pickle(pickled: bytes) -> list[Any] | None:
-    """What a pickle calls, and with which arguments; None if it has an instruction that no tensor needs."""
+    """The function that a pickle calls and its arguments; None if an opcode is not one of a tensor's."""
     stack: list[Any] = []
     marks: list[int] = []
-    for instruction, argument, _ in pickletools.genops(pickled):
-        name = instruction.name
+    for opcode, argument, _ in pickletools.genops(pickled):
+        name = opcode.name
         if name == "MARK":
             marks.append(len(stack))
-        elif name in ARGUMENTS:
+        elif name in ARGUMENT_OPCODES:
             stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
+        elif name in CONSTANT_OPCODES:
+            stack.append(CONSTANT_OPCODES[name])
         elif name.startswith("TUPLE"):
             first = marks.pop() if name == "TUPLE" else len(stack) - int(name[-1])
             stack[first:] = [tuple(stack[first:])]
         elif name == "REDUCE":
             stack[-2:] = [[stack[-2], stack[-1]]]
-        elif name not in NOTHING:
+        elif name not in IGNORED_OPCODES:
             return None
     return cast("list[Any]", stack[-1]) if isinstance(stack[-1], list) else None
 
 
-def mapped(file: BinaryIO, described: Described) -> NDArray[Any]:
-    """The values as a map of the file, read-only, (N,).
+def map_tokens(file: BinaryIO, described: TensorLocation) -> NDArray[Any]:
+    """Map the values of a file, read-only, (N,).
 
-    Errors: OSError if they cannot be mapped, ValueError if the file is too short.
+    Raises: OSError if they cannot be mapped, ValueError if the file is too short.
     """
     start = described.offset - described.offset % mmap.ALLOCATIONGRANULARITY
     size = described.offset + described.length * described.dtype.itemsize - start
@@ -266,14 +267,14 @@ def mapped(file: BinaryIO, described: Described) -> NDArray[Any]:
 
 
 def map_region(descriptor: int, size: int, start: int) -> mmap.mmap:
-    """A part of a file, read-only. A map keeps a descriptor of its own before Python 3.13."""
+    """Map a part of a file, read-only. Before Python 3.13, a map keeps a file descriptor of its own."""
     if sys.version_info >= (3, 13) and sys.platform != "win32":
         return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, offset=start, trackfd=False)
     return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ, offset=start)
 
 
 def allow_more_files() -> bool:
-    """Let this process open as many files as the system lets it. False: it does already."""
+    """Raise this process's limit of open files to the system's. False: it is there already."""
     if sys.platform == "win32":
         return False
     import resource
@@ -287,21 +288,21 @@ def allow_more_files() -> bool:
     return False
 
 
-def unmapped(file: BinaryIO, path: Path, described: Described, error: OSError) -> NDArray[Any]:
-    """The values in memory, (N,), after the system refused to map them: `error`.
+def read_tokens(file: BinaryIO, path: Path, described: TensorLocation, error: OSError) -> NDArray[Any]:
+    """Read the values into memory, (N,), after the system refused to map them with `error`.
 
-    Errors: UserError if memory is what is missing.
+    Raises: UserError if memory is too short.
     """
     size = described.length * described.dtype.itemsize
     lacking = f"not enough memory to map {path} ({size:,} bytes): end other programs, or raise `ulimit -v`"
     windows = getattr(error, "winerror", None)
-    require(error.errno not in NO_MEMORY and windows not in WINDOWS_NO_MEMORY, lacking)
+    require(error.errno not in NO_MEMORY_ERRORS and windows not in WINDOWS_NO_MEMORY_ERRORS, lacking)
     require(
         error.errno not in (errno.EMFILE, errno.ENFILE),
         f"too many files are open to open {path}: raise `ulimit -n`, or prepare the data with a "
         "larger --shard_tokens",
     )
-    if error.errno not in NO_MAPS:
+    if error.errno not in NO_MMAP_ERRORS:
         raise error
     warn(f"{path} cannot be mapped here ({error.strerror}): its {size:,} bytes are read into memory instead")
     try:

@@ -1,8 +1,10 @@
-"""Token files while they are written: they grow, survive a kill, and become .pt files in the end.
+"""Write token files: append to them, resume after a kill, and turn them into .pt files.
 
-Use:    work = Work(folder, config, files); work.begin(survey, tokenizer)
-        with work.writing() as files: work.add(files, 0, ids, size); work.save(files)
-        seal = write_tokens(work.tokens_file("train"), Path("train.pt"), np.uint16, 0, count)
+Example:
+    work = EncodingJob(folder, config, paths); work.start(scanned, tokenizer)
+    with work.open_token_files() as files: work.append(files, 0, ids, size); work.save_state(files)
+    seal = write_tokens(work.token_path("train"), Path("train.pt"), np.uint16, 0, count)
+
 """
 
 import hashlib
@@ -22,87 +24,89 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanogpt.config import DataConfig
-from nanogpt.data.dataset import FORMAT, SPLITS
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import FORMAT_VERSION, SPLITS
 from nanogpt.data.scan import ScanResult, tokenizer_settings
-from nanogpt.data.token_map import PLACE
+from nanogpt.data.token_map import NAME_LENGTH_OFFSET
 from nanogpt.errors import UserError, require
 from nanogpt.files import replacing
 from nanogpt.seals import Seal, Sealing, read_sealed, write_sealed
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
-COPIED = 1 << 22
-"""Bytes copied at a time."""
+COPY_BYTES = 1 << 22
+"""Bytes to copy at a time."""
 
 
 class EncodingJob:
-    """A preparation on its way, in a folder of its own, so that it can go on after a kill.
+    """An encoding in progress, with its state in a folder of its own, so that it resumes after a kill.
 
-    survey: None if there is nothing to go on with. tokens, bytes: of each split, so far; batches: how many
-    batches of text these are. stretches: of each split, where every stretch that was saved at once ends, in
-    bytes, and its SHA-256; new: the same of what was added since.
+    scanned: None if there is nothing to resume. tokens, bytes: of each split so far. batches: batches of text
+    encoded so far. ranges: of each split, the end, in bytes, and the SHA-256 of each range of tokens that was
+    saved. unsaved: the running SHA-256 of the tokens after the last range.
     """
 
-    def __init__(self, folder: Path, config: DataConfig, files: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, config: PrepareConfig, files: Sequence[Path]) -> None:
         self.folder = folder
         require(
             not folder.is_symlink() and (folder.is_dir() or not folder.exists()),
             f"{folder} is not a folder of this program: move it away",
         )
         stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        plan = json.dumps([FORMAT, {**asdict(config), "overwrite": False}, tokenizer_settings(config), stats])
+        plan = json.dumps(
+            [FORMAT_VERSION, {**asdict(config), "overwrite": False}, tokenizer_settings(config), stats]
+        )
         self.key = hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
-        self.survey: ScanResult | None = None
+        self.scanned: ScanResult | None = None
         self.tokens, self.bytes, self.batches = [0, 0], [0, 0], 0
-        self.stretches: list[list[tuple[int, str]]] = [[], []]
-        self.new = [hashlib.sha256(), hashlib.sha256()]
-        state = self.saved()
+        self.ranges: list[list[tuple[int, str]]] = [[], []]
+        self.unsaved = [hashlib.sha256(), hashlib.sha256()]
+        state = self.load_state()
         if state is not None:
             self.tokens, self.bytes, self.batches = state["tokens"], state["bytes"], state["batches"]
-            self.stretches = state["stretches"]
+            self.ranges = state["stretches"]
             self.tokenizer = from_dict(state["tokenizer"])
-            self.survey = ScanResult(first_val=state["first_val"])
+            self.scanned = ScanResult(first_val=state["first_val"])
             for name in ("characters", "digests"):
-                getattr(self.survey, name).frombytes(state[name].numpy().tobytes())
+                getattr(self.scanned, name).frombytes(state[name].numpy().tobytes())
         elif folder.exists():
             shutil.rmtree(folder)
 
-    def saved(self) -> dict[str, Any] | None:
-        """What was saved of this very preparation, if its token files are, to the bit, what it speaks of."""
-        paths = [self.folder / "state.pt", *map(self.tokens_file, SPLITS)]
-        if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would be waited for
+    def load_state(self) -> dict[str, Any] | None:
+        """The saved state of this very preparation, if the token files match its checksums; else None."""
+        paths = [self.folder / "state.pt", *map(self.token_path, SPLITS)]
+        if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would block
             return None
         try:
             content, sealed = read_sealed(paths[0])
             state = cast(dict[str, Any], content)
             if not sealed or state["key"] != self.key:
                 return None
-            same = all(map(has_stretches, paths[1:], state["stretches"]))
+            same = all(map(matches_checksums, paths[1:], state["stretches"]))
             return state if same else None
         except MemoryError:
             raise
-        except Exception:  # damaged: begin again
+        except Exception:  # damaged: start over
             return None
 
-    def tokens_file(self, name: str) -> Path:
-        """Where the tokens of a split grow."""
+    def token_path(self, name: str) -> Path:
+        """Path of the growing tokens of a split."""
         return self.folder / f"{name}.tokens"
 
-    def begin(self, survey: ScanResult, tokenizer: Tokenizer) -> None:
-        """Start with the encoding."""
+    def start(self, scanned: ScanResult, tokenizer: Tokenizer) -> None:
+        """Start the encoding."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.survey, self.tokenizer = survey, tokenizer
+        self.scanned, self.tokenizer = scanned, tokenizer
 
     @contextmanager
-    def writing(self) -> Generator[list[BinaryIO]]:
-        """The files to append to, cut back to what was saved. Errors: UserError if the disk is full."""
+    def open_token_files(self) -> Generator[list[BinaryIO]]:
+        """Open the files to append to, cut back to the saved state. Raises: UserError for a full disk."""
         width = np.dtype(self.tokenizer.dtype).itemsize
         try:
             with ExitStack() as stack:
                 files: list[BinaryIO] = []
                 for name, count in zip(SPLITS, self.tokens, strict=True):
-                    file = stack.enter_context(open(self.tokens_file(name), "ab"))
+                    file = stack.enter_context(open(self.token_path(name), "ab"))
                     file.truncate(width * count)
                     files.append(file)
                 yield files
@@ -112,83 +116,84 @@ class EncodingJob:
                 "command again: it goes on where it was"
             ) from error
 
-    def add(self, files: Sequence[BinaryIO], side: int, ids: Ids, size: int) -> None:
-        """Append tokens, of `size` bytes of text, to a split. Errors: OSError if the disk is full."""
+    def append(self, files: Sequence[BinaryIO], side: int, ids: Ids, size: int) -> None:
+        """Append the tokens of `size` bytes of text to a split. Raises: OSError if the disk is full."""
         raw = ids.tobytes()
         files[side].write(raw)
-        self.new[side].update(raw)
+        self.unsaved[side].update(raw)
         self.tokens[side] += len(ids)
         self.bytes[side] += size
 
-    def save(self, files: Sequence[BinaryIO]) -> None:
-        """Remember how far the encoding is."""
-        assert self.survey is not None
+    def save_state(self, files: Sequence[BinaryIO]) -> None:
+        """Sync the token files, and save how far the encoding is."""
+        assert self.scanned is not None
         for file in files:
             file.flush()
             os.fsync(file.fileno())
         width = np.dtype(self.tokenizer.dtype).itemsize
         for side, count in enumerate(self.tokens):
-            self.stretches[side].append((width * count, self.new[side].hexdigest()))
-            self.new[side] = hashlib.sha256()
+            self.ranges[side].append((width * count, self.unsaved[side].hexdigest()))
+            self.unsaved[side] = hashlib.sha256()
         state = {
             "key": self.key,
             "tokenizer": self.tokenizer.to_dict(),
             "tokens": self.tokens,
             "bytes": self.bytes,
             "batches": self.batches,
-            "stretches": self.stretches,
-            "first_val": self.survey.first_val,
-            "characters": as_tensor(self.survey.characters),
-            "digests": as_tensor(self.survey.digests),
+            "stretches": self.ranges,
+            "first_val": self.scanned.first_val,
+            "characters": as_tensor(self.scanned.characters),
+            "digests": as_tensor(self.scanned.digests),
         }
         write_sealed(self.folder / "state.pt", state)
 
     def remove(self) -> None:
-        """It is done."""
+        """Remove the folder: the preparation is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def as_tensor(values: "array[int]") -> torch.Tensor:
-    """64-bit numbers as a tensor, which torch.save takes."""
+    """64-bit numbers as a tensor, for torch.save."""
     return torch.from_numpy(np.frombuffer(values, np.int64).copy())
 
 
-def has_stretches(path: Path, stretches: Sequence[tuple[int, str]]) -> bool:
-    """Whether a file begins with stretches of bytes of these ends and SHA-256s. Errors: OSError."""
-    place = 0
+def matches_checksums(path: Path, ranges: Sequence[tuple[int, str]]) -> bool:
+    """Whether a file begins with byte ranges of these ends and SHA-256s. Raises: OSError."""
+    position = 0
     with open(path, "rb") as file:
-        for end, expected in stretches:
+        for end, expected in ranges:
             digest = hashlib.sha256()
-            while place < end and (piece := file.read(min(end - place, COPIED))):
-                digest.update(piece)
-                place += len(piece)
-            if place < end or digest.hexdigest() != expected:
+            while position < end and (block := file.read(min(end - position, COPY_BYTES))):
+                digest.update(block)
+                position += len(block)
+            if position < end or digest.hexdigest() != expected:
                 return False
     return True
 
 
 def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], first: int, count: int) -> Seal:
-    """Make of bare tokens, `count` in `raw` from the `first` on, a .pt file with one tensor, (count,).
+    """Write a .pt file with one tensor, (count,), of the tokens in `raw` from the `first` on.
 
-    torch.save writes the file without the tokens; they are then copied to their place in it, so that
-    little is in memory at a time. Returns its seal, taken on the way. Errors: UserError if the disk is full.
+    torch.save writes the file without the tokens. Then they are copied to their place in it, block by
+    block, so that little is in memory. Returns the file's seal, computed on the way.
+    Raises: UserError if the disk is full.
     """
     width, sealing = np.dtype(dtype).itemsize, Sealing()
     with replacing(path) as file:
         with torch.serialization.skip_data():
-            torch.save(torch.from_numpy(stand_in(raw, dtype, count)), file)
+            torch.save(torch.from_numpy(placeholder_array(raw, dtype, count)), file)
         with zipfile.ZipFile(file) as archive:
             entry = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
-        file.seek(entry.header_offset + PLACE)
+        file.seek(entry.header_offset + NAME_LENGTH_OFFSET)
         name, extra = struct.unpack("<HH", file.read(4))
-        head = entry.header_offset + PLACE + 4 + name + extra
+        head = entry.header_offset + NAME_LENGTH_OFFSET + 4 + name + extra
         file.seek(0)
         sealing.update(file.read(head))
         with open(raw, "rb") as tokens:
             tokens.seek(width * first)
             left = width * count
             file.seek(head)
-            while left and (block := tokens.read(min(left, COPIED))):
+            while left and (block := tokens.read(min(left, COPY_BYTES))):
                 file.write(block)
                 sealing.update(block)
                 left -= len(block)
@@ -197,11 +202,11 @@ def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], fi
     return sealing.seal()
 
 
-def stand_in(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:
-    """Any `count` values, (count,), that take no memory: of more tokens than fit into it, too.
+def placeholder_array(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:
+    """An array of any `count` values, (count,), that takes no memory, for torch.save under skip_data.
 
-    torch.save asks for a tensor although it skips the values. A map of the file that has them will do, not
-    written to; an empty array where files cannot be mapped.
+    torch.save needs a tensor although it skips the values. The array is a memory map of the tokens, which
+    is not written to; or an empty array where files cannot be mapped.
     """
     require(
         raw.stat().st_size >= np.dtype(dtype).itemsize * count,

@@ -1,8 +1,10 @@
-"""One file to documents, whatever it is: by the end of its name, packed or not.
+"""The documents in one file, plain, compressed or an archive: its suffix says what it is.
 
-Use:    for piece in read(source): ...
-Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in place and never unpacked. What is
-damaged or hostile is refused in one line.
+Example:
+    for chunk in read_file(source): ...
+Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in place and never unpacked to the
+disk. A damaged or hostile file is refused in one line.
+
 """
 
 import csv
@@ -22,31 +24,30 @@ from tarfile import HeaderError, ReadError
 from typing import IO, BinaryIO, cast
 
 from nanogpt.errors import UserError, require
-from nanogpt.text.compressed import DECOMPRESSORS, Bounded, Counted
+from nanogpt.text.compressed import DECOMPRESSORS, BombGuard, CountingReader
 from nanogpt.text.documents import Chunk, SkipReport, one_line
-from nanogpt.text.formats import Source, read_text, reason, spooled
-from nanogpt.text.json_formats import read_json, read_json_lines
-from nanogpt.text.tables import read_parquet, read_table
+from nanogpt.text.formats import FORMATS, Reader
+from nanogpt.text.records import Source, first_line, read_text, seekable_copy
 
-TAR_SHORTS = (".tgz", ".tbz2", ".txz", ".tzst")
+TAR_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tzst")
 
-DEPTH = 4
-"""Archives inside archives."""
+MAX_DEPTH = 4
+"""How deep archives may be nested."""
 
-LINK = 1 << 12
-"""Bytes of the target of a link."""
+MAX_LINK_BYTES = 1 << 12
+"""Bytes of a link's target that are read."""
 
-RUBBISH = (".DS_Store", ".localized", "._")
-"""How names of hidden files begin that a system writes and nobody misses."""
+SYSTEM_FILE_PREFIXES = (".DS_Store", ".localized", "._")
+"""Beginnings of the names of hidden files that a system writes by itself."""
 
 
-def reporting(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
-    """The pieces of one of several files: if it fails, that is reported, and its last document ends there."""
+def skip_on_error(chunks: Iterator[Chunk], name: str, report: SkipReport) -> Iterator[Chunk]:
+    """The chunks of one of several files. An error is reported, and the open document ends there."""
     open_document = False
     try:
-        for piece in pieces:
-            open_document = not piece.ends
-            yield piece
+        for chunk in chunks:
+            open_document = not chunk.ends
+            yield chunk
     except UserError as error:
         if report.strict:
             raise
@@ -55,18 +56,18 @@ def reporting(pieces: Iterator[Chunk], name: str, report: SkipReport) -> Iterato
         yield Chunk(b"", True)
 
 
-def read(source: Source) -> Iterator[Chunk]:
-    """The documents in a file, whatever it is.
+def read_file(source: Source) -> Iterator[Chunk]:
+    """The documents in a file of any format.
 
-    Errors: UserError if it is damaged, or not what its name says.
+    Raises: UserError if it is damaged, or not what its suffix says.
     """
-    with refusals(source.name):
+    with errors_with_name(source.name):
         yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
 
 
 @contextmanager
-def refusals(name: str) -> Generator[None]:
-    """Put the name of a file before what is wrong with it. Errors: UserError, also if it is damaged."""
+def errors_with_name(name: str) -> Generator[None]:
+    """Put the name of the file in front of an error's message. Raises: UserError, also for damage."""
     try:
         yield
     except UserError as error:
@@ -77,12 +78,14 @@ def refusals(name: str) -> Generator[None]:
     except Exception as error:
         if not is_damage(error):
             raise
-        raise UserError(f"--input_file {name} is damaged: {reason(error)}") from error
+        raise UserError(f"--input_file {name} is damaged: {first_line(error)}") from error
 
 
-def unpacked(source: Source, file: io.RawIOBase, kind: str) -> Source:
-    """What a compressed file holds. Errors: UserError if it is compressed over and over."""
-    require(source.depth < DEPTH, f"has archives inside archives, more than {DEPTH} deep: unpack it first")
+def nested_source(source: Source, file: io.RawIOBase, kind: str) -> Source:
+    """The source inside a compressed file. Raises: UserError if archives are nested too deep."""
+    require(
+        source.depth < MAX_DEPTH, f"has archives inside archives, more than {MAX_DEPTH} deep: unpack it first"
+    )
     buffered = cast(BinaryIO, io.BufferedReader(file, 1 << 18))
     return replace(source, file=buffered, kind=kind, depth=source.depth + 1)
 
@@ -90,93 +93,93 @@ def unpacked(source: Source, file: io.RawIOBase, kind: str) -> Source:
 def read_member(
     source: Source, name: str, packed: int, opener: Callable[[], IO[bytes] | None]
 ) -> Iterator[Chunk]:
-    """The documents in a file of an archive, of `packed` bytes there; if it is damaged, that is reported."""
+    """The documents in a member of an archive, `packed` bytes there. Damage is reported."""
     whole_name = f"{source.name}/{name}"
 
-    def pieces() -> Iterator[Chunk]:
-        """Open it only when its turn has come."""
-        with refusals(whole_name), cast(IO[bytes], opener()) as stream:
-            bounded = Bounded(cast(BinaryIO, stream), partial(int, packed))
-            yield from read(replace(unpacked(source, bounded, name), name=whole_name))
+    def chunks() -> Iterator[Chunk]:
+        """Open the member and read it: only when the first chunk is asked for."""
+        with errors_with_name(whole_name), cast(IO[bytes], opener()) as stream:
+            bounded = BombGuard(cast(BinaryIO, stream), partial(int, packed))
+            yield from read_file(replace(nested_source(source, bounded, name), name=whole_name))
 
-    return reporting(pieces(), whole_name, source.report)
+    return skip_on_error(chunks(), whole_name, source.report)
 
 
 def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> Iterator[Chunk]:
-    """What is inside a compressed file."""
-    counted = Counted(source.file, int)
-    stream = Bounded(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.taken)
+    """The documents in a compressed file."""
+    counted = CountingReader(source.file, int)
+    stream = BombGuard(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.bytes_read)
     path = Path(source.kind)
-    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SHORTS else "")
-    yield from read(unpacked(source, stream, str(kind)))
+    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SUFFIXES else "")
+    yield from read_file(nested_source(source, stream, str(kind)))
 
 
 def read_zip(source: Source) -> Iterator[Chunk]:
-    """The files in a zip archive, in its order."""
-    hidden = Hidden()
-    with spooled(source.file) as file, zipfile.ZipFile(file) as archive:
+    """The documents in a zip archive, in its order."""
+    hidden = HiddenFiles()
+    with seekable_copy(source.file) as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            if member.is_dir() or not is_inside(source, member.filename, hidden):
+            if member.is_dir() or not is_wanted_member(source, member.filename, hidden):
                 continue
             opener = partial(archive.open, member)
             if stat.S_ISLNK(member.external_attr >> 16):
-                with refusals(f"{source.name}/{member.filename}"), opener() as link:
-                    not_followed(source, member.filename, link.read(LINK).decode("utf-8", "replace"))
+                with errors_with_name(f"{source.name}/{member.filename}"), opener() as link:
+                    report_link(source, member.filename, link.read(MAX_LINK_BYTES).decode("utf-8", "replace"))
             else:
                 yield from read_member(source, member.filename, member.compress_size, opener)
     source.report.notes += hidden.notes(source.name)
 
 
 def read_tar(source: Source) -> Iterator[Chunk]:
-    """The files in a tar archive, in its order; of archives one after the other too."""
-    hidden = Hidden()
-    with tarfile.open(fileobj=source.file, mode="r|", tarinfo=Header, ignore_zeros=True) as archive:
+    """The documents in a tar archive, or in several that were joined, in their order."""
+    hidden = HiddenFiles()
+    with tarfile.open(fileobj=source.file, mode="r|", tarinfo=CheckedTarInfo, ignore_zeros=True) as archive:
         for member in archive:
-            if member.isdir() or not is_inside(source, member.name, hidden):
+            if member.isdir() or not is_wanted_member(source, member.name, hidden):
                 continue
             if member.isfile():
                 opener = partial(archive.extractfile, member)
                 yield from read_member(source, member.name, member.size, opener)
             elif member.issym():
-                not_followed(source, member.name, member.linkname)
-            elif not member.islnk():  # whose text has come before, under the name that it links to
-                source.report.reject(f"{source.name}/{member.name}", "no file but a device or a pipe")
+                report_link(source, member.name, member.linkname)
+            elif not member.islnk():  # a hard link: its text has been read under the other name
+                source.report.reject(f"{source.name}/{member.name}", "a device or a pipe, not a file")
     source.report.notes += hidden.notes(source.name)
 
 
-def not_followed(source: Source, name: str, target: str) -> None:
-    """Report a link in an archive, unless what it leads to is a member too and comes by itself."""
-    place = PureWindowsPath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
-    if ".." in place.parts or place.anchor:
+def report_link(source: Source, name: str, target: str) -> None:
+    """Report a link that leads out of its archive. Other links lead to members, which are read anyway."""
+    resolved = PureWindowsPath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)))
+    if ".." in resolved.parts or resolved.anchor:
         source.report.reject(f"{source.name}/{name}", f"a link that leads out of the archive, to {target}")
 
 
 @dataclass
-class Hidden:
-    """Hidden files and folders that are left out. number: how many; first: the first of them."""
+class HiddenFiles:
+    """Hidden files and folders that are left out. number: how many; first: the name of the first."""
 
     number: int = 0
     first: str = ""
 
     def add(self, name: str) -> None:
-        """Count one, unless it is a file that a system writes by itself."""
-        if not PureWindowsPath(name).name.startswith(RUBBISH):
+        """Count a hidden file, unless a system writes such files by itself."""
+        if not PureWindowsPath(name).name.startswith(SYSTEM_FILE_PREFIXES):
             self.number += 1
             self.first = self.first or name
 
-    def notes(self, place: str = "") -> tuple[str, ...]:
-        """A line on them, if there are any."""
-        where = f"{place}: " if place else ""
-        said = f"{where}hidden files and folders left out: {self.number:,}, the first: {self.first}"
-        return (one_line(said),) if self.number else ()
+    def notes(self, archive: str = "") -> tuple[str, ...]:
+        """A line on how many were left out, if any."""
+        where = f"{archive}: " if archive else ""
+        line = f"{where}hidden files and folders left out: {self.number:,}, the first: {self.first}"
+        return (one_line(line),) if self.number else ()
 
 
-class Header(tarfile.TarInfo):
-    """The header of a member of a tar archive. The library takes a damaged one for the end, silently."""
+class CheckedTarInfo(tarfile.TarInfo):
+    """The header of a tar member. tarfile itself takes a damaged header for the end of the archive."""
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "Header":
-        """The header at the archive's position. Errors: ReadError if it is damaged."""
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "CheckedTarInfo":
+        """The header at the archive's position. Raises: ReadError if it is damaged."""
         try:
             return super().fromtarfile(tarfile)
         except HeaderError as error:
@@ -185,9 +188,9 @@ class Header(tarfile.TarInfo):
             raise
 
 
-def is_inside(source: Source, name: str, hidden: Hidden) -> bool:
-    """Whether a member is to be read: not hidden, and not named as if it lay outside the archive."""
-    path = PureWindowsPath(name)  # which knows drives and both kinds of slashes
+def is_wanted_member(source: Source, name: str, hidden: HiddenFiles) -> bool:
+    """Whether to read a member: it is not hidden, and its path stays inside the archive."""
+    path = PureWindowsPath(name)  # understands drives and both kinds of slashes
     if ".." in path.parts or path.anchor:
         source.report.reject(f"{source.name}/{name}", "a path that leads out of the archive: refused")
         return False
@@ -198,21 +201,17 @@ def is_inside(source: Source, name: str, hidden: Hidden) -> bool:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether the reader of an archive gave up on its bytes (and not the disk on the file)."""
+    """Whether an error means damaged content, not a disk or a file that cannot be read."""
     known = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, csv.Error)
     of_library = type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow")
     of_file = isinstance(error, OSError) and error.errno is None
     return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
 
 
-READERS: dict[str, Callable[[Source], Iterator[Chunk]]] = {
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".json": read_json,
-    ".csv": partial(read_table, ","),
-    ".tsv": partial(read_table, "\t"),
-    ".parquet": read_parquet,
+READERS: dict[str, Reader] = {
+    **FORMATS,
     **{suffix: partial(read_compressed, opener) for suffix, opener in DECOMPRESSORS.items()},
     ".zip": read_zip,
     ".tar": read_tar,
 }
+"""Readers by suffix: of the text formats, of compressed files and of archives."""

@@ -1,7 +1,9 @@
-"""Compressed files (gzip, bzip2, xz, zstd): streams out of them, which end in an error and never silently.
+"""Compressed files (gzip, bzip2, xz, zstd) as decompressed streams. A cut or damaged file raises an error.
 
-Use:    stream = Bounded(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
-What expands without end is refused. Knows no names and no archives.
+Example:
+    stream = BombGuard(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
+Decompression bombs are refused. Knows neither file names nor archives.
+
 """
 
 import bz2
@@ -13,20 +15,20 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol, cast
 
 from nanogpt.errors import require
-from nanogpt.text.formats import missing
+from nanogpt.text.records import missing_library
 
 BOMB_RATIO, BOMB_BYTES = 200, 1 << 26
-"""What expands more often than this, to more than this, is no text."""
+"""A file that expands to more than this many times its size, and to more than this many bytes, is refused."""
 
-PACKED = 1 << 16
-"""Compressed bytes that are read at a time."""
+READ_BYTES = 1 << 16
+"""Compressed bytes to read at a time."""
 
 
-class Counted(io.RawIOBase):
-    """A file that tells how much of it has been read."""
+class CountingReader(io.RawIOBase):
+    """A file that counts the bytes read from it."""
 
     def __init__(self, file: io.RawIOBase | BinaryIO, advance: Callable[[int], object]) -> None:
-        self.file, self.advance, self.taken = file, advance, 0
+        self.file, self.advance, self.bytes_read = file, advance, 0
 
     def readable(self) -> bool:
         """It is."""
@@ -45,15 +47,15 @@ class Counted(io.RawIOBase):
         return self.file.tell()
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`, and count."""
+        """Read into `buffer`, and count the bytes."""
         size = cast(io.RawIOBase, self.file).readinto(buffer) or 0
-        self.taken += size
+        self.bytes_read += size
         self.advance(size)
         return size
 
 
 class Decompressor(Protocol):
-    """What bz2, lzma and zstd have in common: one compressed frame, piece by piece."""
+    """The interface that the decompressors of bz2, lzma and zstd share: one compressed frame."""
 
     @property
     def eof(self) -> bool:
@@ -62,23 +64,23 @@ class Decompressor(Protocol):
 
     @property
     def needs_input(self) -> bool:
-        """Whether nothing more comes out without more input."""
+        """Whether more input is needed for more output."""
         ...
 
     @property
     def unused_data(self) -> bytes:
-        """What followed the frame."""
+        """The bytes after the frame."""
         ...
 
     def decompress(self, data: bytes, max_length: int = ...) -> bytes:
-        """What comes out, no more than so much."""
+        """The next bytes of output, at most max_length."""
         ...
 
 
-class Frames(io.RawIOBase):
-    """A decompressed stream out of one frame after the other.
+class FrameReader(io.RawIOBase):
+    """The decompressed stream of one frame after the other.
 
-    The libraries' own files end without a word where what follows a frame is none.
+    The libraries' own file classes end silently where the bytes after a frame are no frame.
     """
 
     def __init__(self, file: BinaryIO, new: Callable[[], Decompressor]) -> None:
@@ -90,52 +92,52 @@ class Frames(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`. Errors: EOFError if a frame breaks off; the library's if it is none."""
+        """Read into `buffer`. Raises: EOFError if a frame is cut off; the library's error if damaged."""
         data = b""
         while not data:
             given = b""
             if self.frame is None or self.frame.eof:
                 given = self.frame.unused_data if self.frame else b""
-                given = given or self.file.read(PACKED)
-                given = given.lstrip(b"\0") or self.behind_padding()
+                given = given or self.file.read(READ_BYTES)
+                given = given.lstrip(b"\0") or self.skip_padding()
                 if not given:
                     return 0
                 self.frame = self.new()
             elif self.frame.needs_input:
-                given = self.file.read(PACKED)
+                given = self.file.read(READ_BYTES)
                 if not given:
-                    raise EOFError("it breaks off")
+                    raise EOFError("it is cut off")
             data = self.frame.decompress(given, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
-    def behind_padding(self) -> bytes:
-        """What follows zeros, which may fill a file up to the size of a block."""
-        while (given := self.file.read(PACKED)) and not given.strip(b"\0"):
+    def skip_padding(self) -> bytes:
+        """The bytes after zeros, which may fill a file up to the size of a block."""
+        while (given := self.file.read(READ_BYTES)) and not given.strip(b"\0"):
             pass
         return given.lstrip(b"\0")
 
 
-class Bounded(io.RawIOBase):
-    """A decompressed stream that refuses to expand without end.
+class BombGuard(io.RawIOBase):
+    """A decompressed stream that refuses decompression bombs.
 
-    packed: how many compressed bytes went into it so far.
+    bytes_in: returns the number of compressed bytes read so far.
     """
 
-    def __init__(self, file: BinaryIO, packed: Callable[[], int]) -> None:
-        self.file, self.packed, self.given = file, packed, 0
+    def __init__(self, file: BinaryIO, bytes_in: Callable[[], int]) -> None:
+        self.file, self.bytes_in, self.bytes_out = file, bytes_in, 0
 
     def readable(self) -> bool:
         """It is."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Read into `buffer`. Errors: UserError if it is a decompression bomb."""
+        """Read into `buffer`. Raises: UserError if it is a decompression bomb."""
         data = self.file.read(len(buffer))
         buffer[: len(data)] = data
-        self.given += len(data)
+        self.bytes_out += len(data)
         require(
-            self.given <= BOMB_BYTES or self.given <= BOMB_RATIO * self.packed(),
+            self.bytes_out <= BOMB_BYTES or self.bytes_out <= BOMB_RATIO * self.bytes_in(),
             f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
         )
         return len(data)
@@ -148,24 +150,24 @@ def ungzip(file: BinaryIO) -> BinaryIO:
 
 def unbzip(file: BinaryIO) -> BinaryIO:
     """A stream out of a bzip2 file."""
-    return cast(BinaryIO, Frames(file, bz2.BZ2Decompressor))
+    return cast(BinaryIO, FrameReader(file, bz2.BZ2Decompressor))
 
 
 def unxz(file: BinaryIO) -> BinaryIO:
     """A stream out of an xz file."""
-    return cast(BinaryIO, Frames(file, lzma.LZMADecompressor))
+    return cast(BinaryIO, FrameReader(file, lzma.LZMADecompressor))
 
 
 def unzstd(file: BinaryIO) -> BinaryIO:
-    """A stream out of zstd frames. Errors: UserError if the library is not installed."""
+    """A stream out of zstd frames. Raises: UserError if the library is not installed."""
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
         else:
             from backports import zstd
     except ModuleNotFoundError as error:
-        raise missing("backports.zstd") from error
-    return cast(BinaryIO, Frames(file, zstd.ZstdDecompressor))
+        raise missing_library("backports.zstd") from error
+    return cast(BinaryIO, FrameReader(file, zstd.ZstdDecompressor))
 
 
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {

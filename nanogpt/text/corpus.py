@@ -1,9 +1,11 @@
-"""Where text comes from: files, folders, globs and standard input, in any of the usual formats.
+"""A corpus: the documents in files, folders and globs, in any of the usual formats.
 
-Use:    corpus = find(["books/", "dump.jsonl.gz"], text_field="text")
-        for piece in corpus.pieces(Report()): piece.text; piece.ends
-One pass holds one piece of one document, whatever the size of the corpus; passing again gives the same
-pieces. What is there and cannot be read is reported. Knows nothing of tokens.
+Example:
+    corpus = find_corpus(["books/", "dump.jsonl.gz"], text_field="text")
+    for chunk in corpus.chunks(SkipReport()): chunk.raw; chunk.ends
+A pass holds one chunk of one document in memory, whatever the size of the corpus. Another pass gives the
+same chunks. Files that cannot be read are reported. Knows nothing of tokens.
+
 """
 
 import glob
@@ -16,39 +18,39 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from nanogpt.config import DataConfig
 from nanogpt.errors import UserError, require
-from nanogpt.text.archives import Hidden, read, reporting
-from nanogpt.text.compressed import Counted
-from nanogpt.text.documents import Chunk, SkipReport, one_line
-from nanogpt.text.formats import Source
+from nanogpt.text.archives import HiddenFiles, read_file, skip_on_error
+from nanogpt.text.compressed import CountingReader
+from nanogpt.text.documents import DEFAULT_TEXT_FIELD, Chunk, SkipReport, one_line
+from nanogpt.text.records import Source
 
-KINDS = {
+SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-"""What is not read, because reading it may never end."""
+"""Kinds of files that are not read, because reading them may never end."""
 
-SHOWN = 200
-"""Characters of a name in a message: it may be a whole text, given in the place of its file."""
+MAX_NAME_CHARS = 200
+"""Longest name in a message: somebody may give a whole text instead of its file."""
 
-SYSTEM_FILES = "/proc"
-"""A folder whose files have no size, and other text each time that they are read."""
+PROC_FOLDER = "/proc"
+"""A folder whose files have no size, and a different text at each reading."""
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents in files, in order.
 
-    text_field: which field of a record is its text; dots lead into nested ones.
-    lost: what else is there and cannot be read: where, and why. notes: what is left out on purpose.
+    text_field: the field of a record that is its text; dots lead into nested records.
+    unreadable: files and folders that cannot be read, each with the reason. notes: lines on what is left out
+    on purpose.
     """
 
     files: tuple[Path, ...]
-    text_field: str = DataConfig.text_field
-    lost: tuple[tuple[str, str], ...] = ()
+    text_field: str = DEFAULT_TEXT_FIELD
+    unreadable: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,30 +59,32 @@ class Corpus:
         return sum(size_of(path) for path in self.files)
 
     def chunks(self, report: SkipReport, advance: Callable[[int], object] = int) -> Iterator[Chunk]:
-        """Every document, piece by piece.
+        """All chunks of all documents.
 
         advance: called with the number of bytes read from the disk since the last call.
-        Errors: UserError if the only file there is cannot be read; of several, such a one is reported.
+        Raises: UserError if the only file cannot be read. Of several files, it is reported.
         """
         report.notes += self.notes
-        for where, why in self.lost:
+        for where, why in self.unreadable:
             report.reject(where, why)
         for path in self.files:
-            source = partial(self.pieces_of, path, report, advance)
-            yield from source() if len(self.files) == 1 else reporting(source(), str(path), report)
+            source = partial(self.read_chunks, path, report, advance)
+            yield from source() if len(self.files) == 1 else skip_on_error(source(), str(path), report)
 
-    def pieces_of(self, path: Path, report: SkipReport, advance: Callable[[int], object]) -> Iterator[Chunk]:
-        """The documents in a file. Errors: UserError if it cannot be read."""
+    def read_chunks(
+        self, path: Path, report: SkipReport, advance: Callable[[int], object]
+    ) -> Iterator[Chunk]:
+        """The documents in a file. Raises: UserError if it cannot be read."""
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:
-                file = cast(BinaryIO, io.BufferedReader(Counted(raw, advance), 1 << 18))
-                yield from read(Source(file, str(path), str(path), self.text_field, report))
+                file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, advance), 1 << 18))
+                yield from read_file(Source(file, str(path), str(path), self.text_field, report))
         except OSError as error:
             raise UserError(f"--input_file {path} cannot be read: {error.strerror or error}") from error
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file on the disk, 0 if it is not there."""
+    """Bytes of a file on the disk, 0 if it does not exist."""
     try:
         return path.stat().st_size
     except OSError:
@@ -88,61 +92,60 @@ def size_of(path: Path) -> int:
 
 
 def open_file(path: str, flags: int) -> int:
-    """Open a file, and nothing that could be waited for without end. Errors: OSError."""
+    """Open a file, but no pipe or device that could block. Raises: OSError."""
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if (kind := kind_of(os.fstat(descriptor))) is not None:
+    if (kind := special_file_kind(os.fstat(descriptor))) is not None:
         os.close(descriptor)
         raise OSError(f"it is {kind}")
     return descriptor
 
 
-def kind_of(status: os.stat_result) -> str | None:
-    """What something is, if it is neither a file nor a folder."""
+def special_file_kind(status: os.stat_result) -> str | None:
+    """The kind of a special file (a pipe, a device); None for a file or a folder."""
     if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_dev == system_device():
-        return f"a file of the system in {SYSTEM_FILES}"
-    return KINDS.get(stat.S_IFMT(status.st_mode))
+        return f"a file of the system in {PROC_FOLDER}"
+    return SPECIAL_FILES.get(stat.S_IFMT(status.st_mode))
 
 
 def system_device() -> int | None:
-    """The device of SYSTEM_FILES, None where there is none."""
+    """The device number of PROC_FOLDER, None if there is no such folder."""
     try:
-        return Path(SYSTEM_FILES).stat().st_dev
+        return Path(PROC_FOLDER).stat().st_dev
     except OSError:
         return None
 
 
-def find(names: Sequence[str], text_field: str = DataConfig.text_field) -> Corpus:
-    """The files that are meant by files, folders and globs, in that order; inside each by name, each once.
+def find_corpus(names: Sequence[str], text_field: str = DEFAULT_TEXT_FIELD) -> Corpus:
+    """The corpus of files, folders and globs, in that order. Folders are sorted; each file comes once.
 
-    Errors: UserError if one is missing or holds no files.
+    Raises: UserError if one is missing or has no files.
     """
-    search = Search()
+    search = FileSearch()
     for name in names:
-        search.take(name)
+        search.add(name)
     return Corpus(
         tuple(search.files.values()),
         text_field,
-        tuple(search.lost.items()),
+        tuple(search.unreadable.items()),
         search.hidden.notes(),
     )
 
 
 @dataclass
-class Search:
+class FileSearch:
     """A search for files.
 
-    files: what was found, by its real path. lost: what cannot be read, by its path, and why.
-    hidden: what is left out because it is hidden.
+    files: the files found, by real path. unreadable: reasons, by path. hidden: hidden files left out.
     """
 
     files: dict[str, Path] = field(default_factory=dict[str, Path])
-    lost: dict[str, str] = field(default_factory=dict[str, str])
-    hidden: Hidden = field(default_factory=Hidden)
+    unreadable: dict[str, str] = field(default_factory=dict[str, str])
+    hidden: HiddenFiles = field(default_factory=HiddenFiles)
 
-    def take(self, name: str) -> None:
-        """Look for what is meant by a file, a folder or a glob. Errors: UserError if it is nothing."""
+    def add(self, name: str) -> None:
+        """Find the files of a file name, a folder or a glob. Raises: UserError if there are none."""
         found: list[Path] = []
-        lost_before = len(self.lost)
+        lost_before = len(self.unreadable)
         for match in self.matches(name):
             if match.is_dir():
                 found += self.walk(match)
@@ -150,17 +153,17 @@ class Search:
                 found.append(match)
         for file in found:
             self.files.setdefault(os.path.realpath(file), file)
-        for where, why in list(self.lost.items())[lost_before:]:
+        for where, why in list(self.unreadable.items())[lost_before:]:
             require(bool(found), f"--input_file {name} holds nothing that can be read: {where} is {why}")
         require(bool(found), f"--input_file {name} is a folder without files: give another one")
 
     def matches(self, name: str) -> list[Path]:
-        """The files and folders that a name means. Errors: UserError if there are none."""
+        """The files and folders that a name or glob matches. Raises: UserError if there are none."""
         require(bool(name), "--input_file is empty: give a file")
-        shown = one_line(name)[:SHOWN]
+        shown = one_line(name)[:MAX_NAME_CHARS]
         try:
-            kind = kind_of(Path(name).stat())
-            advice = f"is {kind}, no file: pipe what comes out of it into --input_file -"
+            kind = special_file_kind(Path(name).stat())
+            advice = f"is {kind}, no file: pipe its output into --input_file -"
             require(kind is None, f"--input_file {shown} {advice}")
             return [Path(name)]
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -170,23 +173,23 @@ class Search:
                 raise UserError(f"--input_file {shown} cannot be read: {error.strerror}") from error
         require(not Path(name).is_symlink(), f"--input_file {shown} is a link to a file that is not there")
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
-        self.look_behind(name)
-        for where, why in self.lost.items() if not matches else ():
+        self.check_glob_folders(name)
+        for where, why in self.unreadable.items() if not matches else ():
             raise UserError(f"--input_file {shown} finds nothing: {where} is {why}")
         require(bool(matches), f"--input_file {shown} does not exist: check the path")
         return matches
 
-    def look_behind(self, pattern: str) -> None:
-        """Report the folders that a glob cannot look into: it passes over them without a word."""
+    def check_glob_folders(self, pattern: str) -> None:
+        """Report the folders that a glob cannot read: glob itself skips them silently."""
         while glob.has_magic(pattern):
             head, tail = os.path.split(pattern)
             folders = glob.glob(head, recursive=True) if head else [os.curdir]  # noqa: PTH207
             for folder in filter(os.path.isdir, folders):
-                self.look_into(folder, "*" if head.endswith("**") else tail)
+                self.check_folder(folder, "*" if head.endswith("**") else tail)
             pattern = head
 
-    def look_into(self, folder: str, name: str) -> None:
-        """Report a folder where it cannot be seen whether there is a name, or what matches it."""
+    def check_folder(self, folder: str, name: str) -> None:
+        """Report a folder that hides whether it has a name, or names that match a glob."""
         try:
             if glob.has_magic(name):
                 os.scandir(folder).close()
@@ -195,38 +198,40 @@ class Search:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            self.lose_folder(error, folder)
+            self.add_unreadable_folder(error, folder)
 
-    def lose_folder(self, error: OSError, folder: str = "") -> None:
+    def add_unreadable_folder(self, error: OSError, folder: str = "") -> None:
         """Report a folder that cannot be read."""
-        self.lost[str(error.filename or folder)] = f"a folder that cannot be read: {error.strerror or error}"
+        self.unreadable[str(error.filename or folder)] = (
+            f"a folder that cannot be read: {error.strerror or error}"
+        )
 
     def is_readable(self, path: Path) -> bool:
-        """Whether there is a file. What else is there is reported."""
+        """Whether a path is a file that can be opened. Anything else is reported."""
         try:
-            why = kind_of(path.stat())
+            why = special_file_kind(path.stat())
         except FileNotFoundError:
             why = "a link to a file that is not there"
         except OSError as error:
             why = f"a file that cannot be read: {error.strerror or error}"
         if why is not None:
-            self.lost[str(path)] = why
+            self.unreadable[str(path)] = why
         return why is None
 
     def walk(self, folder: Path) -> Iterator[Path]:
-        """The files in a folder and its folders, by name, hidden ones left out; a loop of links ends."""
+        """The files in a folder and its subfolders, by name, without hidden ones. Link loops end."""
         seen: set[str] = set()
-        for place, folders, files in os.walk(folder, onerror=self.lose_folder, followlinks=True):
-            real = os.path.realpath(place)
+        for parent, folders, files in os.walk(folder, onerror=self.add_unreadable_folder, followlinks=True):
+            real = os.path.realpath(parent)
             if real in seen:
                 folders.clear()
                 continue
             seen.add(real)
             for name in (*folders, *files):
                 if name.startswith("."):
-                    self.hidden.add(str(Path(place, name)))
+                    self.hidden.add(str(Path(parent, name)))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
-                path = Path(place, name)
+                path = Path(parent, name)
                 if not name.startswith(".") and self.is_readable(path):
                     yield path

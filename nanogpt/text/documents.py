@@ -1,49 +1,53 @@
-"""Documents: what a corpus is made of, in pieces of bounded length.
+"""Documents, in chunks of bounded length, and the report of records that were skipped.
 
-Use:    for piece in cut(texts): piece.raw; piece.ends
-        report.reject("dump.jsonl:17", "not JSON")
+Example:
+    for chunk in split_into_chunks(blocks): chunk.raw; chunk.ends
+    report.reject("dump.jsonl:17", "not JSON")
 Knows neither files nor tokens.
+
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, cast
 
-from nanogpt.config import DataConfig
 from nanogpt.errors import require
 
-PIECE = 1 << 17
-"""Bytes in a piece: longer documents come in several."""
+DEFAULT_TEXT_FIELD = "text"
+"""The field of a record that is its text, unless --text_field names another."""
 
-MARGIN = 1 << 12
-"""How far from its end a piece may be cut to end where a word does, in bytes."""
+CHUNK_BYTES = 1 << 17
+"""Size of a chunk in bytes: longer documents have several."""
+
+CUT_MARGIN_BYTES = 1 << 12
+"""How far before its end a chunk may be cut, so that it ends with a word."""
 
 ASCII = bytes(range(128))
 
-KEPT = 10_000
-"""Broken records that are remembered with their place; more are counted."""
+MAX_LISTED_RECORDS = 10_000
+"""Broken records that are listed; further ones are only counted."""
 
 
 MISSING: Final = object()
-"""Stands where a record does not have a field: null is a value."""
+"""Marks a field that a record does not have. (None is a value: null.)"""
 
 
 class Chunk(NamedTuple):
-    """A part of a document, in UTF-8; ends: nothing of it follows."""
+    """A part of a document, in UTF-8. ends: it is the last part."""
 
     raw: bytes
     ends: bool
 
     @property
     def characters(self) -> int:
-        """How many characters it has."""
-        beyond = self.raw.translate(None, ASCII)  # multi-byte characters, one after the other
+        """Number of characters."""
+        beyond = self.raw.translate(None, ASCII)  # the multi-byte characters
         return len(self.raw) - len(beyond) + len(beyond.decode())
 
 
 @dataclass
 class SkipReport:
-    """What a pass over a corpus met on its way.
+    """A report on one pass over a corpus: skipped records and notes.
 
     strict: the first broken record is an error. notes: how files were read, a line each.
     """
@@ -53,66 +57,68 @@ class SkipReport:
     broken: list[str] = field(default_factory=list[str])
     broken_count: int = 0
     repaired: int = 0
-    """Records with half a surrogate pair, or bytes that are no characters, which became U+FFFD."""
-    with_fields: int = field(default=0, compare=False)
-    """Files whose records or columns have names."""
-    plain: list[str] = field(default_factory=list[str], compare=False)
+    """Records with half a surrogate pair or invalid bytes, which became U+FFFD."""
+    files_with_fields: int = field(default=0, compare=False)
+    """Number of files whose records or columns have names."""
+    first_plain_file: list[str] = field(default_factory=list[str], compare=False)
     """The first file that was read as plain text, if there was one."""
-    plain_count: int = field(default=0, compare=False)
+    plain_files: int = field(default=0, compare=False)
 
     def reject(self, where: str, what: str) -> None:
-        """Count a record that cannot be read. Errors: UserError if strict."""
+        """Count and list a record that cannot be read. Raises: UserError if strict."""
         line = one_line(f"{where}: {what}")
         require(not self.strict, f"{line} (--strict stops at the first broken record)")
         self.broken_count += 1
-        if len(self.broken) < KEPT:
+        if len(self.broken) < MAX_LISTED_RECORDS:
             self.broken.append(line)
 
     def note(self, where: str, what: str) -> None:
-        """Say how a file is read."""
+        """Add a note on how a file is read."""
         self.notes.append(one_line(f"{where}: {what}"))
 
-    def read_plain(self, name: str) -> None:
-        """Count a file that has no fields."""
-        self.plain_count += 1
-        if not self.plain:
-            self.plain.append(one_line(name))
+    def count_plain_file(self, name: str) -> None:
+        """Count a file without fields."""
+        self.plain_files += 1
+        if not self.first_plain_file:
+            self.first_plain_file.append(one_line(name))
 
-    def idle_field(self, text_field: str) -> tuple[str, ...]:
-        """A note if the name of a field was given, and some files, or all, have no fields."""
-        if text_field == DataConfig.text_field or not self.plain:
+    def unused_field_note(self, text_field: str) -> tuple[str, ...]:
+        """A note if --text_field was given, but some or all files have no fields."""
+        if text_field == DEFAULT_TEXT_FIELD or not self.first_plain_file:
             return ()
-        if self.with_fields:
-            files = counted(self.plain_count, "file")
-            return (f"{files} without fields read as plain text, whole (the first: {self.plain[0]})",)
+        if self.files_with_fields:
+            files = counted(self.plain_files, "file")
+            return (
+                f"{files} without fields read as plain text, whole (the first: {self.first_plain_file[0]})",
+            )
         return (
-            f"--text_field {text_field} does nothing: {self.plain[0]} is read as plain text, which has no "
-            "fields (JSON Lines, JSON, CSV, TSV and Parquet have)",
+            f"--text_field {text_field} does nothing: {self.first_plain_file[0]} is read as plain text, "
+            "which has no fields (JSON Lines, JSON, CSV, TSV and Parquet have)",
         )
 
 
 def one_line(text: str) -> str:
-    """A text that can be shown in a line: names of files may have line ends, and bytes that are no text."""
+    """A text in one line that can be printed: file names may have line ends and invalid bytes."""
     return " ".join(text.splitlines()).encode("utf-8", "replace").decode()
 
 
 def counted(number: int, noun: str) -> str:
     """A number with the noun that it counts: 1 byte, 2 bytes."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
-def cut(blocks: Iterable[bytes]) -> Iterator[Chunk]:
-    """A document, given in blocks of whole characters of UTF-8, in pieces of PIECE bytes.
+def split_into_chunks(blocks: Iterable[bytes]) -> Iterator[Chunk]:
+    """Split a document, given in blocks of whole UTF-8 characters, into chunks of CHUNK_BYTES.
 
-    A piece ends before a space that follows a word, if there is one: no token of a byte-level BPE spans
-    that, and so the cut changes no token. White space alone is no document.
+    A chunk ends before a space that follows a word, if there is one: no token of a byte-level BPE spans
+    that border, so the cut changes no token. White space alone is no document.
     """
     waiting, begun = b"", False
     for block in blocks:
         waiting = waiting + block if waiting else block
         start = 0
-        while len(waiting) - start > PIECE:
-            end = word_end(waiting, start, start + PIECE)
+        while len(waiting) - start > CHUNK_BYTES:
+            end = cut_position(waiting, start, start + CHUNK_BYTES)
             yield Chunk(waiting[start:end], False)
             start, begun = end, True
         waiting = waiting[start:]
@@ -120,9 +126,9 @@ def cut(blocks: Iterable[bytes]) -> Iterator[Chunk]:
         yield Chunk(waiting, True)
 
 
-def word_end(raw: bytes, start: int, stop: int) -> int:
-    """Where to cut raw[start:stop]: before its last space that follows a word; or where a character ends."""
-    least = max(start + 1, stop - MARGIN)
+def cut_position(raw: bytes, start: int, stop: int) -> int:
+    """Where to cut raw[start:stop]: before the last space after a word, else where a character ends."""
+    least = max(start + 1, stop - CUT_MARGIN_BYTES)
     end = raw.rfind(b" ", least, stop)
     while end > 0:
         if ord("!") <= raw[end - 1] <= ord("~"):
@@ -134,17 +140,17 @@ def word_end(raw: bytes, start: int, stop: int) -> int:
 
 
 def is_blank(raw: bytes) -> bool:
-    """Whether there is nothing but white space, of any script."""
-    return not raw or raw.isspace() or (len(raw) <= MARGIN and raw.decode().isspace())
+    """Whether a text is empty or white space alone, of any script."""
+    return not raw or raw.isspace() or (len(raw) <= CUT_MARGIN_BYTES and raw.decode().isspace())
 
 
-def strings(value: object, path: Sequence[str]) -> Iterator[object]:
-    """The values of a field, in every element of every list on the way; MISSING where it leads nowhere.
+def field_values(value: object, path: Sequence[str]) -> Iterator[object]:
+    """The values of a field, in every element of every list on the way; MISSING if there is no such field.
 
-    A key that has the dots of the path in it comes before the path. An object in the field that has a
-    field of the same name gives that, as the parts of a message in a chat do.
+    A key that contains dots itself is tried before the path. An object in the field gives its own field of
+    the same name, if it has one, as the parts of a chat message do.
     """
-    waiting = [(value, tuple(path))]  # a stack and no recursion: lists may be nested deeper than that goes
+    waiting = [(value, tuple(path))]  # a stack, since lists may be nested deeper than recursion goes
     while waiting:
         value, left = waiting.pop()
         if isinstance(value, list):
@@ -153,7 +159,7 @@ def strings(value: object, path: Sequence[str]) -> Iterator[object]:
             record = cast(dict[str, object], value)
             own = [] if left else [name for name in (".".join(path), path[-1]) if name in record]
             if left:
-                waiting.append(step(record, left))
+                waiting.append(follow_path(record, left))
             elif own:
                 waiting.append((record[own[0]], ()))
             else:
@@ -162,7 +168,7 @@ def strings(value: object, path: Sequence[str]) -> Iterator[object]:
             yield value
 
 
-def step(record: dict[str, object], path: tuple[str, ...]) -> tuple[object, tuple[str, ...]]:
+def follow_path(record: dict[str, object], path: tuple[str, ...]) -> tuple[object, tuple[str, ...]]:
     """The value of the longest beginning of `path` that is a key, and the rest of the path."""
     for size in range(len(path), 0, -1):
         key = ".".join(path[:size])

@@ -1,8 +1,10 @@
-"""Bytes to text: which encoding a file has, and reading it in blocks of UTF-8.
+"""The encoding of a file: find it, and read the file in blocks of UTF-8.
 
-Use:    blocks, notes = decoded(file)
-A byte order mark decides, then UTF-8, then detection. Errors are UserErrors without a file's name:
-the caller knows it.
+Example:
+    blocks, notes = decode_file(file)
+A byte order mark decides, then valid UTF-8, then detection. Errors are UserErrors without the
+file's name, which the caller adds.
+
 """
 
 import codecs
@@ -12,7 +14,7 @@ from typing import BinaryIO
 from nanogpt.errors import UserError, require
 from nanogpt.text.documents import counted
 
-BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16's
+BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins like UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -22,34 +24,38 @@ BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins with UTF-16'
 
 NOT_TEXT = "is not a text file: save it as plain text in UTF-8"
 
-COMMONEST = "cp1252"
-"""The old encoding of western Europe, a superset of Latin-1's characters."""
+PREFERRED_ENCODING = "cp1252"
+"""The old encoding of western Europe, which has all characters of Latin-1."""
 
 DETECTION_BYTES = 1 << 20
-"""How much of a file the encoding detector looks at."""
+"""Bytes of a file that encoding detection looks at."""
 
-BEGINNING = 1 << 24
-"""How much of a file decides its encoding, in bytes: most files are shorter."""
+HEAD_BYTES = 1 << 24
+"""Bytes of a file that decide its encoding: most files are shorter."""
 
 READ_BYTES = 1 << 17
-"""How much of a longer file is decoded at a time."""
+"""Bytes to decode at a time."""
 
 
-def decoded(file: BinaryIO, lose: Callable[[str], object] = str) -> tuple[Iterator[bytes], tuple[str, ...]]:
+def decode_file(
+    file: BinaryIO, on_loss: Callable[[str], object] = str
+) -> tuple[Iterator[bytes], tuple[str, ...]]:
     """The text of a file in UTF-8, in blocks of whole characters, and notes on its encoding (a line each).
 
-    lose: called with a line on bytes at the end that are left out.
-    Errors: UserError if it is binary, or where it cannot be decoded (then, in the middle of the blocks).
+    on_loss: called with a line on bytes at the end that are left out.
+    Raises: UserError if it is binary, or, in the middle of the blocks, where it cannot be decoded.
     """
-    beginning = file.read(BEGINNING)
+    beginning = file.read(HEAD_BYTES)
     following = file.read(READ_BYTES)
-    encoding, notes = encoding_of(beginning, whole=not following)
-    parts = blocks(file, beginning, following)
-    return without_nul(checked(parts, lose) if encoding == "utf-8" else converted(parts, encoding)), notes
+    encoding, notes = find_encoding(beginning, whole=not following)
+    parts = read_blocks(file, beginning, following)
+    return reject_nul(
+        check_utf8(parts, on_loss) if encoding == "utf-8" else convert_to_utf8(parts, encoding)
+    ), notes
 
 
-def blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes]:
-    """The bytes of a file, of which some have been read, in blocks of READ_BYTES."""
+def read_blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes]:
+    """The bytes of a file in blocks of READ_BYTES: what has been read already, then the rest."""
     for start in range(0, len(beginning), READ_BYTES):
         yield beginning[start : start + READ_BYTES]
     del beginning
@@ -58,10 +64,10 @@ def blocks(file: BinaryIO, beginning: bytes, following: bytes) -> Iterator[bytes
         following = file.read(READ_BYTES)
 
 
-def checked(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterator[bytes]:
-    """UTF-8 in blocks of whole characters. One that is cut off by the end of the file is left out and said.
+def check_utf8(parts: Iterator[bytes], on_loss: Callable[[str], object]) -> Iterator[bytes]:
+    """Check UTF-8, in blocks of whole characters. One that the end of the file cuts off is left out.
 
-    Errors: UserError at bytes that are no UTF-8.
+    Raises: UserError at bytes that are not UTF-8.
     """
     held, position = b"", 0
     for part in parts:
@@ -72,15 +78,15 @@ def checked(parts: Iterator[bytes], lose: Callable[[str], object]) -> Iterator[b
             try:
                 whole.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(not_decoded("UTF-8", error, position + error.start)) from error
+                raise UserError(decode_error_message("UTF-8", error, position + error.start)) from error
         position += len(whole)
         yield whole
     if held:
-        lose(f"ends inside a character: {counted(len(held), 'byte')} left out")
+        on_loss(f"ends inside a character: {counted(len(held), 'byte')} left out")
 
 
-def converted(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """Another encoding as UTF-8. Errors: UserError at bytes that do not belong to it."""
+def convert_to_utf8(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """Convert another encoding to UTF-8. Raises: UserError at bytes that it does not have."""
     decoder, position = codecs.getincrementaldecoder(encoding)("strict"), 0
     try:
         for part in parts:
@@ -88,23 +94,23 @@ def converted(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:
             position += len(part)
         yield decoder.decode(b"", final=True).encode()
     except UnicodeDecodeError as error:
-        raise UserError(not_decoded(encoding, error, position + error.start)) from error
+        raise UserError(decode_error_message(encoding, error, position + error.start)) from error
 
 
-def not_decoded(encoding: str, error: UnicodeDecodeError, position: int) -> str:
-    """What is wrong at a byte of a file."""
+def decode_error_message(encoding: str, error: UnicodeDecodeError, position: int) -> str:
+    """The error message for a byte that cannot be decoded."""
     return f"{NOT_TEXT} (read as {encoding}, but: {error.reason} at about byte {position:,})"
 
 
-def without_nul(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """The blocks, unless one has the character that no text has. Errors: UserError at that."""
+def reject_nul(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Pass the blocks on. Raises: UserError at a NUL, which no text has."""
     for part in parts:
         require(b"\0" not in part, NOT_TEXT)
         yield part
 
 
 def whole_characters(raw: bytes) -> bytes:
-    """`raw` without a character of UTF-8 that is cut off at its very end."""
+    """`raw` without a UTF-8 character that is cut off at its end."""
     for back in range(1, min(4, len(raw) + 1)):
         byte = raw[-back]
         if byte >= 0xC0:  # the first byte of a character: are the others there?
@@ -115,33 +121,33 @@ def whole_characters(raw: bytes) -> bytes:
     return raw
 
 
-def encoding_of(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[str, tuple[str, ...]]:
-    """The encoding of a file by its beginning, and notes on it: by its mark, else UTF-8, else detected.
+def find_encoding(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[str, tuple[str, ...]]:
+    """The encoding of a file, from its first bytes, and notes on it: by its mark, else UTF-8, else detected.
 
-    whole: `raw` is all there is of the file. in_records: a few bytes that are no UTF-8 break the records
-    they are in, not the file.
-    Errors: UserError if it is binary or cannot be decoded.
+    whole: `raw` is the whole file. in_records: a few bytes that are not UTF-8 break their records, not the
+    file.
+    Raises: UserError if it is binary or cannot be decoded.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
-        if raw.startswith(mark):  # whose codec takes the mark away
+        if raw.startswith(mark):  # the codec drops the mark
             return encoding, (f"read as {encoding.upper()}, by its byte order mark",)
     valid, cut_off = valid_utf8(raw)
     if valid == len(raw) or (cut_off and not whole) or (in_records and is_mostly_utf8(raw)):
         return "utf-8", ()
     if cut_off and is_mostly_utf8(raw[:valid]):
-        return "utf-8", ()  # the reader says that something is left out
+        return "utf-8", ()  # the reader reports the character that is left out
     require(
         not is_mostly_utf8(raw),
         f"is UTF-8 but for the byte 0x{raw[valid]:02X} at {valid:,}: remove or repair it",
     )
-    encoding = detect(raw, whole=whole)
+    encoding = guess_encoding(raw, whole=whole)
     if encoding is None:
         raise UserError(NOT_TEXT)
     return encoding, (f"not UTF-8: read as {encoding}, as detected",)
 
 
 def valid_utf8(raw: bytes) -> tuple[int, int]:
-    """How many bytes of `raw` are UTF-8, from its start; and how many follow, of a character cut off."""
+    """How many bytes of `raw` are UTF-8, from its start, and how many of a cut-off character follow."""
     if raw.isascii():
         return len(raw), 0
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -156,15 +162,15 @@ def valid_utf8(raw: bytes) -> tuple[int, int]:
 
 
 def is_mostly_utf8(raw: bytes) -> bool:
-    """Whether bytes beyond ASCII form characters of UTF-8, nine times out of ten; chance never does that."""
+    """Whether nine out of ten bytes beyond ASCII are valid UTF-8, which never happens by chance."""
     text = raw[:DETECTION_BYTES].decode("utf-8", "replace")
     broken = text.count("\ufffd")
     whole = sum(char > "\x7f" for char in text) - broken
     return whole > 9 * broken
 
 
-def detect(raw: bytes, *, whole: bool) -> str | None:
-    """The likeliest encoding of `raw` by its beginning (charset-normalizer), None for binary data."""
+def guess_encoding(raw: bytes, *, whole: bool) -> str | None:
+    """The likeliest encoding of `raw`, from its first bytes (charset-normalizer); None for binary data."""
     from charset_normalizer import from_bytes
 
     beginning = raw[:DETECTION_BYTES]
@@ -178,7 +184,7 @@ def detect(raw: bytes, *, whole: bool) -> str | None:
     # Several may explain the bytes equally well: then the commonest of them.
     equals = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
     encodings = [best.encoding, *(name for match in equals for name in match.could_be_from_charset)]
-    return COMMONEST if COMMONEST in encodings else best.encoding
+    return PREFERRED_ENCODING if PREFERRED_ENCODING in encodings else best.encoding
 
 
 def utf8(text: str) -> bytes:

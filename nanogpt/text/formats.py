@@ -1,234 +1,32 @@
-"""A file of text or of records: the encoding, the lines, and the text in a record.
+"""The text formats: the function that reads a file, by the end of the file's name.
 
-Use:    for piece in read_text(source): ...
-        lines = Lines(decoded_text(source)); for piece in document(source, "a.jsonl:17", {"text": "..."}): ...
-What is broken is reported with its file and line and left out. Knows no format of records.
+Example:
+    chunks = FORMATS[".jsonl"](source)
+
+To add a format, write a function that takes a `Source` and yields `Chunk`s in a file of its own, and give it
+a row here. A file whose name ends in anything else is read as plain text. Archives and compressed files,
+which hold files of these formats, are in archives.py.
+
 """
 
-import codecs
-import io
-import re
-import shutil
-import tempfile
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import BinaryIO, cast
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from nanogpt.errors import UserError
-from nanogpt.text import encoding
-from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, cut, strings
-from nanogpt.text.encoding import utf8
+from nanogpt.text.documents import Chunk
+from nanogpt.text.json_formats import read_json, read_json_lines
+from nanogpt.text.records import Source, read_text
+from nanogpt.text.tables import read_parquet, read_table
 
-RECORD = 1 << 26
-"""Characters in a record of JSON Lines or CSV: a longer one is broken."""
+Reader = Callable[[Source], Iterator[Chunk]]
+"""A function that reads the documents in a file."""
 
-REPLACEMENT = "\ufffd".encode()
-
-MARK = "\ufeff"
-"""The byte order mark. Files that were joined have it at the start of a line, where it means nothing."""
-
-LATER_MARKS = re.compile(rb"(?<=[\r\n])(?:%b)+" % MARK.encode())
-
-ESCAPE = "nanogpt.escape"
-"""How bytes that are no text come in: as lone surrogates, which no text has (PEP 383, for every encoding)."""
-
-SPOOLED = 1 << 24
-"""Bytes of an archive inside an archive that are kept in memory; more go to a temporary file."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file, or a member of an archive.
-
-    name: what it is called. kind: a name whose end says what it is.
-    """
-
-    file: BinaryIO
-    name: str
-    kind: str
-    text_field: str
-    report: SkipReport
-    depth: int = 0
-
-    def note(self, what: str) -> None:
-        """Say how the file is read."""
-        self.report.note(self.name, what)
-
-
-def read_text(source: Source) -> Iterator[Chunk]:
-    """A text file is a document. Windows line ends (CRLF) are folded to LF."""
-    source.report.read_plain(source.name)
-    blocks, notes = encoding.decoded(source.file, lambda what: source.report.reject(source.name, what))
-    for note in notes:
-        source.note(note)
-    yield from cut(without_marks(unix_lines(blocks, source), source))
-
-
-def without_marks(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
-    """The text without the byte order marks at the start of a line, and a note on how many."""
-    mark, dropped, last = MARK.encode(), 0, b"\n"
-    for block in blocks:
-        if mark in block:
-            text = LATER_MARKS.sub(b"", last + block)[len(last) :]
-            dropped += (len(block) - len(text)) // len(mark)
-        else:
-            text = block
-        last = text[-1:] or last
-        yield text
-    note_marks(source, dropped)
-
-
-def note_marks(source: Source, dropped: int) -> None:
-    """Say how many byte order marks were in the middle of a file."""
-    if dropped:
-        source.note(
-            f"{counted(dropped, 'byte order mark')} at the start of a later line dropped (were files joined?)"
-        )
-
-
-def unix_lines(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
-    """The text with CRLF folded to LF, and a note on how often."""
-    held, folded = b"", 0
-    for block in blocks:
-        if held or b"\r" in block:
-            text = held + block
-            held = b"\r" if text.endswith(b"\r") else b""  # its LF may be about to come
-            text = text[: len(text) - len(held)]
-            folded += text.count(b"\r\n")
-            yield text.replace(b"\r\n", b"\n")
-        else:
-            yield block
-    yield held
-    if folded:
-        source.note(f"{counted(folded, 'Windows line end')} (CRLF) folded to LF")
-
-
-def document(source: Source, where: str, value: object) -> Iterator[Chunk]:
-    """The documents in a record: a string, or what text_field leads to."""
-    for text in strings(value, source.text_field.split(".")):
-        if isinstance(text, str):
-            raw = utf8(text)
-            source.report.repaired += len(raw) != len(text) and "\ufffd" not in text and REPLACEMENT in raw
-            yield from cut([raw])
-        else:
-            source.report.reject(where, no_text(source.text_field, text, value))
-
-
-def no_text(text_field: str, found: object, record: object) -> str:
-    """Why there is no text in a record: the field is missing, or holds something else."""
-    names = list(cast(dict[str, object], record)) if isinstance(record, dict) else []
-    if found is MISSING:
-        known = f" (it has {listed(names)}): give --text_field" if names else ""
-        return f"no text in the field {text_field!r}{known}"
-    if not isinstance(record, (dict, list)):
-        return f"{described(found)}, neither text nor a record with the field {text_field!r}"
-    if found is None:
-        return f"the field {text_field!r} is null"
-    return f"the field {text_field!r} holds {described(found)}, not text"
-
-
-def described(value: object) -> str:
-    """A value that is no text, in a few words."""
-    if isinstance(value, dict):
-        return f"an object (it has {listed(list(map(str, cast(dict[object, object], value)))) or 'nothing'})"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    kind = "a number" if isinstance(value, (int, float)) else f"a value of type {type(value).__name__}"
-    shown = (
-        str(value) if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e15) else "..."
-    )
-    return f"{kind} ({shown})" if isinstance(value, (int, float)) else kind
-
-
-def decoded_text(source: Source) -> io.TextIOWrapper:
-    """The file as text, in the encoding that it has."""
-    source.report.with_fields += 1
-    beginning = cast(io.BufferedReader, source.file).peek(1 << 16)[: 1 << 16]
-    name, notes = encoding.encoding_of(beginning, whole=False, in_records=True)
-    for note in notes:
-        source.note(note)
-    return io.TextIOWrapper(source.file, name, newline="", errors=ESCAPE)
-
-
-def escape(error: UnicodeError) -> tuple[str, int]:
-    """What stands for bytes that cannot be decoded, and where to go on."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error(ESCAPE, escape)
-
-
-class LongLine(str):
-    """The beginning of a line of more than RECORD characters, whose rest is dropped."""
-
-    __slots__ = ()
-
-
-class Lines:
-    """The lines of a text, which can be given back to be read again.
-
-    number: how many have been read. taken: the characters of the text in them. marks: byte order marks at
-    the start of a line, which are dropped.
-    """
-
-    def __init__(self, text: io.TextIOWrapper) -> None:
-        self.text, self.number, self.taken, self.marks = text, 0, 0, 0
-        self.again: deque[str] = deque()
-
-    def read(self) -> str:
-        """The next line with its end, "" behind the last."""
-        line = self.again.popleft() if self.again else self.fresh()
-        self.number += bool(line)
-        return line
-
-    def fresh(self) -> str:
-        """The next line that has not been read before."""
-        line = self.text.readline(RECORD)
-        self.taken += len(line)
-        line = self.without_mark(line)
-        if len(line) < RECORD or line.endswith(("\n", "\r")):
-            return line
-        while (rest := self.text.readline(RECORD)) and not rest.endswith(("\n", "\r")):
-            pass
-        return LongLine(line)
-
-    def without_mark(self, line: str) -> str:
-        """A line without the byte order mark at its start, which is counted."""
-        self.marks += line.startswith(MARK)
-        return line.removeprefix(MARK)
-
-    def give_back(self, lines: Sequence[str]) -> None:
-        """Read the last lines once more, from the next call on."""
-        self.again.extendleft(reversed(lines))
-        self.number -= len(lines)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names, as many as there is room for, in one line."""
-    return " ".join(", ".join(names).split())[:200]
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def spooled(file: BinaryIO) -> Generator[BinaryIO]:
-    """The file, or a copy of it if it cannot be read from anywhere but its start."""
-    if file.seekable():
-        yield file
-        return
-    with tempfile.SpooledTemporaryFile(SPOOLED) as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
-        copy.seek(0)
-        yield cast(BinaryIO, copy)
-
-
-def missing(library: str) -> UserError:
-    """How to get a library that a format needs."""
-    return UserError(f"needs {library}: pip install -c constraints.txt -e '.[corpora]'")
+FORMATS: dict[str, Reader] = {
+    ".txt": read_text,
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": partial(read_table, ","),
+    ".tsv": partial(read_table, "\t"),
+    ".parquet": read_parquet,
+}
+"""Readers by suffix, in lower case."""

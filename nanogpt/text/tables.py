@@ -1,8 +1,10 @@
 """CSV, TSV and Parquet: the column of a table that is its text.
 
-Use:    for piece in read_table(",", source): ...
-The delimiter of a CSV file and the column are found in its line of names. A quote that is never closed
-costs the row it is in and no other. Knows neither files nor archives.
+Example:
+    for chunk in read_table(",", source): ...
+The header line tells the delimiter of a CSV file and the column. A quote that is never closed costs its own
+row and no other. Knows neither files nor archives.
+
 """
 
 import csv
@@ -11,279 +13,283 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nanogpt.errors import UserError
-from nanogpt.text import formats
+from nanogpt.text import records
 from nanogpt.text.documents import Chunk, counted
-from nanogpt.text.formats import (
+from nanogpt.text.records import (
     Lines,
     LongLine,
     Source,
-    decoded_text,
-    document,
-    listed,
-    missing,
-    note_marks,
-    reason,
-    spooled,
+    first_line,
+    join_names,
+    missing_library,
+    note_byte_order_marks,
+    open_text,
+    read_record,
+    seekable_copy,
 )
 
-ROWS = 256
+PARQUET_BATCH_ROWS = 256
 """Rows of a Parquet file in memory at a time."""
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
-REREAD = 4
-"""Characters read again because of unclosed quotes, at most, for each one of the file: time stays linear."""
+MAX_REREAD_RATIO = 4
+"""Characters that unclosed quotes may have read again, for each one of the file: time stays linear."""
 
 SEPARATOR_LINE = re.compile(r"sep=([^\"\r\n])[\r\n]*", re.IGNORECASE)
-"""With which spreadsheets say the delimiter, above the names."""
+"""The line above the header in which spreadsheets name the delimiter."""
 
-TRIED = 32
-"""Lines at the start and end of a broken row that are tried as the first of another row."""
+MAX_TRIED_LINES = 32
+"""Lines at the start and end of a broken row that are tried as the first line of another row."""
 
-END = "end\n"
-"""A line that shows whether those before it are complete."""
+SENTINEL_LINE = "end\n"
+"""A line that is appended to others to see whether they are complete."""
 
-LINE_OF_NAMES = 1 << 20
-"""Characters in the names of the columns that may be cut into several lines."""
+MAX_HEADER_CHARS = 1 << 20
+"""Longest header that may span several lines."""
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
-    """CSV or TSV with a line of names: text_field says which column is the text."""
-    csv.field_size_limit(formats.RECORD)
-    rows = Rows(Lines(decoded_text(source)), source)
-    column = rows.begin(delimiter)
+    """The documents in a CSV or TSV file with a header: text_field names the column."""
+    csv.field_size_limit(records.MAX_RECORD_CHARS)
+    rows = TableRows(Lines(open_text(source)), source)
+    column = rows.read_header(delimiter)
     for number, row in rows:
         if len(row) == rows.width:
-            yield from document(source, f"{source.name}:{number}", row[column])
+            yield from read_record(source, f"{source.name}:{number}", row[column])
         elif row:
             what = f"{counted(len(row), 'field')} instead of {rows.width}"
             source.report.reject(f"{source.name}:{number}", what)
-    note_marks(source, rows.lines.marks)
+    note_byte_order_marks(source, rows.lines.byte_order_marks)
 
 
-class Layout(NamedTuple):
-    """How a line of names is cut. spaced: spaces around the names, and behind delimiters, mean nothing."""
+class HeaderLayout(NamedTuple):
+    """How a header is split. spaced: spaces around names and after delimiters are ignored."""
 
     delimiter: str
     spaced: bool
     names: list[str]
 
 
-class Feed:
-    """The lines of one row, for csv.reader.
+class RowFeed:
+    """The lines of one row, as an iterator for csv.reader.
 
-    held: those that it took so far. size: characters in them. limit: how many there may be before the last.
+    row_lines: the lines taken so far. size: characters in them. limit: most characters before the last line.
     ended: whether the file ended inside the row.
     """
 
     def __init__(self, lines: Lines) -> None:
         self.lines = lines
-        self.start(0)
+        self.start_row(0)
 
-    def start(self, limit: int) -> None:
+    def start_row(self, limit: int) -> None:
         """Begin a row."""
-        self.held: list[str] = []
+        self.row_lines: list[str] = []
         self.size, self.limit, self.ended = 0, limit, False
 
-    def __iter__(self) -> "Feed":
-        """Itself: it may go on behind its end, once lines are given back."""
+    def __iter__(self) -> "RowFeed":
+        """Itself. It may continue after its end, once lines are given back."""
         return self
 
     def __next__(self) -> str:
-        """The next line. Errors: csv.Error if the row or the line is too long."""
-        if self.held and self.size > self.limit:
+        """The next line. Raises: csv.Error if the row or the line is too long."""
+        if self.row_lines and self.size > self.limit:
             raise csv.Error(f"longer than {self.limit:,} characters")
         line = self.lines.read()
         if not line:
             self.ended = True
             raise StopIteration
-        self.held.append(line)
+        self.row_lines.append(line)
         self.size += len(line)
         if isinstance(line, LongLine):
-            raise csv.Error(f"longer than {formats.RECORD:,} characters")
+            raise csv.Error(f"longer than {records.MAX_RECORD_CHARS:,} characters")
         return line
 
-    def again(self) -> None:
-        """Have the lines read once more."""
-        self.lines.give_back(self.held)
+    def give_back(self) -> None:
+        """Give the lines of the row back, to be read again."""
+        self.lines.give_back(self.row_lines)
 
 
-class Rows:
+class TableRows:
     """The rows of a table, each with the number of its first line.
 
-    width: how many columns there are. spent: characters that unclosed quotes have cost.
+    width: number of columns. reread_chars: characters that unclosed quotes have had read again.
     """
 
     def __init__(self, lines: Lines, source: Source) -> None:
-        self.lines, self.source, self.feed = lines, source, Feed(lines)
-        self.delimiter, self.spaced, self.width, self.spent = ",", False, 0, 0
+        self.lines, self.source, self.feed = lines, source, RowFeed(lines)
+        self.delimiter, self.spaced, self.width, self.reread_chars = ",", False, 0, 0
 
-    def begin(self, delimiter: str) -> int:
-        """Read the line of names: which column is the text. Errors: UserError if none is."""
+    def read_header(self, delimiter: str) -> int:
+        """Read the header. Returns the index of the text column. Raises: UserError if there is none."""
         while (line := self.lines.read()) and not line.strip():
             pass
         match = SEPARATOR_LINE.fullmatch(line)
         if line and not match:
             self.lines.give_back([line])
-        layout = self.layout(match[1] if match else delimiter)
+        layout = self.find_layout(match[1] if match else delimiter)
         column = find_column(self.source, layout.names)
         self.delimiter, self.spaced, self.width = layout.delimiter, layout.spaced, len(layout.names)
         if layout.delimiter != delimiter:
-            said = DELIMITERS.get(layout.delimiter, repr(layout.delimiter))
-            self.source.note(f"columns separated by {said}, by the line of names")
+            words = DELIMITERS.get(layout.delimiter, repr(layout.delimiter))
+            self.source.note(f"columns separated by {words}, as the line of names shows")
         return column
 
-    def layout(self, delimiter: str) -> Layout:
-        """How the line of names is cut so that the text field is there; else so that there are most names."""
-        field, layouts = self.source.text_field, list[Layout]()
+    def find_layout(self, delimiter: str) -> HeaderLayout:
+        """The layout in which the header has the text field; if none does, the one with the most names."""
+        field, layouts = self.source.text_field, list[HeaderLayout]()
         for candidate in (delimiter, *(other for other in DELIMITERS if other != delimiter)):
             for spaced in (False, True):
-                names = self.names(candidate, spaced)
-                layouts.append(Layout(candidate, spaced, names))
-                self.feed.again()
+                names = self.split_header(candidate, spaced)
+                layouts.append(HeaderLayout(candidate, spaced, names))
+                self.feed.give_back()
         found = [layout for layout in layouts if field in layout.names]
         found += [layout for layout in layouts if field.split(".")[0] in layout.names]
         best = found[0] if found else max(layouts[1::2], key=lambda layout: len(layout.names))
-        self.names(best.delimiter, best.spaced)
+        self.split_header(best.delimiter, best.spaced)
         return best
 
-    def names(self, delimiter: str, spaced: bool) -> list[str]:
-        """The line of names, cut in a certain way. Errors: csv.Error if it is too long."""
-        self.feed.start(LINE_OF_NAMES)
+    def split_header(self, delimiter: str, spaced: bool) -> list[str]:
+        """The names in the header for one layout. Raises: csv.Error if it is too long."""
+        self.feed.start_row(MAX_HEADER_CHARS)
         names = next(csv.reader(self.feed, delimiter=delimiter, skipinitialspace=spaced), list[str]())
         return [name.strip() for name in names] if spaced else names
 
-    def reader(self, lines: Iterable[str], *, strict: bool = False) -> Iterator[list[str]]:
-        """The rows in lines. strict: csv.Error at a quote that is not closed, or not where a field ends."""
+    def csv_reader(self, lines: Iterable[str], *, strict: bool = False) -> Iterator[list[str]]:
+        """A csv.reader of lines. strict: csv.Error at a quote that is open or inside a field."""
         return csv.reader(lines, delimiter=self.delimiter, skipinitialspace=self.spaced, strict=strict)
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        """Every row. What is broken is reported."""
-        strict = self.reader(self.feed, strict=True)
+        """Every row with the number of its first line. Broken rows are reported."""
+        strict = self.csv_reader(self.feed, strict=True)
         while True:
             number = self.lines.number + 1
-            self.start()
+            self.start_row()
             try:
                 row = next(strict)
             except StopIteration:
                 return
             except csv.Error:
-                self.feed.again()
-                found = self.tolerant(number)
+                self.feed.give_back()
+                found = self.read_tolerantly(number)
             else:
-                following = self.swallowed(row, closed=True)
-                found = self.unclosed(number, 0, following) if following else row
+                following = self.find_swallowed_row(row, closed=True)
+                found = self.report_open_quote(number, 0, following) if following else row
             if found is not None:
                 yield number, found
 
-    def start(self) -> None:
-        """Begin a row, which may be as long as what has been read allows."""
-        limit = formats.RECORD + REREAD * self.lines.taken - self.spent
-        self.feed.start(max(0, min(formats.RECORD, limit)))
+    def start_row(self) -> None:
+        """Begin a row. Its longest length depends on how much has been read, so that time stays linear."""
+        limit = records.MAX_RECORD_CHARS + MAX_REREAD_RATIO * self.lines.chars_read - self.reread_chars
+        self.feed.start_row(max(0, min(records.MAX_RECORD_CHARS, limit)))
 
-    def tolerant(self, number: int) -> list[str] | None:
-        """The row with quotes anywhere; None if that is no row, which is reported then."""
-        self.start()
+    def read_tolerantly(self, number: int) -> list[str] | None:
+        """Read a row that may have quotes anywhere. If it is no row, report it and return None."""
+        self.start_row()
         feed = self.feed
         try:
-            row = next(self.reader(feed))
+            row = next(self.csv_reader(feed))
         except csv.Error as error:
-            if len(feed.held) == 1:
-                self.source.report.reject(f"{self.source.name}:{number}", reason(error))
+            if len(feed.row_lines) == 1:
+                self.source.report.reject(f"{self.source.name}:{number}", first_line(error))
                 return None
-            opened = self.opened(feed.held[:-1])
-            return self.unclosed(number, opened, opened + 1)
+            opened = self.find_open_quote(feed.row_lines[:-1])
+            return self.report_open_quote(number, opened, opened + 1)
         if feed.ended:
-            opened = self.opened(feed.held)
-            return self.unclosed(number, opened, opened + 1)
-        following = self.swallowed(row, closed=False)
-        return self.unclosed(number, 0, following) if following else row
+            opened = self.find_open_quote(feed.row_lines)
+            return self.report_open_quote(number, opened, opened + 1)
+        following = self.find_swallowed_row(row, closed=False)
+        return self.report_open_quote(number, 0, following) if following else row
 
-    def opened(self, lines: list[str]) -> int:
-        """In which of the lines of an unfinished row its last quote opens."""
-        *_, row = self.reader(lines)
+    def find_open_quote(self, lines: list[str]) -> int:
+        """The index of the line of an unfinished row in which its last quote opens."""
+        *_, row = self.csv_reader(lines)
         ends = lines[-1].endswith(("\n", "\r"))
         return len(lines) - len(LINE_END.findall(row[-1])) - (not ends)
 
-    def swallowed(self, row: list[str], *, closed: bool) -> int:
-        """From which of its lines on a row is other rows, into which a quote in it ran; 0 if it is one row.
+    def find_swallowed_row(self, row: list[str], *, closed: bool) -> int:
+        """The index of the line where other rows begin, which an open quote swallowed; 0 if it is one row.
 
-        closed: every quote in it ends where its field does. Then only a wrong number of fields is suspicious.
+        closed: every quote ends where its field does. Then only a wrong number of fields is suspicious.
         """
-        held, fits = self.feed.held, len(row) == self.width
+        held, fits = self.feed.row_lines, len(row) == self.width
         if len(held) == 1 or (fits and (closed or self.width == 1)):
             return 0
-        firsts = [first for first in range(1, len(held)) if first <= TRIED or first >= len(held) - TRIED]
+        firsts = [
+            first
+            for first in range(1, len(held))
+            if first <= MAX_TRIED_LINES or first >= len(held) - MAX_TRIED_LINES
+        ]
         return next((first for first in firsts if self.are_rows(held[first:])), 0)
 
     def are_rows(self, lines: list[str]) -> bool:
-        """Whether lines are rows of the table by themselves, of which the last may go on.
+        """Whether lines are rows of the table by themselves; the last one may be unfinished.
 
-        The end of a text over several lines is none: it has the quote that closes it, but not the other.
+        The end of a text over several lines is not a row: it has a closing quote without the opening one.
         """
         try:
-            *rows, last = self.reader([*lines, END])
+            *rows, last = self.csv_reader([*lines, SENTINEL_LINE])
         except csv.Error:
             return False
-        if last == [END.strip()]:
+        if last == [SENTINEL_LINE.strip()]:
             whole = sum(line.count('"') for line in lines) % 2 == 0
         else:
             whole = len(last) <= self.width
         return whole and all(len(row) == self.width for row in rows)
 
-    def unclosed(self, number: int, opened: int, first: int) -> None:
-        """Report the row with a quote that is never closed; have the lines behind it read as rows, if any is.
+    def report_open_quote(self, number: int, opened: int, first: int) -> None:
+        """Report a row with a quote that is never closed, and give back the lines after it if some are rows.
 
-        number: of its first line. opened: in which of its lines the quote is. first: the first behind it.
+        number: of its first line. opened: index of the line with the quote. first: index of the next line.
         """
-        held, where = self.feed.held, f"{self.source.name}:{number + opened}"
+        held, where = self.feed.row_lines, f"{self.source.name}:{number + opened}"
         following, what = held[first:], "a quote that opens here is not closed"
-        self.spent += self.feed.size
+        self.reread_chars += self.feed.size
         if self.has_row(following):
             self.lines.give_back(following)
-            what += ": its row is left out, the lines behind it are read as rows of their own"
+            what += ": its row is left out, the lines after it are read as rows of their own"
         elif following:
             what += f": {counted(len(held), 'line')} left out, up to line {number + len(held) - 1}"
         self.source.report.reject(where, what)
 
     def has_row(self, lines: list[str]) -> bool:
-        """Whether there is a row with the right number of fields in lines."""
+        """Whether some row in lines has the right number of fields."""
         try:
-            return any(len(row) == self.width for row in self.reader(lines))
+            return any(len(row) == self.width for row in self.csv_reader(lines))
         except csv.Error:
-            return True  # it is told when its turn comes
+            return True  # reported when it is read
 
 
 def read_parquet(source: Source) -> Iterator[Chunk]:
-    """A column of a Parquet file."""
+    """The documents in a column of a Parquet file."""
     try:
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as error:
-        raise missing("pyarrow") from error
-    source.report.with_fields += 1
+        raise missing_library("pyarrow") from error
+    source.report.files_with_fields += 1
     number = 0
-    with spooled(source.file) as file:
+    with seekable_copy(source.file) as file:
         table: Any = ParquetFile(file)
         names = list(map(str, table.schema_arrow.names))
         name = names[find_column(source, names)]
-        for batch in table.iter_batches(batch_size=ROWS, columns=[name]):
+        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[name]):
             for value in batch.column(batch.schema.names.index(name)):
                 number += 1
                 where = f"{source.name}, row {number}"
                 try:
                     record = {name: value.as_py()}
                 except UnicodeDecodeError as error:
-                    source.report.reject(where, f"bytes that are no text ({reason(error)})")
+                    source.report.reject(where, f"bytes that are not text ({first_line(error)})")
                     continue
-                yield from document(source, where, record)
+                yield from read_record(source, where, record)
 
 
 def find_column(source: Source, names: Sequence[str]) -> int:
-    """Where text_field is among the columns: its name, or that of a column it leads into.
+    """The index of the column that text_field names or leads into.
 
-    Errors: UserError if it is not.
+    Raises: UserError if there is none.
     """
     path = source.text_field.split(".")
     for size in range(len(path), 0, -1):
@@ -292,5 +298,5 @@ def find_column(source: Source, names: Sequence[str]) -> int:
             if names.count(name) > 1:
                 source.note(f"several columns {name!r}: the first is read")
             return list(names).index(name)
-    known = listed(names) or "none"
+    known = join_names(names) or "none"
     raise UserError(f"has no column {source.text_field!r}: give --text_field, one of {known}")

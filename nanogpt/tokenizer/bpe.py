@@ -1,12 +1,15 @@
 """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a token is a piece of a word.
 
-Use:    tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
-Learning and encoding run in gigatoken; a tokenizer.json that asks for anything else runs in Hugging
-Face's tokenizers, which defined the format.
+Example:
+    tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
+gigatoken learns and encodes. A tokenizer.json that needs anything else runs in Hugging Face's tokenizers, the
+library that defined the format. How BPE works is in reference_bpe.py.
 
 # V vocab_size, N tokens
+
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -16,15 +19,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.config import LEAST_BPE
-from nanogpt.errors import require
-from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer
+from nanogpt.console import say
+from nanogpt.errors import UserError, require
+from nanogpt.text.tiny_shakespeare import download
+from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer, TrainingText
 
-END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
-"""What the token that ends a text is called in other people's vocabularies."""
+UNMERGED_IDS = 257
+"""Ids of a byte-level BPE without merges: every byte, and the end of a text."""
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "[SEP]")
+"""Names of the token that ends a text in published vocabularies."""
 
 PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
-"""Bytes that a byte-level vocabulary spells as the character of the same number."""
+"""Bytes that a byte-level vocabulary writes as the character of the same number."""
 
 GPT2_ORDER = (*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE))
 """Bytes in the order of GPT-2's ids."""
@@ -32,8 +42,7 @@ GPT2_ORDER = (*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE
 CHAR_OF = {
     byte: chr(byte if byte in PRINTABLE else 256 + i - len(PRINTABLE)) for i, byte in enumerate(GPT2_ORDER)
 }
-"""How a byte is spelled in a byte-level vocabulary (Radford et al. 2019): always as something visible."""
-
+"""The visible character for each byte in a byte-level vocabulary (Radford et al. 2019)."""
 
 BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 
@@ -41,9 +50,11 @@ BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding as a tokenizer.json describes it, in gigatoken.
 
-    source: the whole text of the tokenizer.json. Only what a byte-level BPE without a normalizer
-    says is done here (`is_byte_level`).
+    source: the whole text of the tokenizer.json, a byte-level BPE without a normalizer (`is_byte_level`).
     """
+
+    kind = "bpe"
+    min_vocab_size = UNMERGED_IDS + 1
 
     def __init__(self, source: str) -> None:
         import awkward  # noqa: F401 - gigatoken hides that it cannot be had, and why  # pyright: ignore
@@ -58,28 +69,42 @@ class BPETokenizer(Tokenizer):
             self.tokens[i] = bytes(BYTE_OF[char] for char in token)
         for token, i in added.items():
             self.tokens[i] = token.encode()
-        self.end_of_text = end_of_text(self.tokens, added)
-        described["added_tokens"] = []  # so that text which spells one is text
+        self.end_of_text = find_end_of_text(self.tokens, added)
+        described["added_tokens"] = []  # so that the same characters in a text are text
         self.backend = gigatoken.Tokenizer.from_json(json.dumps(described))
+
+    @classmethod
+    def from_text(cls, text: TrainingText, vocab_size: int) -> "BPETokenizer":
+        """Learn the merges from a sample of a text. Raises: UserError if it is too small for `vocab_size`."""
+        sample = text.sample()
+        say(f"Learning a vocabulary of {vocab_size:,} from {len(sample) / 1e6:,.1f} MB of text")
+        return train_bpe(sample, vocab_size)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "BPETokenizer":
+        """Inverse of to_dict."""
+        return cls(saved["tokenizer.json"])
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
         encoded: Any = self.backend.encode_batch(list(texts), parallel=False)
-        if isinstance(encoded, list):  # what it falls back to where memory is short
-            raise MemoryError("no room for the result of an encoding")
+        if isinstance(encoded, list):  # its fallback where memory is short
+            raise MemoryError("no memory for the result of an encoding")
         ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data
         return ids.astype(self.dtype, copy=False), np.diff(offsets)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
-        return {"kind": "bpe", "tokenizer.json": self.source}
+        """The whole tokenizer as plain types."""
+        return {"kind": self.kind, "tokenizer.json": self.source}
 
 
 class ForeignTokenizer(Tokenizer):
     """Any other tokenizer.json, in the library that defined the format: slower, and right by definition.
 
-    It may change text on the way (as normalizers do): decode need not be the inverse of encode.
+    It may change the text, as normalizers do: then decode is not the inverse of encode.
     """
+
+    kind = "tokenizer.json"
 
     def __init__(self, source: str) -> None:
         from tokenizers import Tokenizer as Backend
@@ -92,7 +117,12 @@ class ForeignTokenizer(Tokenizer):
             self.backend.decode([i], skip_special_tokens=False).encode("utf-8", "replace")
             for i in range(max(vocabulary.values()) + 1)
         ]
-        self.end_of_text = end_of_text(self.tokens, added_tokens(json.loads(source)))
+        self.end_of_text = find_end_of_text(self.tokens, added_tokens(json.loads(source)))
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "ForeignTokenizer":
+        """Inverse of to_dict."""
+        return cls(saved["tokenizer.json"])
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
@@ -108,7 +138,7 @@ class ForeignTokenizer(Tokenizer):
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come."""
+        """The text of each id as it comes."""
         from tokenizers.decoders import DecodeStream
 
         decoder = DecodeStream(skip_special_tokens=False)
@@ -120,12 +150,12 @@ class ForeignTokenizer(Tokenizer):
                 yield decoder.step(self.backend, int(i)) or ""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of the tokenizer, as plain types."""
-        return {"kind": "tokenizer.json", "tokenizer.json": self.source}
+        """The whole tokenizer as plain types."""
+        return {"kind": self.kind, "tokenizer.json": self.source}
 
 
 def is_byte_level(described: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is a byte-level BPE that changes nothing in the text."""
+    """Whether a tokenizer.json is a byte-level BPE that does not change the text."""
     model: dict[str, Any] = described["model"]
     decoder: dict[str, Any] = described.get("decoder") or {}
     added: list[dict[str, Any]] = described.get("added_tokens") or []
@@ -141,14 +171,14 @@ def is_byte_level(described: Mapping[str, Any]) -> bool:
 
 
 def added_tokens(described: Mapping[str, Any]) -> dict[str, int]:
-    """The tokens that a tokenizer.json puts beside its model's vocabulary: token -> id."""
+    """The tokens that a tokenizer.json adds to its model's vocabulary: token -> id."""
     tokens: list[dict[str, Any]] = described.get("added_tokens") or []
     return {token["content"]: token["id"] for token in tokens}
 
 
-def end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:
+def find_end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:
     """The id that ends a document: the vocabulary's own, or a new one, appended to `tokens`."""
-    for name in END_NAMES:
+    for name in END_OF_TEXT_NAMES:
         if name in added:
             return added[name]
     tokens.append(END_OF_TEXT.encode())
@@ -156,20 +186,21 @@ def end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:
 
 
 def train_bpe(text: bytes, vocab_size: int) -> BPETokenizer:
-    """Learn a byte-level BPE of `vocab_size` ids from UTF-8 text, with GPT-2's rule for what a word is.
+    """Learn a byte-level BPE of `vocab_size` ids from UTF-8 text, with GPT-2's rule for words.
 
     Ids: 256 bytes, the merges in the order they were learned, end-of-text last. The byte 0xFF separates
-    documents in `text`. Merges equal those of Hugging Face's trainer, ties included.
-    Errors: UserError if the text is too small for so many merges.
+    documents in `text`. The merges equal those of Hugging Face's trainer, ties included, until a text has no
+    more pairs to merge: then gigatoken appends pairs that no longer occur, which encoding never uses.
+    Raises: UserError if the text is too small for so many merges.
     """
     from gigatoken.gigatoken_rs import train_bpe as learn
 
-    with muted():  # it reports on its own
+    with silence_output():  # it prints a report
         _, merges = learn(text, vocab_size, [END_OF_TEXT], separator=b"\xff")
     require(
-        len(merges) == vocab_size - LEAST_BPE,
+        len(merges) == vocab_size - UNMERGED_IDS,
         f"--vocab_size {vocab_size} is too large for this text, which has only {len(merges)} pairs to merge: "
-        f"use at most {len(merges) + LEAST_BPE}, or --tokenizer byte",
+        f"use at most {len(merges) + UNMERGED_IDS}, or --tokenizer byte",
     )
     return BPETokenizer(byte_level_json(merges))
 
@@ -212,11 +243,29 @@ def byte_level_json(merges: Iterable[tuple[bytes, bytes]], alphabet: Iterable[in
     )
 
 
-def gpt2(vocab_bpe: str) -> BPETokenizer:
-    """GPT-2's tokenizer, from the file of merges that was published with it (vocab.bpe)."""
+def gpt2_tokenizer(vocab_bpe: str) -> BPETokenizer:
+    """GPT-2's tokenizer, from its published file of merges (vocab.bpe)."""
     pairs = (line.split(" ") for line in vocab_bpe.splitlines()[1:] if line)
     merges = ((unspell(left), unspell(right)) for left, right in pairs)
     return BPETokenizer(byte_level_json(merges, alphabet=GPT2_ORDER))
+
+
+def download_gpt2() -> BPETokenizer:
+    """Download GPT-2's tokenizer. Raises: UserError if it cannot be reached."""
+    return gpt2_tokenizer(published_merges())
+
+
+def published_merges() -> str:
+    """Download GPT-2's published file of merges. Raises: UserError if it cannot be reached."""
+    try:
+        raw = download(GPT2_URL)
+    except OSError as error:
+        raise UserError(
+            "--tokenizer gpt2 cannot be fetched: connect to the internet, or give --tokenizer the path "
+            f"of GPT-2's tokenizer.json ({type(error).__name__})"
+        ) from error
+    require(hashlib.sha256(raw).hexdigest() == GPT2_SHA256, "--tokenizer gpt2 arrived damaged: try again")
+    return raw.decode("utf-8")
 
 
 def spell(token: bytes) -> str:
@@ -230,8 +279,8 @@ def unspell(token: str) -> bytes:
 
 
 @contextmanager
-def muted() -> Generator[None]:
-    """Silence what compiled code writes to standard output and error by itself."""
+def silence_output() -> Generator[None]:
+    """Silence compiled code that writes to standard output and error."""
     with open(os.devnull, "w") as nowhere:
         saved = {stream: os.dup(stream) for stream in (1, 2)}
         try:

@@ -1,53 +1,88 @@
-"""Which tokenizer: the one that was saved, or the one in a tokenizer.json.
+"""The tokenizers: a class for each kind; how to make one, load a saved one, and open a tokenizer.json.
 
-Use:    tokenizer = from_dict(saved); tokenizer = from_file(Path("tokenizer.json"))
+Example:
+    tokenizer = existing_tokenizer("gpt2") or TOKENIZERS["char"].from_text(text, vocab_size=0)
+    tokenizer = from_dict(tokenizer.to_dict())
+
+To add a tokenizer, write a subclass of `Tokenizer` in a file of its own and give it a row here.
+
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nanogpt.errors import UserError, require
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, is_byte_level
+from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, download_gpt2, is_byte_level
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "char": CharTokenizer,
+    "byte": ByteTokenizer,
+    "bpe": BPETokenizer,
+    "tokenizer.json": ForeignTokenizer,
+}
+"""Classes by kind. --tokenizer takes each kind but the last, which is given by its path."""
+
+PUBLISHED: dict[str, Callable[[], Tokenizer]] = {"gpt2": download_gpt2}
+"""Tokenizers that are downloaded, by the name that --tokenizer takes."""
 
 PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 \u00a0 x==y;{}\n\u200bЁё 'll ''s   \x00 end  "
 """Text with one of everything, on which two implementations of a tokenizer must agree."""
 
 
+def check_name(name: str, vocab_size: int) -> None:
+    """Check the values of --tokenizer and --vocab_size.
+
+    Raises: UserError if the tokenizer is unknown, or cannot have so few tokens.
+    """
+    names = [*(kind for kind in TOKENIZERS if kind != ForeignTokenizer.kind), *PUBLISHED]
+    require(
+        name in names or name.endswith(".json"),
+        f"--tokenizer {name} is unknown: use {', '.join(names)} or the path of a .json",
+    )
+    least = min_vocab_size(name)
+    require(
+        least is None or vocab_size >= least,
+        f"--vocab_size {vocab_size} is too small: {name} begins with {(least or 0) - 1} tokens",
+    )
+
+
+def min_vocab_size(name: str) -> int | None:
+    """The least --vocab_size for a tokenizer; None if it does not depend on --vocab_size."""
+    return TOKENIZERS[name].min_vocab_size if name in TOKENIZERS else None
+
+
+def existing_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer that --tokenizer names if it exists already; None if it is made from the text.
+
+    Raises: UserError if it cannot be downloaded or opened.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]()
+    return from_file(Path(name)) if name.endswith(".json") else None
+
+
 def from_dict(saved: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that to_dict described. Errors: UserError if it is of no known kind, or malformed."""
+    """The tokenizer that to_dict described. Raises: UserError if its kind is unknown, or it is malformed."""
     kind = saved.get("kind")
-    kind = kind if isinstance(kind, str) else None
-    if kind not in ("char", "byte", "bpe", "tokenizer.json"):
+    if not isinstance(kind, str) or kind not in TOKENIZERS:
+        kind = kind if isinstance(kind, str) else None
         raise UserError(f"unknown tokenizer {kind!r:.40}: update NanoGPT")
     try:
-        return built(saved)
+        return TOKENIZERS[kind].from_dict(saved)
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # compiled code panics in a class of its own
         raise UserError(f"malformed tokenizer of kind {kind}") from error
 
 
-def built(saved: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a known kind. Errors: anything if it is malformed."""
-    match saved["kind"]:
-        case "char":
-            return CharTokenizer(saved["chars"], end_of_text=saved.get("end_of_text", False))
-        case "byte":
-            return ByteTokenizer()
-        case "bpe":
-            return BPETokenizer(saved["tokenizer.json"])
-        case _:
-            return ForeignTokenizer(saved["tokenizer.json"])
-
-
 def from_file(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json. Errors: UserError if it is missing or is none."""
-    require(
+    """The tokenizer in a tokenizer.json. Raises: UserError if the file is missing or is no tokenizer.json."""
+    require(  # reading a pipe would wait without end
         not path.exists() or path.is_file(), f"--tokenizer {path} cannot be read: it is not a file"
-    )  # a pipe has no end
+    )
     try:
         source = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -61,7 +96,7 @@ def from_file(path: Path) -> Tokenizer:
         return foreign
     try:
         fast = BPETokenizer(source)
-    except Exception:  # a pre-tokenizer that gigatoken does not know
+    except Exception:  # gigatoken does not know the pre-tokenizer
         return foreign
     same = fast.encode(PROBE).tolist() == foreign.encode(PROBE).tolist()
     return fast if same else foreign

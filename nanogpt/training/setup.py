@@ -38,7 +38,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
     unseen = CHECKED if config.resume else 0  # fit has verified the data of a new run
-    dataset = load_dataset(Path(config.data_dir), most=unseen)
+    dataset = load_dataset(Path(config.data_dir), verify_bytes=unseen)
     if saved:
         check_resume(config, saved, dataset)
     parallelize.check_batch(config.batch_size, world)

@@ -1,0 +1,89 @@
+"""The settings of `data.py` and of `nanogpt data info`: frozen dataclasses, each default written once.
+
+Example:
+    config = PrepareConfig(input_file=("book.txt",), tokenizer="bpe", vocab_size=1000)
+cli/main.py turns each field into a flag of the same name; the text under a field is its help. Imports no
+PyTorch.
+
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanogpt.config import at_least
+from nanogpt.errors import require
+from nanogpt.settings import Settings
+from nanogpt.text.documents import DEFAULT_TEXT_FIELD
+
+SplitKind = Literal["tail", "documents"]
+
+
+@dataclass(frozen=True)
+class PrepareConfig(Settings):
+    """Turn texts into token files: train.pt, val.pt and vocab.pt in the data folder."""
+
+    input_file: tuple[str, ...] = ()
+    """Your texts: files, folders, globs, - for standard input. Without it: Tiny Shakespeare, downloaded."""
+    data_dir: str = "data"
+    """Folder for the prepared data."""
+    train_split: float = 0.9
+    """Fraction of the text to train on, from its start; the rest is for validation."""
+    split: SplitKind = "tail"
+    """How to choose the validation split: the tail of the text, or whole documents, by a hash of each."""
+    val_file: tuple[str, ...] = ()
+    """Texts for validation alone; then all of input_file is for training."""
+    tokenizer: str = "char"
+    """What a token is: char, byte, bpe (learned from your text), gpt2, or the path of a tokenizer.json."""
+    vocab_size: int = 4096
+    """Number of tokens that bpe learns."""
+    text_field: str = DEFAULT_TEXT_FIELD
+    """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
+    shard_tokens: int | None = None
+    """Cut each split into files of at most this many tokens; None: one file."""
+    strict: bool = False
+    """Stop at the first broken record instead of reporting it and going on."""
+    overwrite: bool = False
+    """Replace a different data set that is already in the folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 < self.train_split < 1,
+            f"--train_split {self.train_split} is outside (0, 1): try 0.9",
+        )
+        require(
+            not self.val_file or self.split == "tail",
+            "--split documents and --val_file both say what validates: give one of them",
+        )
+        require(
+            (self.input_file + self.val_file).count("-") <= 1,
+            "- is given twice, but there is one standard input: save it to a file first",
+        )
+        if self.tokenizer != PrepareConfig.tokenizer:  # for the default, --help need not import NumPy
+            from nanogpt.tokenizer.registry import check_name
+
+            check_name(self.tokenizer, self.vocab_size)
+        at_least(self, "shard_tokens", 1)
+
+    @property
+    def source(self) -> str:
+        """The texts, for messages."""
+        return first_few(self.input_file)
+
+    @property
+    def val_source(self) -> str:
+        """The texts for validation alone, for messages."""
+        return first_few(self.val_file)
+
+
+def first_few(names: tuple[str, ...]) -> str:
+    """The first three names, for messages."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+
+
+@dataclass(frozen=True)
+class InspectConfig(Settings):
+    """Describe a prepared data folder: counts, tokens, document lengths, a picture."""
+
+    data_dir: str = "data"
+    """The folder."""

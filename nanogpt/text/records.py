@@ -1,0 +1,239 @@
+"""What the readers of formats share: a source, its lines, and the text in a record. And plain text.
+
+Example:
+    for chunk in read_text(source): ...
+    lines = Lines(open_text(source))
+    for chunk in read_record(source, "a.jsonl:17", {"text": "..."}): ...
+Broken records are reported with file and line, and left out. Knows no format of records.
+
+"""
+
+import codecs
+import io
+import re
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from nanogpt.errors import UserError
+from nanogpt.text import encoding
+from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, field_values, split_into_chunks
+from nanogpt.text.encoding import utf8
+
+MAX_RECORD_CHARS = 1 << 26
+"""Longest record of JSON Lines or CSV: a longer one counts as broken."""
+
+REPLACEMENT = "\ufffd".encode()
+
+BYTE_ORDER_MARK = "\ufeff"
+"""The byte order mark. In files that were joined, it stands at the start of a line and means nothing."""
+
+LATER_BYTE_ORDER_MARKS = re.compile(rb"(?<=[\r\n])(?:%b)+" % BYTE_ORDER_MARK.encode())
+
+ESCAPE_ERRORS = "nanogpt.escape"
+"""Error handler that decodes invalid bytes to lone surrogates, which no text has (as PEP 383 does)."""
+
+SPOOL_BYTES = 1 << 24
+"""Bytes of a nested archive that are kept in memory; a larger one goes to a temporary file."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a member of an archive.
+
+    name: its name in messages. kind: a name whose suffix is that of its format. depth: of nested archives.
+    """
+
+    file: BinaryIO
+    name: str
+    kind: str
+    text_field: str
+    report: SkipReport
+    depth: int = 0
+
+    def note(self, what: str) -> None:
+        """Add a note on how the file is read."""
+        self.report.note(self.name, what)
+
+
+def read_text(source: Source) -> Iterator[Chunk]:
+    """The text of a file as one document. Windows line ends (CRLF) become LF."""
+    source.report.count_plain_file(source.name)
+    blocks, notes = encoding.decode_file(source.file, lambda what: source.report.reject(source.name, what))
+    for note in notes:
+        source.note(note)
+    yield from split_into_chunks(drop_byte_order_marks(normalize_line_ends(blocks, source), source))
+
+
+def drop_byte_order_marks(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
+    """Drop the byte order marks at the start of a line, and note how many."""
+    mark, dropped, last = BYTE_ORDER_MARK.encode(), 0, b"\n"
+    for block in blocks:
+        if mark in block:
+            text = LATER_BYTE_ORDER_MARKS.sub(b"", last + block)[len(last) :]
+            dropped += (len(block) - len(text)) // len(mark)
+        else:
+            text = block
+        last = text[-1:] or last
+        yield text
+    note_byte_order_marks(source, dropped)
+
+
+def note_byte_order_marks(source: Source, dropped: int) -> None:
+    """Add a note on how many byte order marks were in the middle of a file."""
+    if dropped:
+        source.note(
+            f"{counted(dropped, 'byte order mark')} at the start of a later line dropped (were files joined?)"
+        )
+
+
+def normalize_line_ends(blocks: Iterator[bytes], source: Source) -> Iterator[bytes]:
+    """Replace CRLF by LF, and note how often."""
+    held, folded = b"", 0
+    for block in blocks:
+        if held or b"\r" in block:
+            text = held + block
+            held = b"\r" if text.endswith(b"\r") else b""  # its LF may be in the next block
+            text = text[: len(text) - len(held)]
+            folded += text.count(b"\r\n")
+            yield text.replace(b"\r\n", b"\n")
+        else:
+            yield block
+    yield held
+    if folded:
+        source.note(f"{counted(folded, 'Windows line end')} (CRLF) folded to LF")
+
+
+def read_record(source: Source, where: str, value: object) -> Iterator[Chunk]:
+    """The documents in a record: the record itself if it is a string, else the values of text_field."""
+    for text in field_values(value, source.text_field.split(".")):
+        if isinstance(text, str):
+            raw = utf8(text)
+            source.report.repaired += len(raw) != len(text) and "\ufffd" not in text and REPLACEMENT in raw
+            yield from split_into_chunks([raw])
+        else:
+            source.report.reject(where, explain_missing_text(source.text_field, text, value))
+
+
+def explain_missing_text(text_field: str, found: object, record: object) -> str:
+    """The reason why a record has no text: the field is missing, or is not a string."""
+    names = list(cast(dict[str, object], record)) if isinstance(record, dict) else []
+    if found is MISSING:
+        known = f" (it has {join_names(names)}): give --text_field" if names else ""
+        return f"no text in the field {text_field!r}{known}"
+    if not isinstance(record, (dict, list)):
+        return f"{describe_value(found)}, neither text nor a record with the field {text_field!r}"
+    if found is None:
+        return f"the field {text_field!r} is null"
+    return f"the field {text_field!r} holds {describe_value(found)}, not text"
+
+
+def describe_value(value: object) -> str:
+    """A value that is not text, in a few words."""
+    if isinstance(value, dict):
+        return (
+            f"an object (it has {join_names(list(map(str, cast(dict[object, object], value)))) or 'nothing'})"
+        )
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    kind = "a number" if isinstance(value, (int, float)) else f"a value of type {type(value).__name__}"
+    shown = (
+        str(value) if isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e15) else "..."
+    )
+    return f"{kind} ({shown})" if isinstance(value, (int, float)) else kind
+
+
+def open_text(source: Source) -> io.TextIOWrapper:
+    """Open a file of records as text, in the encoding that it has."""
+    source.report.files_with_fields += 1
+    beginning = cast(io.BufferedReader, source.file).peek(1 << 16)[: 1 << 16]
+    name, notes = encoding.find_encoding(beginning, whole=False, in_records=True)
+    for note in notes:
+        source.note(note)
+    return io.TextIOWrapper(source.file, name, newline="", errors=ESCAPE_ERRORS)
+
+
+def escape_bytes(error: UnicodeError) -> tuple[str, int]:
+    """Lone surrogates in place of invalid bytes, and the position after them (a codecs error handler)."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(ESCAPE_ERRORS, escape_bytes)
+
+
+class LongLine(str):
+    """The first MAX_RECORD_CHARS characters of a longer line, whose rest is dropped."""
+
+    __slots__ = ()
+
+
+class Lines:
+    """The lines of a text. Lines can be given back, to be read again.
+
+    number: lines read so far. chars_read: characters in them. byte_order_marks: those at the start of a line,
+    which are dropped.
+    """
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self.text, self.number, self.chars_read, self.byte_order_marks = text, 0, 0, 0
+        self.pushed_back: deque[str] = deque()
+
+    def read(self) -> str:
+        """The next line with its line end; "" after the last line."""
+        line = self.pushed_back.popleft() if self.pushed_back else self.read_new()
+        self.number += bool(line)
+        return line
+
+    def read_new(self) -> str:
+        """The next line that has not been read before."""
+        line = self.text.readline(MAX_RECORD_CHARS)
+        self.chars_read += len(line)
+        line = self.drop_byte_order_mark(line)
+        if len(line) < MAX_RECORD_CHARS or line.endswith(("\n", "\r")):
+            return line
+        while (rest := self.text.readline(MAX_RECORD_CHARS)) and not rest.endswith(("\n", "\r")):
+            pass
+        return LongLine(line)
+
+    def drop_byte_order_mark(self, line: str) -> str:
+        """Drop the byte order mark at the start of a line, and count it."""
+        self.byte_order_marks += line.startswith(BYTE_ORDER_MARK)
+        return line.removeprefix(BYTE_ORDER_MARK)
+
+    def give_back(self, lines: Sequence[str]) -> None:
+        """Give back the last lines: the next calls of read return them again."""
+        self.pushed_back.extendleft(reversed(lines))
+        self.number -= len(lines)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Names in one line, cut after 200 characters."""
+    return " ".join(", ".join(names).split())[:200]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def seekable_copy(file: BinaryIO) -> Generator[BinaryIO]:
+    """The file itself if it is seekable, else a copy that is."""
+    if file.seekable():
+        yield file
+        return
+    with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.seek(0)
+        yield cast(BinaryIO, copy)
+
+
+def missing_library(library: str) -> UserError:
+    """The error for a library that a format needs and that is not installed."""
+    return UserError(f"needs {library}: pip install -c constraints.txt -e '.[corpora]'")
