@@ -1,4 +1,4 @@
-"""What commands show a person: lines, warnings, progress bars, pictures.
+"""What commands show a person: lines, warnings, progress bars, pictures, and numbers with their units.
 
 On a terminal, colours and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
 """
@@ -28,6 +28,9 @@ from nanogpt.streams import speaks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MIB, GIB = 2**20, 2**30
+"""Bytes."""
 
 LONGEST_WORD, LONGEST_LINE = 256, 1000
 """Characters; what is longer is cut in the middle, in a message. No file's name is longer than the first."""
@@ -123,6 +126,26 @@ def cut(text: str, longest: int) -> str:
     if len(text) <= longest:
         return text
     return f"{text[: longest // 2]}...{text[-(longest // 4) :]}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time for a person: 48 s, 2 min 5 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def plural(count: int, noun: str) -> str:
+    """A number with the noun that it counts: 1 file, 3,000 files."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """A / b, rounded up, without the rounding of a float."""
+    return -(-a // b)
 
 
 def command(name: str) -> list[str]:

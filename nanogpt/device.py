@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt.config import Switch
+from nanogpt.console import GIB, plural
 from nanogpt.errors import UserError, require
-
-GIB = 1024**3
 
 WORTH_COMPILING = 1e15
 """Operations of a training from which the minute that torch.compile takes comes back."""
@@ -131,7 +130,7 @@ class CPU(Kind):
         """Its name and the threads in use."""
         name = str(cpu_capabilities().get("cpu_name") or "unnamed").strip()
         threads = torch.get_num_threads()
-        return [f"Using CPU ({name}, {threads} thread{'s' * (threads > 1)})"]
+        return [f"Using CPU ({name}, {plural(threads, 'thread')})"]
 
     def free_memory(self, device: torch.device) -> float:
         """Bytes of main memory; a container may allow less (training/memory_estimate.py)."""

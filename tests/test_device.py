@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from nanogpt import device as devices
+from nanogpt.console import GIB
 from nanogpt.device import WORTH_COMPILING, describe, is_out_of_memory, kind_of, pick_compile, pick_device
 from nanogpt.errors import UserError
 
-GIB = 1024**3
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 

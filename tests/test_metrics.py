@@ -18,7 +18,6 @@ from nanogpt.training.metrics import (
     JsonLinesSink,
     Metrics,
     TensorBoardSink,
-    duration,
     forget_after,
 )
 from nanogpt.training.plot import plot_losses
@@ -465,25 +464,6 @@ def test_generated_text_is_shown_on_a_terminal_as_it_is(screen, sample):
     reader.write(evaluation(10, best=False, sample=sample))
     reader.close()
     assert f"    {sample}\n" in plain(screen)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.4, "0 s"),
-        (48.2, "48 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 0 s"),
-        (125, "2 min 5 s"),
-        (3599.4, "59 min 59 s"),
-        (3599.6, "1 h 0 min"),
-        (12_000, "3 h 20 min"),
-        (360_000, "100 h 0 min"),
-    ],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 # The picture

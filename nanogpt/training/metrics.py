@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from nanogpt import files
-from nanogpt.console import progress_bar, say, warn
+from nanogpt.console import duration, progress_bar, say, warn
 from nanogpt.errors import UserError, require
 
 Record = Mapping[str, Any]
@@ -299,13 +299,3 @@ class ConsoleSink:
     def close(self) -> None:
         """Take the bar down."""
         self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """A length of time for a person: 48 s, 2 min 5 s, 3 h 20 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -9,8 +9,7 @@ the first updates (training/step.py), should the forecast have been wrong.
 
 from nanogpt.checkpoint.format import Checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.console import warn
-from nanogpt.device import GIB
+from nanogpt.console import GIB, warn
 from nanogpt.distributed.world import World
 from nanogpt.training import memory_estimate
 from nanogpt.training.memory_estimate import HEADROOM, Memory

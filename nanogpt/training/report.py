@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from nanogpt.config import TrainConfig
-from nanogpt.console import command, say, warn
+from nanogpt.console import MIB, command, duration, say, warn
 from nanogpt.cores import usable_cores
 from nanogpt.device import name_of
 from nanogpt.distributed.parallelize import is_sharded
-from nanogpt.training.memory_estimate import MIB
-from nanogpt.training.metrics import duration
 from nanogpt.training.plot import plot_losses
 from nanogpt.training.state import Run
 from nanogpt.training.stopping import STOP_REASONS
