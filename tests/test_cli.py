@@ -136,6 +136,7 @@ MISTAKES = {
     "python train.py --preset huge": "--preset huge does not exist: choose one of speedrun, classic, cpu",
     "python train.py --resume": "no checkpoint to resume in out",
     "python train.py --gradient_accumulation_steps 65": "more than --batch_size 64",
+    "python train.py --log_to csv": "--log_to csv is unknown: use jsonl, tensorboard, wandb",
     "python train.py --max_seconds 0": "--max_seconds 0.0 is not positive",
     "python train.py --learning_rate inf": "--learning_rate inf is not a finite number",
     "python train.py --weight_decay nan": "--weight_decay nan is not a finite number",
@@ -169,6 +170,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(project: Path, capsys, command: s
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
     assert MISTAKES[command] in err
+
+
+def test_a_missing_package_is_one_line_and_exit_code_2(project: Path, monkeypatch, capsys) -> None:
+    assert run("python data.py --input_file my_corpus.txt") == 0
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    capsys.readouterr()
+    assert run("python train.py --log_to wandb", *SMALL) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --log_to wandb needs")
+    assert line.endswith(": pip install nanogpt[wandb]")
+    assert not (project / "out/metrics.jsonl").exists()
 
 
 def test_a_closed_pipe_does_not_end_a_training(project: Path) -> None:
@@ -417,3 +429,15 @@ def test_resume_refuses_a_contradicting_flag_in_one_line(project: Path, capsys) 
         "error: --n_layer 2 contradicts the checkpoint, which has n_layer 1"
     )
     assert run("python train.py --resume", *SMALL) == 0  # the same flags again are no contradiction
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("", ("jsonl",)),
+        ("--log_to tensorboard wandb --seed 1", ("tensorboard", "wandb")),
+        ("--log-to=wandb", ("wandb",)),
+    ],
+)
+def test_lists_replace_their_default(line: str, names: tuple[str, ...]) -> None:
+    assert parse(TrainConfig, line).log_to == names

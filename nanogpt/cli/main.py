@@ -63,7 +63,7 @@ training crawls as soon as anything else wants a core (bench/RESULTS.md)."""
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 """Settings of PyTorch's memory allocator on GPUs, by their names of today and before."""
 
-SEVERAL = ("--input_file", "--input-file", "--val_file", "--val-file")
+SEVERAL = ("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to")
 """Flags that take several values, written after one another."""
 
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
@@ -236,7 +236,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
     if names & {"preset", "resume"}:
         with contextlib.suppress(SystemExit), quiet():
             early, _ = tyro.cli(Early, args=arguments, return_unknown_args=True, add_help=False)
-    default = starting_point(cls, early)
+    default = replace_lists(starting_point(cls, early), arguments)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -310,6 +310,15 @@ def repeat_flags(arguments: Sequence[str]) -> list[str]:
             expanded.append(argument)
             flag = ""
     return expanded
+
+
+def replace_lists(default: Any, arguments: Sequence[str]) -> Any:
+    """Empty the list of a flag that is given: its values replace the default, which tyro would extend."""
+    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
+    lists = [
+        f.name for f in fields(default) if f.name in given and isinstance(getattr(default, f.name), tuple)
+    ]
+    return replace(default, **dict.fromkeys(lists, ()))
 
 
 def is_value(argument: str) -> bool:

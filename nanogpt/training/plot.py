@@ -8,7 +8,7 @@ from typing import Any
 
 from nanogpt.console import new_figure
 from nanogpt.files import replacing
-from nanogpt.training.metrics import rows
+from nanogpt.training.metrics import read_rows
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
@@ -16,7 +16,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 
     Errors: UserError if the metrics cannot be read, or the picture cannot be written.
     """
-    found = [row for _, row in rows(metrics) if row is not None]
+    found = [row for _, row in read_rows(metrics) if row is not None]
     train, val = points(found, "train_loss"), points(found, "val_loss")
     figure = new_figure(8, 4.5)
     axes = figure.add_subplot()

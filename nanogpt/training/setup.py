@@ -24,9 +24,10 @@ from nanogpt.model.gpt import GPT
 from nanogpt.precision import Choice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.seals import CHECKED
 from nanogpt.training.checkpointing import restore
-from nanogpt.training.metrics import ConsoleSink, JsonLinesSink, Metrics, Sink, TensorBoardSink
+from nanogpt.training.metrics import ConsoleSink, Metrics, Sink
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import initial_micro_batches
+from nanogpt.training.sinks import create_sinks
 from nanogpt.training.state import Run
 
 
@@ -35,6 +36,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
 
     Errors: UserError if the data, the device or the checkpoint do not fit the settings.
     """
+    sinks = create_sinks(config.sinks, folder, to_dict(config))
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
     unseen = CHECKED if config.resume else 0  # fit has verified the data of a new run
@@ -58,7 +60,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     if not saved and world.is_first:
         archive_previous(config, folder)
     progress = Progress(**saved.progress) if saved else Progress()
-    console, metrics = open_sinks(config, folder, progress, world)
+    console, metrics = open_sinks(config, progress, world, sinks)
     loss = parallelize.distributed_loss(model, world, device)
     run = Run(
         config, world, folder, dataset, batches, device, products, newton_schulz,
@@ -185,13 +187,10 @@ def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
 
 
 def open_sinks(
-    config: TrainConfig, folder: RunFolder, progress: Progress, world: World
+    config: TrainConfig, progress: Progress, world: World, sinks: list[Sink]
 ) -> tuple[ConsoleSink, Metrics]:
-    """The readers of the run's numbers, each continuing where the checkpoint is; the first process's only."""
-    console = ConsoleSink(progress.step, config.max_iters)
-    if not world.is_first:
-        return console, Metrics([console])
-    readers: list[Sink] = [console, JsonLinesSink(folder.metrics, progress.step, progress.evaluated_at)]
-    if config.tensorboard:
-        readers.append(TensorBoardSink(folder.runs, progress.step, to_dict(config)))
-    return console, Metrics(readers)
+    """The console and the metrics, at the step of the checkpoint; only the first process has `sinks`."""
+    console = ConsoleSink(config.max_iters)
+    metrics = Metrics([console, *sinks] if world.is_first else [console])
+    metrics.rewind(progress.step, progress.evaluated_at)
+    return console, metrics

@@ -38,7 +38,6 @@ from nanogpt.errors import UserError, require
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import Block
 from nanogpt.training.checkpointing import restore, save, save_at_the_end, try_finish_save, try_save
-from nanogpt.training.metrics import forget_after
 from nanogpt.training.out_of_memory import fit_to_memory, max_rank_batch
 from nanogpt.training.report import print_eta, print_plan, print_summary, resume_command
 from nanogpt.training.setup import set_up
@@ -276,8 +275,7 @@ def roll_back(run: Run) -> None:
     run.progress.bad_steps, run.progress.rollbacks = 0, rollbacks
     run.progress.furthest_bad_step = max(before.step, before.furthest_bad_step)
     run.pending.clear()
-    if run.world.is_first:
-        forget_after(run.folder.metrics, good, run.progress.evaluated_at)
+    run.metrics.rewind(good, run.progress.evaluated_at)
     warn(f"Back to step {good}, with the data in another order from there on")
 
 
