@@ -136,7 +136,7 @@ MISTAKES = {
     "python train.py --preset huge": "--preset huge does not exist: choose one of speedrun, classic, cpu",
     "python train.py --resume": "no checkpoint to resume in out",
     "python train.py --gradient_accumulation_steps 65": "more than --batch_size 64",
-    "python train.py --log_to csv": "--log_to csv is unknown: use jsonl, tensorboard, wandb",
+    "python train.py --log_to nonsense": "--log_to nonsense is unknown: use jsonl, tensorboard",
     "python train.py --max_seconds 0": "--max_seconds 0.0 is not positive",
     "python train.py --learning_rate inf": "--learning_rate inf is not a finite number",
     "python train.py --weight_decay nan": "--weight_decay nan is not a finite number",

@@ -20,7 +20,7 @@ from nanogpt.errors import UserError, require
 
 Row = Mapping[str, Any]
 
-JSON_FIELDS = (
+JSON_FIELDS: tuple[str, ...] = (
     "step",
     "train_loss",
     "val_loss",
