@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nanogpt.streams import speaks
+from nanogpt.streams import is_main_process
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
 MIB, GIB = 2**20, 2**30
 """Bytes."""
 
-LONGEST_WORD, LONGEST_LINE = 256, 1000
+MAX_WORD, MAX_LINE = 256, 1000
 """Characters; what is longer is cut in the middle, in a message. No file's name is longer than the first."""
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What a terminal obeys instead of showing it (all but the tab and the line feed), or cannot show."""
 
-BARS: weakref.WeakSet[Progress] = weakref.WeakSet()
+PROGRESS_BARS: weakref.WeakSet[Progress] = weakref.WeakSet()
 """All progress bars there are."""
 
 
-class Output:
+class StandardOutput:
     """Standard output as rich sees it: whatever it is at the moment, and without errors (`going_on`)."""
 
     def write(self, text: str) -> int:
         """Write the text."""
-        with going_on(self.stream):
+        with ignore_write_errors(self.stream):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Write what waits."""
-        with going_on(self.stream):
+        with ignore_write_errors(self.stream):
             self.stream.flush()
 
     @property
@@ -69,15 +69,15 @@ class Output:
 @lru_cache(maxsize=1)
 def terminal() -> Console:
     """The console on standard output."""
-    return Console(highlight=False, soft_wrap=True, file=cast(IO[str], Output()))
+    return Console(highlight=False, soft_wrap=True, file=cast(IO[str], StandardOutput()))
 
 
 def say(line: str = "", style: str | None = None) -> None:
     """Print a line, or several, on standard output, above a progress bar if one is shown."""
-    if not speaks() or sys.stdout is None:
+    if not is_main_process() or sys.stdout is None:
         return
-    line = visible(line)
-    with going_on(sys.stdout):
+    line = escape_control_characters(line)
+    with ignore_write_errors(sys.stdout):
         if terminal().is_terminal:
             terminal().print(line, style=style, markup=False, emoji=False)
         else:
@@ -86,10 +86,10 @@ def say(line: str = "", style: str | None = None) -> None:
 
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
-    if not speaks() or sys.stderr is None:
+    if not is_main_process() or sys.stderr is None:
         return
     line = one_line(line)
-    with going_on(sys.stderr):
+    with ignore_write_errors(sys.stderr):
         if terminal().is_terminal and sys.stderr.isatty():
             terminal().print(line, style="yellow", markup=False, emoji=False)
         else:
@@ -97,7 +97,7 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def going_on(stream: TextIO) -> Generator[None]:
+def ignore_write_errors(stream: TextIO) -> Generator[None]:
     """Let neither a full disk behind redirected output nor a closed pipe end a training."""
     try:
         yield
@@ -108,20 +108,20 @@ def going_on(stream: TextIO) -> Generator[None]:
         pass
 
 
-def visible(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """The text with what a terminal would obey written out, an escape as its number. Lines stay lines."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+    return CONTROL_CHARACTERS.sub(
+        lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n")
+    )
 
 
 def one_line(message: str) -> str:
     """A message as a line that can be read: visible, without line breaks, and cut where it is very long."""
-    line = visible(message).replace("\n", "\\n")
-    return cut(
-        re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: cut(word[0], LONGEST_WORD), line), LONGEST_LINE
-    )
+    line = escape_control_characters(message).replace("\n", "\\n")
+    return shorten(re.sub(rf"\S{{{MAX_WORD + 1},}}", lambda word: shorten(word[0], MAX_WORD), line), MAX_LINE)
 
 
-def cut(text: str, longest: int) -> str:
+def shorten(text: str, longest: int) -> str:
     """The text without its middle, if it is too long: what is wrong comes first, and the fix last."""
     if len(text) <= longest:
         return text
@@ -174,15 +174,15 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
         TimeRemainingColumn(),
         console=terminal(),
         refresh_per_second=5,
-        disable=not (terminal().is_terminal and speaks()),
+        disable=not (terminal().is_terminal and is_main_process()),
     )
-    BARS.add(bar)
+    PROGRESS_BARS.add(bar)
     return bar
 
 
-def stop_bars() -> None:
+def stop_progress_bars() -> None:
     """Take down what progress bars an error has left, so that the cursor is shown again."""
-    for bar in list(BARS):
+    for bar in list(PROGRESS_BARS):
         if bar.live.is_started:
             bar.stop()
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import psutil
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 """Where Linux says what a container or a cluster's job may take."""
 
-MEMBERSHIP = Path("/proc/self/cgroup")
+CGROUP_MEMBERSHIP = Path("/proc/self/cgroup")
 """Where it says which control groups a process is in."""
 
-TOPOLOGY = Path("/sys/devices/system/cpu")
+CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 """Where Linux says which processors are threads of one core."""
 
 
@@ -30,15 +30,15 @@ def usable_cores(*, physical: bool = True) -> int:
     if allowed is None:
         count = psutil.cpu_count(logical=not physical) or os.cpu_count() or 1
     else:
-        count = len({siblings(number) for number in allowed}) if physical else len(allowed)
+        count = len({core_siblings(number) for number in allowed}) if physical else len(allowed)
     quota = cgroup_quota()
     return max(1, count if math.isinf(quota) else min(count, math.ceil(quota)))
 
 
-def siblings(number: int) -> str:
+def core_siblings(number: int) -> str:
     """The processors that are threads of the core that this one belongs to, as Linux lists them."""
     with suppress(OSError):
-        return (TOPOLOGY / f"cpu{number}" / "topology" / "thread_siblings_list").read_text().strip()
+        return (CPU_TOPOLOGY / f"cpu{number}" / "topology" / "thread_siblings_list").read_text().strip()
     return str(number)
 
 
@@ -58,11 +58,11 @@ def cgroup_quota() -> float:
 def cgroup_folders(controller: str) -> Iterator[Path]:
     """The folders of the control groups that this process is in, innermost first, of versions 2 and 1."""
     with suppress(OSError, ValueError):
-        for line in MEMBERSHIP.read_text().splitlines():
+        for line in CGROUP_MEMBERSHIP.read_text().splitlines():
             _, controllers, name = line.split(":", 2)
             if controllers and controller not in controllers.split(","):
                 continue
-            root = CGROUPS / controllers
+            root = CGROUP_ROOT / controllers
             inside = root / name.lstrip("/")
             for folder in (inside, *inside.parents):
                 yield folder
@@ -74,22 +74,22 @@ class CoreWatch:
     """Looks at the cores from now on, to tell what others take of them."""
 
     def __init__(self) -> None:
-        self.began, self.busy, self.own = self.look()
+        self.started, self.busy, self.own = self.read_times()
 
-    def look(self) -> tuple[float, float, float]:
+    def read_times(self) -> tuple[float, float, float]:
         """The clock, the seconds that all allowed cores were busy, and those that this process computed."""
         times = psutil.cpu_times(percpu=True)
         allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
-        busy = sum(sum(times[i]) - idle(times[i]) for i in allowed if i < len(times))
+        busy = sum(sum(times[i]) - idle_seconds(times[i]) for i in allowed if i < len(times))
         return time.perf_counter(), busy, time.process_time()
 
     def held_by_others(self) -> float:
         """Cores that other programs kept busy, on average, since the watch began."""
-        now, busy, own = self.look()
-        return max(0.0, (busy - self.busy - (own - self.own)) / max(1e-9, now - self.began))
+        now, busy, own = self.read_times()
+        return max(0.0, (busy - self.busy - (own - self.own)) / max(1e-9, now - self.started))
 
 
-def idle(times: object) -> float:
+def idle_seconds(times: object) -> float:
     """Seconds in which a core did nothing; guests' time is counted in the user's already."""
     names = ("idle", "iowait", "guest", "guest_nice")
     return sum(getattr(times, name, 0.0) for name in names)

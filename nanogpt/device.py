@@ -23,13 +23,13 @@ from nanogpt.config import Switch
 from nanogpt.console import GIB, plural
 from nanogpt.errors import UserError, require
 
-WORTH_COMPILING = 1e15
+MIN_COMPILE_OPERATIONS = 1e15
 """Operations of a training from which the minute that torch.compile takes comes back."""
 
-SHARE_ON_WINDOWS = 0.95
+WINDOWS_MEMORY_FRACTION = 0.95
 """Share of a GPU's memory that PyTorch may take there: beyond it the driver spills to main memory unasked."""
 
-BF16_ON_ROCM = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+ROCM_BF16_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD's architectures with units for bfloat16: CDNA, and RDNA from its third generation on."""
 
 UNLIMITED = float("inf")
@@ -43,16 +43,16 @@ class Event(Protocol):
         ...
 
 
-class Kind(ABC):
+class DeviceKind(ABC):
     """What a kind of device can do. The attributes are those of a plain accelerator."""
 
     type: str
     """What PyTorch calls it."""
     is_async = False
     """Whether it takes work without being waited for: then no step may ask for a number."""
-    pins = False
+    uses_pinned_memory = False
     """Whether what is copied to it in the background has to lie in pinned memory."""
-    compiles = False
+    compiles_by_default = False
     """Whether torch.compile pays in a long training."""
     shares_memory = False
     """Whether its memory is the machine's: running out of it ends the process and cannot be caught."""
@@ -60,9 +60,9 @@ class Kind(ABC):
     """Whether attention and dropout go ways of their own there, which are faster."""
     chunk_logits = 2**25
     """Logits of a large vocabulary held at a time: enough to keep its matrix products busy."""
-    scales = True
+    trains_float16 = True
     """Whether float16, whose gradients have to be scaled, trains there."""
-    collectives = "gloo"
+    distributed_backend = "gloo"
     """The library that connects processes which compute on it."""
 
     @abstractmethod
@@ -82,11 +82,11 @@ class Kind(ABC):
         require(self.is_available(), f"--device {device}: there is none here: use --device cpu")
         return device
 
-    def unfit(self) -> str:
+    def unusable_reason(self) -> str:
         """Why "auto" passes it over although it is there, in a line; "" if it does not."""
         return ""
 
-    def begin(self, device: torch.device, dtype: torch.dtype) -> None:
+    def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
         """Set PyTorch up to compute on it, with products in `dtype`."""
         torch.set_float32_matmul_precision("highest")
 
@@ -102,7 +102,7 @@ class Kind(ABC):
         """Wait until it has done all it was given, so that clocks tell the truth."""
         return
 
-    def event(self, device: torch.device) -> Event | None:
+    def record_event(self, device: torch.device) -> Event | None:
         """The point that its work has come to; None if it does not run ahead."""
         return None
 
@@ -110,12 +110,12 @@ class Kind(ABC):
         """A source of random numbers on it."""
         return torch.Generator(device).manual_seed(seed)
 
-    def pin(self, values: Tensor) -> Tensor:
+    def pin_memory(self, values: Tensor) -> Tensor:
         """The values in main memory that the device can read by itself."""
-        return values.pin_memory() if self.pins else values
+        return values.pin_memory() if self.uses_pinned_memory else values
 
 
-class CPU(Kind):
+class CPU(DeviceKind):
     """The processor."""
 
     type = "cpu"
@@ -137,18 +137,18 @@ class CPU(Kind):
         return psutil.virtual_memory().available
 
 
-class CUDA(Kind):
+class CUDA(DeviceKind):
     """A GPU of NVIDIA's, or of AMD's with a ROCm build of PyTorch."""
 
     type = "cuda"
     is_async = True
-    pins = True
-    compiles = sys.platform == "linux"
+    uses_pinned_memory = True
+    compiles_by_default = sys.platform == "linux"
     chunk_logits = 2**27
-    collectives = "nccl"
+    distributed_backend = "nccl"
 
     def __init__(self) -> None:
-        self.complaint = ""
+        self.driver_warning = ""
         """What PyTorch says of a driver that it cannot use: a warning, and once."""
 
     def is_available(self) -> bool:
@@ -158,7 +158,7 @@ class CUDA(Kind):
             there = torch.cuda.is_available()
         for warning in caught:
             said = str(warning.message).removeprefix("CUDA initialization: ")
-            self.complaint = said.splitlines()[0].split(". ")[0]
+            self.driver_warning = said.splitlines()[0].split(". ")[0]
         return there
 
     def count(self) -> int:
@@ -168,27 +168,29 @@ class CUDA(Kind):
     def find(self, device: torch.device) -> torch.device:
         """With its number: torch.cuda.set_device refuses a device without. Errors: UserError."""
         count = self.count()
-        because = f" ({self.complaint})" if self.complaint else ""
+        because = f" ({self.driver_warning})" if self.driver_warning else ""
         require(
             (device.index or 0) < count,
             f"--device {device}: PyTorch sees {count} CUDA or ROCm devices here{because}: use --device cpu, "
             "or install a GPU build of PyTorch that fits the driver",
         )
         found = torch.device(self.type, device.index or 0)
-        unserved = self.unserved(found)
+        unserved = self.no_kernels_reason(found)
         require(not unserved, f"--device {device}: {unserved}: use --device cpu, or install another build")
         return found
 
-    def unfit(self) -> str:
+    def unusable_reason(self) -> str:
         """The driver is too old, or the first card is older than any that this build has code for."""
-        return self.unserved(torch.device(self.type, 0)) if self.is_available() else self.complaint
+        return (
+            self.no_kernels_reason(torch.device(self.type, 0)) if self.is_available() else self.driver_warning
+        )
 
-    def unserved(self, device: torch.device) -> str:
+    def no_kernels_reason(self, device: torch.device) -> str:
         """What is wrong if this build of PyTorch has no code for a card; "" if it has."""
         served = torch.cuda.get_arch_list()
         if not served:  # it does not tell
             return ""
-        name, gfx = torch.cuda.get_device_name(device), gfx_of(device)
+        name, gfx = torch.cuda.get_device_name(device), rocm_architecture(device)
         if gfx:
             missing = any(arch.startswith("gfx") for arch in served) and gfx not in served
             return f"this build of PyTorch has no code for {name} ({gfx})" if missing else ""
@@ -207,9 +209,9 @@ class CUDA(Kind):
 
     def native_dtype(self, device: torch.device) -> tuple[torch.dtype, str] | None:
         """bfloat16 from compute capability 8.0 on (no emulation), float16 where that is fast, or float32."""
-        gfx, (major, minor) = gfx_of(device), torch.cuda.get_device_capability(device)
+        gfx, (major, minor) = rocm_architecture(device), torch.cuda.get_device_capability(device)
         if torch.version.hip is not None:
-            has = gfx.startswith(BF16_ON_ROCM) if gfx else major >= 11
+            has = gfx.startswith(ROCM_BF16_ARCHITECTURES) if gfx else major >= 11
             return torch.bfloat16 if has else torch.float16, f"native to {gfx or 'this card'}"
         why = f"native to compute capability {major}.{minor}"
         if major >= 8:
@@ -226,12 +228,12 @@ class CUDA(Kind):
         kind, maker = ("ROCm", "AMD") if rocm else ("CUDA", "NVIDIA")
         return [f"{kind} available: Using {maker} GPU ({name})", f"GPU Memory: {memory:.2f} GB"]
 
-    def begin(self, device: torch.device, dtype: torch.dtype) -> None:
+    def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
         """TF32 for the few products that autocast leaves alone, unless float32 was asked for."""
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
         if sys.platform == "win32":
-            torch.cuda.set_per_process_memory_fraction(SHARE_ON_WINDOWS, device)
+            torch.cuda.set_per_process_memory_fraction(WINDOWS_MEMORY_FRACTION, device)
 
     def free_memory(self, device: torch.device) -> float:
         """Bytes, as the driver counts them."""
@@ -245,18 +247,18 @@ class CUDA(Kind):
         """Wait for all streams."""
         torch.cuda.synchronize(device)
 
-    def event(self, device: torch.device) -> Event | None:
+    def record_event(self, device: torch.device) -> Event | None:
         """An event in the current stream."""
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(device))
         return ready
 
 
-class MPS(Kind):
+class MPS(DeviceKind):
     """The GPU of an Apple Silicon machine. It shares main memory, and swaps before it is out of it."""
 
     type = "mps"
-    scales = False
+    trains_float16 = False
 
     def is_available(self) -> bool:
         """Whether PyTorch sees one."""
@@ -285,11 +287,11 @@ class MPS(Kind):
         torch.mps.synchronize()
 
 
-KINDS: dict[str, Kind] = {kind.type: kind for kind in (CUDA(), MPS(), CPU())}
+KINDS: dict[str, DeviceKind] = {kind.type: kind for kind in (CUDA(), MPS(), CPU())}
 """In the order in which "auto" takes them."""
 
 
-def gfx_of(device: torch.device) -> str:
+def rocm_architecture(device: torch.device) -> str:
     """What ROCm calls the architecture of a card, gfx1100 for example; "" without ROCm."""
     if torch.version.hip is None:
         return ""
@@ -297,7 +299,7 @@ def gfx_of(device: torch.device) -> str:
     return str(getattr(properties, "gcnArchName", "")).partition(":")[0]
 
 
-def kind_of(device: torch.device) -> Kind:
+def kind_of(device: torch.device) -> DeviceKind:
     """What a device can do."""
     return KINDS[device.type]
 
@@ -308,7 +310,9 @@ def pick_device(name: str) -> torch.device:
     Errors: UserError if there is no such device on this machine.
     """
     if name == "auto":
-        name = next(kind.type for kind in KINDS.values() if kind.is_available() and not kind.unfit())
+        name = next(
+            kind.type for kind in KINDS.values() if kind.is_available() and not kind.unusable_reason()
+        )
     unknown = f"--device {name} is unknown: use auto, cpu, cuda, cuda:1 or mps"
     try:
         device = torch.device(name)
@@ -321,7 +325,7 @@ def pick_device(name: str) -> torch.device:
 def describe(device: torch.device) -> list[str]:
     """What the device is, a line each, for the user; and which better one cannot be used."""
     better = list(KINDS.values())[: list(KINDS).index(device.type)]
-    passed_over = [kind.unfit() for kind in better]
+    passed_over = [kind.unusable_reason() for kind in better]
     return [f"No GPU: {line}" for line in passed_over if line] + kind_of(device).describe(device)
 
 
@@ -349,7 +353,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @contextmanager
-def eagerly() -> Generator[None]:
+def eager_mode() -> Generator[None]:
     """Run what is compiled uncompiled, with kernels that need no plan for each new length.
 
     For evaluation and sampling, whose shapes change: compiling for them, or a plan of cuDNN's for each length
@@ -367,7 +371,7 @@ def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:
     work: floating-point operations of the whole training.
     """
     if switch == "auto":
-        return kind_of(device).compiles and work >= WORTH_COMPILING
+        return kind_of(device).compiles_by_default and work >= MIN_COMPILE_OPERATIONS
     return switch == "on"
 
 

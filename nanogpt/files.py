@@ -1,6 +1,6 @@
 """Writing files so that they cannot be half-written or lost.
 
-Use:    with replacing(path) as file: file.write(data)
+Use:    with atomic_write(path) as file: file.write(data)
 The bytes go to a temporary name beside `path`, are synced to the disk, and only then take the
 name `path`: whatever happens before that instant, the file that was there is untouched.
 What a file system cannot do (Google Drive, sshfs, SMB, some NFS and FUSE know no sync of a folder or of a
@@ -21,7 +21,7 @@ from nanogpt.errors import UserError
 
 TEMPORARY_SUFFIX = ".part"
 
-NOT_KNOWN = {
+UNSUPPORTED_ERRORS = {
     errno.EINVAL,
     errno.ENOSYS,
     errno.ENOTSUP,
@@ -32,18 +32,18 @@ NOT_KNOWN = {
 }
 """How a file system says that it has no such call."""
 
-IN_USE = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY}
+FILE_IN_USE_ERRORS = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY}
 """How Windows and SMB refuse to rename over a file that a reader or a virus scanner has open."""
 
-PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+RETRY_DELAYS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Seconds between tries to rename."""
 
-reported: set[tuple[str, str]] = set()
+warned: set[tuple[str, str]] = set()
 """What has been said of which folder."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Generator[BinaryIO]:
+def atomic_write(path: Path) -> Generator[BinaryIO]:
     """Open a binary file that becomes `path` when the block ends, and never if it raises.
 
     Errors: UserError if the folder cannot be written or the disk is full.
@@ -55,9 +55,9 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         with open(temporary, "w+b") as file:
             yield file
             file.flush()
-            sync(file.fileno(), path.parent)
+            fsync(file.fileno(), path.parent)
         rename(temporary, path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -73,12 +73,12 @@ def rename(source: Path, target: Path) -> None:
 
     Where others may have that file open and this forbids it, try again for some seconds. Errors: OSError.
     """
-    for pause in PAUSES:
+    for pause in RETRY_DELAYS:
         try:
             os.replace(source, target)
             return
         except OSError as error:
-            if error.errno not in IN_USE or target.is_dir():
+            if error.errno not in FILE_IN_USE_ERRORS or target.is_dir():
                 raise
         time.sleep(pause)
     os.replace(source, target)
@@ -89,20 +89,20 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
-def sync(descriptor: int, folder: Path) -> None:
+def fsync(descriptor: int, folder: Path) -> None:
     """Bring what was written to an open file in `folder` to the disk, if that can be. Errors: OSError."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in NOT_KNOWN:
+        if error.errno not in UNSUPPORTED_ERRORS:
             raise
-        lacks(folder, "cannot sync a file", "a power cut may damage what was just saved")
+        warn_unsupported(folder, "cannot sync a file", "a power cut may damage what was just saved")
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut, if the file system can (Windows does it by itself).
 
     Errors: OSError if the disk is broken or full.
@@ -116,15 +116,15 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in NOT_KNOWN | {errno.EACCES, errno.EPERM, errno.EISDIR}:
+        if error.errno not in UNSUPPORTED_ERRORS | {errno.EACCES, errno.EPERM, errno.EISDIR}:
             raise
-        lacks(folder, "cannot sync a folder", "a power cut may undo the last save")
+        warn_unsupported(folder, "cannot sync a folder", "a power cut may undo the last save")
 
 
-def lacks(folder: Path, what: str, consequence: str) -> None:
+def warn_unsupported(folder: Path, what: str, consequence: str) -> None:
     """Say, once for each folder, which protection its file system does not give."""
-    if (key := (str(folder), what)) not in reported:
-        reported.add(key)
+    if (key := (str(folder), what)) not in warned:
+        warned.add(key)
         warn(f"The file system of {folder} {what}: {consequence}")
 
 

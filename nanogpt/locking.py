@@ -23,18 +23,18 @@ from filelock import FileLock, Timeout
 
 from nanogpt.console import warn
 from nanogpt.errors import UserError, require
-from nanogpt.files import lacks, make_folder
+from nanogpt.files import make_folder, warn_unsupported
 
-HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
+LOCK_HELD_ERRORS = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
 """How a file system says that another process has the lock."""
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
+NO_LOCKS_ERRORS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 """How it says that it has no locks."""
 
-PAUSE = 0.05
+POLL_SECONDS = 0.05
 """Seconds between two looks at whether another owner has gone."""
 
-SAME_START = 2.0
+START_TIME_TOLERANCE = 2.0
 """Seconds by which two readings of when a process began may differ."""
 
 
@@ -46,56 +46,58 @@ class NoLocksError(Exception):
     """The file system has no locks."""
 
 
-class Owner:
+class FolderLock:
     """Who owns a folder: this process, until `release`."""
 
     def __init__(self, folder: Path, busy: str) -> None:
-        self.folder, self.busy = folder, busy
+        self.folder, self.busy_message = folder, busy
         self.path = folder / ".lock"
-        self.file = self.whole = -1
-        self.portable: FileLock | None = None
-        self.note: Path | None = None
+        self.file_descriptor = self.folder_descriptor = -1
+        self.windows_lock: FileLock | None = None
+        self.owner_file: Path | None = None
         self.lost = False
 
     def acquire(self) -> None:
         """Take the folder. Errors: BusyError; OSError if it cannot be written."""
         if sys.platform == "win32":
-            self.portable = FileLock(self.path)
+            self.windows_lock = FileLock(self.path)
             try:
-                self.portable.acquire(timeout=0)
+                self.windows_lock.acquire(timeout=0)
             except Timeout as error:
                 raise BusyError from error
             return
         with contextlib.suppress(NoLocksError, OSError):  # NFS wants a file that is open for writing
-            self.whole = locked_descriptor(self.folder, os.O_RDONLY)
+            self.folder_descriptor = open_locked(self.folder, os.O_RDONLY)
         try:
-            self.file = locked_descriptor(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
+            self.file_descriptor = open_locked(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
         except NoLocksError:
-            self.note = write_note(self.folder)
-            lacks(self.folder, "has no locks", "only programs on this machine are kept out; start no other")
+            self.owner_file = write_owner_file(self.folder)
+            warn_unsupported(
+                self.folder, "has no locks", "only programs on this machine are kept out; start no other"
+            )
 
     def release(self) -> None:
         """Let others in."""
-        if self.portable:
-            self.portable.release()
-        if self.note:
+        if self.windows_lock:
+            self.windows_lock.release()
+        if self.owner_file:
             with contextlib.suppress(OSError):
-                self.note.unlink(missing_ok=True)
-        for descriptor in (self.file, self.whole):
+                self.owner_file.unlink(missing_ok=True)
+        for descriptor in (self.file_descriptor, self.folder_descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-        self.file = self.whole = -1
-        self.portable = self.note = None
+        self.file_descriptor = self.folder_descriptor = -1
+        self.windows_lock = self.owner_file = None
 
     def confirm(self) -> None:
         """Own the folder still, or again, if somebody has deleted .lock or the whole folder.
 
         Errors: UserError if another program has taken it meanwhile.
         """
-        if self.file < 0 and not self.lost:
+        if self.file_descriptor < 0 and not self.lost:
             return
-        whole = self.whole < 0 or is_at(self.whole, self.folder)
-        if not self.lost and whole and is_at(self.file, self.path):
+        whole = self.folder_descriptor < 0 or is_open_path(self.folder_descriptor, self.folder)
+        if not self.lost and whole and is_open_path(self.file_descriptor, self.path):
             return
         self.release()
         try:
@@ -115,14 +117,14 @@ class Owner:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[Owner]:
+def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[FolderLock]:
     """Own a folder, which is made if need be, for the length of the block.
 
     wait: seconds to give another owner. Errors: UserError(busy) if another process owns it; OSError if it
     cannot be written.
     """
     make_folder(folder)
-    owner, end = Owner(folder, busy), time.monotonic() + wait
+    owner, end = FolderLock(folder, busy), time.monotonic() + wait
     while True:
         try:
             owner.acquire()
@@ -131,8 +133,8 @@ def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[Owner]:
             owner.release()
             if time.monotonic() >= end:
                 raise UserError(busy) from error
-            time.sleep(PAUSE)
-            owner = Owner(folder, busy)
+            time.sleep(POLL_SECONDS)
+            owner = FolderLock(folder, busy)
         except BaseException:
             owner.release()
             raise
@@ -142,7 +144,7 @@ def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[Owner]:
         owner.release()
 
 
-def locked_descriptor(path: Path, flags: int) -> int:
+def open_locked(path: Path, flags: int) -> int:
     """Open and lock a file or folder. Errors: BusyError, NoLocksError, OSError; UserError for a device."""
     import fcntl
 
@@ -153,9 +155,9 @@ def locked_descriptor(path: Path, flags: int) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        if error.errno in HELD:
+        if error.errno in LOCK_HELD_ERRORS:
             raise BusyError from error
-        if error.errno in NO_LOCKS:
+        if error.errno in NO_LOCKS_ERRORS:
             raise NoLocksError from error
         raise
     except BaseException:
@@ -164,7 +166,7 @@ def locked_descriptor(path: Path, flags: int) -> int:
     return descriptor
 
 
-def is_at(descriptor: int, path: Path) -> bool:
+def is_open_path(descriptor: int, path: Path) -> bool:
     """Whether an open file is the one that has this name. If that cannot be told, it is."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -174,29 +176,31 @@ def is_at(descriptor: int, path: Path) -> bool:
         return True
 
 
-def write_note(folder: Path) -> Path:
+def write_owner_file(folder: Path) -> Path:
     """Write down, in a new file, which process owns a folder. Errors: BusyError, OSError."""
     path = folder / ".owner"
     if os.path.lexists(path):
-        if lives(path):
+        if is_owner_alive(path):
             raise BusyError
         path.unlink(missing_ok=True)
     try:
         with open(path, "x", encoding="utf-8") as file:
-            json.dump({"machine": socket.gethostname(), "process": os.getpid(), "start": began()}, file)
+            json.dump(
+                {"machine": socket.gethostname(), "process": os.getpid(), "start": process_start_time()}, file
+            )
     except FileExistsError as error:
         raise BusyError from error
     return path
 
 
-def began(process: int | None = None) -> float:
+def process_start_time(process: int | None = None) -> float:
     """When a process began, in seconds. Errors: psutil.Error if there is none."""
     import psutil
 
     return psutil.Process(process).create_time()
 
 
-def lives(note: Path) -> bool:
+def is_owner_alive(note: Path) -> bool:
     """Whether the process that a note names runs on this machine."""
     import psutil
 
@@ -204,6 +208,9 @@ def lives(note: Path) -> bool:
         require(note.is_file(), f"{note} is not a file: delete it")
         told = cast(dict[str, Any], json.loads(note.read_text("utf-8")))
         here = told["machine"] == socket.gethostname()
-        return here and abs(began(int(told["process"])) - float(told["start"])) < SAME_START
+        return (
+            here
+            and abs(process_start_time(int(told["process"])) - float(told["start"])) < START_TIME_TOLERANCE
+        )
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, psutil.Error):
         return False

@@ -21,28 +21,28 @@ from nanogpt.config import Dtype
 from nanogpt.device import autocast, dtype_of, kind_of, name_of
 from nanogpt.errors import require
 
-SIZES = (128, 512)
+MATMUL_SIZES = (128, 512)
 """Matrices of a trial: small ones tell what is hopeless, in milliseconds, larger ones which is fastest."""
 
-ROUNDS, HOPELESS = 3, 3.0
+MATMUL_REPEATS, HOPELESS_SLOWDOWN = 3, 3.0
 """Timings of each product, of which the shortest counts; how many times slower than the best is given up."""
 
-WORTH = 1.15
+MIN_SPEEDUP = 1.15
 """How many times as fast as float32 a dtype with fewer digits has to be."""
 
-TRIAL_ROWS, TRIAL_ROUNDS = 1024, 4
+MLP_ROWS, MLP_REPEATS = 1024, 4
 """Size of the measurement that decides whether bfloat16 pays on a CPU: about 0.2 s."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class DtypeChoice:
     """A dtype, and why it was taken, in a few words."""
 
     dtype: torch.dtype
-    why: str
+    reason: str
 
 
-def pick_dtype(name: Dtype, device: torch.device, width: int) -> Choice:
+def pick_dtype(name: Dtype, device: torch.device, width: int) -> DtypeChoice:
     """The dtype of the matrix products of a model of this width; its weights stay float32.
 
     "auto": on a GPU what its architecture has units for, on a CPU what is faster in a trial.
@@ -50,37 +50,39 @@ def pick_dtype(name: Dtype, device: torch.device, width: int) -> Choice:
     """
     kind = kind_of(device)
     require(
-        name != "float16" or kind.scales,
+        name != "float16" or kind.trains_float16,
         "--dtype float16 does not train on Apple GPUs: use float32 or bfloat16",
     )
     if name != "auto":
-        return Choice(dtype_of(name), "as --dtype says")
+        return DtypeChoice(dtype_of(name), "as --dtype says")
     native = kind.native_dtype(device)
     if native:
-        return Choice(*native)
+        return DtypeChoice(*native)
     if not kind.shares_memory:
-        return Choice(torch.float32, "the one that every version of it trains in")
-    if not pays(torch.bfloat16, device):
-        return Choice(torch.float32, compared(device))
-    faster = bfloat16_pays(width)
-    return Choice(
+        return DtypeChoice(torch.float32, "the one that every version of it trains in")
+    if not is_faster_than_float32(torch.bfloat16, device):
+        return DtypeChoice(torch.float32, describe_speedup(device))
+    faster = is_bfloat16_faster(width)
+    return DtypeChoice(
         torch.bfloat16 if faster else torch.float32, f"faster in layers of width {width}, by a trial"
     )
 
 
-def pick_muon_dtype(name: Dtype, device: torch.device) -> Choice:
+def pick_muon_dtype(name: Dtype, device: torch.device) -> DtypeChoice:
     """The dtype of Muon's Newton-Schulz iteration, whose result need not be exact (Jordan et al., 2024).
 
     Everything in it is at most 1, so float16 will do where bfloat16 is slow.
     """
     if name != "auto":
-        return Choice(dtype_of(name), "as --dtype says")
+        return DtypeChoice(dtype_of(name), "as --dtype says")
     native = kind_of(device).native_dtype(device)
     if native:
-        return Choice(*native)
-    rates = product_rates(device)
+        return DtypeChoice(*native)
+    rates = matmul_rates(device)
     narrow = max((torch.bfloat16, torch.float16), key=rates.__getitem__)
-    return Choice(narrow if pays(narrow, device) else torch.float32, compared(device, narrow))
+    return DtypeChoice(
+        narrow if is_faster_than_float32(narrow, device) else torch.float32, describe_speedup(device, narrow)
+    )
 
 
 def pick_sampling_dtype(name: Dtype, device: torch.device, trained_in: str) -> torch.dtype:
@@ -89,29 +91,29 @@ def pick_sampling_dtype(name: Dtype, device: torch.device, trained_in: str) -> t
         return dtype_of(name)
     dtype = dtype_of(trained_in)
     native = kind_of(device).native_dtype(device)
-    fast = not is_slow(dtype, device) if native else pays(dtype, device)
+    fast = not is_slow(dtype, device) if native else is_faster_than_float32(dtype, device)
     return dtype if fast else torch.float32
 
 
-def pays(dtype: torch.dtype, device: torch.device) -> bool:
+def is_faster_than_float32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products in `dtype` are clearly faster than in float32."""
-    rates = product_rates(device)
-    return rates[dtype] > WORTH * rates[torch.float32]
+    rates = matmul_rates(device)
+    return rates[dtype] > MIN_SPEEDUP * rates[torch.float32]
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a run would suffer from products in `dtype`: they are emulated here, or missing."""
     native = kind_of(device).native_dtype(device)
     if native is None:
-        rates = product_rates(device)
-        return rates[dtype] * HOPELESS < rates[torch.float32]
+        rates = matmul_rates(device)
+        return rates[dtype] * HOPELESS_SLOWDOWN < rates[torch.float32]
     widths = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what has the last has all before
     return widths[dtype] > widths[native[0]]
 
 
-def compared(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+def describe_speedup(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """How fast products in a dtype are, in words."""
-    rates = product_rates(device)
+    rates = matmul_rates(device)
     ratio = rates[dtype] / rates[torch.float32]
     if not ratio:
         return f"products in {name_of(dtype)} do not run here"
@@ -121,27 +123,27 @@ def compared(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 @functools.cache
-def product_rates(device: torch.device) -> dict[torch.dtype, float]:
+def matmul_rates(device: torch.device) -> dict[torch.dtype, float]:
     """Operations a second of batched matrix products in each dtype, 0 where they do not run at all.
 
     Takes some milliseconds: what is hopeless in small products is not tried in larger ones.
     """
     rates = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 0.0)
     left = list(rates)
-    for size in SIZES:
+    for size in MATMUL_SIZES:
         for dtype in left:
             with suppress(RuntimeError, TypeError, NotImplementedError):
-                rates[dtype] = product_rate(dtype, device, size)
-        left = [dtype for dtype in left if rates[dtype] * HOPELESS >= max(rates.values())]
+                rates[dtype] = matmul_rate(dtype, device, size)
+        left = [dtype for dtype in left if rates[dtype] * HOPELESS_SLOWDOWN >= max(rates.values())]
     return rates
 
 
-def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
     """Operations a second of two square products of this size."""
     x = torch.full((2, size, size), 1 / size, dtype=dtype, device=device)
     best = float("inf")
-    with alone(device) as clock:
-        for _ in range(1 + ROUNDS):  # the first one sets up
+    with trial_clock(device) as clock:
+        for _ in range(1 + MATMUL_REPEATS):  # the first one sets up
             start = clock()
             torch.bmm(x, x)
             best = min(best, clock() - start)
@@ -149,7 +151,7 @@ def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
 
 
 @contextmanager
-def alone(device: torch.device) -> Generator[Callable[[], float]]:
+def trial_clock(device: torch.device) -> Generator[Callable[[], float]]:
     """A clock for trials that is not fooled by other programs.
 
     On a CPU they run in one thread, whose own time it tells; that of a GPU waits for its work to be done.
@@ -171,13 +173,13 @@ def alone(device: torch.device) -> Generator[Callable[[], float]]:
         torch.set_num_threads(threads)
 
 
-def bfloat16_pays(width: int) -> bool:
+def is_bfloat16_faster(width: int) -> bool:
     """Time an MLP of this width on the CPU, forward and backward, in both dtypes, and compare."""
     layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    x, cpu = torch.zeros(TRIAL_ROWS, width), torch.device("cpu")
+    x, cpu = torch.zeros(MLP_ROWS, width), torch.device("cpu")
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    with alone(cpu) as clock:
-        for _ in range(TRIAL_ROUNDS):  # in turn, so that a busy machine slows both
+    with trial_clock(cpu) as clock:
+        for _ in range(MLP_REPEATS):  # in turn, so that a busy machine slows both
             for dtype in best:
                 start = clock()
                 with autocast(cpu, dtype):

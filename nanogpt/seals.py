@@ -21,17 +21,17 @@ import torch
 from numpy.typing import NDArray
 
 from nanogpt.errors import UserError
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 
-MARK = b"\nnanogpt sha256 "
+CHECKSUM_MARK = b"\nnanogpt sha256 "
 """What stands before the 32 bytes of SHA-256 at the end of a sealed file."""
 
-SEAL_SIZE = len(MARK) + 32
+CHECKSUM_SIZE = len(CHECKSUM_MARK) + 32
 
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 """Bytes of a token file that have a digest of their own."""
 
-CHECKED = 1 << 30
+VERIFY_BYTES = 1 << 30
 """Bytes of token files that are verified when a training begins: half a second to three, by processor."""
 
 DAMAGED = "is damaged (its checksum does not match)"
@@ -42,18 +42,18 @@ class DamageError(UserError):
 
 
 @dataclass(frozen=True)
-class Seal:
+class Checksum:
     """The SHA-256 of a whole file, in hexadecimal; blocks: of each BLOCK of it, (n, 32) uint8, or None."""
 
     sha256: str
     blocks: NDArray[np.uint8] | None = None
 
 
-class Sealing:
+class BlockHasher:
     """Makes the seal of a file while its bytes pass by."""
 
     def __init__(self) -> None:
-        self.whole, self.block, self.room = hashlib.sha256(), hashlib.sha256(), BLOCK
+        self.whole, self.block, self.room = hashlib.sha256(), hashlib.sha256(), BLOCK_BYTES
         self.digests: list[bytes] = []
 
     def update(self, piece: bytes) -> None:
@@ -66,20 +66,20 @@ class Sealing:
             self.room -= len(part)
             if not self.room:
                 self.digests.append(self.block.digest())
-                self.block, self.room = hashlib.sha256(), BLOCK
+                self.block, self.room = hashlib.sha256(), BLOCK_BYTES
 
-    def seal(self) -> Seal:
+    def checksum(self) -> Checksum:
         """The seal of all that passed; a file of one block needs no digest of it."""
-        digests = [*self.digests, *([self.block.digest()] if self.room < BLOCK else [])]
+        digests = [*self.digests, *([self.block.digest()] if self.room < BLOCK_BYTES else [])]
         blocks = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32) if len(digests) > 1 else None
-        return Seal(self.whole.hexdigest(), blocks)
+        return Checksum(self.whole.hexdigest(), blocks)
 
 
 def verify(
     folder: Path,
-    seals: Mapping[str, Seal],
+    seals: Mapping[str, Checksum],
     *,
-    most: int | None = CHECKED,
+    max_bytes: int | None = VERIFY_BYTES,
     advance: Callable[[int], object] = int,
 ) -> None:
     """Compare files with their seals.
@@ -90,33 +90,35 @@ def verify(
     Errors: DamageError that names the file; OSError if it cannot be read.
     """
     sizes = {name: (folder / name).stat().st_size for name in seals}
-    if most is None or sum(sizes.values()) <= most:
+    if max_bytes is None or sum(sizes.values()) <= max_bytes:
         for name, seal in seals.items():
             digest = hashlib.sha256()
             with open(folder / name, "rb") as file:
-                while piece := file.read(BLOCK):
+                while piece := file.read(BLOCK_BYTES):
                     digest.update(piece)
                     advance(len(piece))
             if digest.hexdigest() != seal.sha256:
                 raise DamageError(f"{folder / name} {DAMAGED}")
         return
-    for name, number in some_blocks(seals, sizes, most // BLOCK):
+    for name, number in pick_blocks(seals, sizes, max_bytes // BLOCK_BYTES):
         seal = seals[name]
         expected = bytes.fromhex(seal.sha256) if seal.blocks is None else seal.blocks[number].tobytes()
         with open(folder / name, "rb") as file:
-            file.seek(number * BLOCK)
-            piece = file.read(BLOCK)
+            file.seek(number * BLOCK_BYTES)
+            piece = file.read(BLOCK_BYTES)
         advance(len(piece))
-        if hashlib.sha256(piece).digest() != expected or sizes[name] > count_blocks(seal) * BLOCK:
+        if hashlib.sha256(piece).digest() != expected or sizes[name] > count_blocks(seal) * BLOCK_BYTES:
             raise DamageError(f"{folder / name} {DAMAGED}")
 
 
-def count_blocks(seal: Seal) -> int:
+def count_blocks(seal: Checksum) -> int:
     """How many blocks a file has."""
     return 1 if seal.blocks is None else len(seal.blocks)
 
 
-def some_blocks(seals: Mapping[str, Seal], sizes: Mapping[str, int], most: int) -> Iterator[tuple[str, int]]:
+def pick_blocks(
+    seals: Mapping[str, Checksum], sizes: Mapping[str, int], most: int
+) -> Iterator[tuple[str, int]]:
     """Files and numbers of blocks in them, `most` in all: the first of each, the last of each, any others."""
     random = np.random.default_rng()  # of its own, never that of a training
     names = [name for name in seals if sizes[name]]
@@ -130,7 +132,7 @@ def some_blocks(seals: Mapping[str, Seal], sizes: Mapping[str, int], most: int) 
         yield names[file], place - firsts[file]
 
 
-class Hashing:
+class HashingWriter:
     """A file to write to that keeps the SHA-256 of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -146,26 +148,26 @@ class Hashing:
         self.file.flush()
 
 
-def write_sealed(path: Path, content: object, mark: bytes = MARK) -> None:
+def save_with_checksum(path: Path, content: object, mark: bytes = CHECKSUM_MARK) -> None:
     """torch.save `content`, atomically, with the seal behind it: a mark of its kind, and the SHA-256.
 
     Errors: UserError if the folder cannot be written or the disk is full.
     """
-    with replacing(path) as file:
-        hashing = Hashing(file)
+    with atomic_write(path) as file:
+        hashing = HashingWriter(file)
         torch.save(content, cast(BinaryIO, hashing))
         file.write(mark + hashing.digest.digest())
 
 
-def read_sealed(path: Path) -> tuple[object, bool]:
+def load_with_checksum(path: Path) -> tuple[object, bool]:
     """The plain types in a file, and whether it bears a seal; older ones bear none.
 
     Errors: DamageError if the seal does not match; OSError, or whatever torch.load raises.
     """
     with open(path, "rb") as file:
         raw = file.read()
-    body, seal = raw[:-SEAL_SIZE], raw[-SEAL_SIZE:]
-    sealed = seal.startswith(MARK)
-    if sealed and seal != MARK + hashlib.sha256(body).digest():
+    body, seal = raw[:-CHECKSUM_SIZE], raw[-CHECKSUM_SIZE:]
+    sealed = seal.startswith(CHECKSUM_MARK)
+    if sealed and seal != CHECKSUM_MARK + hashlib.sha256(body).digest():
         raise DamageError(f"{path} {DAMAGED}")
     return torch.load(path, map_location="cpu", weights_only=True), sealed

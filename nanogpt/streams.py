@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from nanogpt.errors import UserError
 
-NAMES = ("stdin", "stdout", "stderr")
+STREAM_NAMES = ("stdin", "stdout", "stderr")
 """Of the descriptors 0, 1 and 2."""
 
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)
@@ -28,18 +28,18 @@ WAIT_SECONDS = 0.5
 SHOW_CURSOR = b"\x1b[?25h"
 
 
-class Secured(io.RawIOBase):
+class ProtectedStream(io.RawIOBase):
     """A stream over another one that is written to without an error.
 
-    insistent: the first error is raised after all, as a UserError (or, if the reader of a pipe has left, as
-    `| head` does, as a quiet end of the program). For commands whose product is what they print.
-    hurried: what would have to wait for its reader is left out.
+    raises_errors: the first error is raised after all, as a UserError (or, if a pipe has lost its reader, as
+    with `| head`, as a quiet end of the program). For commands whose product is what they print.
+    never_waits: what would have to wait for its reader is left out.
     """
 
     def __init__(self, inner: Any, name: str) -> None:
         self.inner, self.title = inner, name
-        self.insistent = self.hurried = False
-        self.unsure = 0
+        self.raises_errors = self.never_waits = False
+        self.uncertain_bytes = 0
         """Bytes of which it is not known whether they were written, because a signal broke the write off."""
 
     def writable(self) -> bool:
@@ -60,40 +60,40 @@ class Secured(io.RawIOBase):
     def write(self, data: Any, /) -> int:
         """Write some of the bytes, and return how many; if that cannot be, let them go and return that."""
         piece = memoryview(data).cast("B")[:PIPE_BUF]
-        if self.unsure:  # these are the same again: rather not at all than twice
-            piece, self.unsure = piece[: self.unsure], 0
+        if self.uncertain_bytes:  # these are the same again: rather not at all than twice
+            piece, self.uncertain_bytes = piece[: self.uncertain_bytes], 0
             return len(piece)
-        self.unsure = len(piece)
-        written = self.attempt(piece)
-        self.unsure = 0
+        self.uncertain_bytes = len(piece)
+        written = self.write_or_drop(piece)
+        self.uncertain_bytes = 0
         return written
 
-    def attempt(self, piece: memoryview) -> int:
+    def write_or_drop(self, piece: memoryview) -> int:
         """Wait until the bytes can be written, and do that, unless nothing is waited for."""
         try:
-            while not self.hurried or is_ready(self.fileno(), 0):
+            while not self.never_waits or is_ready(self.fileno(), 0):
                 if is_ready(self.fileno(), WAIT_SECONDS):
                     written = self.inner.write(piece)
                     if written is not None:  # None: it does not block, and is full again
                         return int(written)
         except (OSError, ValueError) as error:
-            self.fail(error)
+            self.handle_error(error)
         return len(piece)
 
-    def fail(self, error: OSError | ValueError) -> None:
-        """Errors: UserError, or SystemExit if the reader has left; the first time, and if insistent."""
-        if not self.insistent:
+    def handle_error(self, error: OSError | ValueError) -> None:
+        """Errors: UserError, or SystemExit if the reader has left; the first time, and if raises_errors."""
+        if not self.raises_errors:
             return
-        self.insistent, self.unsure = False, 0
+        self.raises_errors, self.uncertain_bytes = False, 0
         if isinstance(error, BrokenPipeError):
             raise SystemExit(0) from None
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write to {self.title}: {reason}") from error
 
 
-def secure() -> None:
+def protect_standard_streams() -> None:
     """Make standard input, output and error usable in this process, for good."""
-    for descriptor, name in enumerate(NAMES):
+    for descriptor, name in enumerate(STREAM_NAMES):
         if not is_open(descriptor):
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number: this one
         if getattr(sys, name) is None:
@@ -103,7 +103,7 @@ def secure() -> None:
     for name, title in (("stdout", "standard output"), ("stderr", "standard error")):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
-            secured = over(cast("io.TextIOWrapper[Any]", stream), title)
+            secured = protect_stream(cast("io.TextIOWrapper[Any]", stream), title)
             setattr(sys, name, secured)
             setattr(sys, f"__{name}__", secured)
 
@@ -117,7 +117,7 @@ def is_open(descriptor: int) -> bool:
     return True
 
 
-def over(stream: "io.TextIOWrapper[Any]", title: str) -> io.TextIOWrapper:
+def protect_stream(stream: "io.TextIOWrapper[Any]", title: str) -> io.TextIOWrapper:
     """The text stream, secured. A character that it cannot show is no error either."""
     settings: dict[str, Any] = {
         "encoding": stream.encoding,
@@ -127,25 +127,25 @@ def over(stream: "io.TextIOWrapper[Any]", title: str) -> io.TextIOWrapper:
     }
     buffer = stream.detach()
     raw = buffer.detach() if isinstance(buffer, io.BufferedWriter) else buffer  # none with python -u
-    return io.TextIOWrapper(io.BufferedWriter(Secured(raw, title)), **settings)
+    return io.TextIOWrapper(io.BufferedWriter(ProtectedStream(raw, title)), **settings)
 
 
-def secured_streams() -> list[Secured]:
+def protected_streams() -> list[ProtectedStream]:
     """Standard output and error as far as they are secured, in this order."""
     raws = [getattr(getattr(stream, "buffer", None), "raw", None) for stream in (sys.stdout, sys.stderr)]
-    return [raw for raw in raws if isinstance(raw, Secured)]
+    return [raw for raw in raws if isinstance(raw, ProtectedStream)]
 
 
-def insist(*, on: bool) -> None:
+def raise_stdout_errors(*, on: bool) -> None:
     """Whether what cannot be written to standard output is an error (see Secured)."""
-    for stream in secured_streams()[:1]:
-        stream.insistent = on
+    for stream in protected_streams()[:1]:
+        stream.raises_errors = on
 
 
-def hurry() -> None:
+def stop_waiting() -> None:
     """From here on wait for nobody who reads: the process has something to save."""
-    for stream in secured_streams():
-        stream.hurried = True
+    for stream in protected_streams():
+        stream.never_waits = True
 
 
 def flush() -> None:
@@ -154,26 +154,26 @@ def flush() -> None:
         stream.flush()
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that talks, of those that a launcher started together."""
     alone = os.environ.get("WORLD_SIZE", "1") in ("", "0", "1")
     return alone or os.environ.get("RANK", "0") == "0"
 
 
-def notice(line: str) -> None:
+def write_signal_safe(line: str) -> None:
     """Say something in a signal handler: buffered streams must not be touched there, nor waited for."""
-    if speaks() and sys.__stderr__ is not None:  # closed from the start: number 2 may be any file
-        put(2, f"\n{line}\n".encode())
+    if is_main_process() and sys.__stderr__ is not None:  # closed from the start: number 2 may be any file
+        write_if_ready(2, f"\n{line}\n".encode())
 
 
 def show_cursor() -> None:
     """Undo what a progress bar does to the terminal, in a process that ends at once."""
     with contextlib.suppress(OSError):
         if sys.__stdout__ is not None and os.isatty(1):
-            put(1, SHOW_CURSOR)
+            write_if_ready(1, SHOW_CURSOR)
 
 
-def put(descriptor: int, raw: bytes) -> None:
+def write_if_ready(descriptor: int, raw: bytes) -> None:
     """Write a few bytes to a descriptor if that is possible at once."""
     with contextlib.suppress(OSError):
         if is_ready(descriptor, 0):

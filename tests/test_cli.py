@@ -254,8 +254,8 @@ def test_a_message_is_one_line_that_no_terminal_obeys(text: str) -> None:
     line = console.one_line(text)
     assert len(line.splitlines()) <= 1
     assert not any(unicodedata.category(char) in ("Cc", "Cs") for char in line.replace("\t", ""))
-    assert len(line) < 1.1 * console.LONGEST_LINE
-    if text.isprintable() and len(text) < console.LONGEST_WORD:
+    assert len(line) < 1.1 * console.MAX_LINE
+    if text.isprintable() and len(text) < console.MAX_WORD:
         assert line == text
 
 

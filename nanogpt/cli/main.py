@@ -89,8 +89,8 @@ def script(name: str) -> None:
 
 def begin() -> None:
     """Make the process one that nothing ends with a traceback: neither a broken stream nor a signal."""
-    streams.secure()
-    stopping.end_quietly()
+    streams.protect_standard_streams()
+    stopping.exit_quietly_on_signals()
 
 
 def overview(name: str) -> int:
@@ -124,7 +124,7 @@ def execute(name: str, arguments: Sequence[str], prog: str) -> int:
     """Parse the arguments, import the command and run it. Returns the exit code."""
     command = COMMANDS[name]
     config = parse(command.config, arguments, prog)
-    streams.insist(on=not command.writes)
+    streams.raise_stdout_errors(on=not command.writes)
     prepare_environment()
     with imports_explained():
         module = importlib.import_module(command.module)
@@ -160,7 +160,7 @@ def torch_version() -> str:
 
 def guarded(action: Callable[[], int]) -> int:
     """The exit code of a command; what the user can mend, and Ctrl-C, are said without a traceback."""
-    streams.insist(on=True)
+    streams.raise_stdout_errors(on=True)
     try:
         try:
             return action()
@@ -182,7 +182,7 @@ def guarded(action: Callable[[], int]) -> int:
             print(file=sys.stderr)  # behind the ^C
         return EXIT_INTERRUPT
     finally:
-        streams.insist(on=False)
+        streams.raise_stdout_errors(on=False)
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def close_bars() -> None:
     """Take down progress bars, which an error or a signal has left, if any were made."""
     console = sys.modules.get("nanogpt.console")
     if console is not None:
-        console.stop_bars()
+        console.stop_progress_bars()
 
 
 def complain(message: str) -> int:
@@ -216,9 +216,9 @@ def complain(message: str) -> int:
     Returns the exit code.
     """
     from nanogpt.console import one_line
-    from nanogpt.streams import speaks
+    from nanogpt.streams import is_main_process
 
-    if speaks():
+    if is_main_process():
         print(f"error: {one_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
 

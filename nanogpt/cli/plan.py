@@ -22,7 +22,7 @@ from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT, flops_per_token
-from nanogpt.precision import Choice, pick_dtype, pick_muon_dtype
+from nanogpt.precision import DtypeChoice, pick_dtype, pick_muon_dtype
 from nanogpt.training import memory_estimate
 from nanogpt.training.memory_estimate import HEADROOM, Memory
 from nanogpt.training.optimizer import build_optimizers
@@ -157,7 +157,7 @@ def machine_of(config: PlanConfig) -> Machine:
         raise UserError(f"--on {config.on} is unknown: use one of {', '.join(ACCELERATORS)}")
     named = ACCELERATORS[config.on.lower()]
     told = (
-        Choice(named.dtype, "")
+        DtypeChoice(named.dtype, "")
         if config.dtype == "auto"
         else pick_dtype(config.dtype, torch.device("cpu"), 1)
     )

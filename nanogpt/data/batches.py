@@ -143,7 +143,7 @@ class BatchLoader:
         Only what is pinned is copied in the background: other memory may be gone by then.
         """
         kind = kind_of(self.device)
-        return kind.pin(values).to(self.device, non_blocking=kind.pins)
+        return kind.pin_memory(values).to(self.device, non_blocking=kind.uses_pinned_memory)
 
 
 def evaluation_batches(

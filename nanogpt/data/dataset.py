@@ -25,7 +25,7 @@ from nanogpt.data.shards import Shards, Tokens
 from nanogpt.data.swap import LAST, finish_what_was_begun, journal
 from nanogpt.data.token_map import TokenFile, check_ids, open_tokens
 from nanogpt.errors import UserError, require
-from nanogpt.seals import CHECKED, DamageError, Seal, read_sealed, verify
+from nanogpt.seals import VERIFY_BYTES, Checksum, DamageError, load_with_checksum, verify
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict
@@ -78,7 +78,7 @@ class Dataset:
 
 
 def load_dataset(
-    folder: Path, *, most: int | None = CHECKED, advance: Callable[[int], object] = int
+    folder: Path, *, most: int | None = VERIFY_BYTES, advance: Callable[[int], object] = int
 ) -> Dataset:
     """Open a prepared data folder; the tokens stay on the disk until they are read.
 
@@ -114,7 +114,7 @@ def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Da
     elsewhere = "" if folder.is_dir() else " (or give --data_dir the folder that you prepared)"
     check_is_file(path, unprepared + elsewhere)
     with advising(path, f"{unprepared} --overwrite"):
-        content, sealed = read_sealed(path)
+        content, sealed = load_with_checksum(path)
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     advice = f"{how_to_prepare(folder, content)} --overwrite"
     version = content.get("format")
@@ -128,7 +128,7 @@ def read(folder: Path, most: int | None, advance: Callable[[int], object]) -> Da
         check_is_file(folder / name, advice.removesuffix(" --overwrite"))
     if facts.seals:
         with advising(folder, advice):
-            verify(folder, facts.seals, most=most, advance=advance)
+            verify(folder, facts.seals, max_bytes=most, advance=advance)
     with advising(path, advice):
         tokenizer = facts.tokenizer
     train, val = (open_split(folder, facts, split, advice) for split in SPLITS)
@@ -250,12 +250,12 @@ class Facts:
                 self.refuse(str(error))
             raise
 
-    def seals_of(self, digests: Mapping[str, str], blocks: Mapping[str, Tensor]) -> dict[str, Seal]:
+    def seals_of(self, digests: Mapping[str, str], blocks: Mapping[str, Tensor]) -> dict[str, Checksum]:
         """The seals of the files, {} if there are none."""
         if digests and (set(digests) != set(self.names) or not set(blocks) <= set(digests)):
             self.refuse("sha256 names other files")
         arrays = {name: cast(NDArray[np.uint8], tensor.numpy()) for name, tensor in blocks.items()}
-        return {name: Seal(digest, arrays.get(name)) for name, digest in digests.items()}
+        return {name: Checksum(digest, arrays.get(name)) for name, digest in digests.items()}
 
 
 def is_text(value: Any) -> bool:

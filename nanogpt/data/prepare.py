@@ -29,9 +29,9 @@ from nanogpt.data.swap import WORK, commit, finish, fresh
 from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.data.tokenizer_choice import given_tokenizer, learned_tokenizer
 from nanogpt.errors import UserError, require
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 from nanogpt.locking import lock
-from nanogpt.seals import Seal, write_sealed
+from nanogpt.seals import Checksum, save_with_checksum
 from nanogpt.text.corpus import Corpus, find
 from nanogpt.text.documents import Chunk, SkipReport, counted
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
@@ -135,7 +135,7 @@ def write_set(config: DataConfig, folder: Path, work: EncodingJob, fingerprint: 
     counts = {name: -(-count // most) for name, count in tokens.items()}
     if config.shard_tokens is not None:
         facts["shards"] = counts
-    new, seals = fresh(folder), dict[str, Seal]()
+    new, seals = fresh(folder), dict[str, Checksum]()
     for split, count in tokens.items():
         names = [f"{split}.pt"] if config.shard_tokens is None else shard_names(split, counts[split])
         for name, first in zip(names, range(0, count, most), strict=True):
@@ -144,7 +144,7 @@ def write_set(config: DataConfig, folder: Path, work: EncodingJob, fingerprint: 
     facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
     tables = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
     facts["blocks"] = {name: torch.from_numpy(table.copy()) for name, table in tables.items()}
-    write_sealed(new / "vocab.pt", facts)
+    save_with_checksum(new / "vocab.pt", facts)
     commit(folder, [*seals, "vocab.pt"], set(token_files(folder)) - set(seals))
     return facts
 
@@ -172,7 +172,7 @@ def keep_standard_input(folder: Path) -> Path:
     """
     require(sys.stdin is not None, "--input_file - is standard input, which is closed: pipe a text into it")
     path = folder / STDIN
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         while True:
             try:
                 piece = sys.stdin.buffer.read(1 << 20)
@@ -213,7 +213,7 @@ def report_broken(report: SkipReport, folder: Path) -> None:
     if report.broken_count:
         for line in report.broken[:SHOWN]:
             warn(f"left out: {line}")
-        with replacing(folder / "broken.txt") as file:
+        with atomic_write(folder / "broken.txt") as file:
             file.write(("\n".join(report.broken) + "\n").encode("utf-8", "replace"))
         warn(f"Broken records or files left out: {report.broken_count:,}, listed in {folder / 'broken.txt'}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanogpt.errors import UserError, require
-from nanogpt.files import rename, replacing, sync_folder
+from nanogpt.files import atomic_write, fsync_folder, rename
 from nanogpt.locking import lock
 
 WORK, NEW, JOURNAL = "preparing", "new", "swap.json"
@@ -51,7 +51,7 @@ def commit(folder: Path, names: Iterable[str], stale: Iterable[str]) -> None:
     names, stale = sorted(names), sorted(stale)
     for name in (*names, *stale):
         require(not (folder / name).is_dir(), f"{folder / name} is a folder: move it away")
-    with replacing(folder / WORK / JOURNAL) as file:
+    with atomic_write(folder / WORK / JOURNAL) as file:
         file.write(json.dumps({"names": names, "stale": stale}).encode())
     finish(folder)
 
@@ -94,9 +94,9 @@ def finish(folder: Path) -> bool:
                 rename(new / name, folder / name)
         for name in found["stale"]:
             (folder / name).unlink(missing_ok=True)
-        sync_folder(folder)
+        fsync_folder(folder)
         (folder / WORK / JOURNAL).unlink(missing_ok=True)
-        sync_folder(folder / WORK)
+        fsync_folder(folder / WORK)
     except OSError as error:
         why = error.strerror or str(error)
         raise UserError(

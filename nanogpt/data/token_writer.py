@@ -27,8 +27,8 @@ from nanogpt.data.dataset import FORMAT, SPLITS
 from nanogpt.data.scan import ScanResult, tokenizer_settings
 from nanogpt.data.token_map import PLACE
 from nanogpt.errors import UserError, require
-from nanogpt.files import replacing
-from nanogpt.seals import Seal, Sealing, read_sealed, write_sealed
+from nanogpt.files import atomic_write
+from nanogpt.seals import BlockHasher, Checksum, load_with_checksum, save_with_checksum
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
@@ -74,7 +74,7 @@ class EncodingJob:
         if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would be waited for
             return None
         try:
-            content, sealed = read_sealed(paths[0])
+            content, sealed = load_with_checksum(paths[0])
             state = cast(dict[str, Any], content)
             if not sealed or state["key"] != self.key:
                 return None
@@ -141,7 +141,7 @@ class EncodingJob:
             "characters": as_tensor(self.survey.characters),
             "digests": as_tensor(self.survey.digests),
         }
-        write_sealed(self.folder / "state.pt", state)
+        save_with_checksum(self.folder / "state.pt", state)
 
     def remove(self) -> None:
         """It is done."""
@@ -167,14 +167,16 @@ def has_stretches(path: Path, stretches: Sequence[tuple[int, str]]) -> bool:
     return True
 
 
-def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], first: int, count: int) -> Seal:
+def write_tokens(
+    raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], first: int, count: int
+) -> Checksum:
     """Make of bare tokens, `count` in `raw` from the `first` on, a .pt file with one tensor, (count,).
 
     torch.save writes the file without the tokens; they are then copied to their place in it, so that
     little is in memory at a time. Returns its seal, taken on the way. Errors: UserError if the disk is full.
     """
-    width, sealing = np.dtype(dtype).itemsize, Sealing()
-    with replacing(path) as file:
+    width, sealing = np.dtype(dtype).itemsize, BlockHasher()
+    with atomic_write(path) as file:
         with torch.serialization.skip_data():
             torch.save(torch.from_numpy(stand_in(raw, dtype, count)), file)
         with zipfile.ZipFile(file) as archive:
@@ -194,7 +196,7 @@ def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], fi
                 left -= len(block)
         require(not left, f"{raw} was cut while it was being read: run the command again")
         sealing.update(file.read())
-    return sealing.seal()
+    return sealing.checksum()
 
 
 def stand_in(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:

@@ -20,7 +20,7 @@ from nanogpt.device import name_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_state, load_full_state, shard_optimizer_state
 from nanogpt.errors import UserError, require
-from nanogpt.files import replacing, sync_folder
+from nanogpt.files import atomic_write, fsync_folder
 from nanogpt.training.state import Run, Writing
 
 
@@ -137,7 +137,7 @@ def begin_save(run: Run, path: Path) -> None:
     if run.world.is_first:
         run.metrics.flush()
         if run.world.job and not run.saved_step:
-            with replacing(run.folder.job) as file:
+            with atomic_write(run.folder.job) as file:
                 file.write(run.world.job.encode())
     if parallelize.is_sharded(run.model) and path == run.folder.last:
         average = run.average.state_dict() if run.average else {}
@@ -184,8 +184,8 @@ def finish_save(run: Run) -> None:
     with run.world.raise_on_all():
         if run.world.is_first:
             inside = writing.folder.relative_to(run.folder.path)
-            sync_folder(writing.folder)
-            sync_folder(run.folder.shards)
+            fsync_folder(writing.folder)
+            fsync_folder(run.folder.shards)
             named = {(inside / name).as_posix(): digest for name, digest in files}
             save_checkpoint(run.folder.last, replace(writing.head, shards=named))
             run.folder.delete_shards(keep=writing.folder)

@@ -175,7 +175,7 @@ class JsonLinesSink:
                 self.unwritten.clear()
                 self.reported_error = ""
                 if sync:
-                    files.sync(file.fileno(), self.path.parent)
+                    files.fsync(file.fileno(), self.path.parent)
         except (OSError, UserError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             if reason != self.reported_error:  # once, not at every line
@@ -243,7 +243,7 @@ def forget_after(path: Path, step: int, evaluated_at: int) -> None:
     if all_at_end:  # the usual case; truncating works on a full disk too
         os.truncate(path, first_dropped)
         return
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         for line, row in read_rows(path):
             if not must_drop(line, row, step, evaluated_at):
                 file.write(line)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.console import new_figure
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 from nanogpt.training.metrics import read_rows
 
 
@@ -38,7 +38,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()
-    with replacing(picture) as file:
+    with atomic_write(picture) as file:
         figure.savefig(file, format="png", dpi=120)
 
 

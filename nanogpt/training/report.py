@@ -36,9 +36,9 @@ def print_plan(run: Run) -> None:
         f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
         f"vocabulary of {run.dataset.tokenizer.vocab_size}"
     )
-    say(f"Arithmetic: {name_of(run.dtype)} ({run.products.why})")
+    say(f"Arithmetic: {name_of(run.dtype)} ({run.products.reason})")
     if config.optimizer == "muon":
-        say(f"Muon orthogonalises in {name_of(run.newton_schulz.dtype)} ({run.newton_schulz.why})")
+        say(f"Muon orthogonalises in {name_of(run.newton_schulz.dtype)} ({run.newton_schulz.reason})")
     say(
         f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
         f"{run.batches.steps_per_epoch:,.1f} steps an epoch"

@@ -21,8 +21,8 @@ from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
 from nanogpt.model.gpt import GPT
-from nanogpt.precision import Choice, is_slow, pick_dtype, pick_muon_dtype
-from nanogpt.seals import CHECKED
+from nanogpt.precision import DtypeChoice, is_slow, pick_dtype, pick_muon_dtype
+from nanogpt.seals import VERIFY_BYTES
 from nanogpt.training.checkpointing import restore
 from nanogpt.training.metrics import ConsoleSink, Metrics, Sink
 from nanogpt.training.optimizer import build_optimizers
@@ -39,7 +39,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     sinks = create_sinks(config.sinks, folder, to_dict(config))
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
-    unseen = CHECKED if config.resume else 0  # fit has verified the data of a new run
+    unseen = VERIFY_BYTES if config.resume else 0  # fit has verified the data of a new run
     dataset = load_dataset(Path(config.data_dir), most=unseen)
     if saved:
         check_resume(config, saved, dataset)
@@ -52,7 +52,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
         say(line)
     products, newton_schulz = pick_precision(config, device, saved, world)
     dtype = products.dtype
-    kind_of(device).begin(device, dtype)
+    kind_of(device).set_up(device, dtype)
     shape = model_config(config, dataset.tokenizer.vocab_size)
     model, average = (sharded_models if sharded else plain_models)(config, shape, device, dtype)
     optimizers = build_optimizers(model, config, newton_schulz.dtype, world.rank, world.size)
@@ -143,25 +143,27 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
 
 def pick_precision(
     config: TrainConfig, device: torch.device, saved: Checkpoint | None, world: World
-) -> tuple[Choice, Choice]:
+) -> tuple[DtypeChoice, DtypeChoice]:
     """The dtypes to train in and to orthogonalise Muon's matrices in, and why."""
     dtype = agreed_dtype(
         kept(config, device, saved, "dtype") or pick_dtype(config.dtype, device, config.n_embd), world
     )
     if config.optimizer != "muon":
-        return dtype, Choice(torch.float32, "not in use")
+        return dtype, DtypeChoice(torch.float32, "not in use")
     muon = agreed_dtype(
         kept(config, device, saved, "muon_dtype") or pick_muon_dtype(config.dtype, device), world
     )
     return dtype, muon
 
 
-def kept(config: TrainConfig, device: torch.device, saved: Checkpoint | None, what: str) -> Choice | None:
+def kept(
+    config: TrainConfig, device: torch.device, saved: Checkpoint | None, what: str
+) -> DtypeChoice | None:
     """The dtype that a resumed run had, unless --dtype has changed or it would crawl here; else None."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
     had = dtype_of(str(saved.precision.get(what, "bfloat16")))  # before it was saved
-    scaled = what == "dtype" and had == torch.float16 and not kind_of(device).scales
+    scaled = what == "dtype" and had == torch.float16 and not kind_of(device).trains_float16
     if config.dtype == "auto" and (scaled or is_slow(had, device)):
         who = "the run computed" if what == "dtype" else "Muon orthogonalised"
         warn(
@@ -169,14 +171,14 @@ def kept(config: TrainConfig, device: torch.device, saved: Checkpoint | None, wh
             f"(--dtype {name_of(had)} keeps it)"
         )
         return None
-    return Choice(had, "as before")
+    return DtypeChoice(had, "as before")
 
 
-def agreed_dtype(choice: Choice, world: World) -> Choice:
+def agreed_dtype(choice: DtypeChoice, world: World) -> DtypeChoice:
     """The widest that any process has picked: which one is faster can look different to each."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     widest = dtypes[world.max_over_ranks(dtypes.index(choice.dtype))[0]]
-    return choice if widest == choice.dtype else Choice(widest, "as another process has picked")
+    return choice if widest == choice.dtype else DtypeChoice(widest, "as another process has picked")
 
 
 def archive_previous(config: TrainConfig, folder: RunFolder) -> None:

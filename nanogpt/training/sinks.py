@@ -17,7 +17,7 @@ from typing import Any
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.console import warn
 from nanogpt.errors import UserError
-from nanogpt.files import make_folder, replacing
+from nanogpt.files import atomic_write, make_folder
 from nanogpt.training.metrics import JsonLinesSink, Row, Sink
 
 CHART_NAMES = {
@@ -142,7 +142,7 @@ class WandbSink(FailSafe):
         """The id of the wandb run: that in the folder, or a new one, kept there."""
         path = self.folder / "wandb_id.txt"
         if not path.is_file():
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write(secrets.token_hex(4).encode())
         return path.read_text("utf-8").strip()
 

@@ -21,10 +21,10 @@ from nanogpt.config import TrainConfig
 from nanogpt.cores import CoreWatch
 from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.data.dataset import Dataset
-from nanogpt.device import Event, Kind, kind_of
+from nanogpt.device import DeviceKind, Event, kind_of
 from nanogpt.distributed.world import World
 from nanogpt.model.gpt import GPT, flops_per_token
-from nanogpt.precision import Choice
+from nanogpt.precision import DtypeChoice
 from nanogpt.training.memory_estimate import Memory
 from nanogpt.training.metrics import ConsoleSink, Metrics
 
@@ -89,9 +89,9 @@ class Run:
     dataset: Dataset
     batches: BatchSampler
     device: torch.device
-    products: Choice
+    products: DtypeChoice
     """The dtype of the model's matrix products."""
-    newton_schulz: Choice
+    newton_schulz: DtypeChoice
     """The dtype of Muon's."""
     train_windows: BatchLoader
     val_windows: BatchLoader
@@ -139,7 +139,7 @@ class Run:
         return self.products.dtype
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> DeviceKind:
         """What the device can do."""
         return kind_of(self.device)
 

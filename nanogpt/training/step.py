@@ -137,7 +137,7 @@ def to_cpu(values: Tensor) -> tuple[Tensor, Event | None]:
     """The values on the CPU, and the event after which they are there, if their device runs ahead."""
     kind = kind_of(values.device)
     copy = values.to("cpu", non_blocking=kind.is_async)
-    return copy, kind.event(values.device)
+    return copy, kind.record_event(values.device)
 
 
 def read_result(run: Run, outcome: Outcome) -> dict[str, float]:

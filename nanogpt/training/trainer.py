@@ -31,7 +31,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import say, warn
 from nanogpt.data.batches import evaluation_batches
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import autocast, eagerly, is_out_of_memory, pick_compile
+from nanogpt.device import autocast, eager_mode, is_out_of_memory, pick_compile
 from nanogpt.distributed.parallelize import is_sharded, unsharded
 from nanogpt.distributed.world import World, distributed_world, hard_exit
 from nanogpt.errors import UserError, require
@@ -297,7 +297,7 @@ def evaluate(run: Run, stop: StopRequest) -> float | None:
     ]
     rounds = math.ceil(len(pieces) / run.world.size)
     model, interrupted = run.final_model.eval(), False
-    with torch.no_grad(), eagerly(), run.console.evaluating(rounds) as tick:
+    with torch.no_grad(), eager_mode(), run.console.evaluating(rounds) as tick:
         for first in range(0, len(pieces), run.world.size):
             number = first + run.world.rank
             x, y = run.val_windows(*pieces[min(number, len(pieces) - 1)])
@@ -322,7 +322,7 @@ def sample_text(run: Run) -> str:
     generator = run.kind.generator(run.device, run.config.seed)
     prompt = torch.from_numpy(run.dataset.val[:1][None].astype(np.int64)).to(run.device)  # (1, 1)
     model = run.final_model.eval()
-    with unsharded(model), eagerly(), autocast(run.device, run.dtype):
+    with unsharded(model), eager_mode(), autocast(run.device, run.dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = run.dataset.tokenizer.decode(int(token) for token in tokens)
     model.train()
