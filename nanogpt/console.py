@@ -1,6 +1,6 @@
-"""What commands show a person: lines, warnings, progress bars, pictures, and numbers with their units.
+"""Output for a person: lines, warnings, progress bars, figures, numbers with their units.
 
-On a terminal, colours and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
+On a terminal, colors and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
 """
 
 import logging
@@ -33,17 +33,17 @@ MIB, GIB = 2**20, 2**30
 """Bytes."""
 
 MAX_WORD, MAX_LINE = 256, 1000
-"""Characters; what is longer is cut in the middle, in a message. No file's name is longer than the first."""
+"""Longest word and line of a message, in characters. No file name is longer than MAX_WORD."""
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys instead of showing it (all but the tab and the line feed), or cannot show."""
+"""Characters that a terminal obeys instead of showing (except tab and line feed), or cannot show."""
 
 PROGRESS_BARS: weakref.WeakSet[Progress] = weakref.WeakSet()
-"""All progress bars there are."""
+"""All progress bars of this process."""
 
 
 class StandardOutput:
-    """Standard output as rich sees it: whatever it is at the moment, and without errors (`going_on`)."""
+    """Standard output for rich: the sys.stdout of the moment, without write errors."""
 
     def write(self, text: str) -> int:
         """Write the text."""
@@ -52,28 +52,28 @@ class StandardOutput:
         return len(text)
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Flush the stream."""
         with ignore_write_errors(self.stream):
             self.stream.flush()
 
     @property
     def stream(self) -> TextIO:
-        """Standard output, without what rich puts over it while a bar is shown."""
+        """sys.stdout, without the proxy that rich puts over it while a bar is shown."""
         return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
     def __getattr__(self, name: str) -> Any:
-        """All else: isatty, fileno, encoding, ..."""
+        """Everything else: isatty, fileno, encoding, ..."""
         return getattr(self.stream, name)
 
 
 @lru_cache(maxsize=1)
 def terminal() -> Console:
-    """The console on standard output."""
+    """The rich console on standard output."""
     return Console(highlight=False, soft_wrap=True, file=cast(IO[str], StandardOutput()))
 
 
 def say(line: str = "", style: str | None = None) -> None:
-    """Print a line, or several, on standard output, above a progress bar if one is shown."""
+    """Print one or several lines on standard output, above a progress bar if one is shown."""
     if not is_main_process() or sys.stdout is None:
         return
     line = escape_control_characters(line)
@@ -98,31 +98,31 @@ def warn(line: str) -> None:
 
 @contextmanager
 def ignore_write_errors(stream: TextIO) -> Generator[None]:
-    """Let neither a full disk behind redirected output nor a closed pipe end a training."""
+    """Ignore write errors, such as of a full disk or a closed pipe: they must not end a training."""
     try:
         yield
-    except BrokenPipeError:  # the reader has left, as `| head` does: talk to nobody from here on
+    except BrokenPipeError:  # the reader has left, as `| head` does: print nothing from here on
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (OSError, ValueError):  # a ValueError: it is closed
+    except (OSError, ValueError):  # ValueError: the stream is closed
         pass
 
 
 def escape_control_characters(text: str) -> str:
-    """The text with what a terminal would obey written out, an escape as its number. Lines stay lines."""
+    """Replace control characters with their escape sequences; line breaks stay."""
     return CONTROL_CHARACTERS.sub(
         lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n")
     )
 
 
 def one_line(message: str) -> str:
-    """A message as a line that can be read: visible, without line breaks, and cut where it is very long."""
+    """A message as one printable line: control characters and line breaks escaped, long words shortened."""
     line = escape_control_characters(message).replace("\n", "\\n")
     return shorten(re.sub(rf"\S{{{MAX_WORD + 1},}}", lambda word: shorten(word[0], MAX_WORD), line), MAX_LINE)
 
 
 def shorten(text: str, longest: int) -> str:
-    """The text without its middle, if it is too long: what is wrong comes first, and the fix last."""
+    """Cut the middle out of a long text: a message begins with the problem and ends with the fix."""
     if len(text) <= longest:
         return text
     return f"{text[: longest // 2]}...{text[-(longest // 4) :]}"
@@ -149,7 +149,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def command(name: str) -> list[str]:
-    """How to call a command the way this program was called: by its script, or as `nanogpt NAME`."""
+    """The command line of a command in the form of this program's own: a script, or `nanogpt NAME`."""
     called = sys.argv[0]
     if called.endswith("__main__.py"):
         return ["python", "-m", "nanogpt", name]
@@ -157,7 +157,7 @@ def command(name: str) -> list[str]:
 
 
 def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
-    """A progress bar with elapsed and remaining time; shows nothing when not on a terminal.
+    """A progress bar with elapsed and remaining time, on a terminal only.
 
     unit: shown in front of the bar. A task's `detail` field is shown behind it.
     """
@@ -181,17 +181,16 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
 
 
 def stop_progress_bars() -> None:
-    """Take down what progress bars an error has left, so that the cursor is shown again."""
+    """Stop the progress bars that an error has left, so that the cursor is shown again."""
     for bar in list(PROGRESS_BARS):
         if bar.live.is_started:
             bar.stop()
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty picture of this size, in inches (matplotlib).
+    """An empty matplotlib figure of this size in inches.
 
-    Where the home folder cannot be written, matplotlib keeps its cache in a temporary one, which need not
-    be said: only its errors are.
+    Silences matplotlib's warnings, such as that of a temporary cache where the home folder is read-only.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
