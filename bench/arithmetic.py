@@ -20,7 +20,7 @@ from rich.table import Table
 from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.device import name_of
-from nanogpt.precision import pick_dtype, pick_muon_dtype, product_rates
+from nanogpt.precision import matmul_rates, pick_dtype, pick_muon_dtype
 
 BASE = "AdamW in float32"
 
@@ -33,13 +33,13 @@ def main() -> None:
     options = parser.parse_args()
     config = presets.get(options.preset)
     shape = model_config(config, vocab_size=65)
-    for dtype, rate in product_rates(common.CPU).items():
+    for dtype, rate in matmul_rates(common.CPU).items():
         print(f"Products in {name_of(dtype)}: {rate / 1e9:,.1f} GFLOP/s in one thread")
     chosen, muon = (
         pick_dtype("auto", common.CPU, config.n_embd),
         pick_muon_dtype("auto", common.CPU),
     )
-    print(f"Chosen: {name_of(chosen.dtype)} ({chosen.why}); Muon: {name_of(muon.dtype)} ({muon.why})")
+    print(f"Chosen: {name_of(chosen.dtype)} ({chosen.reason}); Muon: {name_of(muon.dtype)} ({muon.reason})")
     adamw = replace(config, optimizer="adamw")
     cases: dict[str, tuple[TrainConfig, torch.dtype, torch.dtype]] = {
         BASE: (adamw, torch.float32, torch.float32),

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from nanogpt import device
 from nanogpt.config import TrainConfig, model_config
+from nanogpt.console import MIB
 from nanogpt.model.gpt import GPT, flops_per_token
 from nanogpt.training import memory_estimate
 
@@ -55,8 +56,8 @@ def main() -> None:
         costs[name] = {
             "parameters": parameters,
             "gflop": flops_per_token(model, parameters) * x.numel() / 1e9,
-            "held_mib": plan.held / memory_estimate.MIB,
-            "activations_mib": plan.activations / memory_estimate.MIB,
+            "held_mib": plan.held / MIB,
+            "activations_mib": plan.activations / MIB,
         }
     times = common.in_turn(steps, options.rounds, place)
     table = Table("shape", "parameters", "GFLOP", "ms", "GFLOP/s", "held, MiB", "activations, MiB")

@@ -29,7 +29,7 @@ def rate(model: GPT, dtype: torch.dtype, tokens: int) -> float:
     """Tokens a second."""
     place = next(model.parameters()).device
     prompt = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=place)
-    with device.eagerly(), device.autocast(place, dtype):
+    with device.eager_mode(), device.autocast(place, dtype):
         start = time.perf_counter()
         for _ in generate(model, prompt, num_tokens=tokens):
             pass

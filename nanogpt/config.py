@@ -24,6 +24,9 @@ Positions = Literal["learned", "rope"]
 MLPKind = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
+SINK_NAMES = ("jsonl", "tensorboard", "wandb")
+"""Metric sinks that `--log_to` takes (the table SINKS in training/sinks.py)."""
+
 Unknown = Literal["error", "skip"]
 
 
@@ -196,7 +199,9 @@ class TrainConfig(Architecture):
     save_seconds: float = 60.0
     """Seconds between saves of last.pt (evaluations and the end save it too)."""
     tensorboard: bool = False
-    """Write TensorBoard events under out_dir/runs."""
+    """Write TensorBoard events under out_dir/runs: the same as `tensorboard` in log_to."""
+    log_to: tuple[str, ...] = ("jsonl",)
+    """Metric sinks: jsonl (metrics.jsonl, which is always written), tensorboard, wandb; one or several."""
 
     seed: int = 1337
     """Fixes initial weights, data order and dropout."""
@@ -231,6 +236,8 @@ class TrainConfig(Architecture):
             self.learning_rate > 0,
             f"--learning_rate {self.learning_rate} is not positive: try 3e-4",
         )
+        for name in self.log_to:
+            require(name in SINK_NAMES, f"--log_to {name} is unknown: use {', '.join(SINK_NAMES)}")
         require(0 <= self.min_lr <= 1, f"--min_lr {self.min_lr} is outside [0, 1]: try 0.1")
         for name, usual in (("beta1", 0.9), ("beta2", 0.99), ("ema_decay", 0.99)):
             value = getattr(self, name)
@@ -239,6 +246,12 @@ class TrainConfig(Architecture):
             self.max_seconds is None or self.max_seconds > 0,
             f"--max_seconds {self.max_seconds} is not positive: leave it out for no limit",
         )
+
+    @property
+    def sinks(self) -> tuple[str, ...]:
+        """Metric sinks by name, each once. metrics.jsonl is always one: loss.png is drawn from it."""
+        named = ("jsonl", *self.log_to, "tensorboard") if self.tensorboard else ("jsonl", *self.log_to)
+        return tuple(dict.fromkeys(named))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What commands show a person: lines, warnings, progress bars, pictures.
+"""Output for a person: lines, warnings, progress bars, figures, numbers with their units.
 
-On a terminal, colours and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
+On a terminal, colors and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
 """
 
 import logging
@@ -24,57 +24,60 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nanogpt.streams import speaks
+from nanogpt.streams import is_main_process
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONGEST_WORD, LONGEST_LINE = 256, 1000
-"""Characters; what is longer is cut in the middle, in a message. No file's name is longer than the first."""
+MIB, GIB = 2**20, 2**30
+"""Bytes."""
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys instead of showing it (all but the tab and the line feed), or cannot show."""
+MAX_WORD, MAX_LINE = 256, 1000
+"""Longest word and line of a message, in characters. No file name is longer than MAX_WORD."""
 
-BARS: weakref.WeakSet[Progress] = weakref.WeakSet()
-"""All progress bars there are."""
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys instead of showing (except tab and line feed), or cannot show."""
+
+PROGRESS_BARS: weakref.WeakSet[Progress] = weakref.WeakSet()
+"""All progress bars of this process."""
 
 
-class Output:
-    """Standard output as rich sees it: whatever it is at the moment, and without errors (`going_on`)."""
+class StandardOutput:
+    """Standard output for rich: the sys.stdout of the moment, without write errors."""
 
     def write(self, text: str) -> int:
         """Write the text."""
-        with going_on(self.stream):
+        with ignore_write_errors(self.stream):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Write what waits."""
-        with going_on(self.stream):
+        """Flush the stream."""
+        with ignore_write_errors(self.stream):
             self.stream.flush()
 
     @property
     def stream(self) -> TextIO:
-        """Standard output, without what rich puts over it while a bar is shown."""
+        """sys.stdout, without the proxy that rich puts over it while a bar is shown."""
         return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
     def __getattr__(self, name: str) -> Any:
-        """All else: isatty, fileno, encoding, ..."""
+        """Everything else: isatty, fileno, encoding, ..."""
         return getattr(self.stream, name)
 
 
 @lru_cache(maxsize=1)
 def terminal() -> Console:
-    """The console on standard output."""
-    return Console(highlight=False, soft_wrap=True, file=cast(IO[str], Output()))
+    """The rich console on standard output."""
+    return Console(highlight=False, soft_wrap=True, file=cast(IO[str], StandardOutput()))
 
 
 def say(line: str = "", style: str | None = None) -> None:
-    """Print a line, or several, on standard output, above a progress bar if one is shown."""
-    if not speaks() or sys.stdout is None:
+    """Print one or several lines on standard output, above a progress bar if one is shown."""
+    if not is_main_process() or sys.stdout is None:
         return
-    line = visible(line)
-    with going_on(sys.stdout):
+    line = escape_control_characters(line)
+    with ignore_write_errors(sys.stdout):
         if terminal().is_terminal:
             terminal().print(line, style=style, markup=False, emoji=False)
         else:
@@ -83,10 +86,10 @@ def say(line: str = "", style: str | None = None) -> None:
 
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
-    if not speaks() or sys.stderr is None:
+    if not is_main_process() or sys.stderr is None:
         return
     line = one_line(line)
-    with going_on(sys.stderr):
+    with ignore_write_errors(sys.stderr):
         if terminal().is_terminal and sys.stderr.isatty():
             terminal().print(line, style="yellow", markup=False, emoji=False)
         else:
@@ -94,39 +97,59 @@ def warn(line: str) -> None:
 
 
 @contextmanager
-def going_on(stream: TextIO) -> Generator[None]:
-    """Let neither a full disk behind redirected output nor a closed pipe end a training."""
+def ignore_write_errors(stream: TextIO) -> Generator[None]:
+    """Ignore write errors, such as of a full disk or a closed pipe: they must not end a training."""
     try:
         yield
-    except BrokenPipeError:  # the reader has left, as `| head` does: talk to nobody from here on
+    except BrokenPipeError:  # the reader has left, as `| head` does: print nothing from here on
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (OSError, ValueError):  # a ValueError: it is closed
+    except (OSError, ValueError):  # ValueError: the stream is closed
         pass
 
 
-def visible(text: str) -> str:
-    """The text with what a terminal would obey written out, an escape as its number. Lines stay lines."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
-
-
-def one_line(message: str) -> str:
-    """A message as a line that can be read: visible, without line breaks, and cut where it is very long."""
-    line = visible(message).replace("\n", "\\n")
-    return cut(
-        re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: cut(word[0], LONGEST_WORD), line), LONGEST_LINE
+def escape_control_characters(text: str) -> str:
+    """Replace control characters with their escape sequences; line breaks stay."""
+    return CONTROL_CHARACTERS.sub(
+        lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n")
     )
 
 
-def cut(text: str, longest: int) -> str:
-    """The text without its middle, if it is too long: what is wrong comes first, and the fix last."""
+def one_line(message: str) -> str:
+    """A message as one printable line: control characters and line breaks escaped, long words shortened."""
+    line = escape_control_characters(message).replace("\n", "\\n")
+    return shorten(re.sub(rf"\S{{{MAX_WORD + 1},}}", lambda word: shorten(word[0], MAX_WORD), line), MAX_LINE)
+
+
+def shorten(text: str, longest: int) -> str:
+    """Cut the middle out of a long text: a message begins with the problem and ends with the fix."""
     if len(text) <= longest:
         return text
     return f"{text[: longest // 2]}...{text[-(longest // 4) :]}"
 
 
+def duration(seconds: float) -> str:
+    """A length of time for a person: 48 s, 2 min 5 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def plural(count: int, noun: str) -> str:
+    """A number with the noun that it counts: 1 file, 3,000 files."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """A / b, rounded up, without the rounding of a float."""
+    return -(-a // b)
+
+
 def command(name: str) -> list[str]:
-    """How to call a command the way this program was called: by its script, or as `nanogpt NAME`."""
+    """The command line of a command in the form of this program's own: a script, or `nanogpt NAME`."""
     called = sys.argv[0]
     if called.endswith("__main__.py"):
         return ["python", "-m", "nanogpt", name]
@@ -134,7 +157,7 @@ def command(name: str) -> list[str]:
 
 
 def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
-    """A progress bar with elapsed and remaining time; shows nothing when not on a terminal.
+    """A progress bar with elapsed and remaining time, on a terminal only.
 
     unit: shown in front of the bar. A task's `detail` field is shown behind it.
     """
@@ -151,24 +174,23 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
         TimeRemainingColumn(),
         console=terminal(),
         refresh_per_second=5,
-        disable=not (terminal().is_terminal and speaks()),
+        disable=not (terminal().is_terminal and is_main_process()),
     )
-    BARS.add(bar)
+    PROGRESS_BARS.add(bar)
     return bar
 
 
-def stop_bars() -> None:
-    """Take down what progress bars an error has left, so that the cursor is shown again."""
-    for bar in list(BARS):
+def stop_progress_bars() -> None:
+    """Stop the progress bars that an error has left, so that the cursor is shown again."""
+    for bar in list(PROGRESS_BARS):
         if bar.live.is_started:
             bar.stop()
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty picture of this size, in inches (matplotlib).
+    """An empty matplotlib figure of this size in inches.
 
-    Where the home folder cannot be written, matplotlib keeps its cache in a temporary one, which need not
-    be said: only its errors are.
+    Silences matplotlib's warnings, such as that of a temporary cache where the home folder is read-only.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state

@@ -1,9 +1,8 @@
-"""Which device, and what it can do: the one place that asks for a device's type.
+"""Devices (CPU, CUDA, ROCm, MPS) and their capabilities; no other file asks for a device's type.
 
-Use:    device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.is_async
-A kind of device is a class below, with a row in KINDS; another accelerator is another row (the tests register
-one of their own there). Which dtype a device multiplies fast: precision.py.
-Returns its findings as values; it prints nothing and reads no files.
+Example:    device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.is_async
+A kind of device is a class with a row in KINDS; another accelerator is another row (the tests register one of
+their own). The choice of a dtype by its speed is in precision.py. Prints nothing and reads no files.
 """
 
 import re
@@ -21,176 +20,179 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt.config import Switch
+from nanogpt.console import GIB, plural
 from nanogpt.errors import UserError, require
 
-GIB = 1024**3
+MIN_COMPILE_OPERATIONS = 1e15
+"""FLOPs of a training from which torch.compile saves more than the minute that it takes."""
 
-WORTH_COMPILING = 1e15
-"""Operations of a training from which the minute that torch.compile takes comes back."""
+WINDOWS_MEMORY_FRACTION = 0.95
+"""Fraction of a GPU's memory for PyTorch on Windows, whose driver spills the rest to main memory."""
 
-SHARE_ON_WINDOWS = 0.95
-"""Share of a GPU's memory that PyTorch may take there: beyond it the driver spills to main memory unasked."""
-
-BF16_ON_ROCM = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
-"""AMD's architectures with units for bfloat16: CDNA, and RDNA from its third generation on."""
+ROCM_BF16_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""AMD architectures with bfloat16 in hardware: CDNA, and RDNA from its third generation on."""
 
 UNLIMITED = float("inf")
 
 
 class Event(Protocol):
-    """A point in the work that a device was given."""
+    """A point in the queue of work of a device, as torch.cuda.Event."""
 
     def synchronize(self) -> None:
-        """Wait until the device has come there."""
+        """Wait until the device has reached it."""
         ...
 
 
-class Kind(ABC):
-    """What a kind of device can do. The attributes are those of a plain accelerator."""
+class DeviceKind(ABC):
+    """Capabilities of a kind of device. The defaults are those of a plain accelerator."""
 
     type: str
-    """What PyTorch calls it."""
+    """The device type in PyTorch."""
     is_async = False
-    """Whether it takes work without being waited for: then no step may ask for a number."""
-    pins = False
-    """Whether what is copied to it in the background has to lie in pinned memory."""
-    compiles = False
-    """Whether torch.compile pays in a long training."""
+    """Whether work is queued and runs asynchronously, so that reading a number makes the CPU wait."""
+    uses_pinned_memory = False
+    """Whether asynchronous copies to it need pinned memory."""
+    compiles_by_default = False
+    """Whether torch.compile is on by default in a long training."""
     shares_memory = False
-    """Whether its memory is the machine's: running out of it ends the process and cannot be caught."""
+    """Whether it uses main memory: running out of it kills the process and cannot be caught."""
     tailored = False
     """Whether attention and dropout go ways of their own there, which are faster."""
     chunk_logits = 2**25
     """Logits of a large vocabulary held at a time: enough to keep its matrix products busy."""
-    scales = True
-    """Whether float16, whose gradients have to be scaled, trains there."""
-    collectives = "gloo"
-    """The library that connects processes which compute on it."""
+    trains_float16 = True
+    """Whether training in float16, with gradient scaling, works."""
+    distributed_backend = "gloo"
+    """The torch.distributed backend for its processes."""
 
     @abstractmethod
     def is_available(self) -> bool:
-        """Whether there is one that this PyTorch can use."""
+        """Whether this PyTorch can use such a device here."""
 
     @abstractmethod
     def describe(self, device: torch.device) -> list[str]:
-        """What it is, a line each, for the user."""
+        """Lines for the user: name, memory."""
 
     def native_dtype(self, device: torch.device) -> tuple[torch.dtype, str] | None:
-        """The dtype that it has units for, and what tells so; None if that has to be measured."""
+        """The best dtype that the hardware supports, and the reason; None: measure (precision.py)."""
         return None
 
     def find(self, device: torch.device) -> torch.device:
-        """The device, by its number if it has one. Errors: UserError if it is not there."""
+        """The device, with its index if it has one. Raises: UserError if it is not available."""
         require(self.is_available(), f"--device {device}: there is none here: use --device cpu")
         return device
 
-    def unfit(self) -> str:
-        """Why "auto" passes it over although it is there, in a line; "" if it does not."""
+    def unusable_reason(self) -> str:
+        """Why "auto" does not use the device although it is there, in a line; "" if it does."""
         return ""
 
-    def begin(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Set PyTorch up to compute on it, with products in `dtype`."""
+    def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Prepare PyTorch for computing on the device, with products in `dtype`."""
         torch.set_float32_matmul_precision("highest")
 
     def free_memory(self, device: torch.device) -> float:
-        """Bytes that are free on it, as far as it tells."""
+        """Free memory in bytes; infinity if the device does not tell."""
         return UNLIMITED
 
     def release_memory(self) -> None:
-        """Give back what PyTorch keeps of its memory without using it."""
+        """Free the memory that PyTorch's allocator caches."""
         return
 
     def synchronize(self, device: torch.device) -> None:
-        """Wait until it has done all it was given, so that clocks tell the truth."""
+        """Wait until all queued work is done, as timing needs."""
         return
 
-    def event(self, device: torch.device) -> Event | None:
-        """The point that its work has come to; None if it does not run ahead."""
+    def record_event(self, device: torch.device) -> Event | None:
+        """An event at the end of the queue of work; None for a synchronous device."""
         return None
 
     def generator(self, device: torch.device, seed: int) -> torch.Generator:
-        """A source of random numbers on it."""
+        """A seeded generator of random numbers on the device."""
         return torch.Generator(device).manual_seed(seed)
 
-    def pin(self, values: Tensor) -> Tensor:
-        """The values in main memory that the device can read by itself."""
-        return values.pin_memory() if self.pins else values
+    def pin_memory(self, values: Tensor) -> Tensor:
+        """The values in pinned memory, if copies to the device need that."""
+        return values.pin_memory() if self.uses_pinned_memory else values
 
 
-class CPU(Kind):
-    """The processor."""
+class CPU(DeviceKind):
+    """The CPU."""
 
     type = "cpu"
     shares_memory = True
     tailored = True
 
     def is_available(self) -> bool:
-        """There always is one."""
+        """Always True."""
         return True
 
     def describe(self, device: torch.device) -> list[str]:
-        """Its name and the threads in use."""
+        """Name and number of threads."""
         name = str(cpu_capabilities().get("cpu_name") or "unnamed").strip()
         threads = torch.get_num_threads()
-        return [f"Using CPU ({name}, {threads} thread{'s' * (threads > 1)})"]
+        return [f"Using CPU ({name}, {plural(threads, 'thread')})"]
 
     def free_memory(self, device: torch.device) -> float:
-        """Bytes of main memory; a container may allow less (training/memory_estimate.py)."""
+        """Free main memory in bytes; a container may allow less (training/memory_estimate.py)."""
         return psutil.virtual_memory().available
 
 
-class CUDA(Kind):
-    """A GPU of NVIDIA's, or of AMD's with a ROCm build of PyTorch."""
+class CUDA(DeviceKind):
+    """An NVIDIA GPU, or an AMD GPU with a ROCm build of PyTorch."""
 
     type = "cuda"
     is_async = True
-    pins = True
-    compiles = sys.platform == "linux"
+    uses_pinned_memory = True
+    compiles_by_default = sys.platform == "linux"
     chunk_logits = 2**27
-    collectives = "nccl"
+    distributed_backend = "nccl"
 
     def __init__(self) -> None:
-        self.complaint = ""
-        """What PyTorch says of a driver that it cannot use: a warning, and once."""
+        self.driver_warning = ""
+        """PyTorch's warning about a driver that it cannot use, which it gives only once."""
 
     def is_available(self) -> bool:
-        """Whether PyTorch sees one."""
+        """Whether PyTorch finds one."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             there = torch.cuda.is_available()
         for warning in caught:
             said = str(warning.message).removeprefix("CUDA initialization: ")
-            self.complaint = said.splitlines()[0].split(". ")[0]
+            self.driver_warning = said.splitlines()[0].split(". ")[0]
         return there
 
     def count(self) -> int:
-        """How many there are."""
+        """Number of GPUs."""
         return torch.cuda.device_count() if self.is_available() else 0
 
     def find(self, device: torch.device) -> torch.device:
-        """With its number: torch.cuda.set_device refuses a device without. Errors: UserError."""
+        """The device with its index, which torch.cuda.set_device needs. Raises: UserError."""
         count = self.count()
-        because = f" ({self.complaint})" if self.complaint else ""
+        because = f" ({self.driver_warning})" if self.driver_warning else ""
         require(
             (device.index or 0) < count,
             f"--device {device}: PyTorch sees {count} CUDA or ROCm devices here{because}: use --device cpu, "
             "or install a GPU build of PyTorch that fits the driver",
         )
         found = torch.device(self.type, device.index or 0)
-        unserved = self.unserved(found)
-        require(not unserved, f"--device {device}: {unserved}: use --device cpu, or install another build")
+        no_kernels = self.no_kernels_reason(found)
+        require(
+            not no_kernels, f"--device {device}: {no_kernels}: use --device cpu, or install another build"
+        )
         return found
 
-    def unfit(self) -> str:
-        """The driver is too old, or the first card is older than any that this build has code for."""
-        return self.unserved(torch.device(self.type, 0)) if self.is_available() else self.complaint
+    def unusable_reason(self) -> str:
+        """Reason not to use the first GPU: an old driver, or no kernels for it in this build of PyTorch."""
+        return (
+            self.no_kernels_reason(torch.device(self.type, 0)) if self.is_available() else self.driver_warning
+        )
 
-    def unserved(self, device: torch.device) -> str:
-        """What is wrong if this build of PyTorch has no code for a card; "" if it has."""
+    def no_kernels_reason(self, device: torch.device) -> str:
+        """The message if this build of PyTorch has no kernels for a GPU; "" if it has."""
         served = torch.cuda.get_arch_list()
-        if not served:  # it does not tell
+        if not served:  # unknown
             return ""
-        name, gfx = torch.cuda.get_device_name(device), gfx_of(device)
+        name, gfx = torch.cuda.get_device_name(device), rocm_architecture(device)
         if gfx:
             missing = any(arch.startswith("gfx") for arch in served) and gfx not in served
             return f"this build of PyTorch has no code for {name} ({gfx})" if missing else ""
@@ -209,9 +211,9 @@ class CUDA(Kind):
 
     def native_dtype(self, device: torch.device) -> tuple[torch.dtype, str] | None:
         """bfloat16 from compute capability 8.0 on (no emulation), float16 where that is fast, or float32."""
-        gfx, (major, minor) = gfx_of(device), torch.cuda.get_device_capability(device)
+        gfx, (major, minor) = rocm_architecture(device), torch.cuda.get_device_capability(device)
         if torch.version.hip is not None:
-            has = gfx.startswith(BF16_ON_ROCM) if gfx else major >= 11
+            has = gfx.startswith(ROCM_BF16_ARCHITECTURES) if gfx else major >= 11
             return torch.bfloat16 if has else torch.float16, f"native to {gfx or 'this card'}"
         why = f"native to compute capability {major}.{minor}"
         if major >= 8:
@@ -221,65 +223,65 @@ class CUDA(Kind):
         return torch.float32, why  # these cards compute float16 at a sixty-fourth of its speed
 
     def describe(self, device: torch.device) -> list[str]:
-        """Its name and its memory."""
+        """Name and memory."""
         rocm = torch.version.hip is not None
         name = torch.cuda.get_device_name(device)
         memory = cast(int, torch.cuda.get_device_properties(device).total_memory) / GIB
         kind, maker = ("ROCm", "AMD") if rocm else ("CUDA", "NVIDIA")
         return [f"{kind} available: Using {maker} GPU ({name})", f"GPU Memory: {memory:.2f} GB"]
 
-    def begin(self, device: torch.device, dtype: torch.dtype) -> None:
-        """TF32 for the few products that autocast leaves alone, unless float32 was asked for."""
+    def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Use TF32 for the products that autocast leaves in float32, unless dtype is float32."""
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
         if sys.platform == "win32":
-            torch.cuda.set_per_process_memory_fraction(SHARE_ON_WINDOWS, device)
+            torch.cuda.set_per_process_memory_fraction(WINDOWS_MEMORY_FRACTION, device)
 
     def free_memory(self, device: torch.device) -> float:
-        """Bytes, as the driver counts them."""
+        """Free memory in bytes, from the driver."""
         return torch.cuda.mem_get_info(device)[0]
 
     def release_memory(self) -> None:
-        """Empty the allocator's cache."""
+        """Empty the cache of the allocator."""
         torch.cuda.empty_cache()
 
     def synchronize(self, device: torch.device) -> None:
         """Wait for all streams."""
         torch.cuda.synchronize(device)
 
-    def event(self, device: torch.device) -> Event | None:
+    def record_event(self, device: torch.device) -> Event | None:
         """An event in the current stream."""
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(device))
         return ready
 
 
-class MPS(Kind):
-    """The GPU of an Apple Silicon machine. It shares main memory, and swaps before it is out of it."""
+class MPS(DeviceKind):
+    """The GPU of Apple Silicon. It uses main memory, which swaps before it runs out."""
 
     type = "mps"
-    scales = False
+    trains_float16 = False
 
     def is_available(self) -> bool:
-        """Whether PyTorch sees one."""
+        """Whether PyTorch finds one."""
         return torch.mps.is_available()
 
     def find(self, device: torch.device) -> torch.device:
-        """There is one and no more. Errors: UserError."""
+        """The device, of which there is at most one. Raises: UserError."""
         require(self.is_available(), f"--device {device}: no Apple GPU here: use --device cpu")
         return device
 
     def describe(self, device: torch.device) -> list[str]:
-        """How much memory Apple recommends to use."""
+        """The memory that Apple recommends to use."""
         memory = torch.mps.recommended_max_memory() / GIB
         return ["MPS available: Using Apple Silicon GPU", f"GPU Memory: {memory:.2f} GB"]
 
     def free_memory(self, device: torch.device) -> float:
-        """Bytes that are left of what is recommended."""
+        """Free bytes of the recommended memory."""
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
 
     def release_memory(self) -> None:
-        """Empty the allocator's cache."""
+        """Empty the cache of the allocator."""
         torch.mps.empty_cache()
 
     def synchronize(self, device: torch.device) -> None:
@@ -287,23 +289,23 @@ class MPS(Kind):
         torch.mps.synchronize()
 
 
-KINDS: dict[str, Kind] = {kind.type: kind for kind in (CUDA(), MPS(), CPU())}
-"""In the order in which "auto" takes them."""
+KINDS: dict[str, DeviceKind] = {kind.type: kind for kind in (CUDA(), MPS(), CPU())}
+"""Kinds of device by type, in the order in which "auto" tries them."""
 
 
-def gfx_of(device: torch.device) -> str:
-    """What ROCm calls the architecture of a card, gfx1100 for example; "" without ROCm."""
+def rocm_architecture(device: torch.device) -> str:
+    """ROCm's name for the architecture of a GPU, such as gfx1100; "" without ROCm."""
     if torch.version.hip is None:
         return ""
     properties = cast(object, torch.cuda.get_device_properties(device))
     return str(getattr(properties, "gcnArchName", "")).partition(":")[0]
 
 
-SIMULATED: ContextVar["Kind | None"] = ContextVar("SIMULATED", default=None)
+SIMULATED: ContextVar["DeviceKind | None"] = ContextVar("SIMULATED", default=None)
 
 
 @contextmanager
-def simulated(kind: Kind) -> Generator[None]:
+def simulated(kind: DeviceKind) -> Generator[None]:
     """Let every device count as one of this kind, to predict on a CPU what a GPU would allocate."""
     token = SIMULATED.set(kind)
     try:
@@ -312,7 +314,7 @@ def simulated(kind: Kind) -> Generator[None]:
         SIMULATED.reset(token)
 
 
-def kind_of(device: torch.device) -> Kind:
+def kind_of(device: torch.device) -> DeviceKind:
     """What a device can do."""
     if not torch.compiler.is_compiling() and (kind := SIMULATED.get()):
         return kind
@@ -320,12 +322,14 @@ def kind_of(device: torch.device) -> Kind:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first of CUDA (or ROCm), MPS, CPU that can be used.
+    """The torch.device called `name`; "auto": the first usable one of CUDA (or ROCm), MPS, CPU.
 
-    Errors: UserError if there is no such device on this machine.
+    Raises: UserError if this machine has no such device.
     """
     if name == "auto":
-        name = next(kind.type for kind in KINDS.values() if kind.is_available() and not kind.unfit())
+        name = next(
+            kind.type for kind in KINDS.values() if kind.is_available() and not kind.unusable_reason()
+        )
     unknown = f"--device {name} is unknown: use auto, cpu, cuda, cuda:1 or mps"
     try:
         device = torch.device(name)
@@ -336,20 +340,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe(device: torch.device) -> list[str]:
-    """What the device is, a line each, for the user; and which better one cannot be used."""
+    """Lines for the user about the device, and about faster ones that cannot be used."""
     better = list(KINDS.values())[: list(KINDS).index(device.type)]
-    passed_over = [kind.unfit() for kind in better]
+    passed_over = [kind.unusable_reason() for kind in better]
     return [f"No GPU: {line}" for line in passed_over if line] + kind_of(device).describe(device)
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What PyTorch knows of this processor; empty in versions that do not tell."""
+    """PyTorch's information about this CPU; empty in versions that have none."""
     query = getattr(torch.cpu, "get_capabilities", None)
     return cast(dict[str, Any], query()) if query else {}
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """float32, bfloat16 or float16."""
+    """The name of a dtype: float32, bfloat16 or float16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -366,30 +370,30 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @contextmanager
-def eagerly() -> Generator[None]:
-    """Run what is compiled uncompiled, with kernels that need no plan for each new length.
+def eager_mode() -> Generator[None]:
+    """Disable torch.compile and cuDNN attention for the block.
 
-    For evaluation and sampling, whose shapes change: compiling for them, or a plan of cuDNN's for each length
-    of a text that grows, takes longer than it saves.
+    For evaluation and sampling, whose shapes change: compiling again, or planning a cuDNN kernel, for every
+    length takes longer than it saves.
     """
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    compiled = "torch._dynamo" in sys.modules  # which takes a second to import for nothing
+    compiled = "torch._dynamo" in sys.modules  # importing it takes a second
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), sdpa_kernel(kernels):
         yield
 
 
 def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:
-    """Whether to use torch.compile: as told, or by default on Linux with CUDA, if it pays.
+    """Whether to use torch.compile. "auto": in a long training on Linux with CUDA.
 
-    work: floating-point operations of the whole training.
+    work: FLOPs of the whole training.
     """
     if switch == "auto":
-        return kind_of(device).compiles and work >= WORTH_COMPILING
+        return kind_of(device).compiles_by_default and work >= MIN_COMPILE_OPERATIONS
     return switch == "on"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so: PyTorch's own, of a GPU's libraries, oneDNN's, Python's or NumPy's."""
+    """Whether an error means out of memory: of PyTorch, GPU libraries, oneDNN, Python or NumPy."""
     if isinstance(error, MemoryError):
         return True
     said = (

@@ -19,7 +19,7 @@ from torch import Tensor
 from nanogpt.data.batches import BatchLoader, evaluation_batches
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.shards import Tokens
-from nanogpt.device import autocast, eagerly, kind_of
+from nanogpt.device import autocast, eager_mode, kind_of
 from nanogpt.distributed.parallelize import unsharded
 from nanogpt.distributed.world import ALONE, World
 from nanogpt.inference.generate import generate
@@ -68,7 +68,7 @@ def evaluate(
     losses: list[Tensor] = []  # on the device: nothing waits for them before the end
     was_training, stopped = model.training, False
     model.eval()
-    with torch.no_grad(), eagerly():
+    with torch.no_grad(), eager_mode():
         for first in range(0, len(windows), world.size):
             number = first + world.rank
             # A process without a micro-batch of its own repeats the last: with FSDP all have to take part.
@@ -95,7 +95,7 @@ def sample_text(model: GPT, dataset: Dataset, device: torch.device, dtype: torch
     prompt = torch.from_numpy(dataset.val[:1][None].astype(np.int64)).to(device)  # (1, 1)
     was_training = model.training
     model.eval()
-    with unsharded(model), eagerly(), autocast(device, dtype):
+    with unsharded(model), eager_mode(), autocast(device, dtype):
         tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
         text = dataset.tokenizer.decode(int(token) for token in tokens)
     model.train(was_training)

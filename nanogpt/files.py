@@ -1,10 +1,9 @@
-"""Writing files so that they cannot be half-written or lost.
+"""Atomic and durable writes of files, and their SHA-256.
 
-Use:    with replacing(path) as file: file.write(data)
-The bytes go to a temporary name beside `path`, are synced to the disk, and only then take the
-name `path`: whatever happens before that instant, the file that was there is untouched.
-What a file system cannot do (Google Drive, sshfs, SMB, some NFS and FUSE know no sync of a folder or of a
-file) is done without, and said once.
+Example:    with atomic_write(path) as file: file.write(data)
+The bytes go to a temporary file beside `path`, which is synced to the disk and then renamed to `path`: until
+that instant the old file is untouched. Some file systems (Google Drive, sshfs, SMB, some NFS and FUSE) cannot
+sync a file or a folder: a warning says so once, and writing goes on without.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from nanogpt.errors import UserError
 
 TEMPORARY_SUFFIX = ".part"
 
-NOT_KNOWN = {
+UNSUPPORTED_ERRORS = {
     errno.EINVAL,
     errno.ENOSYS,
     errno.ENOTSUP,
@@ -30,34 +29,34 @@ NOT_KNOWN = {
     errno.ENOTTY,
     errno.EROFS,
 }
-"""How a file system says that it has no such call."""
+"""Error numbers of a file system that does not support a call."""
 
-IN_USE = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY}
-"""How Windows and SMB refuse to rename over a file that a reader or a virus scanner has open."""
+FILE_IN_USE_ERRORS = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY}
+"""Error numbers of Windows and SMB for a rename over a file that a reader or a virus scanner has open."""
 
-PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-"""Seconds between tries to rename."""
+RETRY_DELAYS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Seconds between attempts to rename."""
 
-reported: set[tuple[str, str]] = set()
-"""What has been said of which folder."""
+warned: set[tuple[str, str]] = set()
+"""Folders and the warnings that were printed for them."""
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Generator[BinaryIO]:
-    """Open a binary file that becomes `path` when the block ends, and never if it raises.
+def atomic_write(path: Path) -> Generator[BinaryIO]:
+    """Write a file atomically: the open binary file becomes `path` when the block ends without an error.
 
-    Errors: UserError if the folder cannot be written or the disk is full.
+    Raises: UserError if the folder cannot be written or the disk is full.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         make_folder(path.parent)
-        temporary.unlink(missing_ok=True)  # a pipe, or a link to elsewhere, must not be written to
+        temporary.unlink(missing_ok=True)  # never write into a pipe or through a link
         with open(temporary, "w+b") as file:
             yield file
             file.flush()
-            sync(file.fileno(), path.parent)
+            fsync(file.fileno(), path.parent)
         rename(temporary, path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -69,43 +68,44 @@ def replacing(path: Path) -> Generator[BinaryIO]:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file or folder the name `target`, over a file that has it.
+    """Rename a file or folder, atomic_write a file called `target`.
 
-    Where others may have that file open and this forbids it, try again for some seconds. Errors: OSError.
+    Retries for some seconds while another program has that file open, which Windows and SMB forbid.
+    Raises: OSError.
     """
-    for pause in PAUSES:
+    for pause in RETRY_DELAYS:
         try:
             os.replace(source, target)
             return
         except OSError as error:
-            if error.errno not in IN_USE or target.is_dir():
+            if error.errno not in FILE_IN_USE_ERRORS or target.is_dir():
                 raise
         time.sleep(pause)
     os.replace(source, target)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each of which survives a power cut. Errors: OSError."""
+    """Create a folder and its parents, durably: each survives a power cut. Raises: OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
 
 
-def sync(descriptor: int, folder: Path) -> None:
-    """Bring what was written to an open file in `folder` to the disk, if that can be. Errors: OSError."""
+def fsync(descriptor: int, folder: Path) -> None:
+    """Sync an open file in `folder` to the disk, if the file system can. Raises: OSError."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in NOT_KNOWN:
+        if error.errno not in UNSUPPORTED_ERRORS:
             raise
-        lacks(folder, "cannot sync a file", "a power cut may damage what was just saved")
+        warn_unsupported(folder, "cannot sync a file", "a power cut may damage what was just saved")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, if the file system can (Windows does it by itself).
+def fsync_folder(folder: Path) -> None:
+    """Sync a folder, so that a rename in it survives a power cut, if the file system can.
 
-    Errors: OSError if the disk is broken or full.
+    Windows needs no such call. Raises: OSError if the disk is broken or full.
     """
     if os.name != "posix":
         return
@@ -116,16 +116,16 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in NOT_KNOWN | {errno.EACCES, errno.EPERM, errno.EISDIR}:
+        if error.errno not in UNSUPPORTED_ERRORS | {errno.EACCES, errno.EPERM, errno.EISDIR}:
             raise
-        lacks(folder, "cannot sync a folder", "a power cut may undo the last save")
+        warn_unsupported(folder, "cannot sync a folder", "a power cut may undo the last save")
 
 
-def lacks(folder: Path, what: str, consequence: str) -> None:
-    """Say, once for each folder, which protection its file system does not give."""
-    if (key := (str(folder), what)) not in reported:
-        reported.add(key)
-        warn(f"The file system of {folder} {what}: {consequence}")
+def warn_unsupported(folder: Path, problem: str, consequence: str) -> None:
+    """Warn, once for each folder, of a protection that its file system does not give."""
+    if (key := (str(folder), problem)) not in warned:
+        warned.add(key)
+        warn(f"The file system of {folder} {problem}: {consequence}")
 
 
 def sha256(path: Path) -> str:

@@ -1,10 +1,10 @@
-"""Owning a folder: one program at a time writes to it.
+"""A lock on a folder: one program at a time writes to it.
 
-Use:    with lock(folder, "another training is writing to out: use another --out_dir") as owner: ...
-        owner.confirm(), before what must not disturb another owner
-The operating system keeps the lock and drops it with the process, however that ends. It is on the file .lock
-and, where it can be, on the folder itself: deleting .lock lets nobody in. A file system without locks (Google
-Drive, sshfs, some NFS and FUSE) gets a file .owner, which names the process, and a line that says so.
+Example:    with lock(folder, "another training is writing to out: use another --out_dir") as folder_lock: ...
+            folder_lock.confirm()    before writing what could damage the files of another process
+The operating system holds the lock (flock) and releases it when the process ends, however it ends. The file
+.lock is locked and, where possible, the folder too, so that deleting .lock lets nobody in. On a file system
+without locks (Google Drive, sshfs, some NFS and FUSE), a file .owner names the process, with a warning.
 """
 
 import contextlib
@@ -23,79 +23,81 @@ from filelock import FileLock, Timeout
 
 from nanogpt.console import warn
 from nanogpt.errors import UserError, require
-from nanogpt.files import lacks, make_folder
+from nanogpt.files import make_folder, warn_unsupported
 
-HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
-"""How a file system says that another process has the lock."""
+LOCK_HELD_ERRORS = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
+"""Error numbers for a lock that another process holds."""
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
-"""How it says that it has no locks."""
+NO_LOCKS_ERRORS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
+"""Error numbers of a file system without locks."""
 
-PAUSE = 0.05
-"""Seconds between two looks at whether another owner has gone."""
+POLL_SECONDS = 0.05
+"""Seconds between attempts to take a lock that another process holds."""
 
-SAME_START = 2.0
-"""Seconds by which two readings of when a process began may differ."""
+START_TIME_TOLERANCE = 2.0
+"""Seconds by which two readings of the start time of one process may differ."""
 
 
 class BusyError(Exception):
-    """Another process has the lock."""
+    """Another process holds the lock."""
 
 
 class NoLocksError(Exception):
     """The file system has no locks."""
 
 
-class Owner:
-    """Who owns a folder: this process, until `release`."""
+class FolderLock:
+    """The lock on a folder that this process takes with `acquire` and gives back with `release`."""
 
     def __init__(self, folder: Path, busy: str) -> None:
-        self.folder, self.busy = folder, busy
+        self.folder, self.busy_message = folder, busy
         self.path = folder / ".lock"
-        self.file = self.whole = -1
-        self.portable: FileLock | None = None
-        self.note: Path | None = None
+        self.file_descriptor = self.folder_descriptor = -1
+        self.windows_lock: FileLock | None = None
+        self.owner_file: Path | None = None
         self.lost = False
 
     def acquire(self) -> None:
-        """Take the folder. Errors: BusyError; OSError if it cannot be written."""
+        """Take the lock. Raises: BusyError if another process holds it; OSError if it cannot be written."""
         if sys.platform == "win32":
-            self.portable = FileLock(self.path)
+            self.windows_lock = FileLock(self.path)
             try:
-                self.portable.acquire(timeout=0)
+                self.windows_lock.acquire(timeout=0)
             except Timeout as error:
                 raise BusyError from error
             return
-        with contextlib.suppress(NoLocksError, OSError):  # NFS wants a file that is open for writing
-            self.whole = locked_descriptor(self.folder, os.O_RDONLY)
+        with contextlib.suppress(NoLocksError, OSError):  # NFS locks only files that are open for writing
+            self.folder_descriptor = open_locked(self.folder, os.O_RDONLY)
         try:
-            self.file = locked_descriptor(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
+            self.file_descriptor = open_locked(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
         except NoLocksError:
-            self.note = write_note(self.folder)
-            lacks(self.folder, "has no locks", "only programs on this machine are kept out; start no other")
+            self.owner_file = write_owner_file(self.folder)
+            warn_unsupported(
+                self.folder, "has no locks", "only programs on this machine are kept out; start no other"
+            )
 
     def release(self) -> None:
-        """Let others in."""
-        if self.portable:
-            self.portable.release()
-        if self.note:
+        """Release the lock."""
+        if self.windows_lock:
+            self.windows_lock.release()
+        if self.owner_file:
             with contextlib.suppress(OSError):
-                self.note.unlink(missing_ok=True)
-        for descriptor in (self.file, self.whole):
+                self.owner_file.unlink(missing_ok=True)
+        for descriptor in (self.file_descriptor, self.folder_descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-        self.file = self.whole = -1
-        self.portable = self.note = None
+        self.file_descriptor = self.folder_descriptor = -1
+        self.windows_lock = self.owner_file = None
 
     def confirm(self) -> None:
-        """Own the folder still, or again, if somebody has deleted .lock or the whole folder.
+        """Check that the lock is still held; take it again if .lock or the whole folder was deleted.
 
-        Errors: UserError if another program has taken it meanwhile.
+        Raises: UserError if another program has taken it in the meantime.
         """
-        if self.file < 0 and not self.lost:
+        if self.file_descriptor < 0 and not self.lost:
             return
-        whole = self.whole < 0 or is_at(self.whole, self.folder)
-        if not self.lost and whole and is_at(self.file, self.path):
+        whole = self.folder_descriptor < 0 or is_open_path(self.folder_descriptor, self.folder)
+        if not self.lost and whole and is_open_path(self.file_descriptor, self.path):
             return
         self.release()
         try:
@@ -115,35 +117,35 @@ class Owner:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[Owner]:
-    """Own a folder, which is made if need be, for the length of the block.
+def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[FolderLock]:
+    """Hold the lock on a folder, which is created if it is missing, while the block runs.
 
-    wait: seconds to give another owner. Errors: UserError(busy) if another process owns it; OSError if it
-    cannot be written.
+    wait: seconds to wait for another process to release it.
+    Raises: UserError(busy) if another process holds it; OSError if the folder cannot be written.
     """
     make_folder(folder)
-    owner, end = Owner(folder, busy), time.monotonic() + wait
+    folder_lock, end = FolderLock(folder, busy), time.monotonic() + wait
     while True:
         try:
-            owner.acquire()
+            folder_lock.acquire()
             break
         except BusyError as error:
-            owner.release()
+            folder_lock.release()
             if time.monotonic() >= end:
                 raise UserError(busy) from error
-            time.sleep(PAUSE)
-            owner = Owner(folder, busy)
+            time.sleep(POLL_SECONDS)
+            folder_lock = FolderLock(folder, busy)
         except BaseException:
-            owner.release()
+            folder_lock.release()
             raise
     try:
-        yield owner
+        yield folder_lock
     finally:
-        owner.release()
+        folder_lock.release()
 
 
-def locked_descriptor(path: Path, flags: int) -> int:
-    """Open and lock a file or folder. Errors: BusyError, NoLocksError, OSError; UserError for a device."""
+def open_locked(path: Path, flags: int) -> int:
+    """Open and lock a file or folder. Raises: BusyError, NoLocksError, OSError; UserError for a device."""
     import fcntl
 
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
@@ -153,9 +155,9 @@ def locked_descriptor(path: Path, flags: int) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        if error.errno in HELD:
+        if error.errno in LOCK_HELD_ERRORS:
             raise BusyError from error
-        if error.errno in NO_LOCKS:
+        if error.errno in NO_LOCKS_ERRORS:
             raise NoLocksError from error
         raise
     except BaseException:
@@ -164,8 +166,8 @@ def locked_descriptor(path: Path, flags: int) -> int:
     return descriptor
 
 
-def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that has this name. If that cannot be told, it is."""
+def is_open_path(descriptor: int, path: Path) -> bool:
+    """Whether a path still leads to an open file or folder; True if that cannot be told."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -174,36 +176,41 @@ def is_at(descriptor: int, path: Path) -> bool:
         return True
 
 
-def write_note(folder: Path) -> Path:
-    """Write down, in a new file, which process owns a folder. Errors: BusyError, OSError."""
+def write_owner_file(folder: Path) -> Path:
+    """Create .owner, which names this process. Raises: BusyError, OSError."""
     path = folder / ".owner"
     if os.path.lexists(path):
-        if lives(path):
+        if is_owner_alive(path):
             raise BusyError
         path.unlink(missing_ok=True)
     try:
         with open(path, "x", encoding="utf-8") as file:
-            json.dump({"machine": socket.gethostname(), "process": os.getpid(), "start": began()}, file)
+            json.dump(
+                {"machine": socket.gethostname(), "process": os.getpid(), "start": process_start_time()}, file
+            )
     except FileExistsError as error:
         raise BusyError from error
     return path
 
 
-def began(process: int | None = None) -> float:
-    """When a process began, in seconds. Errors: psutil.Error if there is none."""
+def process_start_time(process: int | None = None) -> float:
+    """Start time of a process (None: this one), in seconds. Raises: psutil.Error if there is none."""
     import psutil
 
     return psutil.Process(process).create_time()
 
 
-def lives(note: Path) -> bool:
-    """Whether the process that a note names runs on this machine."""
+def is_owner_alive(owner_file: Path) -> bool:
+    """Whether the process that .owner names runs on this machine."""
     import psutil
 
     try:
-        require(note.is_file(), f"{note} is not a file: delete it")
-        told = cast(dict[str, Any], json.loads(note.read_text("utf-8")))
-        here = told["machine"] == socket.gethostname()
-        return here and abs(began(int(told["process"])) - float(told["start"])) < SAME_START
+        require(owner_file.is_file(), f"{owner_file} is not a file: delete it")
+        owner = cast(dict[str, Any], json.loads(owner_file.read_text("utf-8")))
+        here = owner["machine"] == socket.gethostname()
+        return (
+            here
+            and abs(process_start_time(int(owner["process"])) - float(owner["start"])) < START_TIME_TOLERANCE
+        )
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, psutil.Error):
         return False

@@ -1,9 +1,9 @@
-"""Which dtype a device multiplies fast: for training, for Muon, for sampling.
+"""Choice of the dtype of matrix products: for training, for Muon, for sampling.
 
-Use:    choice = pick_dtype("auto", device, width=384); choice.dtype, choice.why
-A CPU, and an Apple GPU, are measured for a few milliseconds, since what they say of themselves is no
-evidence: bfloat16 that the processor has, and that a library does not use, is emulated at a twentieth of
-float32's speed. Of an NVIDIA or AMD GPU its architecture tells.
+Example:    choice = pick_dtype("auto", device, width=384); choice.dtype, choice.reason
+On a CPU or an Apple GPU, products are timed for a few milliseconds: where the library does not use the
+processor's bfloat16 units, it emulates them at a twentieth of float32's speed. On an NVIDIA or AMD GPU, the
+architecture decides (device.py).
 """
 
 import functools
@@ -21,97 +21,99 @@ from nanogpt.config import Dtype
 from nanogpt.device import autocast, dtype_of, kind_of, name_of
 from nanogpt.errors import require
 
-SIZES = (128, 512)
-"""Matrices of a trial: small ones tell what is hopeless, in milliseconds, larger ones which is fastest."""
+MATMUL_SIZES = (128, 512)
+"""Sizes of the timed matrices: small ones rule out slow dtypes quickly, large ones find the fastest."""
 
-ROUNDS, HOPELESS = 3, 3.0
-"""Timings of each product, of which the shortest counts; how many times slower than the best is given up."""
+MATMUL_REPEATS, HOPELESS_SLOWDOWN = 3, 3.0
+"""Timings of each product (the shortest counts); slowdown from which a dtype is not timed any further."""
 
-WORTH = 1.15
-"""How many times as fast as float32 a dtype with fewer digits has to be."""
+MIN_SPEEDUP = 1.15
+"""Speedup over float32 from which a dtype of lower precision is used."""
 
-TRIAL_ROWS, TRIAL_ROUNDS = 1024, 4
-"""Size of the measurement that decides whether bfloat16 pays on a CPU: about 0.2 s."""
+MLP_ROWS, MLP_REPEATS = 1024, 4
+"""Rows and repeats of the timed MLP that decides about bfloat16 on a CPU: about 0.2 s."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A dtype, and why it was taken, in a few words."""
+class DtypeChoice:
+    """A dtype and the reason for it, in a few words."""
 
     dtype: torch.dtype
-    why: str
+    reason: str
 
 
-def pick_dtype(name: Dtype, device: torch.device, width: int) -> Choice:
-    """The dtype of the matrix products of a model of this width; its weights stay float32.
+def pick_dtype(name: Dtype, device: torch.device, width: int) -> DtypeChoice:
+    """The dtype of the matrix products in training a model of this width; its weights stay float32.
 
-    "auto": on a GPU what its architecture has units for, on a CPU what is faster in a trial.
-    Errors: UserError for float16 on an Apple GPU.
+    "auto": on a GPU the one that its architecture supports in hardware, on a CPU the fastest in a trial.
+    Raises: UserError for float16 on an Apple GPU.
     """
     kind = kind_of(device)
     require(
-        name != "float16" or kind.scales,
+        name != "float16" or kind.trains_float16,
         "--dtype float16 does not train on Apple GPUs: use float32 or bfloat16",
     )
     if name != "auto":
-        return Choice(dtype_of(name), "as --dtype says")
+        return DtypeChoice(dtype_of(name), "as --dtype says")
     native = kind.native_dtype(device)
     if native:
-        return Choice(*native)
+        return DtypeChoice(*native)
     if not kind.shares_memory:
-        return Choice(torch.float32, "the one that every version of it trains in")
-    if not pays(torch.bfloat16, device):
-        return Choice(torch.float32, compared(device))
-    faster = bfloat16_pays(width)
-    return Choice(
+        return DtypeChoice(torch.float32, "the one that every version of it trains in")
+    if not is_faster_than_float32(torch.bfloat16, device):
+        return DtypeChoice(torch.float32, describe_speedup(device))
+    faster = is_bfloat16_faster(width)
+    return DtypeChoice(
         torch.bfloat16 if faster else torch.float32, f"faster in layers of width {width}, by a trial"
     )
 
 
-def pick_muon_dtype(name: Dtype, device: torch.device) -> Choice:
+def pick_muon_dtype(name: Dtype, device: torch.device) -> DtypeChoice:
     """The dtype of Muon's Newton-Schulz iteration, whose result need not be exact (Jordan et al., 2024).
 
-    Everything in it is at most 1, so float16 will do where bfloat16 is slow.
+    Its values are at most 1, so float16 serves where bfloat16 is slow.
     """
     if name != "auto":
-        return Choice(dtype_of(name), "as --dtype says")
+        return DtypeChoice(dtype_of(name), "as --dtype says")
     native = kind_of(device).native_dtype(device)
     if native:
-        return Choice(*native)
-    rates = product_rates(device)
+        return DtypeChoice(*native)
+    rates = matmul_rates(device)
     narrow = max((torch.bfloat16, torch.float16), key=rates.__getitem__)
-    return Choice(narrow if pays(narrow, device) else torch.float32, compared(device, narrow))
+    return DtypeChoice(
+        narrow if is_faster_than_float32(narrow, device) else torch.float32, describe_speedup(device, narrow)
+    )
 
 
 def pick_sampling_dtype(name: Dtype, device: torch.device, trained_in: str) -> torch.dtype:
-    """The dtype of the matrix products of sampling. "auto": that of the training if it is fast here too."""
+    """The dtype of the matrix products in sampling. "auto": that of the training if it is fast here."""
     if name != "auto":
         return dtype_of(name)
     dtype = dtype_of(trained_in)
     native = kind_of(device).native_dtype(device)
-    fast = not is_slow(dtype, device) if native else pays(dtype, device)
+    fast = not is_slow(dtype, device) if native else is_faster_than_float32(dtype, device)
     return dtype if fast else torch.float32
 
 
-def pays(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products in `dtype` are clearly faster than in float32."""
-    rates = product_rates(device)
-    return rates[dtype] > WORTH * rates[torch.float32]
+def is_faster_than_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products in `dtype` are at least MIN_SPEEDUP times as fast as in float32."""
+    rates = matmul_rates(device)
+    return rates[dtype] > MIN_SPEEDUP * rates[torch.float32]
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a run would suffer from products in `dtype`: they are emulated here, or missing."""
+    """Whether `dtype` is emulated or missing on this device."""
     native = kind_of(device).native_dtype(device)
     if native is None:
-        rates = product_rates(device)
-        return rates[dtype] * HOPELESS < rates[torch.float32]
-    widths = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # what has the last has all before
-    return widths[dtype] > widths[native[0]]
+        rates = matmul_rates(device)
+        return rates[dtype] * HOPELESS_SLOWDOWN < rates[torch.float32]
+    generation = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # each includes the earlier ones
+    return generation[dtype] > generation[native[0]]
 
 
-def compared(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """How fast products in a dtype are, in words."""
-    rates = product_rates(device)
+def describe_speedup(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Speed of products in a dtype relative to float32, in words."""
+    rates = matmul_rates(device)
     ratio = rates[dtype] / rates[torch.float32]
     if not ratio:
         return f"products in {name_of(dtype)} do not run here"
@@ -121,27 +123,27 @@ def compared(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 @functools.cache
-def product_rates(device: torch.device) -> dict[torch.dtype, float]:
-    """Operations a second of batched matrix products in each dtype, 0 where they do not run at all.
+def matmul_rates(device: torch.device) -> dict[torch.dtype, float]:
+    """FLOP/s of batched matrix products in each dtype, 0 for a dtype that does not run.
 
-    Takes some milliseconds: what is hopeless in small products is not tried in larger ones.
+    Takes milliseconds: a dtype that is far too slow in small products is not timed in large ones.
     """
     rates = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 0.0)
     left = list(rates)
-    for size in SIZES:
+    for size in MATMUL_SIZES:
         for dtype in left:
             with suppress(RuntimeError, TypeError, NotImplementedError):
-                rates[dtype] = product_rate(dtype, device, size)
-        left = [dtype for dtype in left if rates[dtype] * HOPELESS >= max(rates.values())]
+                rates[dtype] = matmul_rate(dtype, device, size)
+        left = [dtype for dtype in left if rates[dtype] * HOPELESS_SLOWDOWN >= max(rates.values())]
     return rates
 
 
-def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """Operations a second of two square products of this size."""
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """FLOP/s of two square matrix products of this size."""
     x = torch.full((2, size, size), 1 / size, dtype=dtype, device=device)
     best = float("inf")
-    with alone(device) as clock:
-        for _ in range(1 + ROUNDS):  # the first one sets up
+    with trial_clock(device) as clock:
+        for _ in range(1 + MATMUL_REPEATS):  # the first one initializes the library
             start = clock()
             torch.bmm(x, x)
             best = min(best, clock() - start)
@@ -149,35 +151,38 @@ def product_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
 
 
 @contextmanager
-def alone(device: torch.device) -> Generator[Callable[[], float]]:
-    """A clock for trials that is not fooled by other programs.
+def trial_clock(device: torch.device) -> Generator[Callable[[], float]]:
+    """A clock for timing products that other programs disturb little.
 
-    On a CPU they run in one thread, whose own time it tells; that of a GPU waits for its work to be done.
+    On a CPU: PyTorch runs in one thread, and the clock is that thread's CPU time. On a GPU: wall time, after
+    waiting for the device.
     """
 
-    def waiting() -> float:
-        """Seconds by the clock on the wall, with all done."""
+    def synchronized() -> float:
+        """Wall time in seconds, once the device is idle."""
         kind_of(device).synchronize(device)
         return time.perf_counter()
 
     if device.type != "cpu":
-        yield waiting
+        yield synchronized
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield time.perf_counter if sys.platform == "win32" else time.thread_time  # too coarse there
+        yield (
+            time.perf_counter if sys.platform == "win32" else time.thread_time
+        )  # thread_time is too coarse there
     finally:
         torch.set_num_threads(threads)
 
 
-def bfloat16_pays(width: int) -> bool:
-    """Time an MLP of this width on the CPU, forward and backward, in both dtypes, and compare."""
+def is_bfloat16_faster(width: int) -> bool:
+    """Whether this CPU trains an MLP of this width faster in bfloat16 than in float32."""
     layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    x, cpu = torch.zeros(TRIAL_ROWS, width), torch.device("cpu")
+    x, cpu = torch.zeros(MLP_ROWS, width), torch.device("cpu")
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    with alone(cpu) as clock:
-        for _ in range(TRIAL_ROUNDS):  # in turn, so that a busy machine slows both
+    with trial_clock(cpu) as clock:
+        for _ in range(MLP_REPEATS):  # alternating, so that a busy machine slows down both
             for dtype in best:
                 start = clock()
                 with autocast(cpu, dtype):

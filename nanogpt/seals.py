@@ -1,11 +1,11 @@
-"""Seals: digests that tell a file that was changed from the one that was written.
+"""Checksums (SHA-256) of saved files: inside a small file, and of token files as a whole and by blocks.
 
-Use:    write_sealed(path, facts); facts = read_sealed(path)
-        sealing = Sealing(); sealing.update(piece); seal = sealing.seal()
-        verify(folder, {"train.pt": seal}, most=CHECKED)
-A small file of plain types carries its SHA-256 at its own end, behind what torch.load reads. A token file's
-SHA-256 stands in vocab.pt, and beside it the SHA-256 of each of its blocks, so that a look at a few blocks is
-possible where the whole file would take minutes.
+Example:    save_with_checksum(path, content); content, has_checksum = load_with_checksum(path)
+            hasher = BlockHasher(); hasher.update(piece); checksum = hasher.checksum()
+            verify(folder, {"train.pt": checksum}, max_bytes=VERIFY_BYTES)
+A small file of plain types ends with its checksum, behind the bytes that torch.load reads. The checksum of a
+token file is in vocab.pt, together with those of its blocks: a few blocks can be verified where reading the
+whole file would take minutes.
 """
 
 import hashlib
@@ -21,43 +21,43 @@ import torch
 from numpy.typing import NDArray
 
 from nanogpt.errors import UserError
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 
-MARK = b"\nnanogpt sha256 "
-"""What stands before the 32 bytes of SHA-256 at the end of a sealed file."""
+CHECKSUM_MARK = b"\nnanogpt sha256 "
+"""Bytes before the 32 bytes of SHA-256 at the end of a file."""
 
-SEAL_SIZE = len(MARK) + 32
+CHECKSUM_SIZE = len(CHECKSUM_MARK) + 32
 
-BLOCK = 1 << 20
-"""Bytes of a token file that have a digest of their own."""
+BLOCK_BYTES = 1 << 20
+"""Size of a block of a token file that has a checksum of its own."""
 
-CHECKED = 1 << 30
-"""Bytes of token files that are verified when a training begins: half a second to three, by processor."""
+VERIFY_BYTES = 1 << 30
+"""Bytes of token files to verify when a training begins: 0.5 to 3 seconds, depending on the processor."""
 
 DAMAGED = "is damaged (its checksum does not match)"
 
 
 class DamageError(UserError):
-    """A file is not the one that was written. The message names it and gives no advice."""
+    """A file is not as it was written. The message names the file and gives no advice."""
 
 
 @dataclass(frozen=True)
-class Seal:
-    """The SHA-256 of a whole file, in hexadecimal; blocks: of each BLOCK of it, (n, 32) uint8, or None."""
+class Checksum:
+    """SHA-256 of a file, in hexadecimal. blocks: of its blocks, (n, 32) uint8; None for a single block."""
 
     sha256: str
     blocks: NDArray[np.uint8] | None = None
 
 
-class Sealing:
-    """Makes the seal of a file while its bytes pass by."""
+class BlockHasher:
+    """Computes the checksum of a file piece by piece."""
 
     def __init__(self) -> None:
-        self.whole, self.block, self.room = hashlib.sha256(), hashlib.sha256(), BLOCK
+        self.whole, self.block, self.room = hashlib.sha256(), hashlib.sha256(), BLOCK_BYTES
         self.digests: list[bytes] = []
 
     def update(self, piece: bytes) -> None:
-        """Take the next bytes of the file."""
+        """Add the next bytes of the file."""
         self.whole.update(piece)
         view = memoryview(piece)
         while view:
@@ -66,106 +66,110 @@ class Sealing:
             self.room -= len(part)
             if not self.room:
                 self.digests.append(self.block.digest())
-                self.block, self.room = hashlib.sha256(), BLOCK
+                self.block, self.room = hashlib.sha256(), BLOCK_BYTES
 
-    def seal(self) -> Seal:
-        """The seal of all that passed; a file of one block needs no digest of it."""
-        digests = [*self.digests, *([self.block.digest()] if self.room < BLOCK else [])]
+    def checksum(self) -> Checksum:
+        """The checksum of the bytes so far."""
+        digests = [*self.digests, *([self.block.digest()] if self.room < BLOCK_BYTES else [])]
         blocks = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32) if len(digests) > 1 else None
-        return Seal(self.whole.hexdigest(), blocks)
+        return Checksum(self.whole.hexdigest(), blocks)
 
 
 def verify(
     folder: Path,
-    seals: Mapping[str, Seal],
+    checksums: Mapping[str, Checksum],
     *,
-    most: int | None = CHECKED,
+    max_bytes: int | None = VERIFY_BYTES,
     advance: Callable[[int], object] = int,
 ) -> None:
-    """Compare files with their seals.
+    """Compare files with their checksums.
 
-    most: up to so many bytes in all, everything is compared; of more, the first block of every file, the last
-    ones, and others drawn at random, another time others, until so many bytes are. None: everything.
-    advance: called with the number of bytes that were compared since the last call.
-    Errors: DamageError that names the file; OSError if it cannot be read.
+    max_bytes: verify everything if the files are no larger in all (None: however large). Otherwise verify as
+    many bytes: the first block of every file, the last one of every file, and other blocks at random.
+    advance: called with the number of bytes verified since the last call.
+    Raises: DamageError that names the file; OSError if it cannot be read.
     """
-    sizes = {name: (folder / name).stat().st_size for name in seals}
-    if most is None or sum(sizes.values()) <= most:
-        for name, seal in seals.items():
+    sizes = {name: (folder / name).stat().st_size for name in checksums}
+    if max_bytes is None or sum(sizes.values()) <= max_bytes:
+        for name, checksum in checksums.items():
             digest = hashlib.sha256()
             with open(folder / name, "rb") as file:
-                while piece := file.read(BLOCK):
+                while piece := file.read(BLOCK_BYTES):
                     digest.update(piece)
                     advance(len(piece))
-            if digest.hexdigest() != seal.sha256:
+            if digest.hexdigest() != checksum.sha256:
                 raise DamageError(f"{folder / name} {DAMAGED}")
         return
-    for name, number in some_blocks(seals, sizes, most // BLOCK):
-        seal = seals[name]
-        expected = bytes.fromhex(seal.sha256) if seal.blocks is None else seal.blocks[number].tobytes()
+    for name, number in pick_blocks(checksums, sizes, max_bytes // BLOCK_BYTES):
+        checksum = checksums[name]
+        expected = (
+            bytes.fromhex(checksum.sha256) if checksum.blocks is None else checksum.blocks[number].tobytes()
+        )
         with open(folder / name, "rb") as file:
-            file.seek(number * BLOCK)
-            piece = file.read(BLOCK)
+            file.seek(number * BLOCK_BYTES)
+            piece = file.read(BLOCK_BYTES)
         advance(len(piece))
-        if hashlib.sha256(piece).digest() != expected or sizes[name] > count_blocks(seal) * BLOCK:
+        if hashlib.sha256(piece).digest() != expected or sizes[name] > count_blocks(checksum) * BLOCK_BYTES:
             raise DamageError(f"{folder / name} {DAMAGED}")
 
 
-def count_blocks(seal: Seal) -> int:
-    """How many blocks a file has."""
-    return 1 if seal.blocks is None else len(seal.blocks)
+def count_blocks(checksum: Checksum) -> int:
+    """Number of blocks of a file."""
+    return 1 if checksum.blocks is None else len(checksum.blocks)
 
 
-def some_blocks(seals: Mapping[str, Seal], sizes: Mapping[str, int], most: int) -> Iterator[tuple[str, int]]:
-    """Files and numbers of blocks in them, `most` in all: the first of each, the last of each, any others."""
-    random = np.random.default_rng()  # of its own, never that of a training
-    names = [name for name in seals if sizes[name]]
-    ends = list(accumulate(count_blocks(seals[name]) for name in names))
+def pick_blocks(
+    checksums: Mapping[str, Checksum], sizes: Mapping[str, int], count: int
+) -> Iterator[tuple[str, int]]:
+    """Names of files and numbers of blocks to verify: first blocks, then last ones, then random ones."""
+    random = np.random.default_rng()  # not the global generator, which the training uses
+    names = [name for name in checksums if sizes[name]]
+    ends = list(accumulate(count_blocks(checksums[name]) for name in names))
     firsts = [0, *ends[:-1]]
     places: list[int] = []
     for group in (firsts, [end - 1 for end in ends], range(ends[-1])):
-        places += [group[i] for i in random.permutation(len(group))[:most].tolist()]
-    for place in sorted(set(places[:most])):  # in the order of the disk
+        places += [group[i] for i in random.permutation(len(group))[:count].tolist()]
+    for place in sorted(set(places[:count])):  # in the order on the disk
         file = bisect_right(ends, place)
         yield names[file], place - firsts[file]
 
 
-class Hashing:
-    """A file to write to that keeps the SHA-256 of what was written."""
+class HashingWriter:
+    """A file to write to that computes the SHA-256 of the bytes written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
 
     def write(self, piece: bytes) -> int:
-        """Write and count in."""
+        """Write the bytes and add them to the digest."""
         self.digest.update(piece)
         return self.file.write(piece)
 
     def flush(self) -> None:
-        """Pass the call on."""
+        """Flush the file."""
         self.file.flush()
 
 
-def write_sealed(path: Path, content: object, mark: bytes = MARK) -> None:
-    """torch.save `content`, atomically, with the seal behind it: a mark of its kind, and the SHA-256.
+def save_with_checksum(path: Path, content: object, mark: bytes = CHECKSUM_MARK) -> None:
+    """Save `content` with torch.save, atomically, followed by `mark` and the SHA-256.
 
-    Errors: UserError if the folder cannot be written or the disk is full.
+    Raises: UserError if the folder cannot be written or the disk is full.
     """
-    with replacing(path) as file:
-        hashing = Hashing(file)
+    with atomic_write(path) as file:
+        hashing = HashingWriter(file)
         torch.save(content, cast(BinaryIO, hashing))
         file.write(mark + hashing.digest.digest())
 
 
-def read_sealed(path: Path) -> tuple[object, bool]:
-    """The plain types in a file, and whether it bears a seal; older ones bear none.
+def load_with_checksum(path: Path) -> tuple[object, bool]:
+    """Load plain types. Returns them and whether the file has a checksum, which older files lack.
 
-    Errors: DamageError if the seal does not match; OSError, or whatever torch.load raises.
+    Raises: DamageError if the checksum does not match; OSError; the errors of torch.load.
     """
     with open(path, "rb") as file:
         raw = file.read()
-    body, seal = raw[:-SEAL_SIZE], raw[-SEAL_SIZE:]
-    sealed = seal.startswith(MARK)
-    if sealed and seal != MARK + hashlib.sha256(body).digest():
+    body, seal = raw[:-CHECKSUM_SIZE], raw[-CHECKSUM_SIZE:]
+    sealed = seal.startswith(CHECKSUM_MARK)
+    if sealed and seal != CHECKSUM_MARK + hashlib.sha256(body).digest():
         raise DamageError(f"{path} {DAMAGED}")
     return torch.load(path, map_location="cpu", weights_only=True), sealed

@@ -1,10 +1,11 @@
-"""Standard streams that take whatever is written to them, whatever became of what is behind them.
+"""Standard streams that never fail: output to a closed terminal, a broken pipe or a full disk is dropped.
 
-Use:    secure() first of all in a command; insist(on=False) where printing is not what the command is for;
-        notice("...") in a signal handler
-A terminal can be closed, the reader of a pipe can leave or sleep, a disk can be full: none of that may end a
-training, and /dev/null stands where a stream was closed from the start, so that no file that is opened later
-gets its number and takes what is printed. Knows no signals, colours or commands.
+Example:    protect_standard_streams()      at the start of a command
+            raise_stdout_errors(on=True)    in a command whose product is its output
+            write_signal_safe("...")        in a signal handler
+None of these failures may end a training. A stream that was closed before the program started is opened on
+/dev/null; otherwise the next file to be opened would get its descriptor, and the output with it.
+Knows no signals, colors or commands.
 """
 
 import contextlib
@@ -16,86 +17,88 @@ from typing import Any, cast
 
 from nanogpt.errors import UserError
 
-NAMES = ("stdin", "stdout", "stderr")
-"""Of the descriptors 0, 1 and 2."""
+STREAM_NAMES = ("stdin", "stdout", "stderr")
+"""Names in sys of the descriptors 0, 1 and 2."""
 
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)
-"""So many bytes go into a pipe that is ready without waiting."""
+"""Bytes that a pipe which select calls writable takes without blocking."""
 
 WAIT_SECONDS = 0.5
-"""How often a stream that waits for its reader looks whether it still has to."""
+"""Longest wait for a reader before never_waits is looked at again."""
 
 SHOW_CURSOR = b"\x1b[?25h"
 
 
-class Secured(io.RawIOBase):
-    """A stream over another one that is written to without an error.
+class ProtectedStream(io.RawIOBase):
+    """A raw stream around another that ignores write errors.
 
-    insistent: the first error is raised after all, as a UserError (or, if the reader of a pipe has left, as
-    `| head` does, as a quiet end of the program). For commands whose product is what they print.
-    hurried: what would have to wait for its reader is left out.
+    raises_errors: raise the first write error as a UserError, for a command whose product is its output. A
+    broken pipe, as with `| head`, ends the program quietly instead.
+    never_waits: drop output instead of waiting for the reader.
     """
 
     def __init__(self, inner: Any, name: str) -> None:
         self.inner, self.title = inner, name
-        self.insistent = self.hurried = False
-        self.unsure = 0
-        """Bytes of which it is not known whether they were written, because a signal broke the write off."""
+        self.raises_errors = self.never_waits = False
+        self.uncertain_bytes = 0
+        """Bytes of a write that a signal handler interrupted: they may have been written or not."""
 
     def writable(self) -> bool:
-        """Yes."""
+        """Whether the stream can be written to: always."""
         return True
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """The file descriptor."""
         return int(self.inner.fileno())
 
     def isatty(self) -> bool:
-        """Whether it is a terminal that is still there."""
+        """Whether the stream is a terminal that is still open."""
         try:
             return bool(self.inner.isatty())
         except (OSError, ValueError):
             return False
 
     def write(self, data: Any, /) -> int:
-        """Write some of the bytes, and return how many; if that cannot be, let them go and return that."""
+        """Write some of the bytes, or drop them if that fails. Returns their number."""
         piece = memoryview(data).cast("B")[:PIPE_BUF]
-        if self.unsure:  # these are the same again: rather not at all than twice
-            piece, self.unsure = piece[: self.unsure], 0
+        if self.uncertain_bytes:  # the same bytes again: rather lost than written twice
+            piece, self.uncertain_bytes = piece[: self.uncertain_bytes], 0
             return len(piece)
-        self.unsure = len(piece)
-        written = self.attempt(piece)
-        self.unsure = 0
+        self.uncertain_bytes = len(piece)
+        written = self.write_or_drop(piece)
+        self.uncertain_bytes = 0
         return written
 
-    def attempt(self, piece: memoryview) -> int:
-        """Wait until the bytes can be written, and do that, unless nothing is waited for."""
+    def write_or_drop(self, piece: memoryview) -> int:
+        """Write the bytes once the reader takes them; drop them on an error, or if never_waits."""
         try:
-            while not self.hurried or is_ready(self.fileno(), 0):
+            while not self.never_waits or is_ready(self.fileno(), 0):
                 if is_ready(self.fileno(), WAIT_SECONDS):
                     written = self.inner.write(piece)
-                    if written is not None:  # None: it does not block, and is full again
+                    if written is not None:  # None: a non-blocking stream that is full again
                         return int(written)
         except (OSError, ValueError) as error:
-            self.fail(error)
+            self.handle_error(error)
         return len(piece)
 
-    def fail(self, error: OSError | ValueError) -> None:
-        """Errors: UserError, or SystemExit if the reader has left; the first time, and if insistent."""
-        if not self.insistent:
+    def handle_error(self, error: OSError | ValueError) -> None:
+        """Raise the first error if raises_errors: UserError, or SystemExit for a broken pipe."""
+        if not self.raises_errors:
             return
-        self.insistent, self.unsure = False, 0
+        self.raises_errors, self.uncertain_bytes = False, 0
         if isinstance(error, BrokenPipeError):
             raise SystemExit(0) from None
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write to {self.title}: {reason}") from error
 
 
-def secure() -> None:
-    """Make standard input, output and error usable in this process, for good."""
-    for descriptor, name in enumerate(NAMES):
+def protect_standard_streams() -> None:
+    """Make standard input, output and error safe to use for the rest of this process."""
+    for descriptor, name in enumerate(STREAM_NAMES):
         if not is_open(descriptor):
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number: this one
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # gets the lowest free descriptor: this one
         if getattr(sys, name) is None:
             stream = open(os.devnull, "w" if descriptor else "r", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
@@ -103,13 +106,13 @@ def secure() -> None:
     for name, title in (("stdout", "standard output"), ("stderr", "standard error")):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
-            secured = over(cast("io.TextIOWrapper[Any]", stream), title)
-            setattr(sys, name, secured)
-            setattr(sys, f"__{name}__", secured)
+            protected = protect_stream(cast("io.TextIOWrapper[Any]", stream), title)
+            setattr(sys, name, protected)
+            setattr(sys, f"__{name}__", protected)
 
 
 def is_open(descriptor: int) -> bool:
-    """Whether the number belongs to an open file."""
+    """Whether a file descriptor is open."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -117,8 +120,8 @@ def is_open(descriptor: int) -> bool:
     return True
 
 
-def over(stream: "io.TextIOWrapper[Any]", title: str) -> io.TextIOWrapper:
-    """The text stream, secured. A character that it cannot show is no error either."""
+def protect_stream(stream: "io.TextIOWrapper[Any]", title: str) -> io.TextIOWrapper:
+    """Wrap a text stream in a ProtectedStream. Characters that it cannot encode are replaced."""
     settings: dict[str, Any] = {
         "encoding": stream.encoding,
         "errors": "replace",
@@ -127,62 +130,64 @@ def over(stream: "io.TextIOWrapper[Any]", title: str) -> io.TextIOWrapper:
     }
     buffer = stream.detach()
     raw = buffer.detach() if isinstance(buffer, io.BufferedWriter) else buffer  # none with python -u
-    return io.TextIOWrapper(io.BufferedWriter(Secured(raw, title)), **settings)
+    return io.TextIOWrapper(io.BufferedWriter(ProtectedStream(raw, title)), **settings)
 
 
-def secured_streams() -> list[Secured]:
-    """Standard output and error as far as they are secured, in this order."""
+def protected_streams() -> list[ProtectedStream]:
+    """The ProtectedStreams among standard output and standard error, in this order."""
     raws = [getattr(getattr(stream, "buffer", None), "raw", None) for stream in (sys.stdout, sys.stderr)]
-    return [raw for raw in raws if isinstance(raw, Secured)]
+    return [raw for raw in raws if isinstance(raw, ProtectedStream)]
 
 
-def insist(*, on: bool) -> None:
-    """Whether what cannot be written to standard output is an error (see Secured)."""
-    for stream in secured_streams()[:1]:
-        stream.insistent = on
+def raise_stdout_errors(*, on: bool) -> None:
+    """Choose whether a write error on standard output is raised (see ProtectedStream)."""
+    for stream in protected_streams()[:1]:
+        stream.raises_errors = on
 
 
-def hurry() -> None:
-    """From here on wait for nobody who reads: the process has something to save."""
-    for stream in secured_streams():
-        stream.hurried = True
+def stop_waiting() -> None:
+    """Never wait for readers again: the process has something to save."""
+    for stream in protected_streams():
+        stream.never_waits = True
 
 
 def flush() -> None:
-    """Write what was printed. Errors: as standard output's."""
+    """Flush standard output and error. Raises: UserError, SystemExit (see ProtectedStream)."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
 
 
-def speaks() -> bool:
-    """Whether this process is the one that talks, of those that a launcher started together."""
+def is_main_process() -> bool:
+    """Whether this is the process of rank 0, the only one of a distributed training that prints."""
     alone = os.environ.get("WORLD_SIZE", "1") in ("", "0", "1")
     return alone or os.environ.get("RANK", "0") == "0"
 
 
-def notice(line: str) -> None:
-    """Say something in a signal handler: buffered streams must not be touched there, nor waited for."""
-    if speaks() and sys.__stderr__ is not None:  # closed from the start: number 2 may be any file
-        put(2, f"\n{line}\n".encode())
+def write_signal_safe(line: str) -> None:
+    """Print a line from a signal handler, which may neither use buffered streams nor wait."""
+    if (
+        is_main_process() and sys.__stderr__ is not None
+    ):  # None: closed from the start, so that descriptor 2 may be any file
+        write_if_ready(2, f"\n{line}\n".encode())
 
 
 def show_cursor() -> None:
-    """Undo what a progress bar does to the terminal, in a process that ends at once."""
+    """Show the terminal's cursor again, which a progress bar hides, before the process exits."""
     with contextlib.suppress(OSError):
         if sys.__stdout__ is not None and os.isatty(1):
-            put(1, SHOW_CURSOR)
+            write_if_ready(1, SHOW_CURSOR)
 
 
-def put(descriptor: int, raw: bytes) -> None:
-    """Write a few bytes to a descriptor if that is possible at once."""
+def write_if_ready(descriptor: int, raw: bytes) -> None:
+    """Write a few bytes to a descriptor, or drop them if that would block or fails."""
     with contextlib.suppress(OSError):
         if is_ready(descriptor, 0):
             os.write(descriptor, raw)
 
 
 def is_ready(descriptor: int, seconds: float) -> bool:
-    """Whether a write would not wait for a reader, now or within some time."""
+    """Whether a descriptor becomes writable within some seconds."""
     try:
         return bool(select.select([], [descriptor], [], seconds)[1])
-    except (OSError, ValueError):  # Windows can ask sockets alone
+    except (OSError, ValueError):  # on Windows select works for sockets only
         return True

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nanogpt import device as devices
-from nanogpt.device import Kind
+from nanogpt.device import DeviceKind
 
 aten = torch.ops.aten
 
@@ -222,7 +222,7 @@ class CudaLike(devices.CUDA):
     """Treated as CUDA is. What hardware, driver and libraries would answer stands here, and no more."""
 
     type = NAME
-    compiles = False
+    compiles_by_default = False
     chunk_logits = 2**10
 
     def is_available(self) -> bool:
@@ -231,7 +231,7 @@ class CudaLike(devices.CUDA):
     def count(self) -> int:
         return 1
 
-    def unserved(self, device: torch.device) -> str:
+    def no_kernels_reason(self, device: torch.device) -> str:
         return ""
 
     def native_dtype(self, device: torch.device) -> tuple[torch.dtype, str]:
@@ -240,7 +240,7 @@ class CudaLike(devices.CUDA):
     def describe(self, device: torch.device) -> list[str]:
         return [f"Stand-in available: Using {device}"]
 
-    def begin(self, device: torch.device, dtype: torch.dtype) -> None:
+    def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
         """PyTorch's own check of a device that is to be the current one."""
         number = () if device.index is None else (device.index,)
         torch.cuda._utils._get_device_index(torch.device("cuda", *number))
@@ -254,22 +254,22 @@ class CudaLike(devices.CUDA):
     def synchronize(self, device: torch.device) -> None:
         waits("synchronize")
 
-    def event(self, device: torch.device) -> Ready:
+    def record_event(self, device: torch.device) -> Ready:
         return Ready()
 
     def generator(self, device: torch.device, seed: int) -> torch.Generator:
         return torch.Generator("cpu").manual_seed(seed)
 
-    def pin(self, values: Tensor) -> Tensor:
+    def pin_memory(self, values: Tensor) -> Tensor:
         assert not isinstance(values, OnDevice), "only memory of the processor is pinned"
         return values
 
 
-class MpsLike(Kind):
+class MpsLike(DeviceKind):
     """Treated as MPS is: it is waited for once a step, and nothing is pinned."""
 
     type = NAME
-    scales = False
+    trains_float16 = False
     is_available = CudaLike.is_available
     describe = CudaLike.describe
     generator = CudaLike.generator
@@ -320,7 +320,7 @@ def lowered(operation: Any) -> Any:
 
 
 @contextmanager
-def standing_in_for(kind: Kind) -> Iterator[torch.device]:
+def standing_in_for(kind: DeviceKind) -> Iterator[torch.device]:
     """A machine with an accelerator of this kind, called "gpu"."""
     register()
     devices.KINDS[NAME] = kind

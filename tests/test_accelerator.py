@@ -41,7 +41,7 @@ MODERN: dict[str, Any] = {
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Iterator[device.Kind]:
+def kind(request: pytest.FixtureRequest) -> Iterator[device.DeviceKind]:
     """The stand-in, as one kind of device and as the other."""
     kind = KINDS[request.param]()
     with standing_in_for(kind):
@@ -49,7 +49,7 @@ def kind(request: pytest.FixtureRequest) -> Iterator[device.Kind]:
 
 
 @pytest.fixture
-def cuda() -> Iterator[device.Kind]:
+def cuda() -> Iterator[device.DeviceKind]:
     kind = CudaLike()
     with standing_in_for(kind):
         yield kind

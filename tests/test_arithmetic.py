@@ -8,7 +8,7 @@ import torch
 from nanogpt import device, precision
 from nanogpt.device import autocast
 from nanogpt.errors import UserError
-from nanogpt.precision import bfloat16_pays, is_slow, pick_dtype, pick_muon_dtype, product_rates
+from nanogpt.precision import is_bfloat16_faster, is_slow, matmul_rates, pick_dtype, pick_muon_dtype
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda:0"), torch.device("mps")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -33,7 +33,7 @@ def rates(monkeypatch):
 
     def build(*speeds):
         measured = dict(zip((F32, BF16, F16), speeds, strict=True))
-        monkeypatch.setattr(precision, "product_rates", lambda _: measured)
+        monkeypatch.setattr(precision, "matmul_rates", lambda _: measured)
 
     return build
 
@@ -92,7 +92,7 @@ def test_a_cpu_computes_in_what_is_fast(  # noqa: PLR0917
         return pays
 
     rates(*speeds)
-    monkeypatch.setattr(precision, "bfloat16_pays", trial)
+    monkeypatch.setattr(precision, "is_bfloat16_faster", trial)
     assert pick_dtype("auto", CPU, 96).dtype == training
     assert pick_muon_dtype("auto", CPU).dtype == muon
 
@@ -116,12 +116,12 @@ def test_a_dtype_by_name_is_taken_at_its_word(name, place):
 
 def test_why_is_said_in_words(rates):
     rates(90, 1, 45)
-    assert pick_dtype("auto", CPU, 64).why == "products in bfloat16 are 90 x slower here"
-    assert pick_muon_dtype("auto", CPU).why == "products in float16 are 2.0 x slower here"
+    assert pick_dtype("auto", CPU, 64).reason == "products in bfloat16 are 90 x slower here"
+    assert pick_muon_dtype("auto", CPU).reason == "products in float16 are 2.0 x slower here"
     rates(90, 270, 0)
-    assert pick_muon_dtype("auto", CPU).why == "products in bfloat16 are 3.0 x faster here"
+    assert pick_muon_dtype("auto", CPU).reason == "products in bfloat16 are 3.0 x faster here"
     rates(90, 0, 0)
-    assert pick_muon_dtype("auto", CPU).why == "products in bfloat16 do not run here"
+    assert pick_muon_dtype("auto", CPU).reason == "products in bfloat16 do not run here"
 
 
 @pytest.fixture
@@ -138,16 +138,16 @@ def clock(monkeypatch):
 
         monkeypatch.setattr(torch, "bmm", bmm)
         monkeypatch.setattr(precision.time, "thread_time", lambda: now[0])
-        product_rates.cache_clear()
+        matmul_rates.cache_clear()
         return ran
 
     yield build
-    product_rates.cache_clear()
+    matmul_rates.cache_clear()
 
 
 def test_what_is_hopeless_in_small_products_is_not_tried_in_large_ones(clock):
     ran = clock(lambda dtype, size: size**3 * (25.0 if dtype == BF16 else 1.0))
-    rates = product_rates(CPU)
+    rates = matmul_rates(CPU)
     assert rates[F32] == pytest.approx(25 * rates[BF16])
     assert {size for dtype, size in ran if dtype == BF16} == {128}
     assert {size for dtype, size in ran if dtype == F32} == {128, 512}
@@ -160,21 +160,21 @@ def test_a_dtype_without_products_has_no_speed(clock):
         return size**3
 
     clock(cost)
-    assert product_rates(CPU)[F16] == 0
-    assert product_rates(CPU)[F32] > 0
+    assert matmul_rates(CPU)[F16] == 0
+    assert matmul_rates(CPU)[F32] > 0
 
 
 def test_the_speeds_are_measured_once(clock):
     ran = clock(lambda *_: 1.0)
-    product_rates(CPU)
+    matmul_rates(CPU)
     count = len(ran)
-    product_rates(CPU)
+    matmul_rates(CPU)
     assert len(ran) == count
 
 
 def test_a_trial_runs_in_one_thread_and_gives_the_others_back():
     torch.set_num_threads(2)
-    with precision.alone(CPU):
+    with precision.trial_clock(CPU):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
 
@@ -187,17 +187,17 @@ def test_the_trial_tells_the_faster_dtype(monkeypatch, slow, expected):
         now[0] += 2.0 if dtype == slow else 1.0
         return autocast(place, dtype)
 
-    monkeypatch.setattr(precision, "TRIAL_ROWS", 4)
+    monkeypatch.setattr(precision, "MLP_ROWS", 4)
     monkeypatch.setattr(precision, "autocast", clocked)
     monkeypatch.setattr(precision.time, "thread_time", lambda: now[0])
-    assert bfloat16_pays(8) is expected
+    assert is_bfloat16_faster(8) is expected
 
 
 def test_one_slow_round_does_not_decide_the_trial(monkeypatch):
     ticks = iter([0, 1, 0, 2, 0, 3, 0, 2, 0, 3, 0, 2, 0, 3, 0, 2])  # float32 and bfloat16 in turn
-    monkeypatch.setattr(precision, "TRIAL_ROWS", 4)
+    monkeypatch.setattr(precision, "MLP_ROWS", 4)
     monkeypatch.setattr(precision.time, "thread_time", lambda: next(ticks))
-    assert bfloat16_pays(8) is False  # best of float32: 1; best of bfloat16: 2
+    assert is_bfloat16_faster(8) is False  # best of float32: 1; best of bfloat16: 2
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

@@ -137,6 +137,7 @@ MISTAKES = {
     "python train.py --preset huge": "--preset huge does not exist: choose one of speedrun, classic, cpu",
     "python train.py --resume": "no checkpoint to resume in out",
     "python train.py --gradient_accumulation_steps 65": "more than --batch_size 64",
+    "python train.py --log_to nonsense": "--log_to nonsense is unknown: use jsonl, tensorboard",
     "python train.py --max_seconds 0": "--max_seconds 0.0 is not positive",
     "python train.py --learning_rate inf": "--learning_rate inf is not a finite number",
     "python train.py --weight_decay nan": "--weight_decay nan is not a finite number",
@@ -170,6 +171,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(project: Path, capsys, command: s
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
     assert MISTAKES[command] in err
+
+
+def test_a_missing_package_is_one_line_and_exit_code_2(project: Path, monkeypatch, capsys) -> None:
+    assert run("python data.py --input_file my_corpus.txt") == 0
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    capsys.readouterr()
+    assert run("python train.py --log_to wandb", *SMALL) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --log_to wandb needs")
+    assert line.endswith(": pip install nanogpt[wandb]")
+    assert not (project / "out/metrics.jsonl").exists()
 
 
 def test_a_closed_pipe_does_not_end_a_training(project: Path) -> None:
@@ -243,8 +255,8 @@ def test_a_message_is_one_line_that_no_terminal_obeys(text: str) -> None:
     line = console.one_line(text)
     assert len(line.splitlines()) <= 1
     assert not any(unicodedata.category(char) in ("Cc", "Cs") for char in line.replace("\t", ""))
-    assert len(line) < 1.1 * console.LONGEST_LINE
-    if text.isprintable() and len(text) < console.LONGEST_WORD:
+    assert len(line) < 1.1 * console.MAX_LINE
+    if text.isprintable() and len(text) < console.MAX_WORD:
         assert line == text
 
 
@@ -418,3 +430,15 @@ def test_resume_refuses_a_contradicting_flag_in_one_line(project: Path, capsys) 
         "error: --n_layer 2 contradicts the checkpoint, which has n_layer 1"
     )
     assert run("python train.py --resume", *SMALL) == 0  # the same flags again are no contradiction
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("", ("jsonl",)),
+        ("--log_to tensorboard wandb --seed 1", ("tensorboard", "wandb")),
+        ("--log-to=wandb", ("wandb",)),
+    ],
+)
+def test_lists_replace_their_default(line: str, names: tuple[str, ...]) -> None:
+    assert parse(TrainConfig, line).log_to == names

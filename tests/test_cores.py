@@ -12,9 +12,9 @@ def machine(monkeypatch, tmp_path):
 
     def build(allowed, siblings=(), groups=(), membership="0::/job/step\n"):
         monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(allowed), raising=False)
-        monkeypatch.setattr(cores, "TOPOLOGY", tmp_path / "cpu")
-        monkeypatch.setattr(cores, "CGROUPS", tmp_path / "cgroup")
-        monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
+        monkeypatch.setattr(cores, "CPU_TOPOLOGY", tmp_path / "cpu")
+        monkeypatch.setattr(cores, "CGROUP_ROOT", tmp_path / "cgroup")
+        monkeypatch.setattr(cores, "CGROUP_MEMBERSHIP", tmp_path / "membership")
         (tmp_path / "membership").write_text(membership)
         for number, listed in dict(siblings).items():
             folder = tmp_path / "cpu" / f"cpu{number}" / "topology"
@@ -72,7 +72,7 @@ def test_elsewhere_than_on_linux(monkeypatch):
 
 def test_what_others_hold_is_told_from_what_this_process_computes(monkeypatch):
     looks = iter([(0.0, 100.0, 50.0), (10.0, 117.0, 59.0)])  # the clock, all busy seconds, own ones
-    monkeypatch.setattr(CoreWatch, "look", lambda self: next(looks))
+    monkeypatch.setattr(CoreWatch, "read_times", lambda self: next(looks))
     assert CoreWatch().held_by_others() == pytest.approx(0.8)
 
 

@@ -18,7 +18,7 @@ from nanogpt.data import dataset
 from nanogpt.data.batches import BatchLoader
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
-from nanogpt.seals import read_sealed, write_sealed
+from nanogpt.seals import load_with_checksum, save_with_checksum
 from nanogpt.training import trainer
 from nanogpt.training.fit import fit
 
@@ -111,7 +111,7 @@ def test_a_resume_sees_damage_and_goes_on_when_it_is_mended(folder, tmp_path):
 
 
 def test_of_a_large_folder_some_blocks_are_compared_and_data_info_compares_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(seals, "BLOCK", 64)
+    monkeypatch.setattr(seals, "BLOCK_BYTES", 64)
     prepared(tmp_path / "data", TEXT)
     path = tmp_path / "data/train.pt"
     raw = path.read_bytes()
@@ -232,10 +232,10 @@ CHANGES += [("tokenizer", value) for value in TOKENIZERS] + DICTIONARIES
 @pytest.mark.parametrize("sealed", [True, False])
 @pytest.mark.parametrize("key", [*KEYS, "nothing"])
 def test_a_vocabulary_with_wrong_content_loads_whole_or_is_one_line(folder, key, sealed):
-    content, _ = read_sealed(folder / "vocab.pt")
+    content, _ = load_with_checksum(folder / "vocab.pt")
     if not sealed:
         content = {name: value for name, value in content.items() if name not in ("sha256", "blocks")}
-    write = write_sealed if sealed else lambda path, value: torch.save(value, path)
+    write = save_with_checksum if sealed else lambda path, value: torch.save(value, path)
     changes = [{**content, name: value} for name, value in CHANGES if name == key]
     changes.append({name: value for name, value in content.items() if name != key})
     loaded = 0
@@ -263,8 +263,8 @@ def test_a_vocabulary_with_wrong_content_loads_whole_or_is_one_line(folder, key,
     ],
 )
 def test_what_is_malformed_is_named(folder, change, what):
-    content, _ = read_sealed(folder / "vocab.pt")
-    write_sealed(folder / "vocab.pt", {**content, **change})
+    content, _ = load_with_checksum(folder / "vocab.pt")
+    save_with_checksum(folder / "vocab.pt", {**content, **change})
     message = refused(folder, what)
     assert "malformed" in message or "unknown tokenizer" in message
 
@@ -289,7 +289,7 @@ TOKENS = {
 
 def unsealed(folder):
     """Make it a folder of an earlier version."""
-    content, _ = read_sealed(folder / "vocab.pt")
+    content, _ = load_with_checksum(folder / "vocab.pt")
     torch.save(
         {key: value for key, value in content.items() if key not in ("sha256", "blocks")}, folder / "vocab.pt"
     )
@@ -375,5 +375,5 @@ def test_lack_of_memory_is_no_damage(folder, monkeypatch):
     def refuse(path):
         raise MemoryError
 
-    monkeypatch.setattr(dataset, "read_sealed", refuse)
+    monkeypatch.setattr(dataset, "load_with_checksum", refuse)
     assert "damaged" not in refused(folder, "not enough memory")

@@ -12,10 +12,17 @@ import pytest
 import torch
 
 from nanogpt import device as devices
-from nanogpt.device import WORTH_COMPILING, describe, is_out_of_memory, kind_of, pick_compile, pick_device
+from nanogpt.console import GIB
+from nanogpt.device import (
+    MIN_COMPILE_OPERATIONS,
+    describe,
+    is_out_of_memory,
+    kind_of,
+    pick_compile,
+    pick_device,
+)
 from nanogpt.errors import UserError
 
-GIB = 1024**3
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
@@ -187,9 +194,9 @@ def test_a_driver_that_counts_cards_it_cannot_use(machine, monkeypatch):
 )
 def test_compile_by_itself_where_it_pays(monkeypatch, kind, device, expected):
     """On Linux with CUDA, in trainings that are longer than compiling."""
-    monkeypatch.setattr(devices.CUDA, "compiles", kind)
-    assert pick_compile("auto", device, WORTH_COMPILING) is expected
-    assert pick_compile("auto", device, WORTH_COMPILING / 2) is False
+    monkeypatch.setattr(devices.CUDA, "compiles_by_default", kind)
+    assert pick_compile("auto", device, MIN_COMPILE_OPERATIONS) is expected
+    assert pick_compile("auto", device, MIN_COMPILE_OPERATIONS / 2) is False
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS], ids=str)
@@ -278,7 +285,7 @@ def test_tf32_is_for_trainings_in_a_narrower_dtype_alone(machine, monkeypatch):
     place, said = torch.device("cuda:0"), []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
     for dtype in (torch.bfloat16, torch.float32):
-        kind_of(place).begin(place, dtype)
+        kind_of(place).set_up(place, dtype)
     assert said == ["high", "highest"]
 
 
@@ -288,9 +295,9 @@ def test_windows_is_kept_from_spilling_to_main_memory(machine, monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda _: None, raising=False)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *told: fractions.append(told))
     place = torch.device("cuda:0")
-    kind_of(place).begin(place, torch.bfloat16)
+    kind_of(place).set_up(place, torch.bfloat16)
     monkeypatch.setattr(devices.sys, "platform", "win32")
-    kind_of(place).begin(place, torch.bfloat16)
+    kind_of(place).set_up(place, torch.bfloat16)
     assert fractions == [(0.95, place)]
 
 

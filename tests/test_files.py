@@ -1,4 +1,4 @@
-"""`replacing` writes the whole file or leaves what was there, whatever goes wrong; the user gets one line."""
+"""atomic_write writes the whole file or leaves the old one, whatever goes wrong; the user gets one line."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import torch
 
 from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 
 OLD = b"the old file, whole"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -51,14 +51,14 @@ def disk_of(size):
 
 def test_writes_a_new_file_and_the_folders_above_it(tmp_path):
     path = tmp_path / "a" / "b" / "file.bin"
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert names(path.parent) == ["file.bin"]
 
 
 def test_the_old_file_stays_until_the_block_ends(path):
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new" * 100_000)
         file.flush()
         assert path.read_bytes() == OLD
@@ -67,7 +67,7 @@ def test_the_old_file_stays_until_the_block_ends(path):
 
 
 def raise_after_half(path, error):
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"half")
         raise error
 
@@ -103,7 +103,7 @@ def test_the_bytes_are_synced_before_they_take_the_name_and_the_folder_after(pat
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(files.os, "fsync", lambda fd: (events.append("sync"), fsync(fd))[1])
     monkeypatch.setattr(files.os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
     assert events == (["sync", "rename", "sync"] if os.name == "posix" else ["sync", "rename"])
 
@@ -112,21 +112,21 @@ def test_what_a_killed_writer_left_is_written_over(path):
     (path.parent / (path.name + files.TEMPORARY_SUFFIX)).write_bytes(
         b"left by a killed process, longer than new"
     )
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
     assert names(path.parent) == ["file.bin"]
 
 
 def test_below_a_file_instead_of_a_folder(path):
-    with pytest.raises(UserError) as raised, replacing(path / "inside.bin") as file:
+    with pytest.raises(UserError) as raised, atomic_write(path / "inside.bin") as file:
         file.write(b"new")
     one_line(raised)
     assert path.read_bytes() == OLD
 
 
 def test_deep_below_a_file_instead_of_a_folder(path):
-    with pytest.raises(UserError) as raised, replacing(path / "deep" / "inside.bin") as file:
+    with pytest.raises(UserError) as raised, atomic_write(path / "deep" / "inside.bin") as file:
         file.write(b"new")
     one_line(raised)
     assert path.read_bytes() == OLD
@@ -134,7 +134,7 @@ def test_deep_below_a_file_instead_of_a_folder(path):
 
 def test_a_folder_has_the_name(tmp_path):
     (tmp_path / "file.bin").mkdir()
-    with pytest.raises(UserError) as raised, replacing(tmp_path / "file.bin") as file:
+    with pytest.raises(UserError) as raised, atomic_write(tmp_path / "file.bin") as file:
         file.write(b"new")
     one_line(raised)
     assert names(tmp_path) == ["file.bin"]
@@ -142,7 +142,7 @@ def test_a_folder_has_the_name(tmp_path):
 
 def test_a_folder_has_the_temporary_name(path):
     (path.parent / (path.name + files.TEMPORARY_SUFFIX)).mkdir()
-    with pytest.raises(UserError) as raised, replacing(path) as file:
+    with pytest.raises(UserError) as raised, atomic_write(path) as file:
         file.write(b"new")
     one_line(raised)
     assert path.read_bytes() == OLD
@@ -153,7 +153,7 @@ def test_a_folder_that_may_not_be_written(path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(files, "open", refuse, raising=False)
-    with pytest.raises(UserError, match="Permission denied") as raised, replacing(path) as file:
+    with pytest.raises(UserError, match="Permission denied") as raised, atomic_write(path) as file:
         file.write(b"new")
     assert str(path) in one_line(raised)
     assert path.read_bytes() == OLD
@@ -162,7 +162,7 @@ def test_a_folder_that_may_not_be_written(path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
 def test_a_file_system_that_cannot_be_written():
-    with pytest.raises(UserError) as raised, replacing(Path("/proc/nanogpt.bin")) as file:
+    with pytest.raises(UserError) as raised, atomic_write(Path("/proc/nanogpt.bin")) as file:
         file.write(b"new")
     assert "/proc/nanogpt.bin" in one_line(raised)
 
@@ -170,7 +170,7 @@ def test_a_file_system_that_cannot_be_written():
 @posix
 @pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
 def test_a_full_disk_and_a_plain_write(path, size):
-    with pytest.raises(UserError) as raised, disk_of(size), replacing(path) as file:
+    with pytest.raises(UserError) as raised, disk_of(size), atomic_write(path) as file:
         file.write(b"x" * 1_000_000)
     assert "File too large" in one_line(raised)  # the limit's name for "no space left"
     assert path.read_bytes() == OLD
@@ -179,7 +179,7 @@ def test_a_full_disk_and_a_plain_write(path, size):
 
 @posix
 def test_a_disk_that_is_full_only_at_the_last_flush(path):
-    with pytest.raises(UserError) as raised, disk_of(4), replacing(path) as file:
+    with pytest.raises(UserError) as raised, disk_of(4), atomic_write(path) as file:
         file.write(b"12345")  # stays in Python's buffer until the block has ended
     one_line(raised)
     assert path.read_bytes() == OLD
@@ -190,7 +190,7 @@ def test_a_disk_that_is_full_only_at_the_last_flush(path):
 @pytest.mark.parametrize("size", [0, 100, 4096, 1_000_000, 3_999_000, 4_000_500])
 def test_a_full_disk_and_torch_save(path, size):
     content = {"tensor": torch.zeros(1_000_000), "after": [1, 2, 3]}
-    with pytest.raises(UserError) as raised, disk_of(size), replacing(path) as file:
+    with pytest.raises(UserError) as raised, disk_of(size), atomic_write(path) as file:
         torch.save(content, file)
     assert "File too large" in one_line(raised)
     assert path.read_bytes() == OLD
@@ -199,13 +199,13 @@ def test_a_full_disk_and_torch_save(path, size):
 
 @posix
 def test_the_limit_of_these_tests_lets_smaller_files_through(path):
-    with disk_of(5_000_000), replacing(path) as file:
+    with disk_of(5_000_000), atomic_write(path) as file:
         torch.save({"tensor": torch.zeros(1_000_000)}, file)
     assert torch.load(path, weights_only=True)["tensor"].shape == (1_000_000,)
 
 
 def test_two_files_in_one_folder_do_not_disturb_each_other(tmp_path):
-    with replacing(tmp_path / "one") as one, replacing(tmp_path / "two") as two:
+    with atomic_write(tmp_path / "one") as one, atomic_write(tmp_path / "two") as two:
         one.write(b"1")
         two.write(b"2")
     assert (tmp_path / "one").read_bytes() == b"1"
@@ -220,8 +220,8 @@ def test_a_process_killed_while_writing_leaves_the_old_file(path):
             sys.executable,
             "-c",
             "import sys, time; sys.modules['torch'] = None\n"  # files.py needs none, and starts at once
-            "from pathlib import Path; from nanogpt.files import replacing\n"
-            "with replacing(Path(sys.argv[1])) as file:\n"
+            "from pathlib import Path; from nanogpt.files import atomic_write\n"
+            "with atomic_write(Path(sys.argv[1])) as file:\n"
             "    file.write(b'half'); file.flush(); time.sleep(60)",
             str(path),
         ],
@@ -243,7 +243,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(path):
 @pytest.fixture
 def poor(monkeypatch):
     """Make a call of the operating system fail; none has been reported yet, and no pause takes time."""
-    monkeypatch.setattr(files, "reported", set())
+    monkeypatch.setattr(files, "warned", set())
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
 
     def fail(name, number, where=lambda *args: True, times=1000):
@@ -266,7 +266,7 @@ def of_a_folder(descriptor):
 
 def write_twice(path):
     for content in (b"one", b"two"):
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
     assert path.read_bytes() == b"two"
     assert names(path.parent) == ["file.bin"]
@@ -294,7 +294,7 @@ def test_a_folder_that_cannot_be_opened_is_not_synced(path, poor, capsys, number
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 def test_a_sync_that_fails_on_a_broken_or_full_disk_is_an_error(path, poor, number):
     poor("fsync", number)
-    with pytest.raises(UserError, match=os.strerror(number)), replacing(path) as file:
+    with pytest.raises(UserError, match=os.strerror(number)), atomic_write(path) as file:
         file.write(b"new")
     assert path.read_bytes() == OLD
     assert names(path.parent) == ["file.bin"]
@@ -308,7 +308,7 @@ def test_a_file_that_others_have_open_is_replaced_as_soon_as_they_let_go(path, p
 
 def test_a_file_that_others_never_let_go_stays_as_it_was(path, poor):
     poor("replace", errno.EACCES)
-    with pytest.raises(UserError, match="Permission denied"), replacing(path) as file:
+    with pytest.raises(UserError, match="Permission denied"), atomic_write(path) as file:
         file.write(b"new")
     assert path.read_bytes() == OLD
     assert names(path.parent) == ["file.bin"]
@@ -317,7 +317,7 @@ def test_a_file_that_others_never_let_go_stays_as_it_was(path, poor):
 @posix
 def test_a_pipe_under_the_temporary_name_is_not_written_to(path):
     os.mkfifo(path.with_name(path.name + files.TEMPORARY_SUFFIX))
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"x" * 1_000_000)
     assert path.read_bytes() == b"x" * 1_000_000
 
@@ -327,7 +327,7 @@ def test_a_link_under_the_temporary_name_leads_nowhere(path, tmp_path):
     other = tmp_path / "other"
     other.write_bytes(b"precious")
     path.with_name(path.name + files.TEMPORARY_SUFFIX).symlink_to(other)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
     assert (path.read_bytes(), other.read_bytes()) == (b"new", b"precious")
 
@@ -335,7 +335,7 @@ def test_a_link_under_the_temporary_name_leads_nowhere(path, tmp_path):
 @posix
 def test_new_folders_are_synced_into_those_above(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(files, "sync_folder", synced.append)
+    monkeypatch.setattr(files, "fsync_folder", synced.append)
     files.make_folder(tmp_path / "a" / "b")
     files.make_folder(tmp_path / "a" / "b")
     assert synced == [tmp_path / "a", tmp_path]

@@ -10,7 +10,7 @@ from nanogpt.data.config import InspectConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.data.inspect import main
 from nanogpt.errors import UserError
-from nanogpt.seals import read_sealed
+from nanogpt.seals import load_with_checksum
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
 
@@ -27,7 +27,7 @@ def test_a_folder_that_is_only_to_be_read_is_described_all_the_same(folder, monk
     def refuse(path):
         raise UserError(f"cannot write {path}: Read-only file system")
 
-    monkeypatch.setattr(inspect, "replacing", refuse)
+    monkeypatch.setattr(inspect, "atomic_write", refuse)
     assert main(InspectConfig(data_dir=str(folder))) == 0
     said = capsys.readouterr()
     assert "Tokens: 954 to train on, 106 to validate" in said.out
@@ -45,7 +45,7 @@ def test_damage_anywhere_is_found(folder):
 def test_a_folder_without_checksums_is_said_to_have_none(folder, capsys):
     main(InspectConfig(data_dir=str(folder)))
     assert "Checksums" not in capsys.readouterr().out
-    content, _ = read_sealed(folder / "vocab.pt")
+    content, _ = load_with_checksum(folder / "vocab.pt")
     torch.save(
         {key: value for key, value in content.items() if key not in ("sha256", "blocks")}, folder / "vocab.pt"
     )

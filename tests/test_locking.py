@@ -26,7 +26,7 @@ def no_locks(monkeypatch):
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(fcntl, "flock", refuse)
-        monkeypatch.setattr(files, "reported", set())
+        monkeypatch.setattr(files, "warned", set())
 
     return make
 
@@ -45,8 +45,8 @@ def test_without_locks_a_second_owner_is_refused_and_the_lack_said_once(tmp_path
     assert not (tmp_path / ".owner").exists()
 
 
-OWNER = "import sys, time; from pathlib import Path; from nanogpt.locking import write_note\n"
-OWNER += "write_note(Path(sys.argv[1])); print('mine', flush=True); time.sleep(60)"
+OWNER = "import sys, time; from pathlib import Path; from nanogpt.locking import write_owner_file\n"
+OWNER += "write_owner_file(Path(sys.argv[1])); print('mine', flush=True); time.sleep(60)"
 
 
 def test_without_locks_another_process_is_refused_until_it_dies(tmp_path, no_locks):
@@ -69,7 +69,11 @@ def test_without_locks_another_process_is_refused_until_it_dies(tmp_path, no_loc
 )
 def test_a_note_of_nobody_who_lives_is_written_over(tmp_path, no_locks, note):
     no_locks(errno.ENOTSUP)
-    told = {"machine": locking.socket.gethostname(), "process": os.getpid(), "start": locking.began()}
+    told = {
+        "machine": locking.socket.gethostname(),
+        "process": os.getpid(),
+        "start": locking.process_start_time(),
+    }
     if note == "other":
         note = json.dumps(told | {"machine": "another machine"})
     if note == "reused":  # the number of a process that began later

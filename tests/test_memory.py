@@ -120,8 +120,8 @@ def test_a_cpu_that_stands_in_for_a_gpu_counts_without_its_own_ways():
 @pytest.fixture
 def limits(tmp_path, monkeypatch):
     """Write the files of a control group."""
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cores, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(cores, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(cores, "CGROUP_MEMBERSHIP", tmp_path / "membership")
 
     def write(folder: str, files: dict[str, str]):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)

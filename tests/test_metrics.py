@@ -7,21 +7,26 @@ import re
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
 
 from nanogpt import console, files
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.config import SINK_NAMES, TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.training.metrics import (
     ConsoleSink,
     JsonLinesSink,
     Metrics,
-    TensorBoardSink,
-    duration,
     forget_after,
 )
 from nanogpt.training.plot import plot_losses
+from nanogpt.training.sinks import SINKS, TensorBoardSink, WandbSink, create_sinks
+from nanogpt.training.trainer import fit
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -51,6 +56,13 @@ def rows(path):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def json_lines(path, step=0, evaluated_at=0):
+    """The sink, open."""
+    sink = JsonLinesSink(path)
+    sink.rewind(step, evaluated_at)
+    return sink
+
+
 @contextmanager
 def disk_of(size):
     """Let no file grow beyond `size` bytes: writing fails as it does on a full disk."""
@@ -67,7 +79,7 @@ def disk_of(size):
 
 
 def test_one_object_a_line_as_soon_as_it_is_written(path):
-    lines = JsonLinesSink(path, 0, 0)
+    lines = json_lines(path)
     for step in range(1, 4):
         lines.write(train(step))
         assert [row["step"] for row in rows(path)] == list(range(1, step + 1))
@@ -78,22 +90,22 @@ def test_one_object_a_line_as_soon_as_it_is_written(path):
 
 
 def test_what_is_there_is_appended_to(path):
-    JsonLinesSink(path, 0, 0).write(train(1))
+    json_lines(path).write(train(1))
     before = path.read_bytes()
-    JsonLinesSink(path, 1, 0).write(train(2))
+    json_lines(path, 1, 0).write(train(2))
     assert path.read_bytes().startswith(before)
     assert rows(path) == [train(1), train(2)]
 
 
 def test_only_the_numbers_of_the_contract_are_kept(path):
     written = evaluation(1, val_bits_per_byte=1.5)
-    JsonLinesSink(path, 0, 0).write({**written, "sample": "To be,\nor not", "best": True, "left_s": 3.0})
+    json_lines(path).write({**written, "sample": "To be,\nor not", "best": True, "left_s": 3.0})
     assert rows(path) == [written]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_left_out(path, value):
-    JsonLinesSink(path, 0, 0).write(train(1, grad_norm=value, train_loss=value))
+    json_lines(path).write(train(1, grad_norm=value, train_loss=value))
     expected = train(1)
     del expected["train_loss"]
     assert rows(path) == [expected]
@@ -102,7 +114,7 @@ def test_what_is_no_number_is_left_out(path, value):
 def test_flush_reaches_the_disk(path, monkeypatch):
     synced = []
     monkeypatch.setattr(files.os, "fsync", synced.append)
-    lines = JsonLinesSink(path, 0, 0)
+    lines = json_lines(path)
     lines.write(train(1))
     assert synced == []  # not at every line: that would slow the training
     lines.flush()
@@ -124,10 +136,10 @@ def test_flush_reaches_the_disk(path, monkeypatch):
 )
 def test_resuming_forgets_exactly_what_will_be_done_again(path, step, evaluated_at, left):
     written = [train(10), evaluation(10), train(20), evaluation(20), train(30), evaluation(30), train(40)]
-    first = JsonLinesSink(path, 0, 0)
+    first = json_lines(path)
     for record in written:
         first.write(record)
-    JsonLinesSink(path, step, evaluated_at)
+    json_lines(path, step, evaluated_at)
     assert rows(path) == written[:left]
 
 
@@ -151,18 +163,18 @@ def test_a_line_that_is_not_ours_stays_and_so_does_what_follows(path, line):
 def test_a_last_line_cut_in_half_is_dropped_and_nothing_else(path, torn):
     whole = b'{"step": 1}\n\n{"step": 2}\n'
     path.write_bytes(whole + torn)
-    JsonLinesSink(path, 100, 100).write(train(5))
+    json_lines(path, 100, 100).write(train(5))
     assert path.read_bytes().startswith(whole + b'{"step": 5, ')
 
 
 @posix
 @pytest.mark.parametrize("kind", ["pipe", "endless", "folder"])
 def test_what_is_no_file_is_refused_at_the_start_and_waited_for_later(path, tmp_path, kind, capsys):
-    lines = JsonLinesSink(path, 0, 0)
+    lines = json_lines(path)
     make = {"pipe": os.mkfifo, "endless": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}
     make[kind](path)
     with pytest.raises(UserError, match="is not a file: move it away"):
-        JsonLinesSink(path, 0, 0)
+        json_lines(path)
     with pytest.raises(UserError, match="is not a file: move it away"):
         plot_losses(path, tmp_path / "loss.png")
     lines.write(train(1))
@@ -173,7 +185,7 @@ def test_what_is_no_file_is_refused_at_the_start_and_waited_for_later(path, tmp_
 
 
 def test_lines_that_can_never_be_written_are_counted_at_the_end(blocked, capsys):
-    lines = JsonLinesSink(blocked, 0, 0)
+    lines = json_lines(blocked)
     for step in range(3):
         lines.write(train(step))
     lines.close()
@@ -200,7 +212,7 @@ def blocked(tmp_path):
 
 
 def test_lines_that_cannot_be_written_wait(blocked, capsys):
-    lines = JsonLinesSink(blocked, 0, 0)
+    lines = json_lines(blocked)
     lines.write(train(1))
     lines.write(train(2))
     assert not blocked.exists()
@@ -215,7 +227,7 @@ def test_lines_that_cannot_be_written_wait(blocked, capsys):
 
 @pytest.mark.parametrize("by", ["flush", "close"])
 def test_lines_that_wait_are_written_by_the_next_flush(blocked, by):
-    lines = JsonLinesSink(blocked, 0, 0)
+    lines = json_lines(blocked)
     lines.write(train(1))
     blocked.parent.mkdir()
     getattr(lines, by)()
@@ -227,7 +239,7 @@ def test_lines_that_wait_are_written_by_the_next_flush(blocked, by):
 @posix
 @pytest.mark.parametrize("room", [0, 1, 50, 95, 150, 290])
 def test_a_full_disk_leaves_whole_lines_and_loses_none(path, capsys, room):
-    lines = JsonLinesSink(path, 0, 0)
+    lines = json_lines(path)
     lines.write(train(1))
     with disk_of(path.stat().st_size + room):
         for step in range(2, 7):
@@ -242,7 +254,7 @@ def test_a_full_disk_leaves_whole_lines_and_loses_none(path, capsys, room):
 @posix
 @pytest.mark.usefixtures("capsys")  # in memory: the warnings are not for the full disk
 def test_a_disk_too_full_for_all_that_waits(path):
-    lines = JsonLinesSink(path, 0, 0)
+    lines = json_lines(path)
     with disk_of(0):
         for step in range(1, 200):
             lines.write(train(step))
@@ -253,7 +265,40 @@ def test_a_disk_too_full_for_all_that_waits(path):
     assert [row["step"] for row in rows(path)] == list(range(1, 200))
 
 
+def test_after_a_roll_back_the_abandoned_steps_are_forgotten(path):
+    lines = json_lines(path)
+    for step in range(1, 6):
+        lines.write(train(step, train_loss=9.0))
+    lines.write(evaluation(5))
+    lines.rewind(3, 0)
+    assert [row["step"] for row in rows(path)] == [1, 2, 3]
+    lines.write(train(4))
+    assert [(row["step"], row["train_loss"]) for row in rows(path)] == [
+        (1, 9.0),
+        (2, 9.0),
+        (3, 9.0),
+        (4, 2.5),
+    ]
+
+
+def test_a_roll_back_forgets_unwritten_lines_too(blocked):
+    lines = json_lines(blocked)
+    for step in range(1, 6):
+        lines.write(train(step))
+    blocked.parent.mkdir()
+    lines.rewind(3, 0)
+    lines.flush()
+    assert [row["step"] for row in rows(blocked)] == [1, 2, 3]
+
+
 # TensorBoard
+
+
+def tensorboard(folder, step, settings):
+    """The sink, open."""
+    sink = TensorBoardSink(folder, settings)
+    sink.rewind(step, step)
+    return sink
 
 
 def events(folder):
@@ -269,7 +314,7 @@ def points(reader, tag):
 
 
 def test_tensorboard_can_read_it(tmp_path):
-    board = TensorBoardSink(tmp_path / "runs", 0, {"n_layer": 6, "dropout": 0.2})
+    board = tensorboard(tmp_path / "runs", 0, {"n_layer": 6, "dropout": 0.2})
     for step in (1, 2):
         board.write(
             train(step, train_loss=3.0 / step, lr=0.1 * step, grad_norm=0.5, tokens_per_s=1000 * step)
@@ -289,11 +334,11 @@ def test_tensorboard_can_read_it(tmp_path):
 
 
 def test_tensorboard_shows_the_same_steps_once_after_a_resume(tmp_path):
-    killed = TensorBoardSink(tmp_path / "runs", 0, {})
+    killed = tensorboard(tmp_path / "runs", 0, {})
     for step in range(1, 6):
         killed.write(train(step, train_loss=9.0))
     killed.close()
-    resumed = TensorBoardSink(tmp_path / "runs", 3, {})
+    resumed = tensorboard(tmp_path / "runs", 3, {})
     for step in range(4, 7):
         resumed.write(train(step, train_loss=1.0))
     resumed.close()
@@ -301,9 +346,23 @@ def test_tensorboard_shows_the_same_steps_once_after_a_resume(tmp_path):
     assert seen == [(1, 9.0), (2, 9.0), (3, 9.0), (4, 1.0), (5, 1.0), (6, 1.0)]
 
 
+@pytest.mark.parametrize("good", [0, 3])
+def test_tensorboard_shows_no_abandoned_step_after_a_roll_back(tmp_path, good):
+    board = tensorboard(tmp_path / "runs", 0, {})
+    for step in range(1, 6):
+        board.write(train(step, train_loss=9.0))
+    board.write(evaluation(5, sample="text"))
+    board.rewind(good, 0)
+    board.write(train(good + 1, train_loss=1.0))
+    board.close()
+    reader = events(tmp_path / "runs")
+    assert points(reader, "loss/train") == [*((step, 9.0) for step in range(1, good + 1)), (good + 1, 1.0)]
+    assert reader.Scalars("loss/val") == []
+
+
 @pytest.mark.parametrize("method", ["add_scalar", "add_text", "flush", "close"])
 def test_tensorboard_that_fails_says_so_once_and_stops(tmp_path, monkeypatch, capsys, method):
-    board = TensorBoardSink(tmp_path / "runs", 0, {})
+    board = tensorboard(tmp_path / "runs", 0, {})
     writer = board.writer
     board.flush()
     assert capsys.readouterr().err == ""
@@ -324,7 +383,7 @@ def test_tensorboard_that_fails_says_so_once_and_stops(tmp_path, monkeypatch, ca
 
 def test_tensorboard_that_cannot_begin_says_so_once_and_stops(tmp_path, capsys):
     (tmp_path / "runs").write_bytes(b"a file where the folder should be")
-    board = TensorBoardSink(tmp_path / "runs", 0, {})
+    board = tensorboard(tmp_path / "runs", 0, {})
     board.write(train(1))
     board.flush()
     board.close()
@@ -335,7 +394,7 @@ def test_tensorboard_that_cannot_begin_says_so_once_and_stops(tmp_path, capsys):
 def test_tensorboard_whose_thread_dies_prints_no_traceback(tmp_path, monkeypatch, capsys):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    board = TensorBoardSink(tmp_path / "runs", 0, {})
+    board = tensorboard(tmp_path / "runs", 0, {})
     board.flush()
     hook = threading.excepthook
 
@@ -351,16 +410,66 @@ def test_tensorboard_whose_thread_dies_prints_no_traceback(tmp_path, monkeypatch
     assert threading.excepthook != hook  # given back
 
 
-# The stream
+# wandb
 
 
-def test_every_reader_gets_every_record():
+def test_wandb_that_is_not_installed_is_one_line_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"^--log_to wandb .*: pip install nanogpt\[wandb\]$"):
+        create_sinks(("jsonl", "wandb"), RunFolder(tmp_path), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_writes_an_offline_run_below_the_run_folder(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start in (0, 2):  # as if killed, and resumed
+        sink = WandbSink(tmp_path / "runs", {"n_layer": 6})
+        sink.rewind(start, start)
+        sink.write(train(start + 1))
+        sink.write(evaluation(start + 2, best=True, sample="<To be>"))
+        sink.rewind(start, start)
+        sink.write(train(start + 1))
+        sink.close()
+    assert "wandb stops" not in capsys.readouterr().err
+    name = (tmp_path / "runs" / "wandb_id.txt").read_text()
+    runs = sorted((tmp_path / "runs" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all((run / f"run-{name}.wandb").stat().st_size > 0 for run in runs)
+
+
+def test_wandb_that_fails_says_so_once_and_stops(tmp_path, monkeypatch, capsys):
+    class Wandb(ModuleType):
+        @staticmethod
+        def Settings(**_settings):  # noqa: N802
+            return None
+
+        @staticmethod
+        def init(**_settings):
+            raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    sink = WandbSink(tmp_path / "runs", {})
+    sink.rewind(0, 0)
+    sink.write(train(1))
+    sink.flush()
+    sink.close()
+    assert capsys.readouterr().err.splitlines() == ["wandb stops: no network"]
+
+
+# The stream, and the table of sinks
+
+
+def test_every_sink_gets_every_row():
     class Recorder:
         def __init__(self):
             self.seen = []
 
-        def write(self, record):
-            self.seen.append(record)
+        def rewind(self, step, evaluated_at):
+            self.seen.append((step, evaluated_at))
+
+        def write(self, row):
+            self.seen.append(row)
 
         def flush(self):
             self.seen.append("flush")
@@ -368,12 +477,38 @@ def test_every_reader_gets_every_record():
         def close(self):
             self.seen.append("close")
 
-    readers = [Recorder(), Recorder()]
-    stream = Metrics(readers)
-    stream.write({"step": 1})
+    sinks = [Recorder(), Recorder()]
+    stream = Metrics(sinks)
+    stream.rewind(3, 2)
+    stream.write({"step": 4})
     stream.flush()
     stream.close()
-    assert [reader.seen for reader in readers] == [[{"step": 1}, "flush", "close"]] * 2
+    assert [sink.seen for sink in sinks] == [[(3, 2), {"step": 4}, "flush", "close"]] * 2
+
+
+def test_the_flag_takes_exactly_the_sinks_that_there_are():
+    assert tuple(SINKS) == SINK_NAMES
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, ("jsonl",)),
+        ({"tensorboard": True}, ("jsonl", "tensorboard")),
+        ({"log_to": ("tensorboard",)}, ("jsonl", "tensorboard")),
+        ({"log_to": ("wandb", "jsonl", "wandb"), "tensorboard": True}, ("jsonl", "wandb", "tensorboard")),
+        ({"log_to": ()}, ("jsonl",)),
+    ],
+)
+def test_metrics_jsonl_is_always_a_sink_and_each_is_one_once(settings, names):
+    assert TrainConfig(**settings).sinks == names
+
+
+def test_a_training_logs_to_what_log_to_names(config):
+    fit(replace(config, log_to=("tensorboard",)))
+    out = Path(config.out_dir)
+    assert [event.step for event in events(out / "runs").Scalars("loss/val")] == [10, 20, 30]
+    assert rows(out / "metrics.jsonl")
 
 
 # The console
@@ -390,17 +525,17 @@ def no_terminal(monkeypatch):
 
 @pytest.mark.usefixtures("no_terminal")
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    reader = ConsoleSink(0, 200)
-    reader.write(train(10, train_loss=2.34567, lr=3e-4, tokens_per_s=12345.6, left_s=125.0))
-    with reader.evaluating(3) as advance:
+    sink = ConsoleSink(200)
+    sink.write(train(10, train_loss=2.34567, lr=3e-4, tokens_per_s=12345.6, left_s=125.0))
+    with sink.evaluating(3) as advance:
         for _ in range(3):
             advance()
     sample = "\nTo be,\n[b]or[/b] not :heart:\n"
-    reader.write(evaluation(10, val_loss=2.0, val_bits_per_byte=1.23451, best=True, sample=sample))
-    reader.write(evaluation(20, val_loss=2.5, best=False, sample="x"))
-    reader.advance(20)
-    reader.flush()
-    reader.close()
+    sink.write(evaluation(10, val_loss=2.0, val_bits_per_byte=1.23451, best=True, sample=sample))
+    sink.write(evaluation(20, val_loss=2.5, best=False, sample="x"))
+    sink.advance(20)
+    sink.flush()
+    sink.close()
     seen = capsys.readouterr()
     assert seen.err == ""
     assert "\x1b" not in seen.out
@@ -451,9 +586,9 @@ def plain(screen):
 
 
 def test_a_bar_on_a_terminal(screen):
-    reader = ConsoleSink(0, 200)
-    reader.write(train(10, train_loss=2.34567, left_s=125.0))
-    reader.close()
+    sink = ConsoleSink(200)
+    sink.write(train(10, train_loss=2.34567, left_s=125.0))
+    sink.close()
     assert "10/200" in plain(screen)
     assert "loss 2.3457" in plain(screen)
     assert "step 10/200" not in plain(screen)  # the bar says it
@@ -461,29 +596,10 @@ def test_a_bar_on_a_terminal(screen):
 
 @pytest.mark.parametrize("sample", ["[bold]x[/bold] [/]", "I :heart: thee :cat:", "https://a.b/c 1.5"])
 def test_generated_text_is_shown_on_a_terminal_as_it_is(screen, sample):
-    reader = ConsoleSink(0, 200)
-    reader.write(evaluation(10, best=False, sample=sample))
-    reader.close()
+    sink = ConsoleSink(200)
+    sink.write(evaluation(10, best=False, sample=sample))
+    sink.close()
     assert f"    {sample}\n" in plain(screen)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (0.4, "0 s"),
-        (48.2, "48 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 0 s"),
-        (125, "2 min 5 s"),
-        (3599.4, "59 min 59 s"),
-        (3599.6, "1 h 0 min"),
-        (12_000, "3 h 20 min"),
-        (360_000, "100 h 0 min"),
-    ],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 # The picture
@@ -502,7 +618,7 @@ def test_duration(seconds, text):
 )
 def test_a_picture_of_any_run(path, tmp_path, records):
     path.touch()
-    lines = JsonLinesSink(path, 0, 0)
+    lines = json_lines(path)
     for record in records:
         lines.write(record)
     plot_losses(path, tmp_path / "loss.png")

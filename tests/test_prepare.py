@@ -403,7 +403,7 @@ def test_a_preparation_cut_short_is_seen_and_done_again(config, tmp_path, monkey
             patch.setattr(token_writer.EncodingJob, "remove", stop)
         else:
             patch.setattr(prepare, "write_tokens", stop_at(token_writer.write_tokens))
-            patch.setattr(prepare, "write_sealed", stop_at(prepare.write_sealed))
+            patch.setattr(prepare, "save_with_checksum", stop_at(prepare.save_with_checksum))
         with pytest.raises(KeyboardInterrupt):
             main(config)
     if done == "train.tokens" or (over_another and done != "preparing"):

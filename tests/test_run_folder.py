@@ -373,7 +373,7 @@ def test_two_runs_in_one_folder_are_kept_apart(unequal, capsys):
 
 def test_the_move_is_synced(unequal, monkeypatch):
     synced = []
-    monkeypatch.setattr(run_dir, "sync_folder", synced.append)
+    monkeypatch.setattr(run_dir, "fsync_folder", synced.append)
     unequal.archive_previous()
     assert synced == [unequal.moving, unequal.path / "previous", unequal.path]
 

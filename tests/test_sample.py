@@ -73,7 +73,7 @@ def test_sampling_computes_as_the_training_did_where_that_is_fast(
     config: TrainConfig, monkeypatch, dtypes_of_products, trained_in, fast
 ) -> None:
     fit(replace(config, dtype=trained_in))
-    monkeypatch.setattr(precision, "product_rates", lambda device: dict.fromkeys(DTYPES, 1.0) | {fast: 2.0})
+    monkeypatch.setattr(precision, "matmul_rates", lambda device: dict.fromkeys(DTYPES, 1.0) | {fast: 2.0})
     dtypes_of_products.clear()
     sampling = SampleConfig(checkpoint=str(Path(config.out_dir) / "ckpt.pt"), num_tokens=3, device="cpu")
     main(sampling)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from nanogpt import seals
-from nanogpt.seals import DamageError, Sealing, read_sealed, verify, write_sealed
+from nanogpt.seals import BlockHasher, DamageError, load_with_checksum, save_with_checksum, verify
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(seals, "BLOCK", 64)
+    monkeypatch.setattr(seals, "BLOCK_BYTES", 64)
 
 
 def sealed(folder, **contents):
@@ -20,10 +20,10 @@ def sealed(folder, **contents):
     found = {}
     for name, raw in contents.items():
         (folder / name).write_bytes(raw)
-        sealing = Sealing()
+        sealing = BlockHasher()
         for start in range(0, len(raw), 37):
             sealing.update(raw[start : start + 37])
-        found[name] = sealing.seal()
+        found[name] = sealing.checksum()
     return found
 
 
@@ -60,10 +60,10 @@ def test_what_was_changed_is_told_from_what_was_not(tmp_path, change, most):
         (tmp_path / "f7").write_bytes(files["f8"])
         (tmp_path / "f8").write_bytes(files["f7"])
     if change == "nothing":
-        verify(tmp_path, found, most=most)
+        verify(tmp_path, found, max_bytes=most)
     else:
         with pytest.raises(DamageError, match=r"f[78] is damaged \(its checksum does not match\)"):
-            verify(tmp_path, found, most=most)
+            verify(tmp_path, found, max_bytes=most)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -72,7 +72,7 @@ def test_a_look_at_some_blocks_sees_each_of_them_in_the_end_and_no_more_than_it_
     sizes = {"a": 64 * 50, "b": 10}
     seen = set()
     for _ in range(300):
-        blocks = list(seals.some_blocks(found, sizes, 8))
+        blocks = list(seals.pick_blocks(found, sizes, 8))
         assert len(blocks) <= 8
         assert {("a", 0), ("b", 0), ("a", 49)} <= set(blocks)
         seen |= set(blocks)
@@ -82,8 +82,8 @@ def test_a_look_at_some_blocks_sees_each_of_them_in_the_end_and_no_more_than_it_
 def test_every_flip_in_a_sealed_file_is_seen(tmp_path):
     path = tmp_path / "vocab.pt"
     content = {"format": 2, "tokenizer": {"kind": "char", "chars": "abc"}, "table": torch.arange(3)}
-    write_sealed(path, content)
-    found, whole = read_sealed(path)
+    save_with_checksum(path, content)
+    found, whole = load_with_checksum(path)
     assert whole
     assert found["tokenizer"] == content["tokenizer"]
     assert torch.load(path, weights_only=True)["tokenizer"] == content["tokenizer"]  # by PyTorch alone, too
@@ -91,7 +91,7 @@ def test_every_flip_in_a_sealed_file_is_seen(tmp_path):
     for place in range(len(raw)):
         path.write_bytes(raw[:place] + bytes([raw[place] ^ 1 << place % 8]) + raw[place + 1 :])
         try:
-            _, whole = read_sealed(path)
+            _, whole = load_with_checksum(path)
         except DamageError:
             continue
         assert not whole  # the mark itself: it is taken for an older file, which has no digests
@@ -99,4 +99,4 @@ def test_every_flip_in_a_sealed_file_is_seen(tmp_path):
 
 def test_a_file_of_torch_save_has_no_seal(tmp_path):
     torch.save({"format": 2}, tmp_path / "old.pt")
-    assert read_sealed(tmp_path / "old.pt") == ({"format": 2}, False)
+    assert load_with_checksum(tmp_path / "old.pt") == ({"format": 2}, False)

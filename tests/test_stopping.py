@@ -224,7 +224,7 @@ def test_what_was_ignored_at_the_start_stays_ignored(endless, before, ignored) -
     assert stop(process, signal.SIGTERM) == 143
 
 
-@pytest.mark.parametrize("number", stopping.SAVES, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", stopping.SAVE_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_that_says_that_time_is_short_saves_and_the_training_goes_on(endless, number) -> None:
     process = live(endless)
     last = Path(endless.out_dir) / "last.pt"
@@ -241,7 +241,7 @@ def test_a_signal_that_says_that_time_is_short_saves_and_the_training_goes_on(en
 
 def slow_save() -> None:
     """The save at the end takes for ever, and a second signal need not come late."""
-    stopping.SAME_WISH_SECONDS = 0.0
+    stopping.REPEAT_WINDOW_SECONDS = 0.0
 
     def keep(run: object) -> None:
         Path("saving").touch()
@@ -265,12 +265,12 @@ def test_a_second_signal_ends_at_once_and_quietly(endless, first: str, second: s
     assert saved_step(endless) == 0
 
 
-@pytest.mark.parametrize("number", stopping.COMES_AGAIN, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", stopping.REPEATED_SIGNALS, ids=lambda number: number.name)
 def test_what_programs_repeat_is_no_second_signal(number) -> None:
     with StopRequest() as stop:
-        stop.note(number, None)
-        stop.noted_at -= 100
-        stop.note(number, None)
+        stop.handle(number, None)
+        stop.received_at -= 100
+        stop.handle(number, None)
     assert stop.signal == number
 
 
@@ -287,14 +287,14 @@ def test_in_a_program_of_ones_own_the_second_signal_is_what_it_was_before() -> N
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
-        stop.noted_at -= 100
+        stop.received_at -= 100
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_all_signals_are_given_back() -> None:
-    numbers = [*EXIT_CODES, *stopping.SAVES]
+    numbers = [*EXIT_CODES, *stopping.SAVE_SIGNALS]
     before = [signal.getsignal(number) for number in numbers]
     with StopRequest():
         assert before != [signal.getsignal(number) for number in numbers]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nanogpt import streams
 from nanogpt.errors import UserError
-from nanogpt.streams import Secured, over
+from nanogpt.streams import ProtectedStream, protect_stream
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,7 @@ def test_everything_arrives_in_order_however_it_is_cut(parts: list[bytes], data:
         arrived.extend(piece[:taken] if taken else b"")
         return taken
 
-    with Disk(write) as disk, io.BufferedWriter(Secured(disk, "x")) as file:
+    with Disk(write) as disk, io.BufferedWriter(ProtectedStream(disk, "x")) as file:
         for part in parts:
             file.write(part)
     assert bytes(arrived) == b"".join(parts)
@@ -68,16 +68,16 @@ def test_everything_arrives_in_order_however_it_is_cut(parts: list[bytes], data:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EPIPE, errno.EBADF])
 def test_what_cannot_be_written_is_let_go(number: int) -> None:
-    with Disk(failing(number)) as disk, io.BufferedWriter(Secured(disk, "x")) as file:
+    with Disk(failing(number)) as disk, io.BufferedWriter(ProtectedStream(disk, "x")) as file:
         file.write(b"lost" * 10_000)
 
 
 def test_where_printing_is_the_product_the_first_error_is_one_line() -> None:
     with (
         Disk(failing(errno.ENOSPC)) as disk,
-        io.BufferedWriter(secured := Secured(disk, "output")) as file,
+        io.BufferedWriter(secured := ProtectedStream(disk, "output")) as file,
     ):
-        secured.insistent = True
+        secured.raises_errors = True
         file.write(b"lost")
         with pytest.raises(UserError, match="cannot write to output: No space left on device"):
             file.flush()
@@ -85,8 +85,8 @@ def test_where_printing_is_the_product_the_first_error_is_one_line() -> None:
 
 
 def test_where_printing_is_the_product_a_reader_who_leaves_ends_it_quietly() -> None:
-    with Disk(failing(errno.EPIPE)) as disk, io.BufferedWriter(secured := Secured(disk, "x")) as file:
-        secured.insistent = True
+    with Disk(failing(errno.EPIPE)) as disk, io.BufferedWriter(secured := ProtectedStream(disk, "x")) as file:
+        secured.raises_errors = True
         file.write(b"lost")
         with pytest.raises(SystemExit) as stop:
             file.flush()
@@ -102,7 +102,7 @@ def test_a_write_that_a_signal_breaks_off_is_not_done_twice() -> None:
             raise KeyboardInterrupt
         return len(piece)
 
-    with Disk(write) as disk, io.BufferedWriter(Secured(disk, "x")) as file:
+    with Disk(write) as disk, io.BufferedWriter(ProtectedStream(disk, "x")) as file:
         file.write(b"once")
         with pytest.raises(KeyboardInterrupt):
             file.flush()
@@ -113,7 +113,9 @@ def test_a_write_that_a_signal_breaks_off_is_not_done_twice() -> None:
 def test_a_text_stream_keeps_its_encoding_and_shows_what_it_can() -> None:
     arrived = bytearray()
     with Disk(lambda piece: arrived.extend(piece) or len(piece)) as disk:
-        text = over(io.TextIOWrapper(io.BufferedWriter(disk), encoding="latin-1", line_buffering=True), "x")
+        text = protect_stream(
+            io.TextIOWrapper(io.BufferedWriter(disk), encoding="latin-1", line_buffering=True), "x"
+        )
         print("Größe, 中", file=text)
         assert (bytes(arrived), text.encoding) == ("Größe, ?\n".encode("latin-1"), "latin-1")
         text.close()
@@ -135,7 +137,7 @@ def test_one_of_several_processes_speaks(monkeypatch, rank, world, expected) -> 
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert streams.speaks() is expected
+    assert streams.is_main_process() is expected
 
 
 # --- whole commands ---
@@ -214,7 +216,7 @@ cli.script("data")
         ("time.sleep(99)", signal.SIGINT, 130),
         ("time.sleep(99)", signal.SIGTERM, 143),
         ("time.sleep(99)", signal.SIGHUP, 129),
-        ("stopping.end_at_once(2, None)", None, 130),
+        ("stopping.exit_immediately(2, None)", None, 130),
     ],
 )
 def test_the_cursor_comes_back_however_a_command_ends(end: str, number: int | None, code: int) -> None:

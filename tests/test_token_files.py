@@ -12,7 +12,7 @@ from nanogpt.data.config import PrepareConfig
 from nanogpt.data.scan import ScanResult
 from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.errors import UserError
-from nanogpt.seals import BLOCK
+from nanogpt.seals import BLOCK_BYTES
 from nanogpt.tokenizer.base import ByteTokenizer
 
 DTYPES = {np.uint8: torch.uint8, np.uint16: torch.uint16, np.uint32: torch.uint32}
@@ -38,7 +38,9 @@ def test_the_seal_is_taken_while_the_file_is_written(tmp_path, count):
     seal = write_tokens(tmp_path / "train.tokens", path, np.uint32, 0, count)
     raw = path.read_bytes()
     assert seal.sha256 == hashlib.sha256(raw).hexdigest()
-    blocks = [hashlib.sha256(raw[start : start + BLOCK]).digest() for start in range(0, len(raw), BLOCK)]
+    blocks = [
+        hashlib.sha256(raw[start : start + BLOCK_BYTES]).digest() for start in range(0, len(raw), BLOCK_BYTES)
+    ]
     assert (seal.blocks is None) == (len(blocks) == 1)
     assert seal.blocks is None or seal.blocks.tobytes() == b"".join(blocks)
 

@@ -281,8 +281,8 @@ def test_float16_keeps_its_scaler_over_a_resume(config: TrainConfig, tmp_path: P
 def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch) -> None:
     config = replace(config, dtype="auto", max_iters=5)
     rates = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 0.0}
-    monkeypatch.setattr(precision, "product_rates", lambda _: rates)
-    monkeypatch.setattr(precision, "bfloat16_pays", lambda _: True)
+    monkeypatch.setattr(precision, "matmul_rates", lambda _: rates)
+    monkeypatch.setattr(precision, "is_bfloat16_faster", lambda _: True)
     fit(config)
     rates[torch.bfloat16] = 0.5  # another machine: it would choose otherwise, and can go on all the same
     fit(replace(config, resume=True, max_iters=6))
@@ -293,8 +293,8 @@ def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch
 def test_resume_leaves_a_dtype_that_crawls_here_and_says_so(config, monkeypatch, capsys, optimizer) -> None:
     config = replace(config, dtype="auto", max_iters=5, optimizer=optimizer)
     rates = {torch.float32: 1.0, torch.bfloat16: 2.0, torch.float16: 0.0}
-    monkeypatch.setattr(precision, "product_rates", lambda _: rates)
-    monkeypatch.setattr(precision, "bfloat16_pays", lambda _: True)
+    monkeypatch.setattr(precision, "matmul_rates", lambda _: rates)
+    monkeypatch.setattr(precision, "is_bfloat16_faster", lambda _: True)
     fit(config)
     assert "Arithmetic: bfloat16" in capsys.readouterr().out
     rates[torch.bfloat16] = 0.05
@@ -310,7 +310,7 @@ def test_a_run_of_an_earlier_version_orthogonalises_as_it_did(config: TrainConfi
     """In bfloat16, which was fixed, and is not written in its checkpoints."""
     config = replace(config, dtype="auto", max_iters=5, optimizer="muon")
     rates = {torch.float32: 1.0, torch.bfloat16: 0.9, torch.float16: 0.0}
-    monkeypatch.setattr(precision, "product_rates", lambda _: rates)
+    monkeypatch.setattr(precision, "matmul_rates", lambda _: rates)
     fit(config)
     path = Path(config.out_dir) / "last.pt"
     old = last(config)
@@ -433,7 +433,7 @@ def test_evaluating_and_sampling_compile_nothing(config: TrainConfig, monkeypatc
     compile_model(run, trainer.compute_gradient)
     compiled = len(graphs)
     assert compiled > 0
-    with device.eagerly(), torch.no_grad():
+    with device.eager_mode(), torch.no_grad():
         for length in (3, 5, 7):
             run.loss_fn(torch.zeros(1, length, dtype=torch.int64), torch.zeros(1, length, dtype=torch.int64))
     assert len(graphs) == compiled

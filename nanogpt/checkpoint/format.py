@@ -118,7 +118,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def write_sealed(path: Path, content: object) -> None:
     """Write anything as a sealed checkpoint. Errors: as `save_checkpoint`."""
-    seals.write_sealed(path, content, SEAL)
+    seals.save_with_checksum(path, content, SEAL)
 
 
 def verify(path: Path) -> None:

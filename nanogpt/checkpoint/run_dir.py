@@ -19,8 +19,8 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import warn
 from nanogpt.distributed.world import ALONE, World
 from nanogpt.errors import UserError, require
-from nanogpt.files import make_folder, rename, sync_folder
-from nanogpt.locking import Owner, lock
+from nanogpt.files import fsync_folder, make_folder, rename
+from nanogpt.locking import FolderLock, lock
 
 RUN_BY_RUN = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
 """Settings of one invocation: a run that goes on may have others, and nobody need be told."""
@@ -42,7 +42,7 @@ class RunFolder:
         self.job = path / ".job"
         self.moving = path / ".moving"
         """An earlier run on its way to previous/, or back."""
-        self.owner: Owner | None = None
+        self.owner: FolderLock | None = None
         """Whoever holds the folder in this process."""
         self.resumed: Path | None = None
         """The file that `newest` chose."""
@@ -153,7 +153,7 @@ class RunFolder:
         self.moving.mkdir(exist_ok=True)
         for path in present:
             rename(path, self.moving / path.name)
-        sync_folder(self.moving)
+        fsync_folder(self.moving)
         if delete:
             rename(self.moving, doomed)
             shutil.rmtree(doomed)
@@ -167,8 +167,8 @@ class RunFolder:
         numbers = [int(path.name) for path in archive.glob("*") if path.name.isdecimal()]
         target = archive / str(max(numbers, default=0) + 1)
         rename(self.moving, target)
-        sync_folder(archive)
-        sync_folder(self.path)
+        fsync_folder(archive)
+        fsync_folder(self.path)
         return target
 
     def undo_move(self) -> None:
@@ -183,7 +183,7 @@ class RunFolder:
             rename(path, self.path / path.name)
         with contextlib.suppress(OSError):  # what is not of a run stays there
             self.moving.rmdir()
-        sync_folder(self.path)
+        fsync_folder(self.path)
 
 
 def verify_shards(path: Path, saved: Checkpoint, world: World) -> None:

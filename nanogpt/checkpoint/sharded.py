@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanogpt.errors import UserError, require
-from nanogpt.files import sha256, sync
+from nanogpt.files import fsync, sha256
 
 if TYPE_CHECKING:  # it takes long to import, and a PyTorch without torch.distributed has none of it
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -104,7 +104,7 @@ def begin_save(folder: Path, tensors: dict[str, Tensor]) -> "Future[dict[str, st
             own = [*folder.glob(f"__{rank}_*"), *([folder / INDEX] if rank == 0 else [])]
             for path in own:
                 with open(path, "r+b") as file:
-                    sync(file.fileno(), folder)
+                    fsync(file.fileno(), folder)
             digests.set_result({path.name: sha256(path) for path in own})
         except (Exception, CheckpointException) as error:
             digests.set_exception(UserError(f"cannot write {folder}: {cause_of(error)}"))

@@ -56,7 +56,7 @@ training crawls as soon as anything else wants a core (bench/RESULTS.md)."""
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 """Settings of PyTorch's memory allocator on GPUs, by their names of today and before."""
 
-SEVERAL = ("--input_file", "--input-file", "--val_file", "--val-file")
+SEVERAL = ("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to")
 """Flags that take several values, written after one another."""
 
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
@@ -82,8 +82,8 @@ def script(name: str) -> None:
 
 def begin() -> None:
     """Make the process one that nothing ends with a traceback: neither a broken stream nor a signal."""
-    streams.secure()
-    stopping.end_quietly()
+    streams.protect_standard_streams()
+    stopping.exit_quietly_on_signals()
 
 
 def overview(name: str) -> int:
@@ -117,7 +117,7 @@ def execute(name: str, arguments: Sequence[str], prog: str) -> int:
     """Parse the arguments, import the command and run it. Returns the exit code."""
     command = COMMANDS[name]
     config = parse(command.config, arguments, prog)
-    streams.insist(on=not command.writes)
+    streams.raise_stdout_errors(on=not command.writes)
     prepare_environment()
     with imports_explained():
         module = importlib.import_module(command.module)
@@ -153,7 +153,7 @@ def torch_version() -> str:
 
 def guarded(action: Callable[[], int]) -> int:
     """The exit code of a command; what the user can mend, and Ctrl-C, are said without a traceback."""
-    streams.insist(on=True)
+    streams.raise_stdout_errors(on=True)
     try:
         try:
             return action()
@@ -175,7 +175,7 @@ def guarded(action: Callable[[], int]) -> int:
             print(file=sys.stderr)  # behind the ^C
         return EXIT_INTERRUPT
     finally:
-        streams.insist(on=False)
+        streams.raise_stdout_errors(on=False)
 
 
 @contextmanager
@@ -200,7 +200,7 @@ def close_bars() -> None:
     """Take down progress bars, which an error or a signal has left, if any were made."""
     console = sys.modules.get("nanogpt.console")
     if console is not None:
-        console.stop_bars()
+        console.stop_progress_bars()
 
 
 def complain(message: str) -> int:
@@ -209,9 +209,9 @@ def complain(message: str) -> int:
     Returns the exit code.
     """
     from nanogpt.console import one_line
-    from nanogpt.streams import speaks
+    from nanogpt.streams import is_main_process
 
-    if speaks():
+    if is_main_process():
         print(f"error: {one_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
 
@@ -229,7 +229,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
     if names & {"preset", "resume"}:
         with contextlib.suppress(SystemExit), quiet():
             early, _ = tyro.cli(Early, args=arguments, return_unknown_args=True, add_help=False)
-    default = starting_point(cls, early)
+    default = replace_lists(starting_point(cls, early), arguments)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -303,6 +303,15 @@ def repeat_flags(arguments: Sequence[str]) -> list[str]:
             expanded.append(argument)
             flag = ""
     return expanded
+
+
+def replace_lists(default: Any, arguments: Sequence[str]) -> Any:
+    """Empty the list of a flag that is given: its values replace the default, which tyro would extend."""
+    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
+    lists = [
+        f.name for f in fields(default) if f.name in given and isinstance(getattr(default, f.name), tuple)
+    ]
+    return replace(default, **dict.fromkeys(lists, ()))
 
 
 def is_value(argument: str) -> bool:

@@ -15,17 +15,16 @@ import torch
 from rich.table import Table
 
 from nanogpt.config import GPTConfig, GradCheckpoint, PlanConfig, model_config
-from nanogpt.console import progress_bar, say, terminal
+from nanogpt.console import GIB, MIB, duration, progress_bar, say, terminal
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import GIB, KINDS, autocast, describe, kind_of, name_of, pick_device, simulated
+from nanogpt.device import KINDS, autocast, describe, kind_of, name_of, pick_device, simulated
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT, flops_per_token
-from nanogpt.precision import Choice, pick_dtype, pick_muon_dtype
+from nanogpt.precision import DtypeChoice, pick_dtype, pick_muon_dtype
 from nanogpt.training import memory_estimate
-from nanogpt.training.memory_estimate import HEADROOM, MIB, Memory
-from nanogpt.training.metrics import duration
+from nanogpt.training.memory_estimate import HEADROOM, Memory
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import max_rank_batch, micro_batches_per_rank
 
@@ -158,7 +157,7 @@ def machine_of(config: PlanConfig) -> Machine:
         raise UserError(f"--on {config.on} is unknown: use one of {', '.join(ACCELERATORS)}")
     named = ACCELERATORS[config.on.lower()]
     told = (
-        Choice(named.dtype, "")
+        DtypeChoice(named.dtype, "")
         if config.dtype == "auto"
         else pick_dtype(config.dtype, torch.device("cpu"), 1)
     )

@@ -18,8 +18,8 @@ import torch
 
 from nanogpt.checkpoint.format import build_model, load_checkpoint
 from nanogpt.config import SampleConfig
-from nanogpt.console import visible, warn
-from nanogpt.device import autocast, eagerly, is_out_of_memory, kind_of, pick_device
+from nanogpt.console import escape_control_characters, warn
+from nanogpt.device import autocast, eager_mode, is_out_of_memory, kind_of, pick_device
 from nanogpt.errors import UserError, require
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
@@ -48,7 +48,7 @@ def main(config: SampleConfig) -> int:
         dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
         flag = "--prompt" if config.prompt_file is None else "--prompt_file"
         ids = encode_prompt(tokens, prompt, skip=config.unknown == "skip", flag=flag)
-        with eagerly(), autocast(device, dtype):
+        with eager_mode(), autocast(device, dtype):
             for number in range(config.num_samples):
                 if number:
                     show("\n" + "-" * 40 + "\n")
@@ -63,7 +63,7 @@ def main(config: SampleConfig) -> int:
 def show(text: str) -> None:
     """Print a part of the product: as it is, but that no terminal obeys what a model has written."""
     if sys.stdout.isatty():
-        text = "\r".join(map(visible, text.split("\r")))
+        text = "\r".join(map(escape_control_characters, text.split("\r")))
     print(text, end="", flush=True)
 
 

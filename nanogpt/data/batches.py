@@ -145,7 +145,7 @@ class BatchLoader:
         Only pinned memory is copied in the background: other memory may be freed before.
         """
         kind = kind_of(self.device)
-        return kind.pin(values).to(self.device, non_blocking=kind.pins)
+        return kind.pin_memory(values).to(self.device, non_blocking=kind.uses_pinned_memory)
 
 
 def evaluation_batches(

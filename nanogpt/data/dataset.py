@@ -27,7 +27,7 @@ from nanogpt.data.shards import Shards, Tokens
 from nanogpt.data.swap import VOCAB_FILE, finish_interrupted_swap, read_journal
 from nanogpt.data.token_map import TokenFile, check_ids, open_tokens
 from nanogpt.errors import UserError, require
-from nanogpt.seals import CHECKED, DamageError, Seal, read_sealed, verify
+from nanogpt.seals import VERIFY_BYTES, Checksum, DamageError, load_with_checksum, verify
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict
@@ -44,7 +44,7 @@ TOKENS_PER_CHECK = 1 << 24
 """Tokens to check at a time."""
 
 MAX_TRIES = 3
-"""How often to try to open a folder that another program is replacing."""
+"""How often to try to open a folder that another program is atomic_write."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Dataset:
 
 
 def load_dataset(
-    folder: Path, *, verify_bytes: int | None = CHECKED, advance: Callable[[int], object] = int
+    folder: Path, *, verify_bytes: int | None = VERIFY_BYTES, advance: Callable[[int], object] = int
 ) -> Dataset:
     """Open a prepared data folder; the tokens stay on the disk until they are read.
 
@@ -116,7 +116,7 @@ def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int],
     elsewhere = "" if folder.is_dir() else " (or give --data_dir the folder that you prepared)"
     check_is_file(path, unprepared + elsewhere)
     with errors_with_advice(path, f"{unprepared} --overwrite"):
-        content, sealed = read_sealed(path)
+        content, sealed = load_with_checksum(path)
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     advice = f"{prepare_advice(folder, content)} --overwrite"
     version = content.get("format")
@@ -130,7 +130,7 @@ def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int],
         check_is_file(folder / name, advice.removesuffix(" --overwrite"))
     if facts.seals:
         with errors_with_advice(folder, advice):
-            verify(folder, facts.seals, most=verify_bytes, advance=advance)
+            verify(folder, facts.seals, max_bytes=verify_bytes, advance=advance)
     with errors_with_advice(path, advice):
         tokenizer = facts.tokenizer
     train, val = (open_split(folder, facts, split, advice) for split in SPLITS)
@@ -252,12 +252,12 @@ class VocabFile:
                 self.refuse(str(error))
             raise
 
-    def seals_of(self, digests: Mapping[str, str], blocks: Mapping[str, Tensor]) -> dict[str, Seal]:
+    def seals_of(self, digests: Mapping[str, str], blocks: Mapping[str, Tensor]) -> dict[str, Checksum]:
         """The checksums of the files, {} if there are none."""
         if digests and (set(digests) != set(self.names) or not set(blocks) <= set(digests)):
             self.refuse("sha256 names other files")
         arrays = {name: cast(NDArray[np.uint8], tensor.numpy()) for name, tensor in blocks.items()}
-        return {name: Seal(digest, arrays.get(name)) for name, digest in digests.items()}
+        return {name: Checksum(digest, arrays.get(name)) for name, digest in digests.items()}
 
 
 def is_string(value: Any) -> bool:

@@ -19,7 +19,7 @@ from nanogpt.console import new_figure, progress_bar, say, terminal, warn
 from nanogpt.data.config import InspectConfig
 from nanogpt.data.dataset import SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 from nanogpt.text.documents import counted
 
 TOKENS_PER_READ = 1 << 24
@@ -151,5 +151,5 @@ def draw_histograms(counts: TokenCounts, path: Path) -> None:
     tokens.set_title(counted(len(used), "different token"))
     for axes in (documents, tokens):
         axes.grid(alpha=0.3)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)

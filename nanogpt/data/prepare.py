@@ -37,9 +37,9 @@ from nanogpt.data.scan import (
 from nanogpt.data.swap import WORK, finish_swap, make_new_folder, replace_dataset
 from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.errors import UserError, require
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 from nanogpt.locking import lock
-from nanogpt.seals import Seal, write_sealed
+from nanogpt.seals import Checksum, save_with_checksum
 from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import Chunk, SkipReport, counted
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
@@ -146,7 +146,7 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
     counts = {name: math.ceil(count / shard_size) for name, count in tokens.items()}
     if config.shard_tokens is not None:
         facts["shards"] = counts
-    new, seals = make_new_folder(folder), dict[str, Seal]()
+    new, seals = make_new_folder(folder), dict[str, Checksum]()
     for split, count in tokens.items():
         names = [f"{split}.pt"] if config.shard_tokens is None else shard_names(split, counts[split])
         for name, first in zip(names, range(0, count, shard_size), strict=True):
@@ -155,7 +155,7 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
     facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
     tables = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
     facts["blocks"] = {name: torch.from_numpy(table.copy()) for name, table in tables.items()}
-    write_sealed(new / "vocab.pt", facts)
+    save_with_checksum(new / "vocab.pt", facts)
     replace_dataset(folder, [*seals, "vocab.pt"], set(token_file_names(folder)) - set(seals))
     return facts
 
@@ -183,7 +183,7 @@ def save_standard_input(folder: Path) -> Path:
     """
     require(sys.stdin is not None, "--input_file - is standard input, which is closed: pipe a text into it")
     path = folder / STDIN_FILE
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         while True:
             try:
                 block = sys.stdin.buffer.read(1 << 20)
@@ -224,7 +224,7 @@ def print_skip_report(report: SkipReport, folder: Path) -> None:
     if report.broken_count:
         for line in report.broken[:MAX_SHOWN]:
             warn(f"left out: {line}")
-        with replacing(folder / "broken.txt") as file:
+        with atomic_write(folder / "broken.txt") as file:
             file.write(("\n".join(report.broken) + "\n").encode("utf-8", "replace"))
         warn(f"Broken records or files left out: {report.broken_count:,}, listed in {folder / 'broken.txt'}")
 

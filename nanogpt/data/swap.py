@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanogpt.errors import UserError, require
-from nanogpt.files import rename, replacing, sync_folder
+from nanogpt.files import atomic_write, fsync_folder, rename
 from nanogpt.locking import lock
 
 WORK, NEW, JOURNAL = "preparing", "new", "swap.json"
@@ -54,7 +54,7 @@ def replace_dataset(folder: Path, names: Iterable[str], stale: Iterable[str]) ->
     names, stale = sorted(names), sorted(stale)
     for name in (*names, *stale):
         require(not (folder / name).is_dir(), f"{folder / name} is a folder: move it away")
-    with replacing(folder / WORK / JOURNAL) as file:
+    with atomic_write(folder / WORK / JOURNAL) as file:
         file.write(json.dumps({"names": names, "stale": stale}).encode())
     finish_swap(folder)
 
@@ -97,13 +97,13 @@ def finish_swap(folder: Path) -> bool:
                 rename(new / name, folder / name)
         for name in found["stale"]:
             (folder / name).unlink(missing_ok=True)
-        sync_folder(folder)
+        fsync_folder(folder)
         (folder / WORK / JOURNAL).unlink(missing_ok=True)
-        sync_folder(folder / WORK)
+        fsync_folder(folder / WORK)
     except OSError as error:
         why = error.strerror or str(error)
         raise UserError(
-            f"cannot finish replacing the data set in {folder} ({why}): end the programs that use it, and "
+            f"cannot finish atomic_write the data set in {folder} ({why}): end the programs that use it, and "
             "see that it can be written; then run the command again"
         ) from error
     return True

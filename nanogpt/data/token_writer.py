@@ -29,8 +29,8 @@ from nanogpt.data.dataset import FORMAT_VERSION, SPLITS
 from nanogpt.data.scan import ScanResult, tokenizer_settings
 from nanogpt.data.token_map import NAME_LENGTH_OFFSET
 from nanogpt.errors import UserError, require
-from nanogpt.files import replacing
-from nanogpt.seals import Seal, Sealing, read_sealed, write_sealed
+from nanogpt.files import atomic_write
+from nanogpt.seals import BlockHasher, Checksum, load_with_checksum, save_with_checksum
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
@@ -78,7 +78,7 @@ class EncodingJob:
         if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would block
             return None
         try:
-            content, sealed = read_sealed(paths[0])
+            content, sealed = load_with_checksum(paths[0])
             state = cast(dict[str, Any], content)
             if not sealed or state["key"] != self.key:
                 return None
@@ -145,7 +145,7 @@ class EncodingJob:
             "characters": as_tensor(self.scanned.characters),
             "digests": as_tensor(self.scanned.digests),
         }
-        write_sealed(self.folder / "state.pt", state)
+        save_with_checksum(self.folder / "state.pt", state)
 
     def remove(self) -> None:
         """Remove the folder: the preparation is done."""
@@ -171,15 +171,17 @@ def matches_checksums(path: Path, ranges: Sequence[tuple[int, str]]) -> bool:
     return True
 
 
-def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], first: int, count: int) -> Seal:
+def write_tokens(
+    raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], first: int, count: int
+) -> Checksum:
     """Write a .pt file with one tensor, (count,), of the tokens in `raw` from the `first` on.
 
     torch.save writes the file without the tokens. Then they are copied to their place in it, block by
     block, so that little is in memory. Returns the file's seal, computed on the way.
     Raises: UserError if the disk is full.
     """
-    width, sealing = np.dtype(dtype).itemsize, Sealing()
-    with replacing(path) as file:
+    width, sealing = np.dtype(dtype).itemsize, BlockHasher()
+    with atomic_write(path) as file:
         with torch.serialization.skip_data():
             torch.save(torch.from_numpy(placeholder_array(raw, dtype, count)), file)
         with zipfile.ZipFile(file) as archive:
@@ -199,7 +201,7 @@ def write_tokens(raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], fi
                 left -= len(block)
         require(not left, f"{raw} was cut while it was being read: run the command again")
         sealing.update(file.read())
-    return sealing.seal()
+    return sealing.checksum()
 
 
 def placeholder_array(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:

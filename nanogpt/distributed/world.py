@@ -260,7 +260,7 @@ def backend() -> str:
     """
     connections = {"cpu": "gloo"}
     for kind in KINDS.values():
-        if kind.collectives == "nccl" and kind.is_available() and dist.is_nccl_available():
+        if kind.distributed_backend == "nccl" and kind.is_available() and dist.is_nccl_available():
             connections[kind.type] = "nccl"
     return (
         ",".join(f"{kind}:{library}" for kind, library in connections.items())
@@ -282,7 +282,9 @@ def local_device(name: str, world: World) -> str:
         f"--device {name} is for one process, here are {world.local_size}: give --device cuda, and each "
         "takes the GPU of its own number",
     )
-    if name == "cuda" or (name == "auto" and KINDS["cuda"].is_available() and not KINDS["cuda"].unfit()):
+    if name == "cuda" or (
+        name == "auto" and KINDS["cuda"].is_available() and not KINDS["cuda"].unusable_reason()
+    ):
         return f"cuda:{world.local_rank}"
     return "cpu" if name == "auto" else name
 

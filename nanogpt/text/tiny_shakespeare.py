@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanogpt.console import progress_bar, say
 from nanogpt.errors import UserError, require
-from nanogpt.files import replacing
+from nanogpt.files import atomic_write
 
 TINY_SHAKESPEARE = "Tiny Shakespeare"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -49,7 +49,7 @@ def tiny_shakespeare(folder: Path) -> tuple[Path, str]:
         sha256(raw) == SHAKESPEARE_SHA256,
         f"Tiny Shakespeare arrived damaged (SHA-256 {sha256(raw)[:12]}...): try again",
     )
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(raw)
     return path, f"{origin}, saved as {path}"
 

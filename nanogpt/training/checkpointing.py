@@ -23,7 +23,7 @@ from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_state, load_full_state, shard_optimizer_state
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, require
-from nanogpt.files import replacing, sync_folder
+from nanogpt.files import atomic_write, fsync_folder
 from nanogpt.training.state import TrainState
 
 
@@ -89,7 +89,7 @@ class Checkpointer:
         if self.world.is_first:
             self.before_save()
             if self.world.job and not self.saved_step:
-                with replacing(self.folder.job) as file:
+                with atomic_write(self.folder.job) as file:
                     file.write(self.world.job.encode())
         if parallelize.is_sharded(state.model) and path == self.folder.last:
             self.begin_sharded_save(state)
@@ -137,8 +137,8 @@ class Checkpointer:
         with self.world.raise_on_all():
             if self.world.is_first:
                 inside = pending.folder.relative_to(self.folder.path)
-                sync_folder(pending.folder)
-                sync_folder(self.folder.shards)
+                fsync_folder(pending.folder)
+                fsync_folder(self.folder.shards)
                 named = {(inside / name).as_posix(): digest for name, digest in files}
                 save_checkpoint(self.folder.last, replace(pending.header, shards=named))
                 self.folder.delete_shards(keep=pending.folder)

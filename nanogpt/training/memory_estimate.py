@@ -24,8 +24,6 @@ from nanogpt.distributed import parallelize
 from nanogpt.model.gpt import GPT
 from nanogpt.training.optimizer import build_optimizers
 
-MIB = 2**20
-
 HEADROOM = 0.9
 """Share of the free memory to plan with: the rest goes to the device's own libraries and to fragments."""
 

@@ -1,26 +1,26 @@
-"""One stream of numbers, several readers: the console, metrics.jsonl, TensorBoard.
+"""Metrics of a training run: one stream of rows, several sinks; the console and metrics.jsonl.
 
-Use:    metrics = Metrics([ConsoleSink(...), JsonLinesSink(path, step)]); metrics.write(record)
-A record is a flat dict with a "step" and numbers; "sample" may hold generated text. Readers take
-what they show and leave the rest. Knows nothing of the model.
+Example:    metrics = Metrics([ConsoleSink(max_iters), JsonLinesSink(path)])
+            metrics.rewind(0, 0); metrics.write({"step": 10, "train_loss": 2.5}); metrics.close()
+A row is a flat dict with a "step" and numbers; "sample" may hold generated text. A sink takes the fields
+that it shows and ignores the others. Other sinks, and the table of all: sinks.py. Knows nothing of the model.
 """
 
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from nanogpt import files
-from nanogpt.console import progress_bar, say, warn
+from nanogpt.console import duration, progress_bar, say, warn
 from nanogpt.errors import UserError, require
 
-Record = Mapping[str, Any]
+Row = Mapping[str, Any]
 
-JSON_FIELDS = (
+JSON_FIELDS: tuple[str, ...] = (
     "step",
     "train_loss",
     "val_loss",
@@ -34,118 +34,183 @@ JSON_FIELDS = (
 
 
 class Sink(Protocol):
-    """Takes every record of a run."""
+    """A destination of metrics. Its constructor opens nothing: the first rewind does."""
 
-    def write(self, record: Record) -> None:
-        """Take one record."""
+    def rewind(self, step: int, evaluated_at: int) -> None:
+        """Continue after `step`: open, and forget the rows of later steps, which a roll-back has abandoned.
+
+        evaluated_at: step of the last evaluation that counts; later ones are forgotten.
+        """
+        ...
+
+    def write(self, row: Row) -> None:
+        """Take one row."""
         ...
 
     def flush(self) -> None:
-        """Make what was taken durable."""
+        """Make the rows so far durable."""
         ...
 
     def close(self) -> None:
-        """Take no more."""
+        """Flush, and release files and connections."""
         ...
 
 
 class Metrics:
-    """Hands each record to every reader."""
+    """The metrics of a run: whatever is done to them is done to every sink."""
 
-    def __init__(self, readers: Sequence[Sink]) -> None:
-        self.readers = readers
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = sinks
 
-    def write(self, record: Record) -> None:
-        """Take one record."""
-        for reader in self.readers:
-            reader.write(record)
+    def rewind(self, step: int, evaluated_at: int) -> None:
+        """Continue every sink after `step`: at the start, after a resume or a roll-back (see Sink)."""
+        for sink in self.sinks:
+            sink.rewind(step, evaluated_at)
+
+    def write(self, row: Row) -> None:
+        """Write a row to every sink."""
+        for sink in self.sinks:
+            sink.write(row)
 
     def flush(self) -> None:
-        """Make everything durable.
+        """Make the rows so far durable.
 
-        Called before a checkpoint is saved: a checkpoint must never know of a step that the
-        metrics have forgotten.
+        Called before a checkpoint is saved: the metrics must have every step that a checkpoint has.
         """
-        for reader in self.readers:
-            reader.flush()
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
-        """End the stream."""
-        for reader in self.readers:
-            reader.close()
+        """Close every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+
+class ConsoleSink:
+    """A progress bar on a terminal, plain lines elsewhere; evaluations are lines on both."""
+
+    def __init__(self, max_iters: int) -> None:
+        self.bar = progress_bar("Training")
+        self.max_iters = max_iters
+        self.task = self.bar.add_task("", total=max_iters, detail="")
+
+    def rewind(self, step: int, evaluated_at: int) -> None:
+        """Move the bar to `step`; it is shown with the first update. Lines that were printed stay."""
+        self.bar.update(self.task, completed=step)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        self.bar.start()
+        self.bar.update(self.task, completed=step)
+
+    @contextmanager
+    def evaluating(self, batches: int) -> Generator[Callable[[], None]]:
+        """Show a second bar while a split is evaluated. Yields a function to call after each batch."""
+        self.bar.start()
+        task = self.bar.add_task("", total=batches, detail="evaluating")
+        try:
+            yield lambda: self.bar.advance(task)
+        finally:
+            self.bar.remove_task(task)
+
+    def write(self, row: Row) -> None:
+        """Show the loss, learning rate and speed of an update, or an evaluation and its sample."""
+        self.bar.start()
+        if "train_loss" in row:
+            detail = f"loss {row['train_loss']:.4f}  lr {row['lr']:.1e}  {row['tokens_per_s']:,.0f} tok/s"
+            if self.bar.disable:
+                left = duration(row["left_s"])
+                say(f"step {row['step']}/{self.max_iters}  {detail}  left {left}")
+            self.bar.update(self.task, completed=row["step"], detail=detail)
+        if "val_loss" in row:
+            mark = "  best so far" if row["best"] else ""
+            bits = f", {row['val_bits_per_byte']:.4f} bits a byte" if "val_bits_per_byte" in row else ""
+            say(f"step {row['step']}: validation loss {row['val_loss']:.4f}{bits}{mark}", style="bold")
+            say("    " + row["sample"].strip("\n").replace("\n", "\n    "), style="dim")
+
+    def flush(self) -> None:
+        """Do nothing: lines are shown at once."""
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.stop()
 
 
 class JsonLinesSink:
-    """metrics.jsonl: a JSON object a line, appended.
+    """metrics.jsonl: a JSON object a line, appended. On a full disk, lines wait for the next flush."""
 
-    Opening it at a step drops what a killed run wrote after that step (and a line cut in half),
-    since those steps are done again. A full disk costs no line: it waits for the next flush.
-    Errors: UserError if it is no file, or cannot be read.
-    """
-
-    def __init__(self, path: Path, step: int, evaluated_at: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.waiting: list[str] = []
-        self.problem = ""
-        forget_after(path, step, evaluated_at)
+        self.unwritten: list[str] = []
+        self.reported_error = ""
 
-    def write(self, record: Record) -> None:
-        """Append the record."""
-        row = {key: record[key] for key in JSON_FIELDS if key in record and math.isfinite(record[key])}
-        self.waiting.append(json.dumps(row) + "\n")
+    def rewind(self, step: int, evaluated_at: int) -> None:
+        """Drop the rows of later steps, which are done again, and a last line cut in half.
+
+        Raises: UserError if there is no regular file at the path, or it cannot be read or written.
+        """
+        forget_after(self.path, step, evaluated_at)
+        self.unwritten = [
+            line for line in self.unwritten if not is_ahead(parse_row(line.encode()), step, evaluated_at)
+        ]
+
+    def write(self, row: Row) -> None:
+        """Append the finite numbers of the row."""
+        numbers = {key: row[key] for key in JSON_FIELDS if key in row and math.isfinite(row[key])}
+        self.unwritten.append(json.dumps(numbers) + "\n")
         self.flush(sync=False)
 
     def flush(self, *, sync: bool = True) -> None:
-        """Write the lines that wait; with sync, through to the disk."""
+        """Append the unwritten lines; sync: through to the disk."""
         try:
             require_file(self.path)
             with open(self.path, "ab", buffering=0) as file:
-                size, left = file.seek(0, os.SEEK_END), "".join(self.waiting).encode()
+                size, left = file.seek(0, os.SEEK_END), "".join(self.unwritten).encode()
                 try:
                     while left:
                         left = left[file.write(left) :]
                 except OSError:
-                    file.truncate(size)  # no half line
+                    file.truncate(size)  # leave no half line
                     raise
-                self.waiting.clear()
-                self.problem = ""
+                self.unwritten.clear()
+                self.reported_error = ""
                 if sync:
-                    files.sync(file.fileno(), self.path.parent)
+                    files.fsync(file.fileno(), self.path.parent)
         except (OSError, UserError) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            if reason != self.problem:  # said once, not at every line
+            if reason != self.reported_error:  # once, not at every line
                 warn(f"cannot write {self.path}: {reason}: will try again")
-            self.problem = reason
+            self.reported_error = reason
 
     def close(self) -> None:
-        """Write what waits, or say that it is lost."""
+        """Append the unwritten lines, or warn that they are lost."""
         self.flush()
-        if self.waiting:
-            warn(f"{self.path} lacks the last {len(self.waiting):,} lines: {self.problem}")
-            self.waiting.clear()
+        if self.unwritten:
+            warn(f"{self.path} lacks the last {len(self.unwritten):,} lines: {self.reported_error}")
+            self.unwritten.clear()
 
 
 def require_file(path: Path) -> None:
-    """Errors: UserError if there is something at `path` that is no file: reading a pipe waits for ever."""
+    """Refuse a folder, pipe or device: reading a pipe would wait for ever. Raises: UserError."""
     require(path.is_file() or not path.exists(), f"{path} is not a file: move it away")
 
 
-def rows(path: Path) -> Generator[tuple[bytes, dict[str, Any] | None]]:
-    """The lines of a file of metrics, and what is in each: None if it is not ours, or cut in half.
+def read_rows(path: Path) -> Generator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a metrics.jsonl with its row, None for a line that is not ours or is cut in half.
 
-    Errors: UserError if it is no file, or cannot be read.
+    Raises: UserError if it is not a regular file, or cannot be read.
     """
     require_file(path)
     try:
         with open(path, "rb") as file:
             for line in file:
-                yield line, row_of(line)
+                yield line, parse_row(line)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def row_of(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, None if there is none."""
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line; None if it is not ours or is cut in half."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -157,155 +222,38 @@ def row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def forget_after(path: Path, step: int, evaluated_at: int) -> None:
-    """Drop the records at `path` that are ahead of the run, and a last line cut in half.
+    """Delete the rows of a metrics.jsonl that are ahead of the run, and a last line cut in half.
 
-    Whatever else is there stays, in its place.
-    step, evaluated_at: where the run stands, and when it was last evaluated.
-    Errors: UserError if it is no file, or cannot be read or written.
+    All other lines stay, in their order.
+    step, evaluated_at: the step of the run, and that of its last evaluation.
+    Raises: UserError if it is not a regular file, or cannot be read or written.
     """
     require_file(path)
     if not path.exists():
         return
-    first, position, tail = -1, 0, True
-    for line, row in rows(path):
-        if is_undone(line, row, step, evaluated_at):
-            first = position if first < 0 else first
-        elif first >= 0:
-            tail = False
+    first_dropped, position, all_at_end = -1, 0, True
+    for line, row in read_rows(path):
+        if must_drop(line, row, step, evaluated_at):
+            first_dropped = position if first_dropped < 0 else first_dropped
+        elif first_dropped >= 0:
+            all_at_end = False
         position += len(line)
-    if first < 0:
+    if first_dropped < 0:
         return
-    if tail:  # as most often: works on a full disk too
-        os.truncate(path, first)
+    if all_at_end:  # the usual case; truncating works on a full disk too
+        os.truncate(path, first_dropped)
         return
-    with files.replacing(path) as file:
-        for line, row in rows(path):
-            if not is_undone(line, row, step, evaluated_at):
+    with files.atomic_write(path) as file:
+        for line, row in read_rows(path):
+            if not must_drop(line, row, step, evaluated_at):
                 file.write(line)
 
 
-def is_undone(line: bytes, row: dict[str, Any] | None, step: int, evaluated_at: int) -> bool:
-    """Whether a line is ahead of a run (see forget_after), or cut in half."""
-    ahead = row is not None and row["step"] > (evaluated_at if "val_loss" in row else step)
-    return ahead or not line.endswith(b"\n")
+def must_drop(line: bytes, row: dict[str, Any] | None, step: int, evaluated_at: int) -> bool:
+    """Whether a line is ahead of the run, or cut in half."""
+    return is_ahead(row, step, evaluated_at) or not line.endswith(b"\n")
 
 
-TENSORBOARD_NAMES = {
-    "train_loss": "loss/train",
-    "val_loss": "loss/val",
-    "val_bits_per_byte": "bits_per_byte/val",
-    "lr": "learning_rate",
-    "grad_norm": "gradient_norm",
-    "tokens_per_s": "tokens_per_s",
-}
-
-
-class TensorBoardSink:
-    """Events for `tensorboard --logdir out/runs`. What cannot be written is reported once and left out."""
-
-    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
-        self.broken = False
-        self.excepthook = threading.excepthook
-        threading.excepthook = self.quiet
-        table = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
-        with self.attempt():
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            # purge_step hides what a killed run wrote about steps that are done again.
-            self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-            self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{table}", step)
-
-    def quiet(self, failure: threading.ExceptHookArgs) -> None:
-        """Print no traceback of the thread that writes events: its error is raised again by the next call."""
-        if not type(failure.thread).__module__.startswith("tensorboard."):
-            self.excepthook(failure)
-
-    @contextmanager
-    def attempt(self) -> Generator[None]:
-        """Run the block; a failure, on a full disk say, must not end the training."""
-        try:
-            yield
-        except Exception as error:
-            if not self.broken:
-                warn(f"TensorBoard stops: {error}")
-            self.broken = True
-
-    def write(self, record: Record) -> None:
-        """Add the record's numbers and text."""
-        step = record["step"]
-        with self.attempt():
-            for key, name in TENSORBOARD_NAMES.items():
-                if key in record:
-                    self.writer.add_scalar(name, record[key], step)
-            if "sample" in record:
-                indented = "    " + record["sample"].replace("\n", "\n    ")  # Markdown for "as it is"
-                self.writer.add_text("sample", indented, step)
-
-    def flush(self) -> None:
-        """Write through to the file."""
-        with self.attempt():
-            self.writer.flush()
-
-    def close(self) -> None:
-        """Write what waits and close the file."""
-        with self.attempt():
-            self.writer.close()
-        threading.excepthook = self.excepthook
-
-
-class ConsoleSink:
-    """A progress bar on a terminal, plain lines elsewhere; evaluations are lines on both."""
-
-    def __init__(self, step: int, max_iters: int) -> None:
-        self.bar = progress_bar("Training")
-        self.max_iters = max_iters
-        self.task = self.bar.add_task("", completed=step, total=max_iters, detail="")
-
-    def advance(self, step: int) -> None:
-        """Move the bar to `step`."""
-        self.bar.start()
-        self.bar.update(self.task, completed=step)
-
-    @contextmanager
-    def evaluating(self, batches: int) -> Generator[Callable[[], None]]:
-        """Show a second bar while a split is evaluated; call what is yielded after each batch."""
-        self.bar.start()
-        task = self.bar.add_task("", total=batches, detail="evaluating")
-        try:
-            yield lambda: self.bar.advance(task)
-        finally:
-            self.bar.remove_task(task)
-
-    def write(self, record: Record) -> None:
-        """Show the record."""
-        self.bar.start()
-        if "train_loss" in record:
-            detail = (
-                f"loss {record['train_loss']:.4f}  lr {record['lr']:.1e}  {record['tokens_per_s']:,.0f} tok/s"
-            )
-            if self.bar.disable:
-                left = duration(record["left_s"])
-                say(f"step {record['step']}/{self.max_iters}  {detail}  left {left}")
-            self.bar.update(self.task, completed=record["step"], detail=detail)
-        if "val_loss" in record:
-            mark = "  best so far" if record["best"] else ""
-            bits = f", {record['val_bits_per_byte']:.4f} bits a byte" if "val_bits_per_byte" in record else ""
-            say(f"step {record['step']}: validation loss {record['val_loss']:.4f}{bits}{mark}", style="bold")
-            say("    " + record["sample"].strip("\n").replace("\n", "\n    "), style="dim")
-
-    def flush(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Take the bar down."""
-        self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """A length of time for a person: 48 s, 2 min 5 s, 3 h 20 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+def is_ahead(row: dict[str, Any] | None, step: int, evaluated_at: int) -> bool:
+    """Whether a row is of a later step than the run's (see forget_after)."""
+    return row is not None and row["step"] > (evaluated_at if "val_loss" in row else step)

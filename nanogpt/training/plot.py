@@ -1,23 +1,23 @@
-"""The picture of a run: loss against steps, out of metrics.jsonl, into loss.png.
+"""loss.png: training and validation loss against steps, from metrics.jsonl.
 
-Use:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
+Example:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
 """
 
 from pathlib import Path
 from typing import Any
 
 from nanogpt.console import new_figure
-from nanogpt.files import replacing
-from nanogpt.training.metrics import rows
+from nanogpt.files import atomic_write
+from nanogpt.training.metrics import read_rows
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
     """Draw training and validation loss, with the best evaluation marked (matplotlib).
 
-    Errors: UserError if the metrics cannot be read, or the picture cannot be written.
+    Raises: UserError if the metrics cannot be read, or the picture cannot be written.
     """
-    found = [row for _, row in rows(metrics) if row is not None]
-    train, val = points(found, "train_loss"), points(found, "val_loss")
+    table = [row for _, row in read_rows(metrics) if row is not None]
+    train, val = points(table, "train_loss"), points(table, "val_loss")
     figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     if train:
@@ -38,10 +38,10 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()
-    with replacing(picture) as file:
+    with atomic_write(picture) as file:
         figure.savefig(file, format="png", dpi=120)
 
 
-def points(found: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """Step and value of every record that has the number `name`."""
-    return [(row["step"], row[name]) for row in found if type(row.get(name)) in (int, float)]
+def points(table: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """Step and value of every row that has the number `name`."""
+    return [(row["step"], row[name]) for row in table if type(row.get(name)) in (int, float)]

@@ -7,7 +7,6 @@ from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.console import warn
 from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.errors import UserError
-from nanogpt.training.metrics import forget_after
 from nanogpt.training.report import resume_command
 from nanogpt.training.run import Run
 
@@ -46,6 +45,5 @@ def roll_back(run: Run) -> None:
     run.progress.bad_steps, run.progress.rollbacks = 0, rollbacks
     run.progress.furthest_bad_step = max(broken_at, furthest)
     run.unread.clear()
-    if run.world.is_first:
-        forget_after(run.folder.metrics, good, run.progress.evaluated_at)
+    run.metrics.rewind(good, run.progress.evaluated_at)
     warn(f"Back to step {good}, with the data in another order from there on")

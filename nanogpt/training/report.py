@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from nanogpt.config import TrainConfig
-from nanogpt.console import command, say, warn
+from nanogpt.console import MIB, command, duration, say, warn
 from nanogpt.cores import usable_cores
 from nanogpt.device import name_of
 from nanogpt.distributed.parallelize import is_sharded
-from nanogpt.training.memory_estimate import MIB
-from nanogpt.training.metrics import duration
 from nanogpt.training.plot import plot_losses
 from nanogpt.training.run import Run, StopReason
 
@@ -37,9 +35,9 @@ def print_plan(run: Run) -> None:
         f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
         f"vocabulary of {run.dataset.tokenizer.vocab_size}"
     )
-    say(f"Arithmetic: {name_of(run.dtype)} ({run.precision.why})")
+    say(f"Arithmetic: {name_of(run.dtype)} ({run.precision.reason})")
     if config.optimizer == "muon":
-        say(f"Muon orthogonalises in {name_of(run.muon_precision.dtype)} ({run.muon_precision.why})")
+        say(f"Muon orthogonalises in {name_of(run.muon_precision.dtype)} ({run.muon_precision.reason})")
     say(
         f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
         f"{run.sampler.steps_per_epoch:,.1f} steps an epoch"

@@ -15,7 +15,7 @@ from torch import Tensor
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cores import CoreWatch
 from nanogpt.data.batches import BatchLoader, BatchSampler
-from nanogpt.device import Event, Kind, kind_of
+from nanogpt.device import DeviceKind, Event, kind_of
 from nanogpt.model.gpt import GPT, flops_per_token
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.memory_estimate import Memory
@@ -133,7 +133,7 @@ class Run(TrainState):
     stopped_by_callback: bool = False
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> DeviceKind:
         """What the device can do."""
         return kind_of(self.device)
 

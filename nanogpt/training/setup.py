@@ -21,13 +21,14 @@ from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
 from nanogpt.model.gpt import GPT
-from nanogpt.precision import Choice, is_slow, pick_dtype, pick_muon_dtype
-from nanogpt.seals import CHECKED
+from nanogpt.precision import DtypeChoice, is_slow, pick_dtype, pick_muon_dtype
+from nanogpt.seals import VERIFY_BYTES
 from nanogpt.training.checkpointing import Checkpointer
-from nanogpt.training.metrics import ConsoleSink, JsonLinesSink, Metrics, Sink, TensorBoardSink
+from nanogpt.training.metrics import ConsoleSink, Metrics, Sink
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import initial_micro_batches
 from nanogpt.training.run import Run
+from nanogpt.training.sinks import create_sinks
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
@@ -35,9 +36,10 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
 
     Raises: UserError if the data, the device or the checkpoint do not fit the settings.
     """
+    sinks = create_sinks(config.sinks, folder, to_dict(config))
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
-    unseen = CHECKED if config.resume else 0  # fit has verified the data of a new run
+    unseen = VERIFY_BYTES if config.resume else 0  # fit has verified the data of a new run
     dataset = load_dataset(Path(config.data_dir), verify_bytes=unseen)
     if saved:
         check_resume(config, saved, dataset)
@@ -50,7 +52,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
         say(line)
     precision, muon_precision = pick_precision(config, device, saved, world)
     dtype = precision.dtype
-    kind_of(device).begin(device, dtype)
+    kind_of(device).set_up(device, dtype)
     shape = model_config(config, dataset.tokenizer.vocab_size)
     model, ema_model = (sharded_models if sharded else plain_models)(config, shape, device, dtype)
     optimizers = build_optimizers(model, config, muon_precision.dtype, world.rank, world.size)
@@ -58,7 +60,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     if not saved and world.is_first:
         archive_previous(config, folder)
     progress = Progress(**saved.progress) if saved else Progress()
-    console, metrics = open_sinks(config, folder, progress, world)
+    console, metrics = open_sinks(config, progress, world, sinks)
     run = Run(
         config=config,
         world=world,
@@ -157,24 +159,24 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
 
 def pick_precision(
     config: TrainConfig, device: torch.device, saved: Checkpoint | None, world: World
-) -> tuple[Choice, Choice]:
+) -> tuple[DtypeChoice, DtypeChoice]:
     """The dtypes of the model's matrix products and of Muon's, and why."""
     dtype = saved_dtype(config, device, saved, "dtype") or pick_dtype(config.dtype, device, config.n_embd)
     dtype = widest_dtype(dtype, world)
     if config.optimizer != "muon":
-        return dtype, Choice(torch.float32, "not in use")
+        return dtype, DtypeChoice(torch.float32, "not in use")
     muon = saved_dtype(config, device, saved, "muon_dtype") or pick_muon_dtype(config.dtype, device)
     return dtype, widest_dtype(muon, world)
 
 
 def saved_dtype(
     config: TrainConfig, device: torch.device, saved: Checkpoint | None, what: str
-) -> Choice | None:
+) -> DtypeChoice | None:
     """The dtype that a resumed run had; None if --dtype has changed, or that dtype is slow here."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
     had = dtype_of(str(saved.precision.get(what, "bfloat16")))  # before it was saved
-    scaled = what == "dtype" and had == torch.float16 and not kind_of(device).scales
+    scaled = what == "dtype" and had == torch.float16 and not kind_of(device).trains_float16
     if config.dtype == "auto" and (scaled or is_slow(had, device)):
         who = "the run computed" if what == "dtype" else "Muon orthogonalised"
         warn(
@@ -182,16 +184,16 @@ def saved_dtype(
             f"(--dtype {name_of(had)} keeps it)"
         )
         return None
-    return Choice(had, "as before")
+    return DtypeChoice(had, "as before")
 
 
 NARROW_TO_WIDE = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def widest_dtype(choice: Choice, world: World) -> Choice:
+def widest_dtype(choice: DtypeChoice, world: World) -> DtypeChoice:
     """The widest dtype that any process has picked: each measures for itself which one is faster."""
     widest = NARROW_TO_WIDE[world.max_over_ranks(NARROW_TO_WIDE.index(choice.dtype))[0]]
-    return choice if widest == choice.dtype else Choice(widest, "as another process has picked")
+    return choice if widest == choice.dtype else DtypeChoice(widest, "as another process has picked")
 
 
 def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
@@ -202,13 +204,10 @@ def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
 
 
 def open_sinks(
-    config: TrainConfig, folder: RunFolder, progress: Progress, world: World
+    config: TrainConfig, progress: Progress, world: World, sinks: list[Sink]
 ) -> tuple[ConsoleSink, Metrics]:
-    """The sinks of the run's metrics, going on where the checkpoint is. Only the first process has files."""
-    console = ConsoleSink(progress.step, config.max_iters)
-    if not world.is_first:
-        return console, Metrics([console])
-    readers: list[Sink] = [console, JsonLinesSink(folder.metrics, progress.step, progress.evaluated_at)]
-    if config.tensorboard:
-        readers.append(TensorBoardSink(folder.runs, progress.step, to_dict(config)))
-    return console, Metrics(readers)
+    """The console and the metrics, at the step of the checkpoint; only the first process has `sinks`."""
+    console = ConsoleSink(config.max_iters)
+    metrics = Metrics([console, *sinks] if world.is_first else [console])
+    metrics.rewind(progress.step, progress.evaluated_at)
+    return console, metrics

@@ -12,7 +12,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.data.dataset import Dataset
 from nanogpt.distributed.world import World
 from nanogpt.model.gpt import GPT
-from nanogpt.precision import Choice
+from nanogpt.precision import DtypeChoice
 
 
 @dataclass(kw_only=True)
@@ -23,9 +23,9 @@ class TrainState:
     world: World
     dataset: Dataset
     device: torch.device
-    precision: Choice
+    precision: DtypeChoice
     """The dtype of the model's matrix products, and why."""
-    muon_precision: Choice
+    muon_precision: DtypeChoice
     """The dtype of Muon's."""
     model: GPT
     ema_model: GPT | None

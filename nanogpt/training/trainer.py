@@ -144,7 +144,7 @@ def to_cpu(values: Tensor) -> tuple[Tensor, Event | None]:
     """Copy values to the CPU. Returns them, and the event after which they are there, if that is later."""
     kind = kind_of(values.device)
     copy = values.to("cpu", non_blocking=kind.is_async)
-    return copy, kind.event(values.device)
+    return copy, kind.record_event(values.device)
 
 
 # --- results ---
