@@ -26,7 +26,7 @@ from nanogpt.training.metrics import (
 )
 from nanogpt.training.plot import plot_losses
 from nanogpt.training.sinks import SINKS, TensorBoardSink, WandbSink, create_sinks
-from nanogpt.training.trainer import fit
+from nanogpt.training.fit import fit
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 PNG = b"\x89PNG\r\n\x1a\n"
