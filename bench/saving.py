@@ -17,7 +17,7 @@ from pathlib import Path
 
 import common
 import torch
-from nanogpt.training.step import read_result, train_step
+from nanogpt.training.trainer import read_result, train_step
 from rich.console import Console
 from rich.table import Table
 

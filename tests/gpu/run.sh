@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The checks that only a GPU can make: bash tests/gpu/run.sh [flags of pytest]
-# Needs torch, numpy, pytest and what nanogpt.training.trainer imports (rich, psutil, filelock); nothing is installed or fetched.
+# Needs torch, numpy, pytest and what nanogpt.training.fit imports (rich, psutil, filelock); nothing is installed or fetched.
 # NANOGPT_TEST_DEVICE=cpu runs the same checks on the CPU, which shows that they can be run, and nothing of a GPU.
 # PYTHON=/path/to/python takes another interpreter.
 set -euo pipefail
