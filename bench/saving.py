@@ -17,7 +17,6 @@ from pathlib import Path
 
 import common
 import torch
-from nanogpt.training.trainer import read_result, train_step
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.distributed.world import distributed_world
 from nanogpt.training.setup import set_up
+from nanogpt.training.trainer import read_result, train_step
 
 
 def measure(options: argparse.Namespace) -> None:

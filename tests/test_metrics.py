@@ -18,6 +18,7 @@ from nanogpt import console, files
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import SINK_NAMES, TrainConfig
 from nanogpt.errors import UserError
+from nanogpt.training.fit import fit
 from nanogpt.training.metrics import (
     ConsoleSink,
     JsonLinesSink,
@@ -26,7 +27,6 @@ from nanogpt.training.metrics import (
 )
 from nanogpt.training.plot import plot_losses
 from nanogpt.training.sinks import SINKS, TensorBoardSink, WandbSink, create_sinks
-from nanogpt.training.fit import fit
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
 PNG = b"\x89PNG\r\n\x1a\n"
