@@ -18,7 +18,6 @@ from nanogpt import presets
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.training.fit import fit
-from nanogpt.training.stopping import STOP_REASONS
 
 
 def config_of(trial: optuna.Trial, options: argparse.Namespace) -> TrainConfig:
@@ -48,7 +47,7 @@ def objective(trial: optuna.Trial, options: argparse.Namespace) -> float:
     result = fit(config_of(trial, options), keep_going)
     if result.reason == "callback":
         raise optuna.TrialPruned
-    if result.reason in STOP_REASONS:
+    if result.exit_code:  # a signal stopped it
         raise KeyboardInterrupt
     return result.best_val_loss
 

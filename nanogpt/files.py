@@ -1,4 +1,4 @@
-"""Atomic and durable writes of files, and their SHA-256.
+"""Atomic and durable writes of files, their SHA-256, and downloads.
 
 Example:    with atomic_write(path) as file: file.write(data)
 The bytes go to a temporary file beside `path`, which is synced to the disk and then renamed to `path`: until
@@ -15,7 +15,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
-from nanogpt.console import warn
+from nanogpt.console import progress_bar, warn
 from nanogpt.errors import UserError
 
 TEMPORARY_SUFFIX = ".part"
@@ -36,6 +36,9 @@ FILE_IN_USE_ERRORS = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.ETXTBSY}
 
 RETRY_DELAYS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Seconds between attempts to rename."""
+
+CONNECT_SECONDS, READ_SECONDS = 5, 15
+"""How long a download waits for a connection, and for the next bytes."""
 
 warned: set[tuple[str, str]] = set()
 """Folders and the warnings that were printed for them."""
@@ -135,3 +138,19 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def download(url: str) -> bytes:
+    """Download the body at `url`, with a progress bar. Raises: OSError if it cannot be reached."""
+    import requests
+
+    with requests.get(url, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
+        response.raise_for_status()
+        size = int(response.headers.get("content-length", 0)) or None
+        body = bytearray()
+        with progress_bar("Downloading", size_in_bytes=True) as bar:
+            task = bar.add_task("", total=size, detail="")
+            for block in response.iter_content(1 << 16):
+                body += block
+                bar.advance(task, len(block))
+    return bytes(body)

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import documents
-from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, field_values, split_into_chunks
+from nanogpt.text.documents import MISSING, Chunk, SkipReport, field_values, split_into_chunks
 
 quick = settings(deadline=None, derandomize=True, max_examples=150)
 prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categories=["Cs"]), max_size=80)
@@ -110,7 +111,7 @@ def test_broken_records_are_counted_and_so_many_are_kept(monkeypatch):
 
 
 def test_a_number_and_its_noun():
-    assert [counted(number, "byte") for number in (0, 1, 2, 1000)] == [
+    assert [plural(number, "byte") for number in (0, 1, 2, 1000)] == [
         "0 bytes",
         "1 byte",
         "2 bytes",

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import documents, encoding, records
 from nanogpt.text.corpus import Corpus
-from nanogpt.text.documents import SkipReport, counted
+from nanogpt.text.documents import SkipReport
 
 quick = settings(deadline=None, derandomize=True, max_examples=50)
 RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог"
@@ -322,7 +323,7 @@ def test_windows_line_ends_fold_even_across_a_border(tmp_path_factory, text, beg
     assert found == ([folded] if text.strip() else [])
     if found:
         count = text.count("\r\n")
-        said = [f"{path}: {counted(count, 'Windows line end')} (CRLF) folded to LF"] if count else []
+        said = [f"{path}: {plural(count, 'Windows line end')} (CRLF) folded to LF"] if count else []
         assert report.notes == said
 
 

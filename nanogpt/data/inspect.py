@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from nanogpt.console import new_figure, progress_bar, say, terminal, warn
+from nanogpt.console import new_figure, plural, progress_bar, say, terminal, warn
 from nanogpt.data.config import InspectConfig
 from nanogpt.data.dataset import SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
 from nanogpt.files import atomic_write
-from nanogpt.text.documents import counted
 
 TOKENS_PER_READ = 1 << 24
 """Tokens to read at a time."""
@@ -148,7 +147,7 @@ def draw_histograms(counts: TokenCounts, path: Path) -> None:
     used: NDArray[Any] = sorted_down[sorted_down > 0]
     tokens.plot(np.arange(1, len(used) + 1), used, color="tab:orange")
     tokens.set(xscale="log", yscale="log", xlabel="rank of the token", ylabel="times it occurs")
-    tokens.set_title(counted(len(used), "different token"))
+    tokens.set_title(plural(len(used), "different token"))
     for axes in (documents, tokens):
         axes.grid(alpha=0.3)
     with atomic_write(path) as file:

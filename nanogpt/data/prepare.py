@@ -9,7 +9,6 @@ The first pass over the corpus scans it (data/scan.py), the second encodes it. E
 text in memory, whatever the size, and shares the work among threads. The second resumes after a kill.
 """
 
-import math
 import re
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanogpt.console import progress_bar, say, warn
+from nanogpt.console import ceil_div, plural, progress_bar, say, warn
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import FORMAT_VERSION, SPLITS, load_dataset, prepare_arguments, shard_names
 from nanogpt.data.scan import (
@@ -41,7 +40,7 @@ from nanogpt.files import atomic_write
 from nanogpt.locking import lock
 from nanogpt.seals import Checksum, save_with_checksum
 from nanogpt.text.corpus import Corpus, find_corpus
-from nanogpt.text.documents import Chunk, SkipReport, counted
+from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import TOKENIZERS, existing_tokenizer
@@ -118,7 +117,7 @@ def prepare(config: PrepareConfig) -> None:
         text = CorpusText(corpora, split, scanned)
         work.start(scanned, given or TOKENIZERS[config.tokenizer].from_text(text, config.vocab_size))
     else:
-        say(f"Going on with the preparation that was cut short, after {counted(sum(work.tokens), 'token')}")
+        say(f"Going on with the preparation that was cut short, after {plural(sum(work.tokens), 'token')}")
     encode_corpora(corpora, split, work, config.shard_tokens)
     facts = write_dataset(config, folder, work, fingerprint)
     work.remove()
@@ -143,7 +142,7 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
         "bytes": sizes,
     }
     shard_size = config.shard_tokens or max(tokens.values())
-    counts = {name: math.ceil(count / shard_size) for name, count in tokens.items()}
+    counts = {name: ceil_div(count, shard_size) for name, count in tokens.items()}
     if config.shard_tokens is not None:
         facts["shards"] = counts
     new, seals = make_new_folder(folder), dict[str, Checksum]()
@@ -217,7 +216,7 @@ def print_skip_report(report: SkipReport, folder: Path) -> None:
     for note in report.notes[:MAX_SHOWN]:
         say(note)
     if len(report.notes) > MAX_SHOWN:
-        say(f"... and {counted(len(report.notes) - MAX_SHOWN, 'more note')} of that kind")
+        say(f"... and {plural(len(report.notes) - MAX_SHOWN, 'more note')} of that kind")
     if report.repaired:
         say(f"Records with what is no character, which became U+FFFD: {report.repaired:,}")
     (folder / "broken.txt").unlink(missing_ok=True)
@@ -238,7 +237,7 @@ class EncodedBatch(NamedTuple):
 
 def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
     """Raise UserError if the tokens so far make more than MAX_FILES files."""
-    files = sum(math.ceil(count / shard_tokens) for count in tokens) if shard_tokens else 0
+    files = sum(ceil_div(count, shard_tokens) for count in tokens) if shard_tokens else 0
     require(
         files <= MAX_FILES,
         f"--shard_tokens {shard_tokens} makes more than {MAX_FILES:,} files: "
@@ -298,12 +297,12 @@ def print_summary(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, 
         copies, of = split.duplicates()
         if copies:
             warn(
-                f"{copies:,} of {counted(of, 'document')} for validation {'is' if copies == 1 else 'are'} "
+                f"{copies:,} of {plural(of, 'document')} for validation {'is' if copies == 1 else 'are'} "
                 "also in the training split, letter by letter: the validation loss will be too good "
                 "(--split documents keeps copies together)"
             )
     say(f"Vocabulary: {tokenizer.vocab_size:,} {tokenizer.unit}")
     total = sum(facts["tokens"].values())
     for name, size in facts["tokens"].items():
-        files = f"-*.pt ({counted(facts['shards'][name], 'file')})" if "shards" in facts else ".pt"
-        say(f"{folder / name}{files}: {counted(size, 'token')} ({size / total:.0%})")
+        files = f"-*.pt ({plural(facts['shards'][name], 'file')})" if "shards" in facts else ".pt"
+        say(f"{folder / name}{files}: {plural(size, 'token')} ({size / total:.0%})")

@@ -20,13 +20,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.console import progress_bar
+from nanogpt.console import plural, progress_bar
 from nanogpt.cores import usable_cores
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import FORMAT_VERSION
 from nanogpt.errors import require
 from nanogpt.text.corpus import Corpus
-from nanogpt.text.documents import Chunk, SkipReport, counted
+from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer import base as tokenizers
 from nanogpt.tokenizer.registry import min_vocab_size
@@ -124,9 +124,7 @@ def require_text(scanned: ScanResult, config: PrepareConfig) -> None:
     """Raise UserError if there is no text, or none in --val_file."""
     broken = scanned.report.broken
     why = (
-        f" ({counted(scanned.report.broken_count, 'broken record')}, the first: {broken[0]})"
-        if broken
-        else ""
+        f" ({plural(scanned.report.broken_count, 'broken record')}, the first: {broken[0]})" if broken else ""
     )
     message = "is empty: give a file with text in it"
     require(scanned.first_val != len(scanned.characters), f"--val_file {config.val_source} {message}{why}")
@@ -221,8 +219,8 @@ class Split:
             sizes = (int(characters[~self.by_document].sum()), int(characters[self.by_document].sum()))
         require(
             min(sizes) >= 2,
-            f"{config.source or TINY_SHAKESPEARE} has {counted(scanned.total_characters, 'character')} in "
-            f"{counted(len(digests), 'document')}: too short for --train_split "
+            f"{config.source or TINY_SHAKESPEARE} has {plural(scanned.total_characters, 'character')} in "
+            f"{plural(len(digests), 'document')}: too short for --train_split "
             f"{config.train_split}, both splits need at least 2",
         )
 

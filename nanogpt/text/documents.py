@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, cast
 
+from nanogpt.console import plural
 from nanogpt.errors import require
 
 DEFAULT_TEXT_FIELD = "text"
@@ -87,7 +88,7 @@ class SkipReport:
         if text_field == DEFAULT_TEXT_FIELD or not self.first_plain_file:
             return ()
         if self.files_with_fields:
-            files = counted(self.plain_files, "file")
+            files = plural(self.plain_files, "file")
             return (
                 f"{files} without fields read as plain text, whole (the first: {self.first_plain_file[0]})",
             )
@@ -100,11 +101,6 @@ class SkipReport:
 def one_line(text: str) -> str:
     """A text in one line that can be printed: file names may have line ends and invalid bytes."""
     return " ".join(text.splitlines()).encode("utf-8", "replace").decode()
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with the noun that it counts: 1 byte, 2 bytes."""
-    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def split_into_chunks(blocks: Iterable[bytes]) -> Iterator[Chunk]:

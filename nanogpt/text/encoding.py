@@ -11,8 +11,8 @@ import codecs
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+from nanogpt.console import plural
 from nanogpt.errors import UserError, require
-from nanogpt.text.documents import counted
 
 BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins like UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -82,7 +82,7 @@ def check_utf8(parts: Iterator[bytes], on_loss: Callable[[str], object]) -> Iter
         position += len(whole)
         yield whole
     if held:
-        on_loss(f"ends inside a character: {counted(len(held), 'byte')} left out")
+        on_loss(f"ends inside a character: {plural(len(held), 'byte')} left out")
 
 
 def convert_to_utf8(parts: Iterator[bytes], encoding: str) -> Iterator[bytes]:

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
-from nanogpt.text.documents import MISSING, Chunk, SkipReport, counted, field_values, split_into_chunks
+from nanogpt.text.documents import MISSING, Chunk, SkipReport, field_values, split_into_chunks
 from nanogpt.text.encoding import utf8
 
 MAX_RECORD_CHARS = 1 << 26
@@ -87,7 +88,7 @@ def note_byte_order_marks(source: Source, dropped: int) -> None:
     """Add a note on how many byte order marks were in the middle of a file."""
     if dropped:
         source.note(
-            f"{counted(dropped, 'byte order mark')} at the start of a later line dropped (were files joined?)"
+            f"{plural(dropped, 'byte order mark')} at the start of a later line dropped (were files joined?)"
         )
 
 
@@ -105,7 +106,7 @@ def normalize_line_ends(blocks: Iterator[bytes], source: Source) -> Iterator[byt
             yield block
     yield held
     if folded:
-        source.note(f"{counted(folded, 'Windows line end')} (CRLF) folded to LF")
+        source.note(f"{plural(folded, 'Windows line end')} (CRLF) folded to LF")
 
 
 def read_record(source: Source, where: str, value: object) -> Iterator[Chunk]:

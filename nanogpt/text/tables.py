@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import records
-from nanogpt.text.documents import Chunk, counted
+from nanogpt.text.documents import Chunk
 from nanogpt.text.records import (
     Lines,
     LongLine,
@@ -60,7 +61,7 @@ def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
         if len(row) == rows.width:
             yield from read_record(source, f"{source.name}:{number}", row[column])
         elif row:
-            what = f"{counted(len(row), 'field')} instead of {rows.width}"
+            what = f"{plural(len(row), 'field')} instead of {rows.width}"
             source.report.reject(f"{source.name}:{number}", what)
     note_byte_order_marks(source, rows.lines.byte_order_marks)
 
@@ -251,7 +252,7 @@ class TableRows:
             self.lines.give_back(following)
             what += ": its row is left out, the lines after it are read as rows of their own"
         elif following:
-            what += f": {counted(len(held), 'line')} left out, up to line {number + len(held) - 1}"
+            what += f": {plural(len(held), 'line')} left out, up to line {number + len(held) - 1}"
         self.source.report.reject(where, what)
 
     def has_row(self, lines: list[str]) -> bool:

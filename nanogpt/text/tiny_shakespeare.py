@@ -13,9 +13,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from nanogpt.console import progress_bar, say
+from nanogpt.console import say
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write
+from nanogpt.files import atomic_write, download
 
 TINY_SHAKESPEARE = "Tiny Shakespeare"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -24,7 +24,7 @@ SHAKESPEARE_WHEEL = "dm-sonnet==1.36"
 """A Python package that carries the same text, cut into three parts."""
 SHAKESPEARE_PARTS = tuple(f"sonnet/examples/data/ts.{part}.txt" for part in ("train", "valid", "test"))
 
-CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS = 5, 15, 120
+PIP_SECONDS = 120
 
 
 def tiny_shakespeare(folder: Path) -> tuple[Path, str]:
@@ -57,22 +57,6 @@ def tiny_shakespeare(folder: Path) -> tuple[Path, str]:
 def sha256(raw: bytes) -> str:
     """Hexadecimal SHA-256 of `raw`."""
     return hashlib.sha256(raw).hexdigest()
-
-
-def download(url: str) -> bytes:
-    """Download the body at `url`, with a progress bar. Raises: OSError if it cannot be reached."""
-    import requests
-
-    with requests.get(url, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as response:
-        response.raise_for_status()
-        size = int(response.headers.get("content-length", 0)) or None
-        body = bytearray()
-        with progress_bar("Downloading", size_in_bytes=True) as bar:
-            task = bar.add_task("", total=size, detail="")
-            for block in response.iter_content(1 << 16):
-                body += block
-                bar.advance(task, len(block))
-    return bytes(body)
 
 
 def reason(error: BaseException) -> str:

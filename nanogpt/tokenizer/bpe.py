@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from nanogpt.console import say
 from nanogpt.errors import UserError, require
-from nanogpt.text.tiny_shakespeare import download
+from nanogpt.files import download
 from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer, TrainingText
 
 UNMERGED_IDS = 257

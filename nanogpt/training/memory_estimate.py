@@ -8,7 +8,6 @@ since every layer adds the same, the rest follows, and the counting takes as lon
 What FSDP adds to a part of the weights is a formula: `gathered_bytes`.
 """
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.console import ceil_div
 from nanogpt.cores import cgroup_folders
 from nanogpt.device import autocast, kind_of
 from nanogpt.distributed import parallelize
@@ -106,7 +106,7 @@ def predict(  # noqa: PLR0917
         step = max(step, gradients)  # DDP sorts its buckets anew, once, before the second update
     if not sharded:
         return Memory(weights, gradients, moments, forward, backward, step)
-    shares = [math.ceil(size / processes) for size in (weights, gradients, moments)]
+    shares = [ceil_div(size, processes) for size in (weights, gradients, moments)]
     return Memory(
         shares[0], shares[1], shares[2], forward, backward, step,
         gathered=gathered_bytes(model, dtype), saving=shares[0] + shares[2] + weights + moments,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
+from nanogpt.console import ceil_div
 from nanogpt.distributed.dtensor import full_tensor, is_dtensor, shard_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -174,7 +175,7 @@ class Muon(torch.optim.Optimizer):
         """Orthogonalize (N, R, C), each process 1 / size of the matrices; gather them in self.dtype."""
         import torch.distributed as dist
 
-        share = math.ceil(len(matrices) / self.size)
+        share = ceil_div(len(matrices), self.size)
         own = matrices[self.rank * share :][:share]
         sent = matrices.new_zeros(share, *matrices.shape[1:], dtype=self.dtype)
         if len(own):

@@ -6,7 +6,6 @@ system kills the process, Windows and macOS swap and crawl, and with FSDP all pr
 middle of the model. Where it is an error (CUDA on Linux), it is caught in the first updates.
 """
 
-import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint.format import Checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.console import warn
+from nanogpt.console import ceil_div, warn
 from nanogpt.device import GIB, is_out_of_memory
 from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.distributed.world import World
@@ -37,15 +36,15 @@ CAREFUL_UPDATES = 2
 
 def max_rank_batch(config: TrainConfig, world: World) -> int:
     """The largest number of sequences that a process has of a batch."""
-    return math.ceil(config.batch_size / world.size)
+    return ceil_div(config.batch_size, world.size)
 
 
 def micro_batches_per_rank(config: TrainConfig, world: World) -> int:
     """How many micro-batches the settings ask each process for."""
     sequences = max_rank_batch(config, world)
     if config.micro_batch == "auto":
-        return min(sequences, math.ceil(config.gradient_accumulation_steps / world.size))
-    return math.ceil(sequences / config.micro_batch)
+        return min(sequences, ceil_div(config.gradient_accumulation_steps, world.size))
+    return ceil_div(sequences, config.micro_batch)
 
 
 def initial_micro_batches(config: TrainConfig, world: World, saved: Checkpoint | None) -> int:
@@ -54,7 +53,7 @@ def initial_micro_batches(config: TrainConfig, world: World, saved: Checkpoint |
     same = ("batch_size", "gradient_accumulation_steps", "micro_batch")
     if saved is None or any(getattr(saved.train_config, name) != getattr(config, name) for name in same):
         return asked
-    before = math.ceil(int(saved.precision.get("num_micro_batches", 0)) / world.size)
+    before = ceil_div(int(saved.precision.get("num_micro_batches", 0)), world.size)
     return min(max(asked, before), max_rank_batch(config, world))
 
 
@@ -95,7 +94,7 @@ def fit_to_memory(run: Run) -> None:
 
 def predict(run: Run, num_micro_batches: int) -> Memory:
     """The memory of an update with so many micro-batches."""
-    sequences = math.ceil(max_rank_batch(run.config, run.world) / num_micro_batches)
+    sequences = ceil_div(max_rank_batch(run.config, run.world), num_micro_batches)
     return memory_estimate.predict(
         run.model.config, run.config, run.device, run.dtype, sequences, run.world.size,
         run.muon_precision.dtype,
@@ -175,7 +174,7 @@ def memory_advice(config: TrainConfig, world: World, run: Run | None) -> str:
     """The setting to change, the one that costs least first."""
     if run is None:
         return "give a smaller --n_layer or --n_embd"
-    micro_batch = math.ceil(max_rank_batch(config, world) / run.num_micro_batches)
+    micro_batch = ceil_div(max_rank_batch(config, world), run.num_micro_batches)
     if is_sharded(run.model) and micro_batch > 1:
         return f"give --micro_batch {micro_batch // 2}, which computes the same in smaller pieces"
     if config.micro_batch not in ("auto", 1):

@@ -36,7 +36,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
 
     Raises: UserError if the data, the device or the checkpoint do not fit the settings.
     """
-    sinks = create_sinks(config.sinks, folder, to_dict(config))
+    sinks = create_sinks(config.sinks, folder, to_dict(config)) if world.is_first else []
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
     unseen = VERIFY_BYTES if config.resume else 0  # fit has verified the data of a new run
@@ -208,6 +208,6 @@ def open_sinks(
 ) -> tuple[ConsoleSink, Metrics]:
     """The console and the metrics, at the step of the checkpoint; only the first process has `sinks`."""
     console = ConsoleSink(config.max_iters)
-    metrics = Metrics([console, *sinks] if world.is_first else [console])
+    metrics = Metrics([console, *sinks])
     metrics.rewind(progress.step, progress.evaluated_at)
     return console, metrics

@@ -39,9 +39,6 @@ SAVE_SIGNALS = available_signals("SIGUSR1", "SIGUSR2")
 EXIT_CODES = {number: 128 + number for number in STOP_SIGNALS}
 """128 + the number of the signal, as shells report it."""
 
-STOP_REASONS = tuple(number.name for number in STOP_SIGNALS)
-"""Names of STOP_SIGNALS, as a training gives its reason to stop."""
-
 REPEATED_SIGNALS = available_signals("SIGTERM", "SIGHUP", "SIGXCPU")
 """Signals that programs send repeatedly: Slurm before and at the time limit, `timeout` to a process and to
 its group, a closing shell, the kernel every second. A second one does not interrupt a save; Ctrl-C does."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from nanogpt.console import warn
+from nanogpt.console import ceil_div, warn
 from nanogpt.device import Event, autocast, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_tensor
@@ -237,10 +237,10 @@ def validation_loss(run: Run) -> float | None:
         run.dataset.val,
         block_size=config.block_size,
         batch_size=config.batch_size,
-        micro_batch=math.ceil(config.batch_size / (run.num_micro_batches * world.size)),
+        micro_batch=ceil_div(config.batch_size, run.num_micro_batches * world.size),
         max_batches=config.eval_iters,
     )
-    with run.console.evaluating(math.ceil(len(windows) / world.size)) as advance:
+    with run.console.evaluating(ceil_div(len(windows), world.size)) as advance:
         return evaluate(
             run.eval_model, run.val_loader, windows, dtype=run.dtype, world=world,
             advance=advance, interrupted=lambda: run.stop.signal is not None,
