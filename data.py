@@ -1,6 +1,6 @@
 """Prepare a text for training: `python data.py --help`. The code is in nanogpt/data/prepare.py."""
 
-from nanogpt.cli.main import script
+from nanogpt.cli.main import run_script
 
 if __name__ == "__main__":
-    script("data")
+    run_script("data")

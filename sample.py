@@ -1,6 +1,6 @@
 """Generate text: `python sample.py --help`. The code is in nanogpt/cli/sample.py."""
 
-from nanogpt.cli.main import script
+from nanogpt.cli.main import run_script
 
 if __name__ == "__main__":
-    script("sample")
+    run_script("sample")

@@ -1,10 +1,10 @@
-"""Whether `nanogpt plan` foretells the memory of a training.
+"""The memory that `nanogpt plan` predicts for an update, against the memory that a real one takes.
 
 Run:    python bench/plan.py
-For each shape and way of checkpointing: what is predicted, and what two real updates of two micro-batches
-take, each in a process of its own; one shape in two processes too, of which the larger one counts. On
-a GPU that is the peak of the allocator. On a CPU it is resident memory above that of the imports, with the C
-library told to give back at once what is freed (else it keeps up to half as much again for later).
+For each shape and way of activation checkpointing, two updates of two micro-batches run in a process of their
+own; one shape also runs in two processes, of which the larger peak counts. On a GPU the measurement is the
+allocator's peak. On a CPU it is the resident memory above that of the imports; the C library is told to
+return freed memory at once, since otherwise it keeps up to half as much again.
 """
 
 import argparse
@@ -20,9 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device
-from nanogpt.cli.plan import MODES
+from nanogpt.cli.plan import CHECKPOINT_MODES
 from nanogpt.config import TrainConfig, model_config
+from nanogpt.console import MIB
+from nanogpt.device import autocast, pick_device
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import distributed_world, local_device
 from nanogpt.model.gpt import GPT
@@ -48,53 +49,59 @@ SHAPES = {
     ),
 }  # fmt: skip
 
-SHARED = "8 layers of 768, 2 x 256"
-"""What is measured in two processes too."""
+TWO_PROCESS_SHAPE = "8 layers of 768, 2 x 256"
+"""The shape that is measured in two processes too."""
 
 
 def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
-    """MiB that two updates take at their peak, in this process."""
-    place = device.pick_device("auto")
-    warm_up(place, dtype)
+    """Run two updates in this process. Returns their peak memory in MiB."""
+    device = pick_device("auto")
+    warm_up(device, dtype)
     with distributed_world() as world:
-        place = device.pick_device(local_device("auto", world))
-        before = common.peak_memory(place)
+        device = pick_device(local_device("auto", world))
+        before = common.peak_memory(device)
         torch.manual_seed(1)
         sharded = config.parallel == "fsdp"
-        with torch.device("meta" if sharded else place):
+        with torch.device("meta" if sharded else device):
             model = GPT(model_config(config, vocab_size))
         parallelize.checkpoint_activations(model, config.grad_checkpoint)
         if sharded:
-            parallelize.shard(model, place, dtype)
+            parallelize.shard(model, device, dtype)
             parallelize.initialize_shards(model, 1)
-        loss_of = parallelize.distributed_loss(model, world, place)
+        loss_of = parallelize.distributed_loss(model, world, device)
         optimizers = build_optimizers(model, config, torch.bfloat16, world.rank, world.size)
-        x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=place)
+        x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=device)
         for _ in range(2):
             for last in (False, True):
                 with parallelize.without_sync(loss_of, last=last):
-                    with device.autocast(place, dtype):
+                    with autocast(device, dtype):
                         loss = loss_of(x, y)
                     loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad(set_to_none=not parallelize.keeps_gradients(loss_of))
-        return max(world.all_gather([common.peak_memory(place) - before]))
+        return max(world.all_gather([common.peak_memory(device) - before]))
 
 
-def warm_up(place: torch.device, dtype: torch.dtype) -> None:
-    """Let the libraries allocate what they keep."""
-    layer = torch.nn.Linear(64, 64).to(place)
-    with device.autocast(place, dtype):
-        loss = layer(torch.ones(64, 64, device=place)).sum()
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Run a small update, so that the libraries allocate what they keep."""
+    layer = torch.nn.Linear(64, 64).to(device)
+    with autocast(device, dtype):
+        loss = layer(torch.ones(64, 64, device=device)).sum()
     loss.backward()
     torch.optim.AdamW(layer.parameters(), fused=True).step()
 
 
-def in_a_process(*words: str, processes: int) -> float:
-    """MiB that `measure` finds in a process of its own, or in several."""
+def measure_in_subprocess(*words: str, processes: int) -> float:
+    """Run `measure` in a process of its own, or in several. Returns MiB."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher * (processes > 1), str(Path(__file__).resolve()), "--child", *words]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        str(Path(__file__).resolve()),
+        "--child",
+        *words,
+    ]
     answer = subprocess.run(
         command, env=os.environ | common.EXACT_MALLOC, check=True, capture_output=True, text=True
     )
@@ -102,7 +109,7 @@ def in_a_process(*words: str, processes: int) -> float:
 
 
 def main() -> None:
-    """Measure, predict and print."""
+    """Predict, measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--child", nargs=4, default=None, help=argparse.SUPPRESS)
@@ -115,19 +122,19 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(most)
         return
-    place, dtype = device.pick_device("auto"), getattr(torch, options.dtype)
+    device, dtype = pick_device("auto"), getattr(torch, options.dtype)
     table = Table("shape", "mode", "predicted, MiB", "measured, MiB", "ratio", title=options.dtype)
     rows: list[dict[str, object]] = []
-    cases = [(shape, mode, "ddp", 1) for shape in SHAPES for mode in MODES]
-    cases += [(SHARED, mode, kind, 2) for kind in ("ddp", "fsdp") for mode in MODES]
+    cases = [(shape, mode, "ddp", 1) for shape in SHAPES for mode in CHECKPOINT_MODES]
+    cases += [(TWO_PROCESS_SHAPE, mode, kind, 2) for kind in ("ddp", "fsdp") for mode in CHECKPOINT_MODES]
     for shape, mode, kind, processes in cases:
         vocab_size, config = SHAPES[shape]
         config = replace(config, grad_checkpoint=mode, parallel=kind)
         model = model_config(config, vocab_size)
-        plan = memory_estimate.predict(model, config, place, dtype, config.batch_size, processes)
-        predicted = plan.total / 2**20
-        measured = in_a_process(shape, mode, kind, options.dtype, processes=processes)
-        name = shape + f", {kind} on 2" * (processes > 1)
+        memory = memory_estimate.predict(model, config, device, dtype, config.batch_size, processes)
+        predicted = memory.total / MIB
+        measured = measure_in_subprocess(shape, mode, kind, options.dtype, processes=processes)
+        name = f"{shape}, {kind} on 2" if processes > 1 else shape
         table.add_row(name, mode, f"{predicted:,.0f}", f"{measured:,.0f}", f"{predicted / measured:.3f}")
         rows.append({"shape": name, "mode": mode, "predicted": predicted, "measured": measured})
     Console(width=110).print(table)

@@ -1,7 +1,8 @@
-"""Sampling in float32 against the dtype that a checkpoint was trained in.
+"""The speed of sampling in float32 and in bfloat16, in tokens a second.
 
 Run:    python bench/sampling.py            default, cpu and gpt2 shapes; about a minute
-Random weights; a full context, so that every token costs the same; in turn, medians of tokens a second.
+The weights are random and the context is full, so that every token costs the same. The dtypes take turns; the
+table shows medians.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device, presets
+from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
+from nanogpt.device import autocast, eager_mode, pick_device
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
 
@@ -25,11 +27,11 @@ SHAPES = {
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def rate(model: GPT, dtype: torch.dtype, tokens: int) -> float:
-    """Tokens a second."""
-    place = next(model.parameters()).device
-    prompt = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=place)
-    with device.eager_mode(), device.autocast(place, dtype):
+def tokens_per_second(model: GPT, dtype: torch.dtype, tokens: int) -> float:
+    """Measure the sampling of so many tokens."""
+    device = next(model.parameters()).device
+    prompt = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=device)
+    with eager_mode(), autocast(device, dtype):
         start = time.perf_counter()
         for _ in generate(model, prompt, num_tokens=tokens):
             pass
@@ -42,17 +44,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    place = device.pick_device(args.device)
+    device = pick_device(args.device)
     table = Table("shape", "float32, tokens/s", "bfloat16, tokens/s", "ratio")
     for name, (config, vocabulary) in SHAPES.items():
-        model = GPT(model_config(config, vocabulary)).to(place).eval()
+        model = GPT(model_config(config, vocabulary)).to(device).eval()
         tokens = 3 if name == "gpt2" else 30
         for dtype in DTYPES:
-            rate(model, dtype, 2)
-        rows = [[rate(model, dtype, tokens) for dtype in DTYPES] for _ in range(args.rounds)]
-        one, other = (median(column) for column in zip(*rows, strict=True))
-        ratio = median(b / a for a, b in rows)
-        table.add_row(name, f"{one:.1f}", f"{other:.1f}", f"{ratio:.2f}")
+            tokens_per_second(model, dtype, 2)
+        rows = [[tokens_per_second(model, dtype, tokens) for dtype in DTYPES] for _ in range(args.rounds)]
+        float32, bfloat16 = (median(column) for column in zip(*rows, strict=True))
+        ratio = median(second / first for first, second in rows)
+        table.add_row(name, f"{float32:.1f}", f"{bfloat16:.1f}", f"{ratio:.2f}")
     Console().print(table)
 
 

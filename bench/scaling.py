@@ -27,7 +27,7 @@ if not torch.cuda.is_available() and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
 torch.set_num_threads(1)
 from nanogpt import cli
-cli.script("train")
+cli.run_script("train")
 """
 
 

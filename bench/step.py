@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from nanogpt.cli.info import count_parameters
+from nanogpt.cli.model import count_parameters
 from nanogpt.config import GPTConfig
 from nanogpt.model.gpt import flops_per_token
 

@@ -1,7 +1,8 @@
-"""Every setting of every command: frozen dataclasses, each default written once.
+"""The settings of the model and of a training: frozen dataclasses, each default written once.
 
-Use:    config = TrainConfig(n_layer=4, max_iters=200); replace(config, seed=2)
-Flags:  cli/main.py turns each field into a flag of the same name; the text under a field is its help.
+Example: config = TrainConfig(n_layer=4, max_iters=200); replace(config, seed=2)
+cli/parse.py turns each field into a flag of the same name; the text under a field is its help. The settings
+of other commands are in their packages (data/config.py, inference/config.py, cli/config.py).
 Knows nothing of torch, of files, or of how a flag is typed.
 """
 
@@ -9,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from nanogpt.errors import (
-    require,
-)
+from nanogpt.errors import require
 from nanogpt.settings import Settings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -26,12 +25,6 @@ OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 SINK_NAMES = ("jsonl", "tensorboard", "wandb")
 """Metric sinks that `--log_to` takes (the table SINKS in training/sinks.py)."""
-
-Unknown = Literal["error", "skip"]
-
-
-MOST = 10**9
-"""What a number of tokens or texts may be: half a month of the fastest sampling."""
 
 
 @dataclass(frozen=True)
@@ -122,19 +115,6 @@ class GPTConfig(Architecture):
 
 
 @dataclass(frozen=True)
-class SummaryConfig(GPTConfig):
-    """Print what a model of this shape costs: parameters, memory, arithmetic."""
-
-    preset: str | None = None
-    """Start from a preset's shape (`nanogpt presets` lists them)."""
-
-
-@dataclass(frozen=True)
-class PresetsConfig(Settings):
-    """List the presets: size, measured loss and training time of each."""
-
-
-@dataclass(frozen=True)
 class TrainConfig(Architecture):
     """Train a GPT on a prepared data folder."""
 
@@ -172,7 +152,7 @@ class TrainConfig(Architecture):
     schedule: Schedule = "cosine"
     """Learning rate after the warm-up: cosine, or trapezoid (constant, then a straight line down)."""
     warmup_iters: int = 100
-    """Updates over which the learning rate rises from 0."""
+    """Updates of the warm-up: the learning rate rises in equal steps, from 1/warmup_iters of the highest."""
     cooldown: float = 0.4
     """Fraction of the updates in which a trapezoid goes down."""
     min_lr: float = 0.1
@@ -252,83 +232,6 @@ class TrainConfig(Architecture):
         """Metric sinks by name, each once. metrics.jsonl is always one: loss.png is drawn from it."""
         named = ("jsonl", *self.log_to, "tensorboard") if self.tensorboard else ("jsonl", *self.log_to)
         return tuple(dict.fromkeys(named))
-
-
-@dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    """Say what a training with these settings will take: memory, time, what fits."""
-
-    on: str = ""
-    """A device by name (h100, a100, rtx4090, ...); without it, this machine's."""
-    processes: int = 1
-    """How many of them."""
-    vocab_size: int | None = None
-    """Number of different tokens; None: that of the data folder."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, "processes", 1)
-        at_least(self, "vocab_size", 1)
-
-
-@dataclass(frozen=True)
-class SampleConfig(Settings):
-    """Generate text from a checkpoint."""
-
-    checkpoint: str = "out/ckpt.pt"
-    """The checkpoint to load; everything needed is inside it."""
-    prompt: str = "\\n"
-    """Text to continue; \\n and \\t are understood."""
-    prompt_file: str | None = None
-    """File with the text to continue, as it is but for one line break at its end; -: standard input."""
-    unknown: Unknown = "error"
-    """What to do with characters of the prompt that the model has never seen: name them, or skip them."""
-    num_tokens: int = 500
-    """Tokens to generate."""
-    temperature: float = 1.0
-    """Higher is more random; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Choose among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Choose among the likeliest tokens that together reach probability p."""
-    num_samples: int = 1
-    """How many texts to generate."""
-    stop: tuple[str, ...] = ()
-    """Stop before this string appears in the generated text; may be given several times."""
-    seed: int | None = None
-    """Makes the text repeatable; None: another text each time."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    dtype: Dtype = "auto"
-    """float32, bfloat16 or float16; auto: as in the training, where the device multiplies that fast."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, "num_tokens", 0)
-        for name in ("num_samples", "top_k"):
-            at_least(self, name, 1)
-        for name in ("num_tokens", "num_samples", "top_k"):
-            value = getattr(self, name)
-            require(
-                value is None or value <= MOST,
-                f"--{name} {value} is too large: it must be at most {MOST:,}",
-            )
-        at_least(self, "seed", 0)
-        small_seed(self.seed)
-        require(
-            self.temperature >= 0,
-            f"--temperature {self.temperature} is not 0 or a positive number: try 0.8",
-        )
-        require(
-            self.top_p is None or 0 < self.top_p <= 1,
-            f"--top_p {self.top_p} is outside (0, 1]: try 0.9",
-        )
-        require(bool(self.prompt), '--prompt "" is empty: give at least one character')
-        require(
-            self.prompt_file is None or self.prompt == SampleConfig.prompt,
-            f"--prompt and --prompt_file {self.prompt_file} are two prompts: leave one out",
-        )
-        require("" not in self.stop, '--stop "" would stop at once: give at least one character')
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:

@@ -1,8 +1,8 @@
-"""Presets: a name for a complete configuration, and what it has been seen to do.
+"""Presets: complete training configurations by name, with the loss and time that they were measured to take.
 
 Run:    nanogpt presets                                    lists them
         python train.py --preset cpu --max_iters 500       flags change what the preset says
-Order:  defaults < preset < flags. To add one, write a function and put it in PRESETS, below.
+Order:  defaults < preset < flags. To add one, write a function and add a row to PRESETS, below.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 
 
-def quick(config: TrainConfig) -> TrainConfig:
-    """Muon, a rate that starts high and ends at nothing, and no defence against overfitting."""
+def with_muon(config: TrainConfig) -> TrainConfig:
+    """For short trainings: Muon, a learning rate without warm-up that ends at 0, no regularization."""
     return replace(
         config,
         dropout=0.0,
@@ -26,10 +26,10 @@ def quick(config: TrainConfig) -> TrainConfig:
     )
 
 
-def modern(config: TrainConfig) -> TrainConfig:
-    """The block and the optimizer that learn fastest on little data, in bfloat16 or float32."""
+def with_modern_blocks(config: TrainConfig) -> TrainConfig:
+    """The blocks that learn fastest on little data, with Muon."""
     return replace(
-        quick(config),
+        with_muon(config),
         norm="rmsnorm",
         positions="rope",
         mlp="relu2",
@@ -44,7 +44,7 @@ def modern(config: TrainConfig) -> TrainConfig:
 
 def speedrun() -> TrainConfig:
     """One layer, 45 updates."""
-    return modern(
+    return with_modern_blocks(
         TrainConfig(
             preset="speedrun",
             block_size=64,
@@ -64,8 +64,8 @@ def speedrun() -> TrainConfig:
 
 
 def classic() -> TrainConfig:
-    """GPT-2's blocks in the size of nanoGPT's recipe for a laptop, with Muon for AdamW."""
-    return quick(
+    """GPT-2's blocks in the size of nanoGPT's recipe for a laptop, with Muon instead of AdamW."""
+    return with_muon(
         TrainConfig(
             preset="classic",
             block_size=64,
@@ -85,7 +85,7 @@ def classic() -> TrainConfig:
 
 def cpu() -> TrainConfig:
     """A modern model for a laptop."""
-    return modern(
+    return with_modern_blocks(
         TrainConfig(
             preset="cpu",
             block_size=128,
@@ -104,7 +104,7 @@ def cpu() -> TrainConfig:
 
 
 def qwen3() -> TrainConfig:
-    """The blocks of Qwen3 (with a RoPE base of 10,000), which other programs can run; layers as in `cpu`."""
+    """The blocks of Qwen3 (RoPE base 10,000), which other programs can run, in the size of `cpu`."""
     return replace(
         cpu(),
         preset="qwen3",
@@ -118,7 +118,7 @@ def qwen3() -> TrainConfig:
 
 
 def shakespeare() -> TrainConfig:
-    """The default model, unchanged, with Muon, a schedule that ends at nothing, and averaged weights."""
+    """The default model, trained with Muon, a learning rate that ends at 0, and averaged weights."""
     return TrainConfig(
         preset="shakespeare",
         max_iters=1000,
@@ -138,7 +138,7 @@ def shakespeare() -> TrainConfig:
 def best() -> TrainConfig:
     """The lowest loss on Tiny Shakespeare from at most 11 million parameters.
 
-    Seven epochs, against which dropout, weight decay and averaged weights help.
+    Dropout, weight decay and averaged weights keep its seven epochs from overfitting.
     """
     return replace(
         cpu(),
@@ -156,7 +156,7 @@ def best() -> TrainConfig:
 
 
 def bpe() -> TrainConfig:
-    """A modern model for pieces of words: a vocabulary of some thousands, ten megabytes of text or more."""
+    """A modern model for a BPE vocabulary of some thousand tokens, and ten megabytes of text or more."""
     return replace(
         cpu(),
         preset="bpe",
@@ -167,7 +167,7 @@ def bpe() -> TrainConfig:
 
 
 def gpt2() -> TrainConfig:
-    """GPT-2 124 M to the letter, for 10 billion tokens; made for a vocabulary of 50,257 and a large GPU."""
+    """GPT-2 124 M exactly, on 10 billion tokens; made for a vocabulary of 50,257 and a large GPU."""
     return TrainConfig(
         preset="gpt2",
         block_size=1024,
@@ -189,35 +189,70 @@ def gpt2() -> TrainConfig:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """Loss and time of a preset on Tiny Shakespeare, from the section of bench/RESULTS.md with this date."""
+
+    date: str
+    losses: tuple[float, ...]
+    """Validation loss of the finished model, nats per character over the whole split; one for each seed."""
+    seconds: float
+    """Time in updates on MEASURED_ON, the median over the seeds."""
+
+    @property
+    def loss(self) -> str:
+        """The mean loss, as tables show it."""
+        return f"{sum(self.losses) / len(self.losses):.2f}"
+
+    @property
+    def time(self) -> str:
+        """The time, as tables show it."""
+        return f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
+
+
+@dataclass(frozen=True)
 class Preset:
-    """A recipe and what is known of it."""
+    """A configuration, its purpose, and its measurement if there is one."""
 
     make: Callable[[], TrainConfig]
     purpose: str
-    loss: str = ""
-    """Validation loss on Tiny Shakespeare, nats a character over the whole split; empty: not measured."""
-    time: str = ""
-    """Training time to that loss on MACHINE."""
+    measured: Measurement | None = None
     vocab_size: int = 65
-    """The vocabulary it is meant for."""
+    """The vocabulary that it is meant for."""
 
 
-MACHINE = "2 CPU cores (AVX-512)"
+MEASURED_ON = "2 CPU cores (AVX-512)"
 
 PRESETS = {
-    "speedrun": Preset(speedrun, "seconds to nanoGPT's laptop loss", "1.85", "2 s"),
-    "classic": Preset(classic, "nanoGPT's laptop model, GPT-2's blocks", "1.86", "19 s"),
-    "cpu": Preset(cpu, "a coffee's worth of training on a laptop", "1.54", "95 s"),
-    "qwen3": Preset(qwen3, "blocks that other programs can run", "1.59", "86 s"),
-    "best": Preset(best, "the lowest loss from at most 11 million parameters", "1.46", "33 min"),
+    "speedrun": Preset(
+        speedrun,
+        "seconds to nanoGPT's laptop loss",
+        Measurement("2026-11-23, second part", (1.8572, 1.8380, 1.8606), 1.86),
+    ),
+    "classic": Preset(
+        classic,
+        "nanoGPT's laptop model, GPT-2's blocks",
+        Measurement("2026-11-23, second part", (1.8566, 1.8651, 1.8553), 18.8),
+    ),
+    "cpu": Preset(cpu, "a coffee's worth of training on a laptop", Measurement("2026-11-23", (1.5443,), 95)),
+    "qwen3": Preset(
+        qwen3,
+        "blocks that other programs can run",
+        Measurement("2026-11-23, second part", (1.5946, 1.5900, 1.5889), 86),
+    ),
+    "best": Preset(
+        best,
+        "the lowest loss from at most 11 million parameters",
+        Measurement("2026-11-24", (1.4676, 1.4602, 1.4595), 33 * 60),
+    ),
     "bpe": Preset(bpe, "a text of megabytes, --tokenizer bpe", vocab_size=4096),
     "shakespeare": Preset(shakespeare, "the default model, made for a GPU"),
     "gpt2": Preset(gpt2, "GPT-2 124 M, made for a large GPU and a text of gigabytes", vocab_size=50_257),
 }
+"""Registry of presets: name -> Preset. README.md repeats the measurements, and a test compares them."""
 
 
 def get(name: str) -> TrainConfig:
-    """The configuration called `name`. Errors: UserError if there is none."""
+    """The configuration called `name`. Raises: UserError if there is none."""
     if name not in PRESETS:
         raise UserError(f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}")
     return PRESETS[name].make()

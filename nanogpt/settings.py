@@ -1,10 +1,11 @@
-"""Settings of plain types: what equals a plain value becomes one, all else is refused by the field's name.
+"""Base class of configs: validates field types and converts values to plain Python types.
 
-Use:    @dataclass(frozen=True)
-        class MyConfig(Settings): ...
-A checkpoint holds its settings, and is read with weights_only=True, which knows plain types alone: a NumPy
-number or a Path among them would make a file that cannot be loaded again. A field's annotation says what it
-takes: bool, int, float, str, tuple[str, ...], a Literal, None, or a union of these.
+Example: @dataclass(frozen=True)
+         class MyConfig(Settings): ...
+A value that equals a plain one is converted (np.int64(3) to 3, a Path to a str); any other is refused in a
+message that names the field. Checkpoints need this: they hold their settings and are read with
+weights_only=True, which loads plain types only. A field's annotation says which type it takes: bool, int,
+float, str, tuple[str, ...], a Literal, None, or a union of these.
 """
 
 import functools
@@ -21,58 +22,57 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from nanogpt.errors import UserError, require
 
-LARGEST = 2**63
-"""Whole numbers are below this, in size: no count here needs more, and PyTorch's reader takes little more."""
+MAX_INTEGER = 2**63
+"""Integers must be smaller than this in magnitude: PyTorch's reader of checkpoints takes little more."""
 
-LONGEST = 60
-"""Characters of a wrong value that are shown."""
+MAX_SHOWN = 60
+"""Characters of a wrong value that a message shows."""
 
 FREE_TEXTS = ("prompt", "stop")
 """Fields that may hold any character. The others go to the file system, which takes no NUL."""
 
-NO = object()
-"""What has no plain form."""
+NO_MATCH = object()
+"""Returned by a conversion if the value equals none of the type."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of every config: its fields hold plain values of the annotated types, and nothing else."""
+    """Base class of every config: each field holds a plain value of its annotated type."""
 
     def __post_init__(self) -> None:
-        kinds = annotations(type(self))
+        kinds = field_types(type(self))
         for item in fields(self):
-            value = plain_field(item.name, getattr(self, item.name), kinds[item.name])
+            value = convert_field(item.name, getattr(self, item.name), kinds[item.name])
             object.__setattr__(self, item.name, value)
 
 
 @functools.cache
-def annotations(cls: type[Any]) -> dict[str, Any]:
-    """The types of the fields of a class."""
+def field_types(cls: type[Any]) -> dict[str, Any]:
+    """Name of each field of a class -> its type."""
     return get_type_hints(cls)
 
 
-def plain_field(name: str, value: Any, kind: Any) -> Any:
-    """The plain value that `value` equals, of the type `kind`. Errors: UserError naming the field."""
-    scalar = unwrapped(value)
-    for one in alternatives(kind):
-        plain = as_plain(scalar, one)
-        if plain is not NO:
+def convert_field(name: str, value: Any, kind: Any) -> Any:
+    """Convert a value to a plain one of the type `kind`. Raises: UserError naming the field."""
+    scalar = unwrap_scalar(value)
+    for one in union_members(kind):
+        plain = convert(scalar, one)
+        if plain is not NO_MATCH:
             check_range(name, plain)
             return plain
-    if any(get_origin(one) is Literal for one in alternatives(kind)):
-        raise UserError(f"--{name} {shown(value)} is unknown: use {listed(expected(kind))}")
-    raise UserError(
-        f"--{name} {shown(value)} is of type {type(value).__name__}: it must be {listed(expected(kind))}"
-    )
+    choices = join_choices(expected_values(kind))
+    if any(get_origin(one) is Literal for one in union_members(kind)):
+        raise UserError(f"--{name} {show_value(value)} is unknown: use {choices}")
+    raise UserError(f"--{name} {show_value(value)} is of type {type(value).__name__}: it must be {choices}")
 
 
-def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union; a type alone is its only one."""
+def union_members(kind: Any) -> tuple[Any, ...]:
+    """The members of a union type; any other type is its own only member."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def unwrapped(value: Any) -> Any:
-    """A NumPy scalar, an array or tensor of no dimensions, or a member of an Enum as what it holds."""
+def unwrap_scalar(value: Any) -> Any:
+    """Unwrap a NumPy scalar, a zero-dimensional array or tensor, or a member of an Enum."""
     if isinstance(value, Enum):
         return value.value
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
@@ -80,82 +80,86 @@ def unwrapped(value: Any) -> Any:
     return value
 
 
-def as_plain(value: Any, kind: Any) -> Any:
-    """`value` as a plain value of one type, NO if it equals none."""
+def convert(value: Any, kind: Any) -> Any:
+    """Convert a value to one type that is no union; NO_MATCH if it equals no value of it."""
     if get_origin(kind) is Literal:
-        text = as_text(value)
-        return text if text in get_args(kind) else NO
+        text = to_text(value)
+        return text if text in get_args(kind) else NO_MATCH
     if get_origin(kind) is tuple:
-        return as_texts(value)
+        return to_texts(value)
     if kind is types.NoneType:
-        return None if value is None else NO
-    return {bool: as_bool, int: as_int, float: as_float, str: as_text}[kind](value)
+        return None if value is None else NO_MATCH
+    return {bool: to_bool, int: to_int, float: to_float, str: to_text}[kind](value)
 
 
-def as_bool(value: Any) -> Any:
-    """True or False, or the number 1 or 0."""
+def to_bool(value: Any) -> Any:
+    """Convert True, False, 1 or 0."""
     if isinstance(value, bool):
         return value
-    return bool(value) if isinstance(value, Integral) and int(value) in (0, 1) else NO
+    return bool(value) if isinstance(value, Integral) and int(value) in (0, 1) else NO_MATCH
 
 
-def as_int(value: Any) -> Any:
-    """A whole number. True and False are none: where a count belongs, they are a slip."""
+def to_int(value: Any) -> Any:
+    """Convert a whole number. True and False are refused: in place of a count they are a mistake."""
     if isinstance(value, bool):
-        return NO
+        return NO_MATCH
     if isinstance(value, Integral):
         return int(operator.index(value))
     if isinstance(value, Real) and math.isfinite(value):
         whole = math.floor(value)
-        return whole if cast(int, value) == whole else NO
-    return NO
+        return whole if cast(int, value) == whole else NO_MATCH
+    return NO_MATCH
 
 
-def as_float(value: Any) -> Any:
-    """A number, if a float holds it exactly."""
+def to_float(value: Any) -> Any:
+    """Convert a number that a float holds exactly."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        return NO
+        return NO_MATCH
     try:
         number = float(value)
     except OverflowError:
-        return NO
-    return number if number == value or math.isnan(number) else NO
+        return NO_MATCH
+    return number if number == value or math.isnan(number) else NO_MATCH
 
 
-def as_text(value: Any) -> Any:
-    """A text, or the path that an object stands for."""
+def to_text(value: Any) -> Any:
+    """Convert a string, or an object that stands for a path."""
     try:
         text = os.fsdecode(cast(Path, value)) if isinstance(value, os.PathLike) else value
     except Exception:  # whatever its own __fspath__ raises
-        return NO
-    return str.__str__(text) if isinstance(text, str) else NO
+        return NO_MATCH
+    return str.__str__(text) if isinstance(text, str) else NO_MATCH
 
 
-def as_texts(value: Any) -> Any:
-    """A tuple of texts. A single text is none: Python would take it for a list of its letters."""
+def to_texts(value: Any) -> Any:
+    """Convert an iterable of strings to a tuple; a single string is refused, though it is iterable."""
     if isinstance(value, str | bytes | dict | set | frozenset) or not isinstance(value, Iterable):
-        return NO
+        return NO_MATCH
     try:
-        texts = tuple(as_text(unwrapped(item)) for item in cast(Iterable[Any], value))
+        texts = tuple(to_text(unwrap_scalar(item)) for item in cast(Iterable[Any], value))
     except Exception:  # whatever iterating over it raises
-        return NO
-    return NO if NO in texts else texts
+        return NO_MATCH
+    return NO_MATCH if NO_MATCH in texts else texts
 
 
 def check_range(name: str, value: Any) -> None:
-    """Errors: UserError if a number is infinite, none, or beyond any use, or if a text holds a NUL."""
+    """Raise UserError if a number is infinite, NaN or too large, or if a string holds a NUL."""
     if isinstance(value, float):
         require(
             math.isfinite(value), f"--{name} {value} is not a finite number: leave it out for the default"
         )
     elif isinstance(value, int):
-        require(abs(value) < LARGEST, f"--{name} {shown(value)} is too large: it must be below 2**63")
+        require(
+            abs(value) < MAX_INTEGER, f"--{name} {show_value(value)} is too large: it must be below 2**63"
+        )
     elif name not in FREE_TEXTS and value is not None:
-        require("\0" not in "".join(value), f"--{name} {shown(value)} holds a NUL character: leave it out")
+        require(
+            "\0" not in "".join(value), f"--{name} {show_value(value)} holds a NUL character: leave it out"
+        )
 
 
-def expected(kind: Any) -> list[str]:
-    """The values that a field takes, in words."""
+def expected_values(kind: Any) -> list[str]:
+    """The values that a field takes, in words, for a message."""
     names = {
         bool: "True or False",
         int: "a whole number",
@@ -164,7 +168,7 @@ def expected(kind: Any) -> list[str]:
         types.NoneType: "None",
     }
     words: list[str] = []
-    for one in alternatives(kind):
+    for one in union_members(kind):
         if get_origin(one) is Literal:
             words += get_args(one)
         else:
@@ -172,16 +176,17 @@ def expected(kind: Any) -> list[str]:
     return words
 
 
-def listed(words: list[str]) -> str:
-    """Words in a row: a, b or c."""
-    return " or ".join([*filter(None, [", ".join(words[:-1])]), words[-1]])
+def join_choices(words: list[str]) -> str:
+    """Join choices for a message: a, b or c."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
-def shown(value: Any) -> str:
-    """A value in a line, shortened; a word as it is, so that it reads as it would be typed."""
+def show_value(value: Any) -> str:
+    """A value for a message: in one line, shortened; a word without quotes, as it would be typed."""
     try:
         text = value if isinstance(value, str) and value.isidentifier() else repr(value)
     except Exception:  # of an object that cannot even be shown, or a number of too many digits
         text = f"(a very long {type(value).__name__})"
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

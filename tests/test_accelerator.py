@@ -19,10 +19,11 @@ from nanogpt import device, evaluation
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data.batches import BatchLoader
 from nanogpt.distributed import world
 from nanogpt.distributed.world import World
+from nanogpt.inference.config import SampleConfig
 from nanogpt.model.loss import chunked_cross_entropy
 from nanogpt.training import trainer
 from nanogpt.training.fit import fit

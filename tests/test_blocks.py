@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from nanogpt import presets
-from nanogpt.cli.info import count_parameters
+from nanogpt.cli.model import count_parameters
 from nanogpt.config import Architecture, GPTConfig, model_config
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT, Dropout, NgramEmbedding, rotate, rotation_table

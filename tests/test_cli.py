@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 import nanogpt
 from nanogpt import console
 from nanogpt.cli import main as cli
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.cli.parse import parse as parse_arguments
+from nanogpt.config import TrainConfig
 from nanogpt.data.config import PrepareConfig
 from nanogpt.errors import UserError
+from nanogpt.inference.config import SampleConfig
 from nanogpt.text import tiny_shakespeare
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +36,7 @@ def run(command: str, *more: str) -> int:
     """Run a command line of the form `python NAME.py FLAGS`, in this process."""
     python, script, *arguments = shlex.split(command)
     assert python == "python"
-    return cli.run(script.removesuffix(".py"), [*arguments, *more], prog=f"python {script}")
+    return cli.run_command(script.removesuffix(".py"), [*arguments, *more], prog=f"python {script}")
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_help_imports_nothing_heavy(name: str) -> None:
 
 
 def test_usage_lists_the_commands(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "begin", lambda: None)  # which is for good
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)  # which is for good
     monkeypatch.setattr(sys, "argv", ["nanogpt"])
     cli.main()
     printed = capsys.readouterr().out
@@ -353,18 +355,18 @@ def test_a_variable_of_the_users_is_left_alone(project: Path, unset, name: str) 
 )
 def test_the_allocator_is_told_by_the_name_that_this_pytorch_knows(unset, version: str, expected) -> None:
     unset.setattr(cli, "torch_version", lambda: version)
-    cli.prepare_environment()
+    cli.set_environment()
     assert os.environ.keys() & cli.ALLOCATOR_VARIABLES == expected
 
 
 def test_other_systems_count_their_threads_themselves(unset) -> None:
     unset.setattr(cli.sys, "platform", "darwin")
-    cli.prepare_environment()
+    cli.set_environment()
     assert [name for name in VARIABLES if name in os.environ] == ["GOMP_SPINCOUNT"]
 
 
 def parse(cls: type, line: str):
-    return cli.parse(cls, shlex.split(line), "test")
+    return parse_arguments(cls, shlex.split(line), "test")
 
 
 def test_spellings_of_flags() -> None:

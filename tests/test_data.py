@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
 from nanogpt.cli import sample
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.config import TrainConfig
 from nanogpt.data.batches import BatchLoader, BatchSampler, evaluation_batches
 from nanogpt.data.dataset import FORMAT_VERSION, SPLITS, Dataset, load_dataset
 from nanogpt.errors import UserError
+from nanogpt.inference.config import SampleConfig
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
 from nanogpt.training.fit import fit
 

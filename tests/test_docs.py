@@ -25,7 +25,11 @@ from conftest import prepared
 import nanogpt.training.fit as fit_module
 from nanogpt.cli import main as cli
 from nanogpt.cli import plan
+from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
+from nanogpt.errors import UserError
+from nanogpt.inference.config import SampleConfig
+from nanogpt.presets import PRESETS
 from nanogpt.text import tiny_shakespeare
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +181,7 @@ def run_call(call: Call) -> None:
     if "--help" in call.arguments:
         return
     if not call.runs:
-        cli.parse(cli.COMMANDS[call.name].config, call.arguments, call.name)
+        parse(cli.COMMANDS[call.name].config, call.arguments, call.name)
         return
     with pytest.MonkeyPatch.context() as patch:
         if call.stdin:
@@ -185,7 +189,7 @@ def run_call(call: Call) -> None:
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         if call.name == "data":  # the files lie there from another page
             call.arguments.append("--overwrite")
-        code = cli.run(call.name, call.arguments, call.name)
+        code = cli.run_command(call.name, call.arguments, call.name)
     assert code == 0, f"{call.name} {shlex.join(call.arguments)}: exit code {code}"
 
 
@@ -201,7 +205,7 @@ def test_every_block_runs(page: Path, reader: None) -> None:
         ("```bash\npython train.py --data_dir nowhere\n```", AssertionError),
         ("```bash\nnanogpt trian\n```", AssertionError),
         ("```bash\ncurl example.org\n```", AssertionError),
-        ("```bash\ntorchrun --nproc_per_node=2 train.py --max_iter 3\n```", cli.UserError),
+        ("```bash\ntorchrun --nproc_per_node=2 train.py --max_iter 3\n```", UserError),
         ("```python\nfrom nanogpt.data import load_data\n```", ImportError),
         ("```bash\npython -c 'import torch; print('\n```", SyntaxError),
     ],
@@ -233,6 +237,35 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_training_flag_is_documented() -> None:
     text = (ROOT / "docs" / "training.md").read_text("utf-8")
     assert not [field.name for field in fields(TrainConfig) if f"--{field.name}" not in text]
+
+
+def test_every_sampling_flag_is_documented() -> None:
+    text = (ROOT / "docs" / "sampling.md").read_text("utf-8")
+    assert not [field.name for field in fields(SampleConfig) if f"| `--{field.name}` |" not in text]
+
+
+def test_every_preset_is_documented() -> None:
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    assert not [name for name in PRESETS if f"| `{name}` |" not in text]
+
+
+def test_the_readme_has_the_measurements_of_the_presets() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = [tuple(row) for row in re.findall(r"^\| `(\w+)` \| ([\d.]+) \| (\d+ \w+) \|$", text, re.MULTILINE)]
+    measured = [(name, preset.measured) for name, preset in PRESETS.items() if preset.measured]
+    assert rows == [(name, found.loss, found.time) for name, found in measured]
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.measured])
+def test_a_measurement_is_that_of_the_results(name: str) -> None:
+    measured = PRESETS[name].measured
+    assert measured
+    results = (ROOT / "bench" / "RESULTS.md").read_text("utf-8")
+    section = results.split(f"\n## {measured.date} · ", 1)[1].split("\n## ", 1)[0]
+    assert name in section
+    for loss in measured.losses:
+        assert f"{loss:.4f}" in section
+    assert re.search(rf"\b{measured.seconds:g}\b|\b{measured.seconds / 60:g} minutes", section)
 
 
 def test_the_map_of_the_code_or_the_page_of_a_feature_has_every_file() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt.cli import main as cli
+from nanogpt.cli.parse import parse
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHELL = sorted(EXAMPLES.glob("*.sh"))
@@ -71,5 +72,5 @@ def test_its_training_parses(path: Path):
     text = path.read_text().replace("\\\n", " ")
     call = next(line for line in text.splitlines() if re.search(r"torchrun.* train\.py", line.split("#")[0]))
     flags = call.split("train.py", 1)[1].replace('"$@"', "").strip(" ,]").replace(",", " ")
-    config = cli.parse(cli.COMMANDS["train"].config, shlex.split(flags), "train")
+    config = parse(cli.COMMANDS["train"].config, shlex.split(flags), "train")
     assert config.out_dir != "out"

@@ -1,6 +1,7 @@
 """Sampling follows the model's probabilities; temperature, top-k and top-p do what they say, exactly."""
 
 import itertools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.config import GPTConfig
-from nanogpt.inference.generate import generate, keep_top_k, keep_top_p, sample
+from nanogpt.errors import UserError
+from nanogpt.inference import sampling
+from nanogpt.inference.config import SamplingParams
+from nanogpt.inference.generate import generate, generate_text, stop_at
+from nanogpt.inference.sampling import keep_top_k, keep_top_p
 from nanogpt.model.gpt import GPT
+from nanogpt.tokenizer.base import CharTokenizer
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 TINY = GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0, vocab_size=20)
@@ -39,6 +45,10 @@ def model():
 
 def seeded(seed=1):
     return torch.Generator().manual_seed(seed)
+
+
+def sample(logits, generator=None, **params):
+    return sampling.sample(logits, SamplingParams(**params), generator)
 
 
 def frequencies(logits, count=40_000, **settings):
@@ -71,7 +81,9 @@ def test_a_tiny_temperature_is_almost_0(temperature):
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0])
 def test_top_k_1_takes_the_likeliest(temperature):
     logits = torch.randn(200, 20, generator=seeded())
-    assert torch.equal(sample(logits, temperature, top_k=1, generator=seeded()), logits.argmax(-1))
+    assert torch.equal(
+        sample(logits, temperature=temperature, top_k=1, generator=seeded()), logits.argmax(-1)
+    )
 
 
 def test_a_tiny_top_p_takes_the_likeliest():
@@ -101,8 +113,13 @@ def test_frequencies_after_top_k_and_top_p_are_the_softmax_of_what_is_left():
 
 def test_temperature_comes_before_top_p():
     logits = torch.tensor([[2.0, 1.0, 0.0]])  # hot, the likeliest alone no longer reaches 0.6
-    assert set(sample(logits.expand(2000, -1), 1.0, top_p=0.6, generator=seeded()).tolist()) == {0}
-    assert set(sample(logits.expand(2000, -1), 10.0, top_p=0.6, generator=seeded()).tolist()) == {0, 1}
+    assert set(sample(logits.expand(2000, -1), temperature=1.0, top_p=0.6, generator=seeded()).tolist()) == {
+        0
+    }
+    assert set(sample(logits.expand(2000, -1), temperature=10.0, top_p=0.6, generator=seeded()).tolist()) == {
+        0,
+        1,
+    }
 
 
 def test_rows_are_drawn_each_by_its_own_logits():
@@ -197,8 +214,8 @@ def test_top_p_works_row_by_row():
 # Generating
 
 
-def run(model, idx=PROMPT, num_tokens=30, **settings_):
-    return torch.stack(list(generate(model, idx, num_tokens=num_tokens, **settings_)), dim=1)
+def run(model, prompt=PROMPT, num_tokens=30, **settings_):
+    return torch.stack(list(generate(model, prompt, num_tokens=num_tokens, **settings_)), dim=1)
 
 
 def test_greedy_generation_equals_the_plain_loop(model):
@@ -268,3 +285,57 @@ def test_the_prompt_is_not_changed(model):
     prompt = PROMPT.clone()
     run(model, prompt)
     assert torch.equal(prompt, PROMPT)
+
+
+def test_parameters_and_keywords_are_the_same(model):
+    keywords = run(model, generator=seeded(), temperature=0.7, top_k=9, top_p=0.8)
+    params = SamplingParams(temperature=0.7, top_k=9, top_p=0.8)
+    assert torch.equal(run(model, generator=seeded(), params=params), keywords)
+    changed = run(model, generator=seeded(), params=SamplingParams(top_k=9, top_p=0.8), temperature=0.7)
+    assert torch.equal(changed, keywords)
+
+
+def test_wrong_parameters_are_refused_before_the_first_token(model):
+    with pytest.raises(UserError, match="--top_k 0 is too small"):
+        generate(model, PROMPT, num_tokens=1, top_k=0)
+    with pytest.raises(TypeError, match="top_q"):
+        generate(model, PROMPT, num_tokens=1, top_q=0.5)
+
+
+# Text
+
+TOKENIZER = CharTokenizer.train(
+    "abcdefghijklmnopqrs", end_of_text=True
+)  # 19 characters, and the end of a document
+GREEDY = SamplingParams(temperature=0)
+
+
+def test_text_is_that_of_the_tokens(model):
+    prompt = PROMPT[:1]
+    tokens = run(model, prompt, temperature=0)[0].tolist()
+    end = tokens.index(TOKENIZER.end_of_text) if TOKENIZER.end_of_text in tokens else len(tokens)
+    text = "".join(generate_text(model, TOKENIZER, prompt, GREEDY, num_tokens=30))
+    assert text == TOKENIZER.decode(tokens[:end])
+    assert len(text) > 4
+    stopped = "".join(generate_text(model, TOKENIZER, prompt, GREEDY, num_tokens=30, stop=[text[3:5]]))
+    assert stopped == text[: text.index(text[3:5])]
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
+def test_stop_at_equals_cutting_the_whole_text(text: str, stops: list[str], data: st.DataObject) -> None:
+    """However the text is cut into chunks."""
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    edges = [0, *cuts, len(text)]
+    chunks = [text[a:b] for a, b in pairwise(edges)]
+    expected = text
+    for end in range(len(text) + 1):  # the stop string that is complete first ends the text
+        done = [text[:end].index(stop) for stop in stops if stop in text[:end]]
+        if done:
+            expected = text[: min(done)]
+            break
+    result = "".join(stop_at(chunks, stops))
+    if all(len(chunk) <= 1 for chunk in chunks):
+        assert result == expected
+    else:  # a chunk may complete several stop strings at once: the leftmost counts
+        found = [text.index(stop) for stop in stops if stop in text]
+        assert (result == text) if not found else not any(stop in result for stop in stops)

@@ -16,8 +16,8 @@ import torch
 from nanogpt.checkpoint.format import load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.sample import main as sample
-from nanogpt.config import SampleConfig
 from nanogpt.data.dataset import load_dataset
+from nanogpt.inference.config import SampleConfig
 from nanogpt.training.fit import fit
 
 GOLDEN = Path(__file__).with_name("golden.tar.xz")

@@ -53,7 +53,7 @@ def train_step(run):
     return plain(run)
 trainer.train_step = train_step
 {setup}
-cli.script("train")
+cli.run_script("train")
 """
 
 NEVER = "pass"
@@ -738,7 +738,8 @@ for name in ("is_torchelastic_launched", "is_nccl_available", "all_reduce", "ini
 from nanogpt.cli import plan, sample
 import nanogpt.training.fit as fit_module
 from nanogpt.training import trainer
-from nanogpt.config import TrainConfig, SampleConfig
+from nanogpt.inference.config import SampleConfig
+from nanogpt.config import TrainConfig
 """
 
 

@@ -1,20 +1,25 @@
 """The plan counts what a training really allocates, for devices that are here and for those that are not."""
 
 import functools
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from nanogpt.cli import plan
-from nanogpt.cli.plan import Machine, main
-from nanogpt.config import PlanConfig, model_config
+from nanogpt.cli.config import ModelSummaryConfig, PlanConfig
+from nanogpt.cli.model import main as summarize
+from nanogpt.cli.parse import parse
+from nanogpt.cli.plan import Target, main
+from nanogpt.config import model_config
+from nanogpt.console import MIB
 from nanogpt.errors import UserError
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import GPT, flops_per_token
 from nanogpt.training.memory_estimate import HEADROOM
 
 SMALL = PlanConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, vocab_size=65, device="cpu")
-HERE = Machine(torch.device("cpu"), torch.float32, 2.0**40)
+HERE = Target(torch.device("cpu"), torch.float32, 2.0**40)
 
 
 def test_a_plan_for_this_machine(capsys, monkeypatch):
@@ -38,13 +43,13 @@ def test_a_plan_for_another_device(capsys):
 
 
 def test_what_does_not_fit_is_told_what_would(monkeypatch):
-    there = replace(HERE, stands_in=True)  # a GPU
-    predict = functools.cache(plan.predict)
-    monkeypatch.setattr(plan, "predict", predict)
+    there = replace(HERE, simulated=True)  # a GPU
+    predict = functools.cache(plan.predict_memory)
+    monkeypatch.setattr(plan, "predict_memory", predict)
     config = replace(SMALL, processes=4, batch_size=16, n_layer=12)
 
     def told(free: float) -> str:
-        return plan.advice(config, replace(there, free=free / HEADROOM), predict(config, there, 4), 4)
+        return plan.advise(config, replace(there, free=free / HEADROOM), predict(config, there, 4), 4)
 
     def total(micro: int, **settings) -> int:
         return predict(replace(config, **settings), there, micro).total
@@ -53,11 +58,11 @@ def test_what_does_not_fit_is_told_what_would(monkeypatch):
     assert told(total(2) + 1).startswith("It fits with --micro_batch 2: ")
     assert told(total(1) + 1).startswith("It fits with --micro_batch 1: ")
     assert told(total(1) - 1).startswith("It fits with --micro_batch 1 --grad_checkpoint ")
-    least = min(total(1, grad_checkpoint=mode) for mode in plan.MODES)
+    least = min(total(1, grad_checkpoint=mode) for mode in plan.CHECKPOINT_MODES)
     assert told(least - 1).startswith("It fits with")
     assert told(least - 1).split(":")[0].endswith("--parallel fsdp")
     assert told(1000) == "It does not fit: a smaller --n_layer, --n_embd or --block_size"
-    alone = plan.advice(SMALL, replace(there, free=1000), predict(SMALL, there, 8), 8)
+    alone = plan.advise(SMALL, replace(there, free=1000), predict(SMALL, there, 8), 8)
     assert alone.endswith(", or several devices (--processes 8 --parallel fsdp)")
 
 
@@ -65,8 +70,8 @@ def test_traffic_is_that_of_the_formulae(capsys):
     model = GPT(model_config(SMALL, 65))
     parameters, blocks = (sum(p.numel() for p in m.parameters()) for m in (model, model.blocks))
     config = replace(SMALL, processes=4)
-    plan.show_traffic(config, torch.bfloat16, 2)
-    plan.show_traffic(replace(config, parallel="fsdp"), torch.bfloat16, 2)
+    plan.print_traffic(config, torch.bfloat16, 2)
+    plan.print_traffic(replace(config, parallel="fsdp"), torch.bfloat16, 2)
     ddp, fsdp = capsys.readouterr().out.splitlines()
     assert ddp.startswith(f"Traffic: {2 * 0.75 * 4 * parameters / 1e9:.3g} GB")
     a_micro_batch = 2 * (parameters + blocks) + 4 * parameters
@@ -74,7 +79,7 @@ def test_traffic_is_that_of_the_formulae(capsys):
 
 
 def test_what_does_not_fit_is_not_measured(capsys):
-    plan.show_time(SMALL, replace(HERE, free=1000.0), 10**6)
+    plan.print_time(SMALL, replace(HERE, free=1000.0), 10**6)
     assert (
         capsys.readouterr().out
         == "Time: 0.000512 TFLOP an update, not measured: not even a few sequences fit\n"
@@ -98,3 +103,31 @@ def test_devices_without_bfloat16_are_not_told_to_shard(capsys):
 def test_mistakes(settings, message):
     with pytest.raises(UserError, match=message):
         main(replace(SMALL, **settings))
+
+
+@pytest.mark.parametrize("preset", [None, "cpu", "best", "gpt2"])
+def test_the_model_command_says_the_same(preset, capsys):
+    arguments = ["--preset", preset] if preset else []
+    config = parse(PlanConfig, [*arguments, "--on", "h100"], "plan")
+    config = replace(config, vocab_size=config.vocab_size or 65)
+    target = plan.pick_target(config)
+    memory = plan.predict_memory(config, target, 1)
+    capsys.readouterr()
+    assert summarize(parse(ModelSummaryConfig, arguments, "model")) == 0
+    said = capsys.readouterr().out
+    for name, size in (
+        ("weights", memory.weights),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+    ):
+        assert re.search(rf"{name}[^,]* {re.escape(f'{size / MIB:,.1f}')} MiB", said), name
+    parameters = re.search(r"total +│ +([\d,]+)", said)
+    assert parameters is not None
+    flops = flops_per_token(plan.gpt_config(config), int(parameters[1].replace(",", "")))
+    plan.print_time(config, target, flops)
+    tera = re.search(r"Time: ([\d.,e-]+) TFLOP", capsys.readouterr().out)
+    giga = re.search(r"([\d.,]+) GFLOP a sequence", said)
+    assert tera is not None
+    assert giga is not None
+    an_update = float(giga[1].replace(",", "")) * config.batch_size / 1000
+    assert float(tera[1].replace(",", "")) == pytest.approx(an_update, rel=0.01)

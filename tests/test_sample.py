@@ -7,21 +7,19 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nanogpt import precision
-from nanogpt.cli.sample import main, read_prompt, show, unescape, until
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.cli.sample import main, print_text, read_prompt, unescape
+from nanogpt.config import TrainConfig
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.errors import UserError
+from nanogpt.inference.config import SampleConfig
 from nanogpt.training.fit import fit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,26 +141,6 @@ def test_nonsense_is_refused(values, message) -> None:
 )
 def test_unescape(typed: str, meant: str) -> None:
     assert unescape(typed) == meant
-
-
-@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
-def test_until_equals_cutting_the_whole_text(text: str, stops: list[str], data: st.DataObject) -> None:
-    """However the text is cut into pieces."""
-    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
-    edges = [0, *cuts, len(text)]
-    pieces = [text[a:b] for a, b in pairwise(edges)]
-    expected = text
-    for end in range(len(text) + 1):  # the stop string that is complete first ends the text
-        done = [text[:end].index(stop) for stop in stops if stop in text[:end]]
-        if done:
-            expected = text[: min(done)]
-            break
-    result = "".join(until(pieces, stops))
-    if all(len(piece) <= 1 for piece in pieces):
-        assert result == expected
-    else:  # a piece may complete several stop strings at once: the leftmost counts
-        found = [text.index(stop) for stop in stops if stop in text]
-        assert (result == text) if not found else not any(stop in result for stop in stops)
 
 
 def test_unknown_prompt_characters_are_skipped_when_told(sampling: SampleConfig, capsys) -> None:
@@ -328,7 +306,7 @@ def test_a_folder_without_a_name_is_a_folder(path: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
-@pytest.mark.parametrize("place", ["build_model", "generate"])
+@pytest.mark.parametrize("place", ["build_model", "generate_text"])
 def test_too_little_memory_is_one_line(sampling: SampleConfig, monkeypatch, error, place: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -342,14 +320,14 @@ def test_another_error_is_no_lack_of_memory(sampling: SampleConfig, monkeypatch)
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("nanogpt.cli.sample.generate", fail)
+    monkeypatch.setattr("nanogpt.cli.sample.generate_text", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(sampling)
 
 
 def test_no_terminal_obeys_what_a_model_writes(monkeypatch, capsys) -> None:
-    show("\x1b[31mred\n")
+    print_text("\x1b[31mred\n")
     assert capsys.readouterr().out == "\x1b[31mred\n"  # a file takes the product as it is
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    show("\x1b[31mred\x07\n\tä\r\n")
+    print_text("\x1b[31mred\x07\n\tä\r\n")
     assert capsys.readouterr().out == "\\x1b[31mred\\x07\n\tä\r\n"

@@ -24,13 +24,13 @@ from nanogpt.config import (
     Architecture,
     GPTConfig,
     OptimizerName,
-    SampleConfig,
     TrainConfig,
     from_dict,
     to_dict,
 )
 from nanogpt.data.config import PrepareConfig
 from nanogpt.errors import UserError
+from nanogpt.inference.config import SampleConfig
 from nanogpt.settings import Settings
 from nanogpt.training.fit import fit
 

@@ -112,7 +112,7 @@ def child(arguments: list[str], streams_are: Callable[[], None], before: Callabl
     if before:
         before()
     sys.argv = ["train.py", *arguments]
-    cli.script("train")
+    cli.run_script("train")
 
 
 def live(
@@ -419,7 +419,7 @@ def test_a_command_is_interrupted_without_a_traceback(tmp_path: Path, number, mo
     code = (
         "from nanogpt.cli import main as cli; from dataclasses import replace\n"
         "cli.COMMANDS['sample'] = replace(cli.COMMANDS['sample'], module='slow')\n"
-        "cli.script('sample')"
+        "cli.run_script('sample')"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(), text=True,

@@ -204,7 +204,7 @@ def main(config):
 
 sys.modules["there"] = sys.modules["__main__"]
 cli.COMMANDS["data"] = cli.Command(cli.PrepareConfig, "there", "data.py", writes=True)
-cli.script("data")
+cli.run_script("data")
 """
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nanogpt.config import TrainConfig, from_dict, model_config
 from nanogpt.errors import require
 from nanogpt.model.gpt import GPT
-from nanogpt.settings import shown
+from nanogpt.settings import show_value
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,16 +60,16 @@ def check_progress(progress: Mapping[str, Any], kinds: Mapping[str, type]) -> No
     """Errors: UserError if a number is missing that all have had, unknown, or of another type."""
     require("step" in progress, "progress has no step")
     for name, value in progress.items():
-        require(name in kinds, f"progress has an unknown number {shown(name)}")
+        require(name in kinds, f"progress has an unknown number {show_value(name)}")
         fits = type(value) is int if kinds[name] is int else is_number(value)
         least = -1 if name == "furthest_bad_step" else -math.inf if kinds[name] is float else 0
-        require(fits and value >= least, f"progress: {name} is {shown(value)}")
+        require(fits and value >= least, f"progress: {name} is {show_value(value)}")
 
 
 def check_numbers(part: Mapping[str, Any], name: str) -> None:
     """Errors: UserError if something in a part is no number."""
     for key, value in part.items():
-        require(is_number(value) and abs(value) < 2**63, f"{name}: {shown(key)} is {shown(value)}")
+        require(is_number(value) and abs(value) < 2**63, f"{name}: {show_value(key)} is {show_value(value)}")
 
 
 def check_precision(precision: Mapping[str, Any]) -> None:
@@ -77,9 +77,9 @@ def check_precision(precision: Mapping[str, Any]) -> None:
     require(isinstance(precision.get("device"), str), "precision names no device")
     for name in ("dtype", *(["muon_dtype"] if "muon_dtype" in precision else [])):
         dtype = precision.get(name)
-        require(isinstance(dtype, str) and dtype in DTYPES, f"precision has the {name} {shown(dtype)}")
+        require(isinstance(dtype, str) and dtype in DTYPES, f"precision has the {name} {show_value(dtype)}")
     count = precision.get("num_micro_batches", 1)
-    require(type(count) is int and 0 < count < 10**9, f"precision has {shown(count)} micro-batches")
+    require(type(count) is int and 0 < count < 10**9, f"precision has {show_value(count)} micro-batches")
 
 
 def check_optimizers(optimizers: Any) -> None:
@@ -102,15 +102,15 @@ def check_shards(shards: Mapping[str, Any]) -> None:
     for name, digest in shards.items():
         path = PurePosixPath(name)
         inside = len(path.parts) > 1 and not path.is_absolute() and ".." not in path.parts
-        require(inside and "\0" not in name, f"a shard has the name {shown(name)}")
-        require(isinstance(digest, str), f"the shard {shown(name)} has no checksum")
+        require(inside and "\0" not in name, f"a shard has the name {show_value(name)}")
+        require(isinstance(digest, str), f"the shard {show_value(name)} has no checksum")
     folders = {PurePosixPath(name).parent for name in shards}
     require(len(folders) <= 1, "its shards are in several folders")
 
 
 def check_vocabulary(tokenizer: Mapping[str, Any], size: Any) -> None:
     """Errors: UserError if there is no tokenizer, or one with another number of tokens."""
-    require(type(size) is int, f"vocab_size is {shown(size)}")
+    require(type(size) is int, f"vocab_size is {show_value(size)}")
     try:
         tokens = tokenizer_from_dict(tokenizer)
         found = tokens.vocab_size
@@ -134,7 +134,7 @@ def check_weights(config: TrainConfig, vocab_size: int, model: Any, average: Any
     for what, weights in (("model", model), ("average", average or expected)):
         for name in expected.keys() ^ weights.keys():
             lack = "missing" if name in expected else "unknown"
-            require(False, f"{what}: the tensor {shown(name)} is {lack}")
+            require(False, f"{what}: the tensor {show_value(name)} is {lack}")
         for name, tensor in cast(Mapping[str, Any], weights).items():
             require(is_tensor(tensor), f"{what}: {name} is not a tensor")
             own = expected[name]
@@ -155,7 +155,7 @@ def check_states(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[M
         shapes = [parameter.shape for parameter in parameters_of(optimizer)]
         require(set(state) <= set(range(len(shapes))), "an optimizer has more states than parameters")
         for number, moments in state.items():
-            require(set(moments) == names, f"an optimizer has the moments {shown(', '.join(moments))}")
+            require(set(moments) == names, f"an optimizer has the moments {show_value(', '.join(moments))}")
             for name, value in moments.items():
                 shape = torch.Size() if name == "step" else shapes[number]
                 require(
@@ -177,7 +177,7 @@ def require_plain(value: Any, where: str = "checkpoint") -> None:
         items: Iterable[tuple[Any, Any]] = cast(dict[Any, Any], value).items()
         for key, item in items:
             require_plain(key, f"a key of {where}")
-            require_plain(item, f"{where}[{shown(key)}]")
+            require_plain(item, f"{where}[{show_value(key)}]")
     elif kind in (list, tuple):
         for number, item in enumerate(value):
             require_plain(item, f"{where}[{number}]")

@@ -1,8 +1,8 @@
-"""The command line: parse first, import the command after.
+"""The command line: parse the arguments first, import the command after, report errors in one line.
 
 Run:    nanogpt train --max_iters 100         (= python train.py --max_iters 100)
-The fields of a command's config (config.py, data/config.py) are its flags; tyro makes the parser, here alone.
-Order: defaults < --preset < flags; with --resume: the run's own settings < flags.
+To add a command, write a config for its flags and a module with main(config), and add a row to COMMANDS.
+Knows nothing of how a flag is typed (parse.py).
 """
 
 import contextlib
@@ -12,16 +12,17 @@ import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import zip_longest
-from pathlib import Path
 from typing import Any, cast
 
 from nanogpt import __version__, streams
-from nanogpt.config import PlanConfig, PresetsConfig, SampleConfig, SummaryConfig, TrainConfig
+from nanogpt.cli.config import ModelSummaryConfig, PlanConfig, PresetsConfig
+from nanogpt.cli.parse import parse
+from nanogpt.config import TrainConfig
 from nanogpt.data.config import InspectConfig, PrepareConfig
 from nanogpt.errors import UserError
+from nanogpt.inference.config import SampleConfig
 from nanogpt.training import stopping
 
 EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
@@ -29,20 +30,20 @@ EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings, and where its main(config) is."""
+    """A command: its settings, and the module with its main(config)."""
 
     config: type[Any]
     module: str
     script: str = ""
     """The file in the root folder that runs it too, if there is one."""
     writes: bool = False
-    """Whether it is for the files that it writes, and what it prints may be lost; else for what it prints."""
+    """Whether its result is files, so that a failing standard output does not end it."""
 
 
 COMMANDS = {
     "data": Command(PrepareConfig, "nanogpt.data.prepare", "data.py", writes=True),
     "data info": Command(InspectConfig, "nanogpt.data.inspect"),
-    "model": Command(SummaryConfig, "nanogpt.cli.info", "model.py"),
+    "model": Command(ModelSummaryConfig, "nanogpt.cli.model", "model.py"),
     "plan": Command(PlanConfig, "nanogpt.cli.plan"),
     "train": Command(TrainConfig, "nanogpt.training.fit", "train.py", writes=True),
     "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py"),
@@ -54,43 +55,37 @@ IDLE_SPINS = "1000"
 training crawls as soon as anything else wants a core (bench/RESULTS.md)."""
 
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
-"""Settings of PyTorch's memory allocator on GPUs, by their names of today and before."""
-
-SEVERAL = ("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to")
-"""Flags that take several values, written after one another."""
-
-SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
-"""Bare forms of a flag with the values auto, on and off."""
+"""Settings of PyTorch's memory allocator on GPUs, by their present and earlier names."""
 
 
 def main() -> None:
     """Entry point of the `nanogpt` console script, and of `python -m nanogpt`."""
-    begin()
+    prepare_process()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        sys.exit(run(name, sys.argv[2:], prog=f"nanogpt {name}"))
-    code = guarded(lambda: overview(name))
+        sys.exit(run_command(name, sys.argv[2:], prog=f"nanogpt {name}"))
+    code = report_errors(lambda: print_overview(name))
     if code:
         sys.exit(code)
 
 
-def script(name: str) -> None:
-    """Entry point of the command's file in the root folder."""
-    begin()
-    sys.exit(run(name, sys.argv[1:], prog=f"python {COMMANDS[name].script}"))
+def run_script(name: str) -> None:
+    """Entry point of a command's script in the root folder, such as train.py."""
+    prepare_process()
+    sys.exit(run_command(name, sys.argv[1:], prog=f"python {COMMANDS[name].script}"))
 
 
-def begin() -> None:
-    """Make the process one that nothing ends with a traceback: neither a broken stream nor a signal."""
+def prepare_process() -> None:
+    """Let neither a broken standard stream nor a signal end this process with a traceback."""
     streams.protect_standard_streams()
     stopping.exit_quietly_on_signals()
 
 
-def overview(name: str) -> int:
-    """What is said without a command. Errors: UserError for one that does not exist."""
-    if name not in ("-h", "--help", "--version"):
-        raise UserError(f"nanogpt {name}: no such command: use {', '.join(COMMANDS)}")
-    print(f"nanogpt {__version__}" if name == "--version" else usage())
+def print_overview(option: str) -> int:
+    """Print the list of commands, or the version. Raises: UserError if `option` is neither."""
+    if option not in ("-h", "--help", "--version"):
+        raise UserError(f"nanogpt {option}: no such command: use {', '.join(COMMANDS)}")
+    print(f"nanogpt {__version__}" if option == "--version" else usage())
     return 0
 
 
@@ -102,33 +97,45 @@ def usage() -> str:
     return "\n".join([*lines, "", "nanogpt COMMAND --help lists its options."])
 
 
-def run(name: str, arguments: Sequence[str], prog: str) -> int:
+def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     """Parse the arguments, import the command and run it. Returns the exit code.
 
-    A mistake of the user's ends in one line on standard error; a bug keeps its traceback.
+    A user's mistake ends in one line on standard error; a bug keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that cannot be shown is no reason to end
-            stream.reconfigure(errors="replace")
-    return guarded(lambda: execute(*subcommand(name, arguments, prog)))
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a ?
+    return report_errors(lambda: parse_and_run(*subcommand(name, arguments, prog)))
 
 
-def execute(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Parse the arguments, import the command and run it. Returns the exit code."""
+def subcommand(name: str, arguments: Sequence[str], prog: str) -> tuple[str, Sequence[str], str]:
+    """Resolve `data info DIR` to the command "data info" with --data_dir DIR; leave all else as it is."""
+    if name != "data" or arguments[:1] != ["info"]:
+        return name, arguments, prog
+    rest = arguments[1:]
+    bare = bool(rest) and not rest[0].startswith("-")
+    return "data info", ["--data_dir", *rest] if bare else rest, f"{prog} info"
+
+
+def parse_and_run(name: str, arguments: Sequence[str], prog: str) -> int:
+    """Parse the arguments, import the command's module and call its main. Returns the exit code."""
     command = COMMANDS[name]
     config = parse(command.config, arguments, prog)
     streams.raise_stdout_errors(on=not command.writes)
-    prepare_environment()
-    with imports_explained():
+    set_environment()
+    with explain_import_errors():
         module = importlib.import_module(command.module)
     return cast(Callable[[Any], int], module.main)(config)
 
 
-def prepare_environment() -> None:
+# --- the environment of PyTorch ---
+
+
+def set_environment() -> None:
     """Set the variables that PyTorch reads when it is imported, except those that the user has set.
 
-    Threads: the cores that this process may use. PyTorch asks for the affinity but not for the quota of a
-    container. (On Windows and macOS it counts right by itself.)
+    Threads: the cores that this process may use. On Linux, PyTorch knows the affinity but not the CPU quota
+    of a container; on Windows and macOS it counts right.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
     if sys.platform != "linux":
@@ -139,9 +146,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # fused attention on more cards
     torch = torch_version()
     if not ALLOCATOR_VARIABLES & os.environ.keys() and "rocm" not in torch:
-        renamed = not torch.startswith(("2.7.", "2.8."))  # since then the old name warns
+        renamed = not torch.startswith(("2.7.", "2.8."))  # later versions warn about the old name
         name = "PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"
-        os.environ[name] = "expandable_segments:True"  # evaluation and training share memory of other sizes
+        os.environ[name] = "expandable_segments:True"  # evaluation and training reuse each other's memory
 
 
 def torch_version() -> str:
@@ -151,36 +158,39 @@ def torch_version() -> str:
     return ""
 
 
-def guarded(action: Callable[[], int]) -> int:
-    """The exit code of a command; what the user can mend, and Ctrl-C, are said without a traceback."""
+# --- errors ---
+
+
+def report_errors(action: Callable[[], int]) -> int:
+    """Call `action` and return its exit code; print user errors, and end on Ctrl-C, without a traceback."""
     streams.raise_stdout_errors(on=True)
     try:
         try:
             return action()
         finally:
-            close_bars()
+            remove_progress_bars()
             streams.flush()
     except UserError as error:
-        return complain(str(error))
+        return print_error(str(error))
     except OSError as error:  # a folder that is a file, a read-only disk, ...
         if error.filename is None:
             raise
-        return complain(f"{error.filename}: {error.strerror}")
+        return print_error(f"{error.filename}: {error.strerror}")
     except ModuleNotFoundError as error:
         if (error.name or "nanogpt").partition(".")[0] == "nanogpt":
             raise
-        return complain(f"{error.name} is not installed: pip install -c constraints.txt -e .")
+        return print_error(f"{error.name} is not installed: pip install -c constraints.txt -e .")
     except KeyboardInterrupt:
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # behind the ^C
+            print(file=sys.stderr)  # ends the line in which the terminal shows ^C
         return EXIT_INTERRUPT
     finally:
         streams.raise_stdout_errors(on=False)
 
 
 @contextmanager
-def imports_explained() -> Generator[None]:
-    """Errors: UserError if a library is there but cannot be loaded, being made for another system say."""
+def explain_import_errors() -> Generator[None]:
+    """Raise UserError if an installed library cannot be loaded, for example one built for another system."""
     try:
         yield
     except ModuleNotFoundError:
@@ -196,15 +206,15 @@ def imports_explained() -> Generator[None]:
         ) from error
 
 
-def close_bars() -> None:
-    """Take down progress bars, which an error or a signal has left, if any were made."""
+def remove_progress_bars() -> None:
+    """Remove progress bars that an error or a signal has left, if console.py was imported at all."""
     console = sys.modules.get("nanogpt.console")
     if console is not None:
         console.stop_progress_bars()
 
 
-def complain(message: str) -> int:
-    """Say what is wrong, in one line, even if several processes made the same mistake.
+def print_error(message: str) -> int:
+    """Print what is wrong in one line; of several processes with the same mistake, one prints it.
 
     Returns the exit code.
     """
@@ -214,129 +224,3 @@ def complain(message: str) -> int:
     if is_main_process():
         print(f"error: {one_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
-
-
-def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
-    """The config that the arguments describe. `--help` prints and exits.
-
-    Errors: UserError, in one line, if they cannot be understood.
-    """
-    import tyro
-
-    arguments = repeat_flags(expand_switches(arguments))
-    names = {field.name for field in fields(cls)}
-    early = Early()
-    if names & {"preset", "resume"}:
-        with contextlib.suppress(SystemExit), quiet():
-            early, _ = tyro.cli(Early, args=arguments, return_unknown_args=True, add_help=False)
-    default = replace_lists(starting_point(cls, early), arguments)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(
-                cls,
-                args=arguments,
-                prog=prog,
-                default=default,
-                use_underscores=True,
-                config=(tyro.conf.UseAppendAction,),
-            )
-    except SystemExit as stop:
-        if stop.code != EXIT_USER_ERROR:  # --help, or a signal
-            raise
-        raise UserError(f"{flatten(printed.getvalue())}; see {prog} --help") from None
-
-
-@dataclass(frozen=True)
-class Early:
-    """The flags that decide what all the others default to."""
-
-    preset: str | None = None
-    resume: bool = False
-    out_dir: str = TrainConfig.out_dir
-
-
-def quiet() -> contextlib.AbstractContextManager[Any]:
-    """Hide what is printed on standard error: the full parse reports it."""
-    return contextlib.redirect_stderr(io.StringIO())
-
-
-def starting_point(cls: type[Any], early: Early) -> Any:
-    """The config whose values stand where no flag is given."""
-    if early.resume:
-        from nanogpt.checkpoint.run_dir import RunFolder
-
-        saved = RunFolder(Path(early.out_dir)).saved_config()
-        return replace(saved, out_dir=early.out_dir) if saved else cls()
-    if early.preset is None:
-        return cls()
-    from nanogpt import presets
-
-    preset = presets.get(early.preset)
-    names = {field.name for field in fields(cls)}
-    common = names & {field.name for field in fields(preset)}
-    values = {name: getattr(preset, name) for name in common}
-    if "vocab_size" in names:
-        values["vocab_size"] = presets.PRESETS[early.preset].vocab_size
-    return cls(**values)
-
-
-def expand_switches(arguments: Sequence[str]) -> list[str]:
-    """Write bare switches out: --compile as --compile on, --no_compile as --compile off."""
-    expanded: list[str] = []
-    for argument, following in zip_longest(arguments, arguments[1:]):
-        bare = argument in SWITCHES and following not in ("auto", "on", "off")
-        expanded += ["--compile", SWITCHES[argument]] if bare else [argument]
-    return expanded
-
-
-def repeat_flags(arguments: Sequence[str]) -> list[str]:
-    """Write lists out: --input_file a b as --input_file=a --input_file=b, which takes a bare - too."""
-    expanded: list[str] = []
-    flag = ""
-    for argument, following in zip_longest(arguments, arguments[1:]):
-        if argument in SEVERAL and following is not None and is_value(following):
-            flag = argument
-        elif flag and is_value(argument):
-            expanded.append(f"{flag}={argument}")
-        else:
-            expanded.append(argument)
-            flag = ""
-    return expanded
-
-
-def replace_lists(default: Any, arguments: Sequence[str]) -> Any:
-    """Empty the list of a flag that is given: its values replace the default, which tyro would extend."""
-    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
-    lists = [
-        f.name for f in fields(default) if f.name in given and isinstance(getattr(default, f.name), tuple)
-    ]
-    return replace(default, **dict.fromkeys(lists, ()))
-
-
-def is_value(argument: str) -> bool:
-    """Whether an argument is no flag: a bare - is standard input."""
-    return argument == "-" or not argument.startswith("-")
-
-
-def subcommand(name: str, arguments: Sequence[str], prog: str) -> tuple[str, Sequence[str], str]:
-    """Take `data info DIR` for what it means: the command "data info" with --data_dir DIR."""
-    if name != "data" or arguments[:1] != ["info"]:
-        return name, arguments, prog
-    rest = arguments[1:]
-    bare = bool(rest) and not rest[0].startswith("-")
-    return "data info", ["--data_dir", *rest] if bare else rest, f"{prog} info"
-
-
-def flatten(box: str) -> str:
-    """Tyro's framed error message in one line, without its frame and its pointer to --help."""
-    words: list[str] = []
-    for line in box.splitlines():
-        text = line.strip("│| ").strip()
-        if text.startswith("For full helptext"):
-            break
-        if set(text) - set("─-") and not text.startswith(
-            ("╭─", "╰─", "+-")
-        ):  # the latter where there is ASCII alone
-            words.append(text)
-    return " ".join(words).rstrip(".") or "the arguments cannot be understood"

@@ -1,14 +1,15 @@
-"""The presets as a table: what each is for, how large it is, what it reaches and how fast.
+"""The `presets` command: a table of the purpose, size, measured loss and time of each preset.
 
 Run:    nanogpt presets
 """
 
 from rich.table import Table
 
-from nanogpt.cli.info import count_parameters
-from nanogpt.config import PresetsConfig, model_config
+from nanogpt.cli.config import PresetsConfig
+from nanogpt.cli.model import count_parameters
+from nanogpt.config import model_config
 from nanogpt.console import say, terminal
-from nanogpt.presets import MACHINE, PRESETS
+from nanogpt.presets import MEASURED_ON, PRESETS
 
 
 def main(_: PresetsConfig) -> int:
@@ -23,8 +24,8 @@ def main(_: PresetsConfig) -> int:
             f"{config.block_size:,}",
             f"{parameters / 1e6:,.1f} M",
             f"{config.max_iters:,} x {config.batch_size * config.block_size:,}",
-            preset.loss or "-",
-            preset.time or "-",
+            preset.measured.loss if preset.measured else "-",
+            preset.measured.time if preset.measured else "-",
         )
     terminal().print(table)
     say()
@@ -32,7 +33,7 @@ def main(_: PresetsConfig) -> int:
         say(f"  {name:12} {preset.purpose}")
     say()
     say("steps: updates x tokens in each. loss: nats a character over Tiny Shakespeare's whole")
-    say(f"validation split. training: time in updates on {MACHINE}.")
+    say(f"validation split. training: time in updates on {MEASURED_ON}.")
     say("-: not measured yet.")
     say("Use one with: nanogpt train --preset NAME (other flags change what it says)")
     return 0

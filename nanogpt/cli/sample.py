@@ -1,78 +1,86 @@
-"""Generate text from a checkpoint: load, stream, print.
+"""The `sample` command: load a checkpoint, continue a prompt, print the text as it is made.
 
 Run:    python sample.py --prompt "ROMEO:" --temperature 0.8
-The text goes to standard output as it is made, everything else to standard error. Needs the
-checkpoint and nothing else: the tokenizer is inside it.
+The text goes to standard output, everything else to standard error. It needs the checkpoint and no other
+file: the tokenizer is inside it.
 """
 
 import io
 import secrets
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nanogpt.checkpoint.format import build_model, load_checkpoint
-from nanogpt.config import SampleConfig
 from nanogpt.console import escape_control_characters, warn
 from nanogpt.device import autocast, eager_mode, is_out_of_memory, kind_of, pick_device
 from nanogpt.errors import UserError, require
-from nanogpt.inference.generate import generate
-from nanogpt.model.gpt import GPT
+from nanogpt.inference.config import SampleConfig
+from nanogpt.inference.generate import generate_text
 from nanogpt.precision import pick_sampling_dtype
 from nanogpt.text.encoding import decode_file
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
-"""What can be typed in a shell, and what it stands for."""
+"""Escape sequence, as typed in a shell -> the character that it stands for."""
 
-LONGEST_PROMPT = 1 << 24
-"""Bytes of a file with a prompt: far more than any model sees."""
+MAX_PROMPT_BYTES = 1 << 24
+"""Upper limit of a prompt's file: far more than any model sees."""
+
+SEPARATOR = "\n" + "-" * 40 + "\n"
+"""Printed between two samples."""
 
 
 def main(config: SampleConfig) -> int:
     """Print config.num_samples texts. Returns the exit code."""
-    path = checkpoint_in(Path(config.checkpoint))
-    typed = unescape(config.prompt)
-    prompt = typed if config.prompt_file is None else read_prompt(config.prompt_file)
-    stops = [unescape(stop) for stop in config.stop]
+    path = find_checkpoint(Path(config.checkpoint))
+    prompt = unescape(config.prompt) if config.prompt_file is None else read_prompt(config.prompt_file)
+    flag = "--prompt" if config.prompt_file is None else "--prompt_file"
+    stop = [unescape(string) for string in config.stop]
     seed = secrets.randbits(32) if config.seed is None else config.seed
-    with enough_memory():
+    with explain_out_of_memory():
         device = pick_device(config.device)
         saved = load_checkpoint(path)
-        model, tokens = build_model(saved, device)
+        model, tokenizer = build_model(saved, device)
         dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
-        flag = "--prompt" if config.prompt_file is None else "--prompt_file"
-        ids = encode_prompt(tokens, prompt, skip=config.unknown == "skip", flag=flag)
+        ids = encode_prompt(tokenizer, prompt, skip_unknown=config.unknown == "skip", flag=flag).to(device)
         with eager_mode(), autocast(device, dtype):
             for number in range(config.num_samples):
                 if number:
-                    show("\n" + "-" * 40 + "\n")
-                show(prompt)
-                pieces = stream(model, tokens, ids, config, seed + number)
-                for piece in until(pieces, stops):
-                    show(piece)
-                show("\n")
+                    print_text(SEPARATOR)
+                print_text(prompt)
+                generator = kind_of(device).generator(ids.device, seed + number)
+                for text in generate_text(
+                    model,
+                    tokenizer,
+                    ids,
+                    config,
+                    num_tokens=config.num_tokens,
+                    stop=stop,
+                    generator=generator,
+                ):
+                    print_text(text)
+                print_text("\n")
     return 0
 
 
-def show(text: str) -> None:
-    """Print a part of the product: as it is, but that no terminal obeys what a model has written."""
+def print_text(text: str) -> None:
+    """Print generated text unchanged, but on a terminal escape the control characters in it."""
     if sys.stdout.isatty():
         text = "\r".join(map(escape_control_characters, text.split("\r")))
     print(text, end="", flush=True)
 
 
 @contextmanager
-def enough_memory() -> Generator[None]:
-    """Errors: UserError if the block takes more memory than there is."""
+def explain_out_of_memory() -> Generator[None]:
+    """Raise UserError, with advice, if the block runs out of memory."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is the former
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         raise UserError(
@@ -80,10 +88,10 @@ def enough_memory() -> Generator[None]:
         ) from error
 
 
-def checkpoint_in(path: Path) -> Path:
-    """The checkpoint that is meant: the file itself, or the best one of a run's folder, else its newest.
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint file at a path: the file itself, or of a run folder the best one, else the newest.
 
-    Errors: UserError if the folder has none.
+    Raises: UserError if the folder has none.
     """
     if not path.is_dir():
         return path
@@ -97,19 +105,19 @@ def checkpoint_in(path: Path) -> Path:
 
 
 def read_prompt(name: str) -> str:
-    """The text of a file, or of standard input for "-". A line break at its very end is not part of it.
+    """Read the prompt from a file, or from standard input for "-", without a line break at its very end.
 
-    Errors: UserError if it cannot be read, is empty, not text, or larger than any prompt.
+    Raises: UserError if it cannot be read, is empty, not text, or larger than any prompt.
     """
     if name == "-" and sys.stdin.isatty():
         warn("Type the prompt, then Ctrl-D on a line of its own")
     try:
         with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-            raw = file.read(LONGEST_PROMPT + 1)
+            raw = file.read(MAX_PROMPT_BYTES + 1)
     except OSError as error:
         raise UserError(f"--prompt_file {name} cannot be read: {error.strerror}") from error
     require(bool(raw), f"--prompt_file {name} is empty: give at least one character")
-    require(len(raw) <= LONGEST_PROMPT, f"--prompt_file {name} is larger than {LONGEST_PROMPT >> 20} MiB")
+    require(len(raw) <= MAX_PROMPT_BYTES, f"--prompt_file {name} is larger than {MAX_PROMPT_BYTES >> 20} MiB")
     try:
         blocks, notes = decode_file(io.BytesIO(raw))
         text = b"".join(blocks).decode("utf-8")
@@ -121,7 +129,7 @@ def read_prompt(name: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """Turn each pair of characters in ESCAPES, as typed in a shell, into the one it stands for."""
+    """Replace the escape sequences of ESCAPES, as typed in a shell, by the characters they stand for."""
     result, i = "", 0
     while i < len(text):
         pair = text[i : i + 2]
@@ -131,66 +139,29 @@ def unescape(text: str) -> str:
 
 
 def encode_prompt(
-    tokens: Tokenizer, prompt: str, *, skip: bool = False, flag: str = "--prompt"
+    tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = False, flag: str = "--prompt"
 ) -> torch.Tensor:
-    """The ids of a prompt, (1, T) int64. skip: leave out characters that the model never saw.
+    """Encode a prompt: its token ids, (1, T) int64.
 
-    flag: how it was given.
-    Errors: UserError naming them, unless they are skipped; or if nothing is left.
+    skip_unknown: leave out characters that the model has never seen.
+    flag: the flag that gave the prompt, for messages.
+    The default prompt always works: for a vocabulary without line feeds, it is the end of the text before.
+    Raises: UserError naming unknown characters, unless they are skipped; or if no token is left.
     """
-    asked = prompt != unescape(SampleConfig.prompt)
-    if skip and isinstance(tokens, CharTokenizer):
-        unknown = set(tokens.unknown_characters(prompt))
+    is_default = prompt == unescape(SampleConfig.prompt)
+    if skip_unknown and isinstance(tokenizer, CharTokenizer):
+        unknown = set(tokenizer.unknown_characters(prompt))
         prompt = "".join(char for char in prompt if char not in unknown)
-        require(bool(prompt) or not asked, f"{flag}: the model has seen none of its characters: give another")
+        if not prompt and not is_default:
+            raise UserError(f"{flag}: the model has seen none of its characters: give another")
     try:
-        ids = tokens.encode(prompt)
-        require(len(ids) > 0, f"this tokenizer makes no token of {prompt!r}: give another one")
+        ids = tokenizer.encode(prompt)
+        problem = "" if len(ids) else f"this tokenizer makes no token of {prompt!r}: give another one"
     except UserError as error:
-        if not asked:  # a vocabulary without line feeds: begin as a document does
-            return torch.tensor([[tokens.end_of_text or 0]])
-        advice = ", or give --unknown skip" if isinstance(tokens, CharTokenizer) else ""
-        raise UserError(f"{flag}: {error}{advice}") from error
-    return torch.from_numpy(ids.astype(np.int64))[None]
-
-
-def stream(
-    model: GPT, tokens: Tokenizer, ids: torch.Tensor, config: SampleConfig, seed: int
-) -> Iterator[str]:
-    """The generated text, as it is made, up to where the model ends it."""
-    device = next(model.parameters()).device
-    generated = generate(
-        model,
-        ids.to(device),
-        num_tokens=config.num_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        generator=kind_of(device).generator(device, seed),
-    )
-    yield from tokens.stream(takewhile(lambda token: token != tokens.end_of_text, map(int, generated)))
-
-
-def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """Pass text on up to the first of `stops`, which is left out.
-
-    The end of the text is held back as long as it may be the beginning of a stop string.
-    """
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [position for stop in stops if (position := held.find(stop)) >= 0]
-        if found:
-            yield held[: min(found)]
-            return
-        keep = max((overlap(held, stop) for stop in stops), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    yield held
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+        ids, problem = np.zeros(0), str(error)
+    if not problem:
+        return torch.from_numpy(ids.astype(np.int64))[None]
+    if is_default:
+        return torch.tensor([[tokenizer.end_of_text or 0]])
+    advice = ", or give --unknown skip" if isinstance(tokenizer, CharTokenizer) else ""
+    raise UserError(f"{flag}: {problem}{advice}")

@@ -1,82 +1,104 @@
-"""Decoding: from a model and a prompt to one token after another.
+"""Generation: from a prompt to one token after another, or to text as it is made.
 
-Use:    for token in generate(model, prompt_ids, num_tokens=100, temperature=0.8): ...
-Each step runs the model on the last block_size tokens. Knows nothing of text or of printing.
+Example: for token in generate(model, prompt, num_tokens=100, temperature=0.8): ...
+         for text in generate_text(model, tokenizer, prompt, num_tokens=100, stop=["JULIET:"]): ...
+How a token is chosen is in sampling.py. Knows nothing of files or of printing.
 
-# B batch, T tokens, V vocab_size
+Shapes: B batch, T tokens, V vocab_size
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanogpt.inference.config import SamplingParams
+from nanogpt.inference.sampling import sample
 from nanogpt.model.gpt import GPT
+from nanogpt.tokenizer.base import Tokenizer
 
-SMALLEST = torch.finfo(torch.float32).tiny
-"""Temperatures below this are as good as this."""
+DEFAULT_PARAMS = SamplingParams()
+
+
+def generate(
+    model: GPT,
+    prompt: Tensor,
+    params: SamplingParams = DEFAULT_PARAMS,
+    *,
+    num_tokens: int,
+    generator: torch.Generator | None = None,
+    **changes: Any,
+) -> Iterator[Tensor]:
+    """Continue `prompt` (B, T) int64: an iterator over the new tokens, (B,) each, one for each row.
+
+    changes: fields of `params` by their names, as temperature=0.8, top_k=40, top_p=0.9.
+    generator: source of randomness, on the device of `prompt`; None: PyTorch's global one.
+    Raises: UserError for a value that cannot be meant; TypeError for an unknown name.
+    """
+    return decode(model, prompt, replace(params, **changes), num_tokens, generator)
 
 
 @torch.no_grad()
-def generate(
-    model: GPT,
-    idx: Tensor,
-    *,
-    num_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+def decode(
+    model: GPT, tokens: Tensor, params: SamplingParams, num_tokens: int, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
-    """Continue `idx` (B, T) int64, yielding each new token (B,) as soon as it is chosen.
+    """Yield each new token (B,) as soon as it is sampled.
 
-    generator: source of randomness, on the device of `idx`; None for the global one.
+    For every token the model runs anew over the last block_size tokens. Even the output layer does, though
+    only its last position is used: a KV cache will leave one position to compute.
     """
     for _ in range(num_tokens):
-        context = idx[:, -model.config.block_size :]  # the model sees no further back
+        context = tokens[:, -model.config.block_size :]  # (B, T): the model sees no further back
         logits, _ = model(context)  # (B, T, V)
-        token = sample(logits[:, -1], temperature, top_k, top_p, generator)  # (B,)
+        token = sample(logits[:, -1], params, generator)  # (B,)
         yield token
-        idx = torch.cat((context, token[:, None]), dim=1)
+        tokens = torch.cat((context, token[:, None]), dim=1)
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+def generate_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: Tensor,
+    params: SamplingParams = DEFAULT_PARAMS,
+    *,
+    num_tokens: int,
+    stop: Sequence[str] = (),
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Choose a token by its logits: (B, V) -> (B,) int64.
+    **changes: Any,
+) -> Iterator[str]:
+    """Continue one prompt (1, T) int64: an iterator over the new text, in chunks, as it is made.
 
-    temperature: 0 takes the likeliest (the first of equals). top_k, top_p: see keep_top_k,
-    keep_top_p; both may be given, top_k first.
+    It ends after num_tokens tokens, before a string of `stop`, or where the model ends the text.
+    params, generator, changes: as for `generate`.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float()
-    highest = logits.max(dim=-1, keepdim=True).values
-    logits = (logits - highest) / max(temperature, SMALLEST)  # no overflow, however small it is
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    if top_p is not None:
-        logits = keep_top_p(logits, top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    tokens = map(int, generate(model, prompt, params, num_tokens=num_tokens, generator=generator, **changes))
+    until_end = takewhile(lambda token: token != tokenizer.end_of_text, tokens)
+    return stop_at(tokenizer.stream(until_end), stop)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Rule out all but the k likeliest tokens: their logits (B, V) become -inf."""
-    kept = logits.topk(min(k, logits.shape[-1]))  # (B, k)
-    return torch.full_like(logits, float("-inf")).scatter(-1, kept.indices, kept.values)
+def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pass text on up to the first stop string, which is left out.
 
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Rule out all but the fewest likeliest tokens that together reach probability p.
-
-    (B, V) -> (B, V). Nucleus sampling (Holtzman et al., 2020).
+    The end of the text is held back as long as it may be the beginning of a stop string.
     """
-    ordered, order = logits.sort(dim=-1, descending=True)  # (B, V)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens
-    ordered = ordered.masked_fill(before >= p, float("-inf"))
-    return torch.empty_like(logits).scatter(-1, order, ordered)
+    pending = ""
+    for chunk in chunks:
+        pending += chunk
+        found = [position for string in stop if (position := pending.find(string)) >= 0]
+        if found:
+            yield pending[: min(found)]
+            return
+        held_back = max((partial_match(pending, string) for string in stop), default=0)
+        if len(pending) > held_back:
+            yield pending[: len(pending) - held_back]
+            pending = pending[len(pending) - held_back :]
+    yield pending
+
+
+def partial_match(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a prefix of `stop`, without being all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -15,8 +15,9 @@ from nanogpt import device
 from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
-from nanogpt.config import GPTConfig, SampleConfig, TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.batches import BatchLoader
+from nanogpt.inference.config import SampleConfig
 from nanogpt.model.gpt import GPT
 from nanogpt.model.loss import chunked_cross_entropy
 from nanogpt.training import trainer

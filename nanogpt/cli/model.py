@@ -1,0 +1,74 @@
+"""The `model` command: what a model costs before it is trained: parameters by part, memory, arithmetic.
+
+Run:    python model.py --n_layer 12 --n_embd 768
+Memory and operations have the same source as those of `nanogpt plan`, which also counts activations.
+"""
+
+from dataclasses import fields
+
+import torch
+from rich.table import Table
+
+from nanogpt import presets
+from nanogpt.cli.config import ModelSummaryConfig
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.console import MIB, say, terminal
+from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.training.memory_estimate import count_update
+
+PARTS = {
+    "token embedding": ("wte.",),
+    "position embedding": ("wpe.",),
+    "tables of pairs and triples": ("ngrams.",),
+    "attention": (".attn.",),
+    "MLP": (".mlp.",),
+    "norms": (".ln_1.", ".ln_2.", "ln_f."),
+    "output layer": ("head.",),
+}
+"""Part of the model -> substrings that the names of its parameters contain."""
+
+
+def main(config: ModelSummaryConfig) -> int:
+    """Print the summary of a configuration. Returns the exit code."""
+    shape = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
+    training = presets.get(config.preset) if config.preset else TrainConfig()
+    counts = count_parameters(shape)
+    say(
+        f"GPT: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
+        f"context {shape.block_size}, vocabulary {shape.vocab_size}"
+    )
+    print_parts(counts)
+    weights, gradients, moments, _ = count_update(shape, training, torch.device("cpu"), torch.float32)
+    averaged = " with their moving average" if training.ema_decay else ""
+    say(
+        f"Memory: weights{averaged} {weights / MIB:,.1f} MiB, gradients {gradients / MIB:,.1f} MiB, "
+        f"optimizer ({training.optimizer}) {moments / MIB:,.1f} MiB, in float32"
+    )
+    flops = flops_per_token(shape, sum(counts.values()))
+    say(f"Training: {flops / 1e6:,.1f} MFLOP a token, {flops * shape.block_size / 1e9:,.2f} GFLOP a sequence")
+    return 0
+
+
+def print_parts(counts: dict[str, int]) -> None:
+    """Print the parameters of each part as a table."""
+    total = sum(counts.values())
+    table = Table("part", "parameters", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, count in counts.items():
+        if count:
+            table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+    table.add_section()
+    table.add_row("total", f"{total:,}", "")
+    terminal().print(table)
+
+
+def count_parameters(config: GPTConfig) -> dict[str, int]:
+    """Number of parameters of each part of the model, in the order in which data flows through them."""
+    with torch.device("meta"):  # no memory, however large the model
+        model = GPT(config)
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        part = next(part for part, marks in PARTS.items() if any(mark in name for mark in marks))
+        counts[part] += parameter.numel()
+    return counts

@@ -1,0 +1,146 @@
+"""Parsing: from the arguments of a command line to the config of a command.
+
+Example: config = parse(TrainConfig, ["--preset", "cpu", "--max_iters", "100"], prog="nanogpt train")
+Each field of the config is a flag; tyro makes the parser, here alone. Spellings that tyro does not know are
+written out before it sees them: bare switches (--compile) and lists (--input_file a b).
+Order: defaults < --preset < flags; with --resume: the run's own settings < flags.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from nanogpt.config import TrainConfig
+from nanogpt.errors import UserError
+
+TYRO_ERROR_CODE = 2
+"""Exit code with which tyro refuses arguments."""
+
+LIST_FLAGS = ("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to")
+"""Flags that take several values, written after one another."""
+
+SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
+"""Bare forms of a flag with the values auto, on and off."""
+
+
+@dataclass(frozen=True)
+class BaseFlags:
+    """The flags that decide which values all others default to; they are parsed first."""
+
+    preset: str | None = None
+    resume: bool = False
+    out_dir: str = TrainConfig.out_dir
+
+
+def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
+    """Parse the arguments into a config of class `cls`. `--help` prints and exits.
+
+    Raises: UserError, in one line, if they cannot be understood.
+    """
+    import tyro
+
+    arguments = expand_lists(expand_switches(arguments))
+    default = replace_lists(default_config(cls, parse_base_flags(cls, arguments)), arguments)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                cls,
+                args=arguments,
+                prog=prog,
+                default=default,
+                use_underscores=True,
+                config=(tyro.conf.UseAppendAction,),
+            )
+    except SystemExit as stop:
+        if stop.code != TYRO_ERROR_CODE:  # --help, or a signal
+            raise
+        raise UserError(f"{error_in_one_line(printed.getvalue())}; see {prog} --help") from None
+
+
+def parse_base_flags(cls: type[Any], arguments: Sequence[str]) -> BaseFlags:
+    """Parse the base flags, if `cls` has any. Their mistakes are left to the full parse to report."""
+    import tyro
+
+    if not {field.name for field in fields(cls)} & {"preset", "resume"}:
+        return BaseFlags()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(BaseFlags, args=arguments, return_unknown_args=True, add_help=False)[0]
+    return BaseFlags()
+
+
+def default_config(cls: type[Any], base: BaseFlags) -> Any:
+    """The config whose values stand where no flag is given: the run's, the preset's or the defaults."""
+    if base.resume:
+        from nanogpt.checkpoint.run_dir import RunFolder
+
+        saved = RunFolder(Path(base.out_dir)).saved_config()
+        return replace(saved, out_dir=base.out_dir) if saved else cls()
+    if base.preset is None:
+        return cls()
+    from nanogpt import presets
+
+    preset = presets.get(base.preset)
+    names = {field.name for field in fields(cls)}
+    common = names & {field.name for field in fields(preset)}
+    values = {name: getattr(preset, name) for name in common}
+    if "vocab_size" in names:
+        values["vocab_size"] = presets.PRESETS[base.preset].vocab_size
+    return cls(**values)
+
+
+def expand_switches(arguments: Sequence[str]) -> list[str]:
+    """Write bare switches out: --compile as --compile on, --no_compile as --compile off."""
+    expanded: list[str] = []
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        bare = argument in SWITCHES and following not in ("auto", "on", "off")
+        expanded += ["--compile", SWITCHES[argument]] if bare else [argument]
+    return expanded
+
+
+def expand_lists(arguments: Sequence[str]) -> list[str]:
+    """Write lists out: --input_file a b as --input_file=a --input_file=b (which takes a bare - too)."""
+    expanded: list[str] = []
+    flag = ""
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument in LIST_FLAGS and following is not None and is_value(following):
+            flag = argument
+        elif flag and is_value(argument):
+            expanded.append(f"{flag}={argument}")
+        else:
+            expanded.append(argument)
+            flag = ""
+    return expanded
+
+
+def replace_lists(default: Any, arguments: Sequence[str]) -> Any:
+    """Empty the list of a flag that is given: its values replace the default, which tyro would extend."""
+    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
+    lists = [
+        field.name
+        for field in fields(default)
+        if field.name in given and isinstance(getattr(default, field.name), tuple)
+    ]
+    return replace(default, **dict.fromkeys(lists, ()))
+
+
+def is_value(argument: str) -> bool:
+    """Whether an argument is a value, not a flag; a bare - is one: standard input."""
+    return argument == "-" or not argument.startswith("-")
+
+
+def error_in_one_line(box: str) -> str:
+    """Tyro's framed error message in one line, without its frame and its pointer to --help."""
+    words: list[str] = []
+    for line in box.splitlines():
+        text = line.strip("│| ").strip()
+        if text.startswith("For full helptext"):
+            break
+        is_frame = text.startswith(("╭─", "╰─", "+-"))  # +- where the terminal has ASCII alone
+        if set(text) - set("─-") and not is_frame:
+            words.append(text)
+    return " ".join(words).rstrip(".") or "the arguments cannot be understood"
