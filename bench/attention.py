@@ -1,8 +1,8 @@
-"""Attention on a CPU: PyTorch's fused kernel against plain products.
+"""Attention on a CPU: PyTorch's fused kernel against explicit products.
 
 Run:    python bench/attention.py
 Forward and backward for shapes of small models, in turn, in float32 and bfloat16; medians in
-milliseconds and their ratio. model.py's PLAIN_ON_CPU rests on this.
+milliseconds and their ratio. device.CPU.explicit_attention_max_length rests on this.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.model.gpt import plain_attention
+from nanogpt.model.kernels import explicit_attention
 
 SHAPES = ((12, 4, 64, 32), (32, 4, 128, 32), (8, 6, 256, 64), (4, 12, 512, 64), (2, 12, 1024, 64))
 """B, H, T, D."""
@@ -37,11 +37,11 @@ def step(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor], inputs: list
 
 def main() -> None:
     """Measure and print."""
-    table = Table("B, H, T, D", "dtype", "fused ms", "plain ms", "fused / plain")
+    table = Table("B, H, T, D", "dtype", "fused ms", "explicit ms", "fused / explicit")
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
-            pairs = [(step(fused_attention, inputs), step(plain_attention, inputs)) for _ in range(ROUNDS)]
+            pairs = [(step(fused_attention, inputs), step(explicit_attention, inputs)) for _ in range(ROUNDS)]
             fused, plain = (statistics.median(column) for column in zip(*pairs, strict=True))
             row = (str(shape), str(dtype)[6:], f"{fused:.2f}", f"{plain:.2f}", f"{fused / plain:.2f}")
             table.add_row(*row)

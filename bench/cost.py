@@ -17,7 +17,7 @@ from rich.table import Table
 from nanogpt import device
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.console import MIB
-from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.model.gpt import flops_per_token, meta_model
 from nanogpt.training import memory_estimate
 
 BASE = TrainConfig(n_layer=4, n_head=4, n_embd=256, block_size=128, batch_size=8, dropout=0.0)
@@ -50,12 +50,11 @@ def main() -> None:
         step = common.our_step(model, dtype, place, settings=config)
         x, y = torch.randint(VOCABULARY, (2, config.batch_size, config.block_size), device=place)
         steps[name] = lambda step=step, x=x, y=y: step(x, y)
-        with torch.device("meta"):
-            parameters = GPT(model).num_parameters()
+        network = meta_model(model)
         plan = memory_estimate.predict(model, config, place, dtype, config.batch_size)
         costs[name] = {
-            "parameters": parameters,
-            "gflop": flops_per_token(model, parameters) * x.numel() / 1e9,
+            "parameters": network.num_parameters(),
+            "gflop": flops_per_token(network) * x.numel() / 1e9,
             "held_mib": plan.held / MIB,
             "activations_mib": plan.activations / MIB,
         }

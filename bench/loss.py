@@ -1,4 +1,4 @@
-"""The loss of a large vocabulary: in pieces, and with all logits at once.
+"""The loss of a large vocabulary: in chunks, and with all logits at once.
 
 Run:    python bench/loss.py                            GPT-2's vocabulary and width, 4,096 positions
         python bench/loss.py --device cuda --positions 32768
@@ -15,22 +15,25 @@ import common
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nanogpt.model.loss import chunked_cross_entropy
+from nanogpt.model.kernels import chunked_cross_entropy
 
 
-def whole(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def whole(x: Tensor, weight: nn.Parameter, targets: Tensor) -> Tensor:
     """All logits, then the loss."""
-    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, weight).float(), targets)
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
 
 
-def in_pieces(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def in_chunks(x: Tensor, weight: nn.Parameter, targets: Tensor) -> Tensor:
     """A few positions at a time."""
-    return chunked_cross_entropy(x, weight, targets, 0.0)
+    head = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    head.weight = weight
+    return chunked_cross_entropy(head, lambda logits: logits, x, targets, len(weight))
 
 
-WAYS = {"all at once": whole, "in pieces": in_pieces}
+WAYS = {"all at once": whole, "in chunks": in_chunks}
 
 
 def main() -> None:
@@ -45,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     place = torch.device(options.device)
     x = torch.randn(options.positions, options.width, device=place, requires_grad=True)
-    weight = torch.randn(options.vocab_size, options.width, device=place).mul_(0.02).requires_grad_()
+    weight = nn.Parameter(torch.randn(options.vocab_size, options.width, device=place).mul_(0.02))
     targets = torch.randint(options.vocab_size, (options.positions,), device=place)
 
     def run(name: str) -> None:

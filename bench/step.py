@@ -24,9 +24,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from nanogpt.cli.model import count_parameters
 from nanogpt.config import GPTConfig
-from nanogpt.model.gpt import flops_per_token
+from nanogpt.model.gpt import flops_per_token, meta_model
 
 DEFAULT = GPTConfig()
 SMALL = replace(DEFAULT, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0)
@@ -103,7 +102,7 @@ def main() -> None:
     peaks = {
         name: common.ceiling(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     }
-    flops = flops_per_token(config, sum(count_parameters(config).values())) * x.numel()
+    flops = flops_per_token(meta_model(config)) * x.numel()
 
     shape = f"{config.n_layer} layers of {config.n_embd}, {batch_size} x {config.block_size}"
     table = Table("step", "ms", "tokens/s", "of bf16 ceiling", "peak MiB", "faster", title=shape)

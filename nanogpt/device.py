@@ -56,9 +56,11 @@ class DeviceKind(ABC):
     """Whether torch.compile is on by default in a long training."""
     shares_memory = False
     """Whether it uses main memory: running out of it kills the process and cannot be caught."""
-    tailored = False
-    """Whether attention and dropout go ways of their own there, which are faster."""
-    chunk_logits = 2**25
+    explicit_attention_max_length = 0
+    """Up to this length, bfloat16 attention in plain products beats the fused kernel (bench/attention.py)."""
+    slow_random_numbers = False
+    """Whether drawing random numbers costs more than the products that dropout masks."""
+    logits_per_chunk = 2**25
     """Logits of a large vocabulary held at a time: enough to keep its matrix products busy."""
     trains_float16 = True
     """Whether training in float16, with gradient scaling, works."""
@@ -120,7 +122,8 @@ class CPU(DeviceKind):
 
     type = "cpu"
     shares_memory = True
-    tailored = True
+    explicit_attention_max_length = 512
+    slow_random_numbers = True
 
     def is_available(self) -> bool:
         """Always True."""
@@ -144,7 +147,7 @@ class CUDA(DeviceKind):
     is_async = True
     uses_pinned_memory = True
     compiles_by_default = sys.platform == "linux"
-    chunk_logits = 2**27
+    logits_per_chunk = 2**27
     distributed_backend = "nccl"
 
     def __init__(self) -> None:

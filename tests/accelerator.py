@@ -223,7 +223,7 @@ class CudaLike(devices.CUDA):
 
     type = NAME
     compiles_by_default = False
-    chunk_logits = 2**10
+    logits_per_chunk = 2**10
 
     def is_available(self) -> bool:
         return True

@@ -13,7 +13,8 @@ from nanogpt import presets
 from nanogpt.cli.model import count_parameters
 from nanogpt.config import Architecture, GPTConfig, model_config
 from nanogpt.errors import UserError
-from nanogpt.model.gpt import GPT, Dropout, NgramEmbedding, rotate, rotation_table
+from nanogpt.model.gpt import GPT, NgramEmbedding, rotate, rotation_table
+from nanogpt.model.kernels import Dropout
 
 TINY = GPTConfig(block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
 QWEN3 = replace(
@@ -83,7 +84,7 @@ def test_equals_qwen3_of_transformers(config: GPTConfig) -> None:
         name = f"model.layers.{number}"
         state[f"{name}.input_layernorm.weight"] = block.ln_1.weight
         state[f"{name}.post_attention_layernorm.weight"] = block.ln_2.weight
-        q, k, v = block.attn.qkv.weight.split(block.attn.sizes)
+        q, k, v = block.attn.qkv.weight.split(block.attn.qkv_dims)
         gate, up = block.mlp.fc.weight.chunk(2)
         parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "mlp.gate_proj": gate}
         parts |= {"mlp.up_proj": up, "mlp.down_proj": block.mlp.proj.weight}
@@ -133,7 +134,7 @@ def test_the_option_changes_the_model(option) -> None:
 @each_option
 def test_the_summary_counts_every_parameter(option) -> None:
     config = replace(TINY, **option)
-    assert sum(count_parameters(config).values()) == GPT(config).num_parameters()
+    assert sum(count_parameters(GPT(config)).values()) == GPT(config).num_parameters()
 
 
 def test_rotation_sees_distances_alone() -> None:

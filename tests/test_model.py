@@ -8,14 +8,17 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import nanogpt.model
-from nanogpt.config import GPTConfig
-from nanogpt.model.gpt import GPT, Dropout, flash_attention, flops_per_token, plain_attention
+from nanogpt.config import GPTConfig, MLPKind, Norm
+from nanogpt.model import kernels
+from nanogpt.model.gpt import ACTIVATIONS, GPT, NORMS, attention, flops_per_token, meta_model
+from nanogpt.model.kernels import Dropout
 
 TINY = GPTConfig(block_size=16, n_layer=3, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
 GPT2 = GPTConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, vocab_size=50257)
@@ -131,17 +134,51 @@ def test_equals_gpt2_of_transformers(gpt2, flash, T):
 # Attention
 
 
-@pytest.mark.parametrize("T", [1, 2, 7, 16])
-def test_flash_equals_plain_attention(T):
+def window(T: int, S: int, size: int) -> torch.Tensor:
+    """A mask by which each query attends to itself and the size - 1 keys before it, (T, S)."""
+    queries, keys = torch.arange(S - T, S)[:, None], torch.arange(S)
+    return (keys <= queries) & (keys > queries - size)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "window"])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (2, 2), (16, 16), (1, 5), (3, 7), (15, 16)])
+def test_kernels_equal_the_formula_of_attention(T, S, masked):
+    """Results and gradients, as many keys as queries or more, which is what a cache has."""
     torch.manual_seed(1)
-    q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    weight = torch.randn(2, 3, T, 8, dtype=torch.float64)
-    results = []
-    for attend in (flash_attention, plain_attention):
-        y = attend(q, k, v, 0.0)
-        results.append((y, *torch.autograd.grad((y * weight).sum(), (q, k, v))))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    q, weight = torch.randn(2, 2, 3, T, 8, dtype=torch.float64).unbind()
+    k, v = torch.randn(2, 2, 3, S, 8, dtype=torch.float64).unbind()
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    mask = window(T, S, 3) if masked else None
+    calls = [lambda: attention(*inputs, mask), lambda: kernels.attention(*inputs, mask)]
+    if not masked:
+        calls.append(lambda: kernels.explicit_attention(*inputs, 0.0))
+    expected, *others = ((y := call(), *torch.autograd.grad((y * weight).sum(), inputs)) for call in calls)
+    for other in others:
+        for one, another in zip(expected, other, strict=True):
+            torch.testing.assert_close(one, another)
+
+
+@pytest.mark.parametrize("attend", [attention, kernels.attention, kernels.explicit_attention])
+def test_the_last_queries_attend_as_they_do_among_all(attend):
+    """Causal by offset: what a step with a cache computes is the end of the whole."""
+    q, k, v = torch.randn(3, 1, 2, 10, 8, dtype=torch.float64).unbind()
+    whole = attend(q, k, v, dropout=0.0)
+    for T in (1, 4, 9):
+        torch.testing.assert_close(attend(q[:, :, -T:], k, v, dropout=0.0), whole[:, :, -T:])
+
+
+@both_kernels
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_positions_and_mask_are_arguments(flash, positions):
+    """Two texts in one sequence, each with its own positions and hidden from the other, are as if alone."""
+    model = make(replace(TINY, flash_attn=flash, positions=positions), std=0.2).eval()
+    x = tokens(B=1, T=16)
+    document = torch.arange(16) // 9
+    mask = (document[:, None] == document) & torch.ones(16, 16, dtype=torch.bool).tril()
+    places = torch.cat((torch.arange(9), torch.arange(7)))
+    logits, _ = model(x, positions=places, mask=mask)
+    alone = torch.cat([model(x[:, :9])[0], model(x[:, 9:])[0]], dim=1)
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_the_whole_model_is_the_same_with_either_kernel():
@@ -208,16 +245,13 @@ def test_longer_than_the_block_size_is_refused():
 def test_the_number_of_parameters_is_the_formula(config):
     V, T, C, L = config.vocab_size, config.block_size, config.n_embd, config.n_layer
     block = 12 * C * C + 13 * C  # 4 C^2 + 4 C in the attention, 8 C^2 + 5 C in the MLP, 4 C in the norms
-    with torch.device("meta"):
-        model = GPT(config)
-    assert model.num_parameters() == V * C + T * C + L * block + 2 * C
+    assert meta_model(config).num_parameters() == V * C + T * C + L * block + 2 * C
 
 
 def test_gpt2_has_124_million_parameters_and_costs_0_855_gigaflop_a_token():
-    with torch.device("meta"):
-        parameters = GPT(GPT2).num_parameters()
-    assert parameters == 124_439_808
-    assert flops_per_token(GPT2, parameters) == pytest.approx(0.855e9, rel=1e-3)
+    model = meta_model(GPT2)
+    assert model.num_parameters() == 124_439_808
+    assert flops_per_token(model) == pytest.approx(0.855e9, rel=1e-3)
 
 
 def test_flops_count_the_matrix_products_that_the_model_does():
@@ -227,9 +261,7 @@ def test_flops_count_the_matrix_products_that_the_model_does():
     x = tokens(B=2)
     with FlopCounterMode(display=False) as counter:
         model(x, x)[1].backward()
-    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # the estimate counts biases too
-    estimate = flops_per_token(TINY, model.num_parameters() - vectors)
-    assert counter.get_total_flops() == estimate * x.numel()
+    assert counter.get_total_flops() == flops_per_token(model) * x.numel()
 
 
 def test_token_embedding_and_output_are_one_tensor():
@@ -319,12 +351,12 @@ def test_every_place_of_dropout_is_used(flash):
     assert len(used) == len(places)
 
 
-@pytest.mark.parametrize("attend", [flash_attention, plain_attention])
+@pytest.mark.parametrize("attend", [kernels.attention, kernels.explicit_attention, attention])
 def test_attention_dropout_keeps_the_mean(attend):
     torch.manual_seed(1)
     q, k, v = torch.randn(3, 1, 1, 4, 2).unbind()
-    dropped = attend(*(t.expand(20_000, 1, 4, 2) for t in (q, k, v)), 0.3)
-    torch.testing.assert_close(dropped.mean(0), attend(q, k, v, 0.0)[0], atol=0.05, rtol=0)
+    dropped = attend(*(t.expand(20_000, 1, 4, 2) for t in (q, k, v)), dropout=0.3)
+    torch.testing.assert_close(dropped.mean(0), attend(q, k, v, dropout=0.0)[0], atol=0.05, rtol=0)
     assert dropped.std(0).min() > 0.05
     first = dropped[:, 0, 0] / v[0, 0, 0]  # attends to itself alone: dropped, or scaled up
     assert sorted({round(x, 2) for x in first.flatten().tolist()}) == [0.0, 1.43]
@@ -343,6 +375,11 @@ def test_the_loss_is_in_float32_where_the_arithmetic_is_not():
 
 
 # The rest of the contract
+
+
+def test_every_name_in_the_configuration_has_a_row():
+    assert set(ACTIVATIONS) == set(get_args(MLPKind))
+    assert set(NORMS) == set(get_args(Norm))
 
 
 def test_state_dict_round_trip():

@@ -9,9 +9,9 @@ import pytest
 from nanogpt import presets
 from nanogpt.cli import presets as show_presets
 from nanogpt.cli.config import PresetsConfig
-from nanogpt.cli.model import count_parameters
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.errors import UserError
+from nanogpt.model.gpt import meta_model
 from nanogpt.presets import PRESETS
 from nanogpt.training.fit import fit
 
@@ -19,7 +19,7 @@ each_preset = pytest.mark.parametrize("name", PRESETS)
 
 
 def size(name: str) -> int:
-    return sum(count_parameters(model_config(presets.get(name), PRESETS[name].vocab_size)).values())
+    return meta_model(model_config(presets.get(name), PRESETS[name].vocab_size)).num_parameters()
 
 
 @each_preset
@@ -46,7 +46,7 @@ def test_sizes() -> None:
 
 
 def size_of(config: TrainConfig) -> int:
-    return sum(count_parameters(model_config(config, 65)).values())
+    return meta_model(model_config(config, 65)).num_parameters()
 
 
 def test_shakespeare_is_the_default_model() -> None:

@@ -35,7 +35,7 @@ from rows import Results, attempt, fresh, parser_of, place_of, reset_peak
 from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.data.config import PrepareConfig
-from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.model.gpt import flops_per_token, meta_model
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 """Ways to compile, the quick ones first; "" is not at all."""
@@ -152,8 +152,7 @@ def measure(
 def work(case: Case) -> int:
     """Floating-point operations of a token, forward and backward."""
     config = model_config(case.config, case.vocab_size)
-    with torch.device("meta"):  # shapes alone
-        return flops_per_token(config, GPT(config).num_parameters())
+    return flops_per_token(meta_model(config))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig, from_dict, model_config
 from nanogpt.errors import require
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import meta_model
 from nanogpt.settings import show_value
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
@@ -126,8 +126,7 @@ def check_weights(config: TrainConfig, vocab_size: int, model: Any, average: Any
     """Errors: UserError if the weights are not those of the model that the settings describe."""
     require(config.n_layer <= len(model), f"{config.n_layer:,} layers do not fit {len(model):,} tensors")
     try:
-        with torch.device("meta"):  # shapes alone, no memory
-            expected = GPT(model_config(config, vocab_size)).state_dict()
+        expected = meta_model(model_config(config, vocab_size)).state_dict()
     except (RuntimeError, TypeError, OverflowError) as error:
         require(False, f"no model is as large as the settings say ({str(error).splitlines()[0]:.80})")
         return

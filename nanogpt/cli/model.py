@@ -13,7 +13,7 @@ from nanogpt import presets
 from nanogpt.cli.config import ModelSummaryConfig
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.console import MIB, say, terminal
-from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.training.memory_estimate import count_update
 
 PARTS = {
@@ -32,19 +32,19 @@ def main(config: ModelSummaryConfig) -> int:
     """Print the summary of a configuration. Returns the exit code."""
     shape = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
     training = presets.get(config.preset) if config.preset else TrainConfig()
-    counts = count_parameters(shape)
+    model = meta_model(shape)
     say(
         f"GPT: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
         f"context {shape.block_size}, vocabulary {shape.vocab_size}"
     )
-    print_parts(counts)
+    print_parts(count_parameters(model))
     weights, gradients, moments, _ = count_update(shape, training, torch.device("cpu"), torch.float32)
     averaged = " with their moving average" if training.ema_decay else ""
     say(
         f"Memory: weights{averaged} {weights / MIB:,.1f} MiB, gradients {gradients / MIB:,.1f} MiB, "
         f"optimizer ({training.optimizer}) {moments / MIB:,.1f} MiB, in float32"
     )
-    flops = flops_per_token(shape, sum(counts.values()))
+    flops = flops_per_token(model)
     say(f"Training: {flops / 1e6:,.1f} MFLOP a token, {flops * shape.block_size / 1e9:,.2f} GFLOP a sequence")
     return 0
 
@@ -63,10 +63,8 @@ def print_parts(counts: dict[str, int]) -> None:
     terminal().print(table)
 
 
-def count_parameters(config: GPTConfig) -> dict[str, int]:
-    """Number of parameters of each part of the model, in the order in which data flows through them."""
-    with torch.device("meta"):  # no memory, however large the model
-        model = GPT(config)
+def count_parameters(model: GPT) -> dict[str, int]:
+    """Number of parameters of each part of a model, in the order in which data flows through them."""
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         part = next(part for part, marks in PARTS.items() if any(mark in name for mark in marks))

@@ -23,7 +23,7 @@ from nanogpt.device import KINDS, autocast, describe, dtype_of, kind_of, name_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
-from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.training import memory_estimate
 from nanogpt.training.memory_estimate import HEADROOM, Memory
@@ -96,11 +96,11 @@ def main(config: PlanConfig) -> int:
         parallelize.check_sharding(target.dtype)
     config = replace(config, vocab_size=choose_vocab_size(config))
     shape = gpt_config(config)
-    with torch.device("meta"):
-        parameters = GPT(shape).num_parameters()
+    model = meta_model(shape)
     rank_batch = max_rank_batch(config, world)
     micro_batch = ceil_div(rank_batch, micro_batches_per_rank(config, world))
-    say(f"Model: {parameters:,} parameters, {name_of(target.dtype)}, vocabulary of {shape.vocab_size:,}")
+    parameters = f"{model.num_parameters():,} parameters"
+    say(f"Model: {parameters}, {name_of(target.dtype)}, vocabulary of {shape.vocab_size:,}")
     processes = f" on {config.processes} processes" if config.processes > 1 else ""
     say(
         f"Batch: {config.batch_size} sequences of {config.block_size:,} tokens{processes}, "
@@ -114,7 +114,7 @@ def main(config: PlanConfig) -> int:
     say(advise(config, target, predictions[config.grad_checkpoint], micro_batch))
     if config.processes > 1:
         print_traffic(config, target.dtype, ceil_div(rank_batch, micro_batch))
-    print_time(config, target, flops_per_token(shape, parameters))
+    print_time(config, target, flops_per_token(model))
     return 0
 
 
@@ -216,8 +216,7 @@ def advise(config: PlanConfig, target: Target, memory: Memory, micro_batch: int)
 
 def print_traffic(config: PlanConfig, dtype: torch.dtype, micro_batches: int) -> None:
     """Print the bytes that each process sends, and receives, in an update (formulae: docs/scaling.md)."""
-    with torch.device("meta"):
-        model = GPT(gpt_config(config))
+    model = meta_model(gpt_config(config))
     parameters = model.num_parameters()
     in_blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
     others = (config.processes - 1) / config.processes

@@ -6,9 +6,9 @@ Run:    nanogpt presets
 from rich.table import Table
 
 from nanogpt.cli.config import PresetsConfig
-from nanogpt.cli.model import count_parameters
 from nanogpt.config import model_config
 from nanogpt.console import say, terminal
+from nanogpt.model.gpt import meta_model
 from nanogpt.presets import MEASURED_ON, PRESETS
 
 
@@ -17,7 +17,7 @@ def main(_: PresetsConfig) -> int:
     table = Table("preset", "layers", "context", "parameters", "steps", "loss", "training", box=None)
     for name, preset in PRESETS.items():
         config = preset.make()
-        parameters = sum(count_parameters(model_config(config, preset.vocab_size)).values())
+        parameters = meta_model(model_config(config, preset.vocab_size)).num_parameters()
         table.add_row(
             name,
             f"{config.n_layer} x {config.n_embd}",

@@ -6,7 +6,6 @@ DDP adds up the processes' gradients, FSDP leaves each process a part of the mod
 in distributed/world.py. Does not know the training loop.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,29 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import checkpoint as checkpointing
 
 from nanogpt.config import GradCheckpoint
 from nanogpt.device import kind_of
 from nanogpt.distributed.dtensor import shard_like
 from nanogpt.distributed.world import World
 from nanogpt.errors import require
-from nanogpt.model.gpt import GPT, LARGE_VOCAB
+from nanogpt.model.gpt import GPT, meta_model
+from nanogpt.model.kernels import CHUNKED_LOSS_MIN_VOCAB, Recomputed
 
 if TYPE_CHECKING:  # a PyTorch without torch.distributed, as for AMD on Windows, has none of it
     from torch.distributed.fsdp import FSDPModule
-
-EXPENSIVE = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
-"""What selective checkpointing keeps: products. All else is computed again in the backward pass."""
 
 
 class Loss(nn.Module):
@@ -115,9 +102,9 @@ def initialize_shards(model: GPT, seed: int) -> None:
     room for the whole model.
     """
     torch.manual_seed(seed)
-    with torch.device("meta"):
-        skeleton = GPT(model.config)
-    for module in skeleton.modules():  # building the model on the CPU draws this, too, and in this order
+    for module in meta_model(
+        model.config
+    ).modules():  # building the model on the CPU draws this, too, and in this order
         if isinstance(module, (nn.Linear, nn.Embedding)):
             deepcopy(module).to_empty(device="cpu").reset_parameters()
     for name, parameter in model.named_parameters():
@@ -186,20 +173,16 @@ def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> Abs
 def checkpoint_activations(model: GPT, mode: GradCheckpoint) -> None:
     """Trade time for memory: compute again in the backward pass what the forward pass would keep.
 
-    blocks: of each block only what goes in is kept (Chen et al., 2016). selective: and what its products
-    give, which are most of the time. The numbers stay the same, dropout included.
-    The last block keeps its activations, which are wanted at once; not so if the loss of a large vocabulary,
-    which takes much memory for a moment, comes between.
+    blocks: each block keeps its input alone. selective: it also keeps the results of its matrix products,
+    which take most of the time. The numbers stay the same, dropout included.
+    The last block keeps its activations, since the backward pass begins with it. With a large vocabulary it
+    does not: the loss comes between, and needs much memory for a moment.
     """
     if mode == "off":
         return
-    settings: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        settings["context_fn"] = functools.partial(
-            checkpointing.create_selective_checkpoint_contexts, list(EXPENSIVE)
-        )
-    for block in model.blocks if model.config.vocab_size >= LARGE_VOCAB else model.blocks[:-1]:
-        block.forward = functools.partial(checkpointing.checkpoint, block.forward, **settings)
+    keep_last = model.config.vocab_size < CHUNKED_LOSS_MIN_VOCAB
+    for number in range(len(model.blocks) - keep_last):
+        model.blocks[number] = Recomputed(model.blocks[number], selective=mode == "selective")
 
 
 def check_batch(batch_size: int, world: World) -> None:

@@ -24,10 +24,14 @@ def compile_model(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
     With FSDP each block is compiled for itself: between blocks, weights are gathered and freed. Shapes are
     fixed: those of the micro-batches, for which everything is compiled here, before the clock starts.
     """
+    import torch._dynamo as dynamo  # it takes half a second
+
     say("Compiling the model (about a minute the first time)...")
     torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
     # PyTorch's cache ignores vector instructions: code made for another processor gives NaN, or crashes.
     compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    if hasattr(dynamo.config, "trace_autograd_ops"):  # else a large vocabulary's loss runs uncompiled
+        dynamo.config.trace_autograd_ops = True
     uncompiled = run.loss_fn
     problem = try_compile(run, compute_gradient)
     problems = run.world.all_gather([problem] if problem else [])
@@ -36,7 +40,7 @@ def compile_model(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
         run.loss_fn = uncompiled
     elif is_sharded(run.model):
         for block in run.model.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.compile(dynamic=False)
         compute_gradient(run)
     run.model.zero_grad()
     run.kind.release_memory()
@@ -62,7 +66,7 @@ def try_compile(run: Run, compute_gradient: Callable[..., Tensor]) -> str | None
 
 def try_block(run: Run) -> None:
     """Compile a new block, and run it forward and backward."""
-    block = torch.compile(Block(run.model.config).to(run.device), dynamic=False)
+    block = torch.compile(Block(run.model.config, layer=0).to(run.device), dynamic=False)
     x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
     x.requires_grad_()
     with autocast(run.device, run.dtype):

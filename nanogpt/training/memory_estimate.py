@@ -21,7 +21,7 @@ from nanogpt.console import ceil_div
 from nanogpt.cores import cgroup_folders
 from nanogpt.device import autocast, kind_of
 from nanogpt.distributed import parallelize
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import GPT, meta_model
 from nanogpt.training.optimizer import build_optimizers
 
 HEADROOM = 0.9
@@ -195,8 +195,7 @@ def gathered_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
     In `dtype` what is outside of the blocks, and two blocks, one of which is on its way, with the buffer that
     it arrives in; and the gradients of one, with the float32 in which they are averaged.
     """
-    with torch.device("meta"):
-        model = GPT(replace(config, n_layer=1))
+    model = meta_model(replace(config, n_layer=1))
     block = bytes_of(model.blocks[0]) // torch.float32.itemsize
     outside = bytes_of(model) // torch.float32.itemsize - block
     narrow = dtype.itemsize

@@ -141,7 +141,7 @@ class Run(TrainState):
     def flops_per_update(self) -> int:
         """Floating-point operations of an update, of all processes together."""
         tokens = self.config.batch_size * self.config.block_size
-        return flops_per_token(self.model.config, self.model.num_parameters()) * tokens
+        return flops_per_token(self.model) * tokens
 
     @property
     def eval_model(self) -> GPT:

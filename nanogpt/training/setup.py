@@ -20,7 +20,7 @@ from nanogpt.device import describe, dtype_of, kind_of, name_of, pick_device
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import GPT, meta_model
 from nanogpt.precision import DtypeChoice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.seals import VERIFY_BYTES
 from nanogpt.training.checkpointing import Checkpointer
@@ -105,9 +105,8 @@ def sharded_models(
     config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, GPT | None]:
     """As plain_models, with FSDP: each process only ever has its shards of the weights."""
-    with torch.device("meta"):
-        model = GPT(shape)
-        ema_model = GPT(shape).requires_grad_(False) if config.ema_decay else None
+    model = meta_model(shape)
+    ema_model = meta_model(shape).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
     parallelize.shard(model, device, dtype)
     parallelize.initialize_shards(model, config.seed)

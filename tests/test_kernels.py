@@ -1,20 +1,30 @@
-"""The loss in pieces equals the loss in one."""
+"""The loss in chunks equals the loss in one; norms keep the dtype; recomputation keeps names and numbers."""
+
+from copy import deepcopy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from nanogpt import device
 from nanogpt.config import GPTConfig
-from nanogpt.model import gpt as model_module
+from nanogpt.model import kernels
 from nanogpt.model.gpt import GPT
-from nanogpt.model.loss import chunked_cross_entropy
+
+
+def squash(logits, cap):
+    return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
 def plain(x, weight, targets, cap):
-    logits = x @ weight.T
-    logits = cap * torch.tanh(logits.float() / cap) if cap else logits.float()
-    return F.cross_entropy(logits, targets)
+    return F.cross_entropy(squash(F.linear(x, weight), cap).float(), targets)
+
+
+def chunked_cross_entropy(x, weight, targets, cap):
+    head = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    head.weight = weight
+    return kernels.chunked_cross_entropy(head, lambda logits: squash(logits, cap), x, targets, len(weight))
 
 
 @pytest.mark.parametrize("cap", [0.0, 4.0])
@@ -23,10 +33,10 @@ def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, cap, rows):
     torch.manual_seed(1)
     x, weight = torch.randn(23, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
     targets = torch.randint(50, (23,))
-    monkeypatch.setattr(device.CPU, "chunk_logits", rows * 50)
+    monkeypatch.setattr(device.CPU, "logits_per_chunk", rows * 50)
     results = []
     for function in (plain, chunked_cross_entropy):
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        leaves = [x.clone().requires_grad_(), nn.Parameter(weight.clone())]
         value = function(*leaves, targets, cap)
         (3 * value).backward()  # a scaled loss, as float16 has it
         results.append([value.detach(), *(leaf.grad for leaf in leaves)])
@@ -36,7 +46,7 @@ def test_loss_and_gradients_are_those_of_the_whole(monkeypatch, cap, rows):
 
 def test_it_takes_the_dtype_of_autocast_and_gives_gradients_in_that_of_the_weights():
     torch.manual_seed(1)
-    x, weight = torch.randn(64, 32, requires_grad=True), torch.randn(99, 32, requires_grad=True)
+    x, weight = torch.randn(64, 32, requires_grad=True), nn.Parameter(torch.randn(99, 32))
     targets = torch.randint(99, (64,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = chunked_cross_entropy(x, weight, targets, 0.0)
@@ -54,7 +64,7 @@ def test_float16_does_not_lose_the_gradient_of_unlikely_tokens():
     targets = torch.zeros(4096, dtype=torch.int64)
     gradients = []
     for function in (plain, chunked_cross_entropy):
-        leaf = weight.clone().requires_grad_()
+        leaf = nn.Parameter(weight.clone())
         with torch.autocast("cpu", dtype=torch.float16):
             value = function(x, leaf, targets, 0.0)
         (2**16 * value).backward()
@@ -65,9 +75,13 @@ def test_float16_does_not_lose_the_gradient_of_unlikely_tokens():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch.compile itself
 def test_it_can_be_compiled(monkeypatch):
     """Whole: fullgraph refuses to fall back to PyTorch as it is."""
+    dynamo = pytest.importorskip("torch._dynamo.config")
+    if not hasattr(dynamo, "trace_autograd_ops"):
+        pytest.skip("this PyTorch runs the loss uncompiled")
+    monkeypatch.setattr(dynamo, "trace_autograd_ops", True)  # as compile_model does
     torch.manual_seed(1)
-    monkeypatch.setattr(model_module, "LARGE_VOCAB", 50)
-    monkeypatch.setattr(device.CPU, "chunk_logits", 10 * 70)
+    monkeypatch.setattr(kernels, "CHUNKED_LOSS_MIN_VOCAB", 50)
+    monkeypatch.setattr(device.CPU, "logits_per_chunk", 10 * 70)
     network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
     x, y = torch.randint(70, (2, 3, 8))
     gradients = []
@@ -79,11 +93,64 @@ def test_it_can_be_compiled(monkeypatch):
 
 
 def test_without_gradients_nothing_is_kept():
-    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+    x, weight = torch.randn(4, 3, requires_grad=True), nn.Parameter(torch.randn(9, 3))
     with torch.inference_mode():
         value = chunked_cross_entropy(x, weight, torch.arange(4), 0.0)
     assert not value.requires_grad
     assert value.item() == pytest.approx(plain(x, weight, torch.arange(4), 0.0).item())
+
+
+def test_what_hangs_on_the_head_acts_in_the_loss(monkeypatch):
+    """One way to the logits: a hook, and an adapter that alone is trained, in one chunk or many."""
+    torch.manual_seed(1)
+    network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
+    network.requires_grad_(False)
+    base, low, high = network.head, nn.Linear(16, 2, bias=False), nn.Linear(2, 70, bias=False)
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.low, self.high = base, low, high
+
+        def forward(self, x):
+            return self.base(x) + self.high(self.low(x))
+
+    network.head = Adapted()
+    network.head.register_forward_hook(lambda _module, _args, logits: 3 * logits)
+    x, y = torch.randint(70, (2, 3, 8))
+    monkeypatch.setattr(device.CPU, "logits_per_chunk", 10 * 70)
+    results = []
+    for limit in (71, 70):
+        monkeypatch.setattr(kernels, "CHUNKED_LOSS_MIN_VOCAB", limit)
+        value = network.loss(x, y)
+        results.append([value, *torch.autograd.grad(value, [low.weight, high.weight])])
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[1][0], network(x, y)[1])
+
+
+@pytest.mark.parametrize("mode", ["blocks", "selective"])
+def test_recomputation_keeps_names_and_numbers(mode):
+    torch.manual_seed(1)
+    network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.5))
+    other = deepcopy(network)
+    for number, block in enumerate(other.blocks):
+        other.blocks[number] = kernels.Recomputed(block, selective=mode == "selective")
+    assert list(other.state_dict()) == list(network.state_dict())
+    x, y = torch.randint(70, (2, 3, 8))
+    results = []
+    for model in (network, other, other.eval(), network.eval()):
+        torch.manual_seed(2)
+        value = model.loss(x, y)
+        results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    assert all(torch.equal(*pair) for pair in zip(results[0], results[1], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(results[2], results[3], strict=True))
+
+
+@pytest.mark.parametrize("norm", [kernels.LayerNorm, kernels.RMSNorm])
+def test_a_norm_computes_in_the_dtype_of_its_weight_and_returns_that_of_its_input(norm):
+    module, x = norm(64), torch.randn(5, 64).bfloat16()
+    torch.testing.assert_close(module(x), super(norm, module).forward(x.float()).bfloat16(), rtol=0, atol=0)
+    assert module.bfloat16()(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -95,7 +162,7 @@ def test_a_large_vocabulary_trains_the_same(monkeypatch, tied):
     x, y = torch.randint(70, (2, 3, 8))
     gradients = []
     for limit in (71, 70):
-        monkeypatch.setattr(model_module, "LARGE_VOCAB", limit)
+        monkeypatch.setattr(kernels, "CHUNKED_LOSS_MIN_VOCAB", limit)
         value = network.loss(x, y)
         gradients.append([value, *torch.autograd.grad(value, list(network.parameters()))])
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -103,8 +170,8 @@ def test_a_large_vocabulary_trains_the_same(monkeypatch, tied):
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch):
     """Counted: the largest tensor that the loss makes."""
-    monkeypatch.setattr(device.CPU, "chunk_logits", 2**22)
-    x, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
+    monkeypatch.setattr(device.CPU, "logits_per_chunk", 2**22)
+    x, weight = torch.randn(4096, 8, requires_grad=True), nn.Parameter(torch.randn(8192, 8))
     with torch.profiler.profile(profile_memory=True) as profile:
         chunked_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64), 0.0).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
@@ -113,12 +180,10 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch):
 
 def test_the_gradient_of_a_bfloat16_weight_is_added_up_in_float32(monkeypatch):
     """As under FSDP: rounded once in the end, not after each of many pieces."""
-    monkeypatch.setattr(device.CPU, "chunk_logits", 70)
+    monkeypatch.setattr(device.CPU, "logits_per_chunk", 70)
     torch.manual_seed(1)
     x, weight, targets = torch.randn(2000, 32), torch.randn(70, 32), torch.randint(70, (2000,))
-    exact, narrow = (
-        weight.detach().clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.bfloat16)
-    )
+    exact, narrow = (nn.Parameter(weight.clone().to(dtype)) for dtype in (torch.float32, torch.bfloat16))
     exact.data = narrow.data.float()
     for z in (exact, narrow):
         chunked_cross_entropy(x.to(z.dtype), z, targets, 0.0).backward()

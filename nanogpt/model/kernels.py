@@ -1,0 +1,216 @@
+"""The same numbers as the textbook formulas of gpt.py, in less time or memory.
+
+Attention, norms, dropout, cross-entropy over a large vocabulary, recomputation of activations. What is fast
+depends on the device: device.py says what each kind prefers, bench/RESULTS.md has the measurements. Each
+function here equals its formula, by test. Knows no configuration and no GPT.
+
+Shapes: B batch, T queries, S keys, H heads, D head_dim; N positions (B T), C width, V vocab_size
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right  # pyright: ignore[reportUnknownVariableType]
+from torch.utils import checkpoint as checkpointing
+
+from nanogpt.device import kind_of
+
+CHUNKED_LOSS_MIN_VOCAB = 4096
+"""From this vocabulary size on, the loss is computed in chunks to save memory."""
+
+EXPENSIVE_OPS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""Matrix products: selective activation checkpointing keeps their results and recomputes all else."""
+
+
+# --- attention ---
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Attention in the fastest kernel that this device has for it: gpt.attention has the formula.
+
+    q: (B, H, T, D); k, v: (B, H, S, D); mask: bool, broadcast to (B, H, T, S), True where a query attends to
+    a key; None: causal, the queries being the last T of S positions. Returns (B, H, T, D).
+    """
+    T, S = q.shape[-2], k.shape[-2]
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    if q.dtype == torch.bfloat16 and kind_of(q.device).explicit_attention_max_length >= S:
+        return explicit_attention(q, k, v, dropout)
+    if T in (S, 1):  # one query, the last, attends to all keys
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T == S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), dropout_p=dropout)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention in two batched products, the first of which scales and masks as well.
+
+    Shapes as in `attention`. For short sequences in bfloat16 a CPU does this faster than its fused kernel.
+    """
+    B, H, T, D = q.shape
+    S = k.shape[-2]
+    future = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)
+    q, k, v = q.reshape(B * H, T, D), k.reshape(B * H, S, D), v.reshape(B * H, S, D)
+    scores = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(D))  # (B H, T, S)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)  # float32 under autocast
+    return torch.bmm(weights.to(v.dtype), v).view(B, H, T, D)
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products with x are computed: that of autocast, if it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# --- norms and dropout ---
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in the dtype of its weights (float32; under FSDP bfloat16); the result is as x."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.LayerNorm's name for it
+        """(..., C) -> (..., C)."""
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm in the dtype of its weights (float32; under FSDP bfloat16); the result is as x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class Dropout(nn.Module):
+    """nn.Dropout, with cheaper random numbers on a CPU.
+
+    There one draw of 64 random bits decides four activations, with 16 bits each: the probability is rounded
+    to a multiple of 1/65536.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero each element with probability p and scale the others by 1 / (1 - p)."""
+        if not self.training or self.p == 0:
+            return x
+        if not kind_of(x.device).slow_random_numbers:
+            return F.dropout(x, self.p)
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+        draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
+        threshold = round(self.p * 65536) - 32768  # a draw is below it with probability p
+        keep = (draws >= threshold).to(x.dtype)
+        return x * (keep * (1 / (1 - self.p)))
+
+
+# --- cross-entropy over a large vocabulary ---
+
+
+def chunked_cross_entropy(
+    head: nn.Module, squash: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor, vocab_size: int
+) -> Tensor:
+    """Mean cross-entropy in nats of squash(head(x)), a scalar of float32, without ever holding all logits.
+
+    The logits of GPT-2's 50,257 tokens take 30 times the memory of the activations they come from. So a few
+    positions are taken at a time: their logits, their loss and its gradient, then the next ones.
+    head: (n, C) -> (n, V); squash: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64.
+    """
+    weights = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
+
+    def output(x: Tensor, *narrow: Tensor) -> Tensor:
+        """(n, C) -> (n, V), with these weights."""
+        return squash(functional_call(head, dict(zip(weights, narrow, strict=True)), (x,)))
+
+    chunk = max(1, kind_of(x.device).logits_per_chunk // vocab_size)  # positions
+    context = (output, chunk, torch.is_grad_enabled(), targets)
+    return cast(Tensor, ChunkedCrossEntropy.apply(*context, x, *weights.values()))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy whose forward pass computes the gradients too (as in Liger Kernel, Hsu et al., 2024)."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        output: Callable[..., Tensor],
+        chunk: int,
+        differentiate: bool,
+        targets: Tensor,
+        x: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
+        """See chunked_cross_entropy. output: of x and weights; chunk: positions at a time."""
+        # Cast once, not for each chunk, to the dtype that autocast would choose.
+        narrow = [w.detach().to(matmul_dtype(x)).requires_grad_(differentiate) for w in weights]
+        total = torch.zeros((), device=x.device)
+        x_grad = torch.empty_like(x) if differentiate else x
+        # In float32: a sum of many chunks must not be rounded to bfloat16, FSDP's dtype, after each of them.
+        grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights if differentiate]
+        for first in range(0, len(x), chunk):
+            x_chunk = x[first : first + chunk].detach().requires_grad_(differentiate)  # (n, C)
+            wanted = targets[first : first + chunk]  # (n,)
+            with torch.set_grad_enabled(differentiate):
+                logits = output(x_chunk.view_as(x_chunk), *narrow)  # (n, V); MemTracker cannot hook a leaf
+            log_probs = F.log_softmax(logits.detach().float(), dim=-1)
+            total += F.nll_loss(log_probs, wanted, reduction="sum")
+            if not differentiate:
+                continue
+            slope = log_probs.exp_()  # the gradient of the logits is softmax, less 1 at the target
+            slope[torch.arange(len(wanted), device=x.device), wanted] -= 1
+            # Divided by N later: in float16 the quotient would be lost.
+            chunk_grads = torch.autograd.grad(logits, (x_chunk, *narrow), slope.to(logits.dtype))
+            x_grad[first : first + chunk] = chunk_grads[0]
+            for grad, more in zip(grads, chunk_grads[1:], strict=True):
+                grad.add_(more)
+        rounded = [grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=differentiate)]
+        ctx.save_for_backward(x_grad, *rounded)
+        ctx.positions = len(x)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Scale the gradients that the forward pass has computed."""
+        scale = grad_outputs[0] / ctx.positions
+        return None, None, None, None, *[grad * scale for grad in ctx.saved_tensors]
+
+
+# --- recomputation ---
+
+
+class Recomputed(nn.Module):
+    """A module whose activations are computed again in the backward pass, instead of being kept.
+
+    Its input alone is kept (Chen et al., 2016); if selective, also the results of EXPENSIVE_OPS. The numbers
+    stay the same, dropout included, and parameters keep their names: the module's children are its own.
+    """
+
+    def __init__(self, module: nn.Module, *, selective: bool) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        self.compute = module.forward  # a method, not a child
+        self.settings: dict[str, Any] = {"use_reentrant": False}
+        if selective:
+            self.settings["context_fn"] = functools.partial(
+                checkpointing.create_selective_checkpoint_contexts, list(EXPENSIVE_OPS)
+            )
+
+    def forward(self, *args: object) -> Tensor:
+        """As the module's."""
+        return cast(Tensor, checkpointing.checkpoint(self.compute, *args, **self.settings))
