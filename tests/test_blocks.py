@@ -78,12 +78,15 @@ def test_equals_qwen3_of_transformers(config: GPTConfig) -> None:
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         )
     ).eval()
-    state = {"model.embed_tokens.weight": ours.wte.weight, "model.norm.weight": ours.ln_f.weight}
+    state = {
+        "model.embed_tokens.weight": ours.token_embedding.weight,
+        "model.norm.weight": ours.final_norm.weight,
+    }
     state["lm_head.weight"] = ours.head.weight
     for number, block in enumerate(ours.blocks):
         name = f"model.layers.{number}"
-        state[f"{name}.input_layernorm.weight"] = block.ln_1.weight
-        state[f"{name}.post_attention_layernorm.weight"] = block.ln_2.weight
+        state[f"{name}.input_layernorm.weight"] = block.norm_1.weight
+        state[f"{name}.post_attention_layernorm.weight"] = block.norm_2.weight
         q, k, v = block.attn.qkv.weight.split(block.attn.qkv_dims)
         gate, up = block.mlp.fc.weight.chunk(2)
         parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "mlp.gate_proj": gate}
@@ -166,7 +169,7 @@ def test_zero_init_starts_as_a_uniform_guess() -> None:
 def test_logit_cap_bounds_the_logits() -> None:
     model = make(replace(TINY, logit_cap=2.0))
     with torch.no_grad():
-        model.wte.weight.mul_(100)
+        model.token_embedding.weight.mul_(100)
     logits, _ = model(tokens())
     assert 1.9 < logits.abs().max() <= 2
 

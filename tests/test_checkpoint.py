@@ -133,7 +133,7 @@ def test_torch_reads_it_without_nanogpt(path, original):
 
 def test_the_comparison_sees_a_difference(original):
     model = dict(original.model)
-    model["ln_f.bias"] = model["ln_f.bias"] + 1e-7
+    model["final_norm.bias"] = model["final_norm.bias"] + 1e-7
     assert not same(replace(original, model=model), original)
     assert not same(replace(original, vocab_size=float(original.vocab_size)), original)
 
@@ -161,8 +161,8 @@ def test_training_goes_on_from_it_bit_for_bit(path):
 def test_it_does_not_share_memory_with_the_model(tmp_path, original):
     save_checkpoint(tmp_path / "one.pt", original)
     loaded = load_checkpoint(tmp_path / "one.pt")
-    loaded.model["ln_f.bias"].add_(1)
-    assert not torch.equal(loaded.model["ln_f.bias"], original.model["ln_f.bias"])
+    loaded.model["final_norm.bias"].add_(1)
+    assert not torch.equal(loaded.model["final_norm.bias"], original.model["final_norm.bias"])
 
 
 def test_the_tied_weight_is_in_the_file_once(raw, original):

@@ -54,11 +54,12 @@ def tokens(B=2, T=16, V=50, seed=2):
 
 def gpt2_names(n_layer):
     """(our name, transformers' name, whether the matrix is stored transposed), once for each parameter."""
-    names = [(name, f"transformer.{name}", False) for name in ("wte.weight", "wpe.weight")]
-    names += [(f"ln_f.{kind}", f"transformer.ln_f.{kind}", False) for kind in ("weight", "bias")]
+    names = [("token_embedding.weight", "transformer.wte.weight", False)]
+    names += [("position_embedding.weight", "transformer.wpe.weight", False)]
+    names += [(f"final_norm.{kind}", f"transformer.ln_f.{kind}", False) for kind in ("weight", "bias")]
     parts = {
-        "ln_1": "ln_1",
-        "ln_2": "ln_2",
+        "norm_1": "ln_1",
+        "norm_2": "ln_2",
         "attn.qkv": "attn.c_attn",
         "attn.proj": "attn.c_proj",
         "mlp.fc": "mlp.c_fc",
@@ -196,7 +197,7 @@ def test_the_whole_model_is_the_same_with_either_kernel():
 def test_a_logit_depends_on_every_token_up_to_it_and_on_none_after(flash):
     model = make(replace(TINY, flash_attn=flash), std=0.2)
     embedded = []
-    model.wte.register_forward_hook(lambda _module, _args, out: embedded.append(out))
+    model.token_embedding.register_forward_hook(lambda _module, _args, out: embedded.append(out))
     logits, _ = model(tokens(B=1))
     T = TINY.block_size
     for t in range(T):
@@ -266,15 +267,15 @@ def test_flops_count_the_matrix_products_that_the_model_does():
 
 def test_token_embedding_and_output_are_one_tensor():
     model = make()
-    assert model.head.weight is model.wte.weight
+    assert model.head.weight is model.token_embedding.weight
     names = [name for name, _ in model.named_parameters()]
-    assert "wte.weight" in names
+    assert "token_embedding.weight" in names
     assert "head.weight" not in names
     x = tokens(T=17)
     model(x[:, :-1], x[:, 1:])[1].backward()
     with torch.no_grad():
-        model.wte.weight.add_(model.wte.weight.grad, alpha=-0.1)
-    assert torch.equal(model.head.weight, model.wte.weight)
+        model.token_embedding.weight.add_(model.token_embedding.weight.grad, alpha=-0.1)
+    assert torch.equal(model.head.weight, model.token_embedding.weight)
 
 
 # Initialisation
@@ -305,7 +306,7 @@ def test_the_first_loss_is_that_of_guessing(V):
 def test_a_seed_fixes_the_weights():
     one, same, other = make(seed=1), make(seed=1), make(seed=2)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    assert not torch.equal(one.wte.weight, other.wte.weight)
+    assert not torch.equal(one.token_embedding.weight, other.token_embedding.weight)
 
 
 # Training
@@ -388,7 +389,7 @@ def test_state_dict_round_trip():
     assert not torch.equal(one(x)[0], other(x)[0])
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(x)[0], other(x)[0])
-    assert other.head.weight is other.wte.weight
+    assert other.head.weight is other.token_embedding.weight
 
 
 def test_the_root_model_file_exports_the_same_classes(monkeypatch):

@@ -49,7 +49,7 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not():
     groups = adamw(model.parameters(), CONFIG).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        vector = name.endswith("bias") or "ln_" in name
+        vector = name.endswith("bias") or "norm" in name
         assert decay[id(parameter)] == (0.0 if vector else 0.3), name
 
 
@@ -62,7 +62,7 @@ def test_every_parameter_is_there_once():
 
 def test_frozen_parameters_are_left_out():
     model = GPT(TINY)
-    model.wpe.weight.requires_grad_(False)
+    model.position_embedding.weight.requires_grad_(False)
     for config in (CONFIG, replace(CONFIG, optimizer="muon")):
         groups = [
             group
@@ -70,7 +70,7 @@ def test_frozen_parameters_are_left_out():
             for group in optimizer.param_groups
         ]
         held = {id(p) for group in groups for p in group["params"]}
-        assert held == {id(p) for p in model.parameters() if p is not model.wpe.weight}
+        assert held == {id(p) for p in model.parameters() if p is not model.position_embedding.weight}
 
 
 def test_the_settings_arrive():

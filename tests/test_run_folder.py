@@ -133,7 +133,7 @@ def test_the_most_steps_win(folder, last, best, newest):
     put(folder.best, best)
     found = folder.newest_valid(silent)
     assert found.progress["step"] == newest
-    assert torch.equal(found.model["ln_f.bias"], torch.full((2,), float(newest)))
+    assert torch.equal(found.model["final_norm.bias"], torch.full((2,), float(newest)))
 
 
 @pytest.mark.parametrize("name", ["last", "best"])

@@ -29,8 +29,11 @@ def alone_in_a_group():
 @pytest.fixture
 def tensors() -> dict[str, torch.Tensor]:
     moments = {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(4, 6)}, 2: {"exp_avg": torch.randn(6)}}
-    weights = {"wte.weight": torch.randn(4, 6), "blocks.0.norm.weight": torch.randn(6, dtype=torch.bfloat16)}
-    return sharded.flatten(weights, {"wte.weight": torch.randn(4, 6)}, [moments, {}])
+    weights = {
+        "token_embedding.weight": torch.randn(4, 6),
+        "blocks.0.norm.weight": torch.randn(6, dtype=torch.bfloat16),
+    }
+    return sharded.flatten(weights, {"token_embedding.weight": torch.randn(4, 6)}, [moments, {}])
 
 
 def test_flat_and_nested_are_inverse():

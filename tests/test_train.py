@@ -486,7 +486,7 @@ def test_the_average_follows_the_weights_and_is_what_counts(config: TrainConfig,
     model.load_state_dict(saved.weights)
     for expected, parameter in zip(trail[-1], model.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), expected.detach())
-    assert not torch.equal(saved.average["wte.weight"], saved.model["wte.weight"])
+    assert not torch.equal(saved.average["token_embedding.weight"], saved.model["token_embedding.weight"])
     val = load_dataset(Path(config.data_dir)).val
     x, y = BatchLoader(val, torch.device("cpu"))(np.arange(0, len(val) - 17, 16), 16)
     with torch.no_grad():

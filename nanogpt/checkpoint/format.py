@@ -28,7 +28,7 @@ from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the checkpoint format. Older ones are read too: see `upgraded`."""
 
 FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
@@ -223,14 +223,16 @@ def gather_shards(path: Path, head: Checkpoint) -> Checkpoint:
 
 
 def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint of format 1 or 2 as format 3 has it; any other is left alone.
+    """The content of a checkpoint of an older format as the present one has it; any other is left alone.
 
     Format 1 had no averaged weights, at first a single optimizer, and GPT-2's approximation of GELU only.
-    Format 2 had other names, and at first no shards.
+    Format 2 had other names, and at first no shards. Up to format 3, weights had GPT-2's names.
     """
     if content["format"] == 1 and isinstance(content.get("config"), dict):
         content = from_format_1(content)
-    return from_format_2(content) if content["format"] == 2 else content
+    if content["format"] == 2:
+        content = from_format_2(content)
+    return from_format_3(content) if content["format"] == 3 else content
 
 
 def from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +264,17 @@ def from_format_2(content: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(count, str) and count.isdecimal():
             told["num_micro_batches"] = int(count)
         content["precision"] = told
+    return content
+
+
+def from_format_3(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint of format 3 as format 4 has it. What is malformed stays malformed."""
+    content = {**content, "format": 4}
+    for part in ("model", "average"):
+        weights = content.get(part)
+        if isinstance(weights, dict):
+            named = cast(dict[object, Any], weights)
+            content[part] = {sharded.current_name(str(name)): weight for name, weight in named.items()}
     return content
 
 

@@ -14,6 +14,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +49,22 @@ ALLOWED_CLASSES = {
     "pathlib._local": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }
 """All that an index is made of."""
+
+
+FORMAT_3_NAMES = {
+    "wte": "token_embedding",
+    "wpe": "position_embedding",
+    "ngrams": "ngram_embedding",
+    "ln_1": "norm_1",
+    "ln_2": "norm_2",
+    "ln_f": "final_norm",
+}
+"""Modules of the model as checkpoints up to format 3 called them, GPT-2's names -> their names."""
+
+
+def current_name(name: str) -> str:
+    """The name of a tensor, as model.blocks.0.norm_1.weight, from that of any format."""
+    return ".".join(FORMAT_3_NAMES.get(part, part) for part in name.split("."))
 
 
 def flatten(
@@ -171,7 +188,15 @@ def open_reader(folder: Path) -> "FileSystemReader":
                 ),
                 f"{folder} is not a checkpoint: it holds more than tensors",
             )
-            return cast(Metadata, found)
+            index = cast(Metadata, found)
+            index.state_dict_metadata = {
+                current_name(name): item for name, item in index.state_dict_metadata.items()
+            }
+            index.storage_data = {
+                replace(place, fqn=current_name(place.fqn)): info
+                for place, info in index.storage_data.items()
+            }
+            return index
 
     return Reader(folder)
 

@@ -17,12 +17,12 @@ from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.training.memory_estimate import count_update
 
 PARTS = {
-    "token embedding": ("wte.",),
-    "position embedding": ("wpe.",),
-    "tables of pairs and triples": ("ngrams.",),
+    "token embedding": ("token_embedding.",),
+    "position embedding": ("position_embedding.",),
+    "tables of pairs and triples": ("ngram_embedding.",),
     "attention": (".attn.",),
     "MLP": (".mlp.",),
-    "norms": (".ln_1.", ".ln_2.", "ln_f."),
+    "norms": (".norm_1.", ".norm_2.", "final_norm."),
     "output layer": ("head.",),
 }
 """Part of the model -> substrings that the names of its parameters contain."""

@@ -31,17 +31,19 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         learned = config.positions == "learned"
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
         self.register_buffer("rotation", None, persistent=False)
         self.make_buffers()
-        self.ngrams = NgramEmbedding(config.ngram_vocab, config.n_embd) if config.ngram_vocab else None
+        self.ngram_embedding = (
+            NgramEmbedding(config.ngram_vocab, config.n_embd) if config.ngram_vocab else None
+        )
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = make_norm(config, config.n_embd)
+        self.final_norm = make_norm(config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
-            self.head.weight = self.wte.weight  # Press & Wolf, 2017
+            self.head.weight = self.token_embedding.weight  # Press & Wolf, 2017
         for name, parameter in self.named_parameters():
             self.initialize_parameter(name, parameter)
 
@@ -95,18 +97,18 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than the model's block_size {self.config.block_size}")
         if positions is None:
             positions = torch.arange(T, device=idx.device)
-        x = self.wte(idx)  # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe(positions)
-        if self.ngrams is not None:
-            x = x + self.ngrams(idx)
+        x = self.token_embedding(idx)  # (B, T, C)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        if self.ngram_embedding is not None:
+            x = x + self.ngram_embedding(idx)
         x = self.dropout(x)
         rotation = None
         if self.rotation is not None:
             rotation = self.rotation[:, positions].to(kernels.matmul_dtype(x))  # (2, T, D / 2)
         for block in self.blocks:
             x = block(x, rotation, mask)
-        return self.ln_f(x)
+        return self.final_norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (..., C) -> (..., V)."""
@@ -136,15 +138,15 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = make_norm(config, config.n_embd)
+        self.norm_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = make_norm(config, config.n_embd)
+        self.norm_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). rotation, mask: see CausalSelfAttention."""
-        x = x + self.attn(self.ln_1(x), rotation, mask)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.norm_1(x), rotation, mask)
+        return x + self.mlp(self.norm_2(x))
 
 
 # --- attention ---
