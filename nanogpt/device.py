@@ -19,12 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanogpt.config import Switch
 from nanogpt.console import GIB, plural
 from nanogpt.errors import UserError, require
-
-MIN_COMPILE_OPERATIONS = 1e15
-"""FLOPs of a training from which torch.compile saves more than the minute that it takes."""
 
 WINDOWS_MEMORY_FRACTION = 0.95
 """Fraction of a GPU's memory for PyTorch on Windows, whose driver spills the rest to main memory."""
@@ -383,16 +379,6 @@ def eager_mode() -> Generator[None]:
     compiled = "torch._dynamo" in sys.modules  # importing it takes a second
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), sdpa_kernel(kernels):
         yield
-
-
-def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:
-    """Whether to use torch.compile. "auto": in a long training on Linux with CUDA.
-
-    work: FLOPs of the whole training.
-    """
-    if switch == "auto":
-        return kind_of(device).compiles_by_default and work >= MIN_COMPILE_OPERATIONS
-    return switch == "on"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,14 +14,13 @@ import torch
 from nanogpt import device as devices
 from nanogpt.console import GIB
 from nanogpt.device import (
-    MIN_COMPILE_OPERATIONS,
     describe,
     is_out_of_memory,
     kind_of,
-    pick_compile,
     pick_device,
 )
 from nanogpt.errors import UserError
+from nanogpt.training.compilation import MIN_COMPILE_OPERATIONS, pick_compile
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 

@@ -10,12 +10,26 @@ import torch
 from torch import Tensor
 from torch.compiler import config as compiler_cache
 
+from nanogpt.config import Switch
 from nanogpt.console import say, warn
-from nanogpt.device import autocast, is_out_of_memory
+from nanogpt.device import autocast, is_out_of_memory, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.model.gpt import Block
 from nanogpt.training.run import Run
+
+MIN_COMPILE_OPERATIONS = 1e15
+"""FLOPs of a training from which torch.compile saves more than the minute that it takes."""
+
+
+def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:
+    """Whether to use torch.compile. "auto": in a long training on Linux with CUDA.
+
+    work: FLOPs of the whole training.
+    """
+    if switch == "auto":
+        return kind_of(device).compiles_by_default and work >= MIN_COMPILE_OPERATIONS
+    return switch == "on"
 
 
 def compile_model(run: Run, compute_gradient: Callable[..., Tensor]) -> None:

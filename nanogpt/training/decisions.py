@@ -12,7 +12,7 @@ class Due(NamedTuple):
     """What the coming round of the loop has to do, the same on all processes."""
 
     reason: StopReason | None
-    """Why to stop, if there is a reason."""
+    """Why to stop, if there is a reason; an evaluation that is due comes first."""
     evaluation: bool
     save: bool
 
@@ -25,7 +25,8 @@ def all_reduce_decisions(run: Run) -> Due:
     if run.checkpointer.pending and not writing:
         run.checkpointer.try_finish_save()
     reason = StopReason(highest) if highest else None
-    return Due(reason, is_evaluation_due(run, reason), bool(save) and not run.progress.bad_steps)
+    evaluation = is_evaluation_due(run, reason)
+    return Due(None if evaluation else reason, evaluation, bool(save) and not run.progress.bad_steps)
 
 
 def stop_reason(run: Run) -> StopReason | None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import pick_compile
 from nanogpt.distributed.world import distributed_world, hard_exit
 from nanogpt.errors import UserError, require
-from nanogpt.training.compilation import compile_model
+from nanogpt.training.compilation import compile_model, pick_compile
 from nanogpt.training.out_of_memory import explain_out_of_memory, fit_to_memory
 from nanogpt.training.report import print_plan, print_summary
 from nanogpt.training.run import Run, StopReason

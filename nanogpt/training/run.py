@@ -104,6 +104,13 @@ class UpdateResult:
     ready: Event | None
     """None: they are there already."""
 
+    @classmethod
+    def of(cls, step: int, lr: float, values: Tensor) -> "UpdateResult":
+        """Begin to copy `values`, (2,), from their device to the CPU."""
+        kind = kind_of(values.device)
+        copy = values.to("cpu", non_blocking=kind.is_async)
+        return cls(step, lr, copy, kind.record_event(values.device))
+
 
 @dataclass(kw_only=True)
 class Run(TrainState):

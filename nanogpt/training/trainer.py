@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from nanogpt.console import ceil_div, warn
-from nanogpt.device import Event, autocast, kind_of
+from nanogpt.device import autocast
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_tensor
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evaluate, evaluation_windows, sample_text
-from nanogpt.training.decisions import all_reduce_decisions
+from nanogpt.training.decisions import Due, all_reduce_decisions
 from nanogpt.training.optimizer import (
     ema_decay,
     learning_rate,
@@ -45,19 +45,24 @@ def train(run: Run) -> StopReason:
 
     Raises: UserError if the end cannot be saved, or the training breaks down in every order of the data.
     """
-    while True:
-        due = all_reduce_decisions(run)
-        if run.unread and any(due):
-            read_results(run)  # may roll the run back, so decide again
-        elif due.evaluation:
+    while not (due := decide(run)).reason:
+        if due.evaluation:
             evaluate_and_save(run)
-        elif due.reason:
-            save_final(run)
-            return due.reason
         else:
             if due.save:
                 save_last(run)
             launch_update(run)
+    save_final(run)
+    return due.reason
+
+
+def decide(run: Run) -> Due:
+    """What is due before the next update, on all processes alike, once all results it depends on are read."""
+    due = all_reduce_decisions(run)
+    if run.unread and any(due):
+        read_results(run)  # may roll the run back
+        due = all_reduce_decisions(run)
+    return due
 
 
 # --- update ---
@@ -98,7 +103,7 @@ def train_step(run: Run) -> UpdateResult:
 
     run.model.zero_grad(set_to_none=not parallelize.keeps_gradients(run.loss_fn))
     run.progress.step += 1
-    return UpdateResult(run.progress.step, learning_rate(step, config), *to_cpu(values))
+    return UpdateResult.of(run.progress.step, learning_rate(step, config), values)
 
 
 def compute_gradient(run: Run, *, sync: bool = True) -> Tensor:
@@ -138,13 +143,6 @@ def forward_backward(run: Run, x: Tensor, y: Tensor, *, sync: bool = True) -> Te
             run.scaler.scale(share * run.world.size).backward()  # DDP and FSDP average over the processes
         total += share.detach()
     return total
-
-
-def to_cpu(values: Tensor) -> tuple[Tensor, Event | None]:
-    """Copy values to the CPU. Returns them, and the event after which they are there, if that is later."""
-    kind = kind_of(values.device)
-    copy = values.to("cpu", non_blocking=kind.is_async)
-    return copy, kind.record_event(values.device)
 
 
 # --- results ---
