@@ -175,3 +175,15 @@ def test_the_package_has_its_names_without_importing_torch_for_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True False\n"
+
+
+def test_functions_fit_on_a_screen_and_files_in_a_sitting():
+    """At most 60 lines, and 400."""
+    long = [
+        f"{name}.{node.name}"
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    long += [path.name for path in PACKAGE.rglob("*.py") if len(path.read_text("utf-8").splitlines()) > 400]
+    assert not long
