@@ -103,12 +103,15 @@ class GPT(nn.Module):
         if self.ngram_embedding is not None:
             x = x + self.ngram_embedding(idx)
         x = self.dropout(x)
-        rotation = None
-        if self.rotation is not None:
-            rotation = self.rotation[:, positions].to(kernels.matmul_dtype(x))  # (2, T, D / 2)
+        context = self.context(positions, mask, dtype=kernels.matmul_dtype(x))
         for block in self.blocks:
-            x = block(x, rotation, mask)
+            x = block(x, context)
         return self.final_norm(x)
+
+    def context(self, positions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> "Context":
+        """What all blocks need to know about positions (T,). dtype: of queries and keys."""
+        rotation = None if self.rotation is None else self.rotation[:, positions].to(dtype)
+        return Context(positions, rotation, mask)
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (..., C) -> (..., V)."""
@@ -133,6 +136,17 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
+class Context(NamedTuple):
+    """What all blocks know about the tokens of a forward pass besides x."""
+
+    positions: Tensor
+    """Where in the text they are, (T,) int64."""
+    rotation: Tensor | None = None
+    """RoPE's cosines and sines at these positions, (2, T, D / 2), in the dtype of queries; None: no RoPE."""
+    mask: Tensor | None = None
+    """Which keys a query attends to: see `attention`. None: causal."""
+
+
 class Block(nn.Module):
     """Attention, then an MLP, each behind a norm and added to the residual stream."""
 
@@ -143,9 +157,9 @@ class Block(nn.Module):
         self.norm_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). rotation, mask: see CausalSelfAttention."""
-        x = x + self.attn(self.norm_1(x), rotation, mask)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.attn(self.norm_1(x), context)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -185,19 +199,19 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.attn_dropout
         self.proj_dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). rotation: see `rotate`; None: no RoPE. mask: see `attention`."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).split(self.qkv_dims, dim=-1)
         q = self.q_norm(q.view(B, T, self.n_head, -1).transpose(1, 2))  # (B, H, T, D)
         k = self.k_norm(k.view(B, T, self.n_kv_head, -1).transpose(1, 2))  # (B, K, T, D)
         v = v.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
         if self.n_kv_head < self.n_head:  # each serves a group of query heads (GQA, Ainslie et al., 2023)
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, T, D)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
-        y = self.attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.attention(q, k, v, context.mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.proj_dropout(self.proj(y))
 

@@ -131,15 +131,18 @@ def chunked_cross_entropy(
     positions are taken at a time: their logits, their loss and its gradient, then the next ones.
     head: (n, C) -> (n, V); squash: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64.
     """
-    weights = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
+    parameters = dict(head.named_parameters())
+    trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
+    # Cast once, not for each chunk, to the dtype that autocast would choose.
+    frozen = {name: parameters[name].to(matmul_dtype(x)) for name in parameters.keys() - trained.keys()}
 
-    def output(x: Tensor, *narrow: Tensor) -> Tensor:
-        """(n, C) -> (n, V), with these weights."""
-        return squash(functional_call(head, dict(zip(weights, narrow, strict=True)), (x,)))
+    def output(x: Tensor, *weights: Tensor) -> Tensor:
+        """(n, C) -> (n, V), with these in place of the trained weights."""
+        return squash(functional_call(head, frozen | dict(zip(trained, weights, strict=True)), (x,)))
 
     chunk = max(1, kind_of(x.device).logits_per_chunk // vocab_size)  # positions
     context = (output, chunk, torch.is_grad_enabled(), targets)
-    return cast(Tensor, ChunkedCrossEntropy.apply(*context, x, *weights.values()))
+    return cast(Tensor, ChunkedCrossEntropy.apply(*context, x, *trained.values()))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -156,7 +159,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         """See chunked_cross_entropy. output: of x and weights; chunk: positions at a time."""
-        # Cast once, not for each chunk, to the dtype that autocast would choose.
         narrow = [w.detach().to(matmul_dtype(x)).requires_grad_(differentiate) for w in weights]
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if differentiate else x

@@ -83,8 +83,9 @@ def try_block(run: Run) -> None:
     block = torch.compile(Block(run.model.config, layer=0).to(run.device), dynamic=False)
     x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
     x.requires_grad_()
+    positions = torch.arange(run.config.block_size, device=run.device)
     with autocast(run.device, run.dtype):
-        y = block(x, run.model.rotation)
+        y = block(x, run.model.context(positions, None, run.dtype))
     y.sum().backward()
 
 

@@ -55,7 +55,8 @@ def build_muon(
     for name, parameter in trained_parameters(model).items():
         is_matrix = name.startswith("blocks.") and parameter.dim() == 2
         (matrices if is_matrix else others).append(parameter)
-    return [adamw(others, config), Muon(matrices, config, muon_dtype, rank, size)]
+    muon = [Muon(matrices, config, muon_dtype, rank, size)] if matrices else []
+    return [adamw(others, config), *muon]
 
 
 OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": build_adamw, "muon": build_muon}
@@ -84,16 +85,21 @@ def step_optimizers(optimizers: Iterable[torch.optim.Optimizer], *, skip: Tensor
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019), fused, with weight decay on matrices and embeddings alone.
+    """AdamW (Loshchilov & Hutter, 2019), fused."""
+    groups = decay_groups(parameters, config)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """Two parameter groups: with weight decay (matrices and embeddings), and without.
 
     Decay pulls weights towards zero, which biases and the gains of norms (one dimension) are spared.
     """
     parameters = list(parameters)
-    groups = [
+    return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 class Muon(torch.optim.Optimizer):
