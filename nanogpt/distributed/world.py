@@ -181,7 +181,7 @@ def distributed_world(device: str = "auto") -> Generator[World]:
 
 
 def connect(store: "PrefixStore", world: World, device: str) -> None:
-    """Initialize torch.distributed's process group; NCCL is told the GPU, which its messages then name."""
+    """Initialize torch.distributed's process group. NCCL gets the GPU's index for its messages."""
     libraries = backend()
     own = local_device(device, world)
     uses_nccl = own.startswith("cuda:") and "nccl" in libraries
