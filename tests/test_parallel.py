@@ -173,16 +173,18 @@ def test_two_processes_train_as_one_does(plain, tmp_path, settings):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(plain, tmp_path, kind):
-    whole = replace(plain, out_dir=str(tmp_path / "whole"), max_iters=30, parallel=kind, ema_decay=0.9)
-    parts = replace(whole, out_dir=str(tmp_path / "parts"), schedule="trapezoid", cooldown=0.0, min_lr=1.0)
-    whole = replace(parts, out_dir=whole.out_dir)
-    fit(whole)
-    fit(replace(parts, max_iters=10))
-    code, _, err = torchrun(tmp_path, replace(parts, max_iters=20, resume=True))
+    unbroken = replace(plain, out_dir=str(tmp_path / "unbroken"), max_iters=30, parallel=kind, ema_decay=0.9)
+    resumed = replace(
+        unbroken, out_dir=str(tmp_path / "resumed"), schedule="trapezoid", cooldown=0.0, min_lr=1.0
+    )
+    unbroken = replace(resumed, out_dir=unbroken.out_dir)
+    fit(unbroken)
+    fit(replace(resumed, max_iters=10))
+    code, _, err = torchrun(tmp_path, replace(resumed, max_iters=20, resume=True))
     assert code == 0, err
-    fit(replace(parts, resume=True))
-    same_course(whole, parts)
-    assert not list(RunFolder(Path(parts.out_dir)).shards.glob("*"))  # nobody needs them any more
+    fit(replace(resumed, resume=True))
+    same_course(unbroken, resumed)
+    assert not list(RunFolder(Path(resumed.out_dir)).shards.glob("*"))  # nobody needs them any more
 
 
 def test_sharded_processes_compute_in_bfloat16_too(plain, tmp_path):
@@ -256,7 +258,7 @@ def test_sharded_processes_compile_their_blocks(plain, tmp_path):
     same_course(alone, both)
 
 
-def test_parts_that_cannot_be_written_do_not_end_the_training(plain, tmp_path):
+def test_shards_that_cannot_be_written_do_not_end_the_training(plain, tmp_path):
     calm, hit = (replace(plain, out_dir=str(tmp_path / name), parallel="fsdp") for name in ("calm", "hit"))
     fit(calm)
     full = (
@@ -277,7 +279,7 @@ def test_sharded_processes_refuse_float16(plain, tmp_path):
     code, _, err = torchrun(tmp_path, replace(plain, parallel="fsdp", dtype="float16"))
     assert code != 0
     (line,) = [line for line in err.splitlines() if line.startswith("error")]  # of whichever was the first
-    assert line.endswith(": --parallel fsdp does not scale float16: give --dtype bfloat16")
+    assert line.endswith(": --parallel fsdp does not support float16: give --dtype bfloat16")
 
 
 # What dies
@@ -297,7 +299,7 @@ def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_s
     assert code == 0, err
     assert last_step(hit) == 30
     assert not (Path(hit.out_dir) / "previous").exists()
-    assert err.count("another one is gone") == 2
+    assert err.count("lost the connection to another process") == 2
     assert "Traceback" not in err.split("torch.distributed.elastic")[0]
     assert re.search("from step 12" if kind == "ddp" else "from step 1[12]", out)  # or while it was written
     same_course(calm, hit)
@@ -540,7 +542,9 @@ def test_one_gpu_a_process_or_the_cpu(monkeypatch):
     assert local_device("mps", World()) == "mps"
     with pytest.raises(UserError, match="--device mps takes one process"):
         local_device("mps", several)
-    with pytest.raises(UserError, match="--device cuda:0 is for one process, here are 2: give --device cuda"):
+    with pytest.raises(
+        UserError, match="--device cuda:0 is for one process, but there are 2: give --device cuda"
+    ):
         local_device("cuda:0", several)
     assert local_device("cuda:0", World(1, 2)) == "cuda:0"  # a process a machine
 
@@ -616,8 +620,20 @@ def test_a_launcher_that_speaks_as_torchrun_does_is_understood(plain, tmp_path):
         ("UserError('no room: make some')", 0, True, 2, "error: no room: make some\n"),
         ("UserError('no room: make some')", 1, True, 2, "error (process 2 of 2): no room: make some\n"),
         ("UserError('no room: make some')", 1, False, 2, ""),
-        ("RuntimeError('NCCL error in: ...')", 0, True, 2, "process 1 of 2: another one is gone\n"),
-        ("RuntimeError('remote process exited')", 1, True, 2, "process 2 of 2: another one is gone\n"),
+        (
+            "RuntimeError('NCCL error in: ...')",
+            0,
+            True,
+            2,
+            "process 1 of 2: lost the connection to another process\n",
+        ),
+        (
+            "RuntimeError('remote process exited')",
+            1,
+            True,
+            2,
+            "process 2 of 2: lost the connection to another process\n",
+        ),
         ("ValueError('a bug')", 1, True, 1, "ValueError: a bug\n"),
         ("ValueError('a bug')", 1, False, 2, ""),
     ],
@@ -692,7 +708,7 @@ if os.environ["RANK"] == "1":
     assert last_step(config) == 6
 
 
-# Parts
+# Shards
 
 
 @pytest.mark.parametrize(
@@ -706,20 +722,20 @@ def test_a_sharded_model_begins_with_the_same_weights_and_no_process_holds_it_al
     shape = GPTConfig(**small, ngram_vocab=11, **settings)
     try:
         with torch.device("meta"):
-            parts = GPT(shape)
-        shard(parts, torch.device("cpu"), torch.float32)
-        initialize_shards(parts, seed=5)
+            sharded_model = GPT(shape)
+        shard(sharded_model, torch.device("cpu"), torch.float32)
+        initialize_shards(sharded_model, seed=5)
         torch.manual_seed(5)
-        together = GPT(shape)
-        mine = parts.state_dict()
-        assert mine.keys() == together.state_dict().keys()
-        for name, tensor in together.state_dict().items():
-            assert torch.equal(full_tensor(mine[name]), tensor), name
+        full_model = GPT(shape)
+        shards = sharded_model.state_dict()
+        assert shards.keys() == full_model.state_dict().keys()
+        for name, tensor in full_model.state_dict().items():
+            assert torch.equal(full_tensor(shards[name]), tensor), name
         x = torch.randint(9, (2, 8))
-        assert torch.equal(parts(x)[0], together(x)[0])
-        with unsharded(parts), torch.no_grad():
+        assert torch.equal(sharded_model(x)[0], full_model(x)[0])
+        with unsharded(sharded_model), torch.no_grad():
             for _ in range(2):
-                assert torch.equal(parts(x)[0], together(x)[0])
+                assert torch.equal(sharded_model(x)[0], full_model(x)[0])
     finally:
         dist.destroy_process_group()
 

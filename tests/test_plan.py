@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_not_measured(capsys):
 def test_devices_without_bfloat16_are_not_told_to_shard(capsys):
     assert main(replace(SMALL, on="v100", processes=8, n_layer=96, n_head=96, n_embd=12_288)) == 0
     assert "It does not fit: a smaller --n_layer, --n_embd or --block_size\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match="does not scale float16"):
+    with pytest.raises(UserError, match="does not support float16"):
         main(replace(SMALL, on="v100", processes=8, parallel="fsdp"))
 
 

@@ -1,4 +1,4 @@
-"""A run folder has one owner, loses no earlier run, and resumes from the newest file that is whole."""
+"""A run folder has one owner, loses no earlier run, and resumes from the newest valid file."""
 
 import contextlib
 import os
@@ -162,7 +162,7 @@ def test_nothing_but_damaged_files(folder):
     damage(folder.last)
     damage(folder.best)
     reports = []
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole: start without --resume"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged: start without --resume"):
         folder.newest_valid(reports.append)
     assert len(reports) == 2
 
@@ -367,7 +367,7 @@ def test_two_runs_in_one_folder_are_kept_apart(unequal, capsys):
     put(unequal.last, 5)
     with unequal.locked():
         assert unequal.newest_valid(silent).progress["step"] == 5
-    assert "Parts of two runs" in capsys.readouterr().err
+    assert "Files of two runs" in capsys.readouterr().err
     assert len(tree(unequal.path / "previous" / "1")) == 5
 
 

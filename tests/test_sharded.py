@@ -1,4 +1,4 @@
-"""A checkpoint in parts is whole or passed over, and holds what the tensors were when it was begun."""
+"""A sharded checkpoint is complete or passed over, and holds the tensors as they were when the save began."""
 
 import pickle
 import warnings
@@ -36,7 +36,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return sharded.flatten(weights, {"token_embedding.weight": torch.randn(4, 6)}, [moments, {}])
 
 
-def test_flat_and_nested_are_inverse():
+def test_flatten_and_unflatten_are_inverse():
     model, average = {"a.b": torch.ones(1)}, {"a.b": torch.ones(2)}
     states = [{3: {"exp_avg": torch.ones(3), "step": torch.ones(4)}}, {}]
     assert sharded.unflatten(sharded.flatten(model, average, states), 2) == (model, average, states)
@@ -108,7 +108,7 @@ def test_an_index_that_is_none_is_an_error(tmp_path, content):
 def test_an_index_of_objects_is_refused(alone_in_a_group, tmp_path):
     """torch.distributed.checkpoint would unpickle them."""
     sharded.begin_save(tmp_path, {"model.a": torch.ones(1), "model.b": "text"}).result()  # pyright: ignore
-    with pytest.raises(UserError, match="BytesStorageMetadata has no place"):
+    with pytest.raises(UserError, match="BytesStorageMetadata is not allowed"):
         sharded.shapes(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_what_is_not_there_cannot_be_read(alone_in_a_group, tensors, tmp_path):
 
 @pytest.fixture
 def folder(alone_in_a_group, config: TrainConfig, tmp_path) -> RunFolder:
-    """A run of 10 steps in ckpt.pt, and in last.pt, whose tensors are in parts."""
+    """A run: ckpt.pt at step 10, and a sharded last.pt at step 11."""
     from nanogpt.training.fit import fit
 
     fit(replace(config, max_iters=10))
@@ -134,17 +134,17 @@ def folder(alone_in_a_group, config: TrainConfig, tmp_path) -> RunFolder:
     saved = load_checkpoint(folder.last)
     states = [optimizer["state"] for optimizer in saved.optimizers]
     digests = written(folder.shards / "11", sharded.flatten(saved.model, saved.average, states))
-    head = replace(
+    header = replace(
         saved,
         model={}, average={}, optimizers=[group | {"state": {}} for group in saved.optimizers],
         progress=saved.progress | {"step": 11},
         shards={f"shards/11/{name}": digest for name, digest in digests.items()},
     )  # fmt: skip
-    save_checkpoint(folder.last, head)
+    save_checkpoint(folder.last, header)
     return folder
 
 
-def test_a_checkpoint_in_parts_is_put_together(folder):
+def test_the_shards_of_a_checkpoint_are_gathered(folder):
     best, last = load_checkpoint(folder.best), load_checkpoint(folder.last)
     assert last.shards == {}
     assert last.optimizers[0]["param_groups"] == best.optimizers[0]["param_groups"]
@@ -155,38 +155,38 @@ def test_a_checkpoint_in_parts_is_put_together(folder):
             assert torch.equal(last.optimizers[0]["state"][index][name], moment)
 
 
-def test_the_parts_may_move_with_the_folder(folder, tmp_path):
+def test_the_shards_may_move_with_the_folder(folder, tmp_path):
     folder.path.rename(tmp_path / "elsewhere")
     assert load_checkpoint(tmp_path / "elsewhere" / "last.pt").progress["step"] == 11
 
 
-def test_a_damaged_part_is_passed_over(folder):
+def test_a_checkpoint_with_a_damaged_shard_is_passed_over(folder):
     said: list[str] = []
     assert folder.newest_valid(said.append).progress["step"] == 11
     (folder.shards / "11" / "__0_0.distcp").write_bytes(b"torn")
-    for whole in (True, False):
+    for gather in (True, False):
         said.clear()
-        assert folder.newest_valid(said.append, gather=whole).progress["step"] == 10
+        assert folder.newest_valid(said.append, gather=gather).progress["step"] == 10
         assert len(said) == 2
         assert said[1] == "Going on from step 10 instead"
         assert said[0].endswith("is damaged (its checksum does not match): passing it over")
 
 
-def test_an_earlier_run_takes_its_parts_along(folder):
+def test_an_earlier_run_is_archived_with_its_shards(folder):
     previous = folder.archive_previous()
     assert previous is not None
     assert load_checkpoint(previous / "last.pt").progress["step"] == 11
     assert not folder.shards.exists()
 
 
-def test_other_parts_are_dropped(folder):
+def test_other_shards_are_deleted(folder):
     for name in ("3", "12"):
         (folder.shards / name).mkdir()
     folder.delete_shards(keep=folder.shards / "11")
     assert [path.name for path in folder.shards.iterdir()] == ["11"]
 
 
-def test_putting_it_together_needs_no_processes_and_warns_of_nothing(folder):
+def test_gathering_needs_no_process_group_and_warns_of_nothing(folder):
     dist.destroy_process_group()
     try:
         with warnings.catch_warnings():

@@ -54,13 +54,13 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "step a float": (lambda c: put(c["progress"], "step", 2.5), "progress: step is 2.5"),
     "step negative": (lambda c: put(c["progress"], "step", -1), "progress: step is -1"),
     "loss a list": (lambda c: put(c["progress"], "best_val_loss", []), "best_val_loss is []"),
-    "tokenizer {}": (lambda c: put(c, "tokenizer", {}), "the tokenizer is none"),
+    "tokenizer {}": (lambda c: put(c, "tokenizer", {}), "the tokenizer does not work"),
     "tokenizer None": (lambda c: put(c, "tokenizer", None), "tokenizer is not a dictionary"),
-    "characters a number": (lambda c: put(c["tokenizer"], "chars", 5), "the tokenizer is none"),
-    "bpe of nothing": (lambda c: put(c, "tokenizer", {"kind": "bpe"}), "the tokenizer is none"),
+    "characters a number": (lambda c: put(c["tokenizer"], "chars", 5), "the tokenizer does not work"),
+    "bpe of nothing": (lambda c: put(c, "tokenizer", {"kind": "bpe"}), "the tokenizer does not work"),
     "bpe of garbage": (
         lambda c: put(c, "tokenizer", {"kind": "bpe", "tokenizer.json": "{"}),
-        "the tokenizer is none",
+        "the tokenizer does not work",
     ),
     "one character less": (lambda c: put(c["tokenizer"], "chars", "abc"), "but the tokenizer has"),
     "vocab_size huge": (lambda c: put(c, "vocab_size", 2**62), "but the tokenizer has"),
@@ -86,7 +86,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "config None": (lambda c: put(c, "config", None), "config is not a dictionary"),
     "config of another type": (lambda c: put(c["config"], "n_layer", "1"), "--n_layer '1' is of type str"),
     "endless layers": (lambda c: put(c["config"], "n_layer", 10**15), "layers do not fit"),
-    "endless width": (lambda c: put(c["config"], "n_embd", 2**62), "no model is as large"),
+    "endless width": (lambda c: put(c["config"], "n_embd", 2**62), "a model that is too large"),
     "other width": (lambda c: put(c["config"], "n_embd", 32), "is of shape"),
     "shards a list": (lambda c: put(c, "shards", ["a"]), "shards is not a dictionary"),
     "shards elsewhere": (lambda c: put(c, "shards", {"../../etc/x": "0"}), "a shard has the name"),
@@ -94,12 +94,12 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "format a text": (lambda c: put(c, "format", "new"), "has format new"),
     "scaler a text": (lambda c: put(c["scaler"], "scale", "much"), "scaler: scale is much"),
     "dtype unknown": (lambda c: put(c["precision"], "dtype", "int8"), "precision has the dtype int8"),
-    "no device": (lambda c: drop(c["precision"], "device"), "precision names no device"),
+    "no device": (lambda c: drop(c["precision"], "device"), "precision has no device"),
     "no micro-batches": (
         lambda c: put(c["precision"], "num_micro_batches", 0),
         "precision has 0 micro-batches",
     ),
-    "fingerprint a number": (lambda c: put(c, "fingerprint", 7), "the fingerprint is not a text"),
+    "fingerprint a number": (lambda c: put(c, "fingerprint", 7), "the fingerprint is not a string"),
 }
 
 

@@ -1,13 +1,13 @@
-"""What a run must keep, written so that it cannot be lost, read so that it cannot harm.
+"""The checkpoint file format: save, load and verify a checkpoint, upgrade older formats, load a model.
 
-Use:    save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
-        model, tokenizer = load_model("out/ckpt.pt")
-A checkpoint is one self-contained file of plain types and tensors (torch.save, read back with
-weights_only=True, so a hostile file runs nothing), followed by a seal: the SHA-256 of all that
-stands before it. The seal is verified before anything is used. torch.load reads the file too.
-The tensors of a model that several processes share (--parallel fsdp) lie beside it, in a folder that the
-file vouches for (checkpoint/sharded.py); `load_checkpoint` puts them together. Which file is the best one and
-which is resumed: checkpoint/run_dir.py.
+Example:    save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
+            model, tokenizer = load_model("out/ckpt.pt")
+A checkpoint is one self-contained file of plain types and tensors, written with torch.save and followed by a
+seal: the SHA-256 of all bytes before it. Loading verifies the seal first, then calls torch.load with
+weights_only=True, so a malicious file cannot run code. Plain torch.load reads the file too.
+With --parallel fsdp, last.pt is sharded: its tensors are in a folder of shards (checkpoint/sharded.py), whose
+SHA-256 digests are in last.pt; `load_checkpoint` gathers them. Which file holds the best model and which one
+is resumed is in checkpoint/run_dir.py.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
 FORMAT_VERSION = 4
-"""Version of the checkpoint format. Older ones are read too: see `upgraded`."""
+"""Version of the checkpoint format. Older formats are read too: see `upgrade`."""
 
-FOREIGN = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
+NOT_A_CHECKPOINT = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
 
 SEAL = b"nanogpt\n"
 SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
@@ -39,10 +39,10 @@ SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
 
 @dataclass
 class Progress:
-    """How far a run is: everything that moves, apart from tensors."""
+    """Progress of a run: all of its state that is not a tensor."""
 
     step: int = 0
-    """Updates done."""
+    """Number of updates done."""
     best_val_loss: float = float("inf")
     """Lowest validation loss so far, in nats per token."""
     evaluated_at: int = 0
@@ -52,21 +52,21 @@ class Progress:
     elapsed_s: float = 0.0
     """Seconds spent in training steps."""
     shuffle_id: int = 0
-    """Number of the data order: how often the run went back to step around a bad batch."""
+    """Number of the data order. Every roll-back adds one, so that the run avoids the bad batch."""
     bad_steps: int = 0
-    """Steps in a row whose loss or gradient was not finite."""
+    """Number of successive steps, up to now, whose loss or gradient was not finite."""
     rollbacks: int = 0
-    """Times the run went back without getting past `furthest_bad_step`."""
+    """Number of roll-backs since the run last passed `furthest_bad_step`."""
     furthest_bad_step: int = -1
-    """Furthest step at which the training broke down."""
+    """Latest step at which a roll-back became necessary; -1 if none did."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The content of a checkpoint file.
 
-    The randomness of a step is a function of (seed, shuffle_id, step), so config and progress hold
-    the whole state of the random-number generators.
+    It needs no states of random-number generators: all randomness of a step is a function of
+    (seed, shuffle_id, step), which are in config and progress.
     """
 
     config: dict[str, Any]
@@ -75,93 +75,95 @@ class Checkpoint:
     progress: dict[str, Any]
     """The fields of Progress."""
     model: dict[str, torch.Tensor]
-    """The weights that are trained."""
+    """The trained weights: state_dict of the model."""
     average: dict[str, torch.Tensor]
-    """Their moving average; empty if the run keeps none."""
+    """Exponential moving average (EMA) of the weights; empty without --ema_decay."""
     optimizers: list[dict[str, Any]]
+    """state_dict of each optimizer."""
     scaler: dict[str, Any]
-    """The float16 gradient scaler; empty in other dtypes."""
+    """state_dict of the float16 gradient scaler; empty for other dtypes."""
     precision: dict[str, str | int]
-    """What "auto" stood for: device, dtype, muon_dtype, and num_micro_batches of all processes together."""
+    """The choices made for "auto": device, dtype, muon_dtype, and num_micro_batches over all processes."""
     tokenizer: dict[str, Any]
+    """Tokenizer.to_dict."""
     fingerprint: str
     """Fingerprint of the training data."""
     format: int = FORMAT_VERSION
     shards: dict[str, str] = field(default_factory=dict[str, str])
-    """The files beside this one that hold the tensors, with their SHA-256; empty if they are here."""
+    """Relative path of each shard -> its SHA-256; empty if the tensors are in the checkpoint file itself."""
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights to use: the average if there is one."""
+        """The weights for inference: the EMA if there is one, else the trained weights."""
         return self.average or self.model
 
     @property
     def train_config(self) -> TrainConfig:
-        """The settings of the run."""
+        """The training settings of the run."""
         return from_dict(TrainConfig, self.config)
 
     @property
     def model_config(self) -> GPTConfig:
-        """The settings of the model."""
+        """The architecture of the model."""
         return model_config(self.train_config, self.vocab_size)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; until it is complete, the file that was there stays untouched.
+    """Save a checkpoint atomically: an existing file is replaced only when the new one is complete.
 
-    Errors: UserError if the folder cannot be written or the disk is full.
+    Raises: UserError if the folder cannot be written or the disk is full.
     """
     content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
-    validation.require_plain(content)  # before the file that is there is touched
+    validation.require_plain(content)
     write_sealed(path, content)
 
 
 def write_sealed(path: Path, content: object) -> None:
-    """Write anything as a sealed checkpoint. Errors: as `save_checkpoint`."""
+    """Write a checkpoint's content and its seal. Raises: UserError as in save_checkpoint."""
     seals.save_with_checksum(path, content, SEAL)
 
 
 def verify(path: Path) -> None:
-    """Check the seal at the end of the file against all that stands before it.
+    """Verify the checksum in the seal at the end of a checkpoint file.
 
-    Errors: UserError if a single bit has changed, or if the file has no seal.
+    Raises: UserError if a single bit has changed, or if the file has no seal.
     """
-    left = path.stat().st_size - SEAL_SIZE
+    remaining = path.stat().st_size - SEAL_SIZE
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while left > 0 and (piece := file.read(min(left, 1 << 20))):
-            digest.update(piece)
-            left -= len(piece)
+        while remaining > 0 and (block := file.read(min(remaining, 1 << 20))):
+            digest.update(block)
+            remaining -= len(block)
         seal = file.read()
-    require(seal.startswith(SEAL), f"{path} is cut short, or {FOREIGN}")
+    require(seal.startswith(SEAL), f"{path} is cut short, or {NOT_A_CHECKPOINT}")
     require(seal == SEAL + digest.digest(), f"checkpoint {path} is damaged (its checksum does not match)")
 
 
 def load_model(path: str | Path, device_name: str = "auto") -> tuple[GPT, Tokenizer]:
-    """The model of a checkpoint on a device, ready to generate, and its tokenizer.
+    """Load the model and the tokenizer of a checkpoint file for inference.
 
-    Errors: UserError if the checkpoint is missing or damaged, or there is no such device.
+    Raises: UserError if the checkpoint is missing or damaged, or the device does not exist.
     """
     return build_model(load_checkpoint(Path(path)), pick_device(device_name))
 
 
 def build_model(saved: Checkpoint, device: torch.device) -> tuple[GPT, Tokenizer]:
-    """The model of a checkpoint in memory on a device, ready to generate, and its tokenizer."""
+    """Build the model, in evaluation mode on a device, and the tokenizer of a loaded checkpoint."""
     model = GPT(saved.model_config)
     model.load_state_dict(saved.weights)
     return model.to(device).eval(), tokenizer_from_dict(saved.tokenizer)
 
 
 def shards_folder(path: Path, names: Iterable[str]) -> Path:
-    """The folder of the shards of the checkpoint at `path`, which have these names."""
+    """The folder that holds the shards of the checkpoint at `path`. names: the keys of Checkpoint.shards."""
     return (path.parent / next(iter(names))).parent
 
 
 def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
-    """Read a checkpoint onto the CPU, after verifying every bit of it.
+    """Load a checkpoint into main memory, after verifying its checksum.
 
-    gather: also read the tensors of a sharded checkpoint; else they stay in their shards, unverified.
-    Errors: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
+    gather: also verify the shards of a sharded checkpoint and load their tensors; else only the file itself.
+    Raises: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
     try:
         if not path.exists():
@@ -177,13 +179,13 @@ def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     try:
         content = read_plain(path)
-    except Exception as error:  # sealed, but hostile: whatever the reader then raises
+    except Exception as error:  # torch.load may raise anything for a malicious file
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     version = content.get("format")
-    require(version is not None and not isinstance(version, torch.Tensor), f"{path} {FOREIGN}")
-    content = upgraded(content)
+    require(version is not None and not isinstance(version, torch.Tensor), f"{path} {NOT_A_CHECKPOINT}")
+    content = upgrade(content)
     require(
         content["format"] == FORMAT_VERSION,
         f"checkpoint {path} has format {version}, this is {FORMAT_VERSION}: update NanoGPT",
@@ -191,42 +193,44 @@ def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
     names = {field.name for field in fields(Checkpoint)}
     require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
     verify_content(path, content)
-    found = Checkpoint(**content)
-    if not found.shards or not gather:
-        return found
-    together = gather_shards(path, found)
-    verify_content(path, vars(together))
-    return together
+    loaded = Checkpoint(**content)
+    if not loaded.shards or not gather:
+        return loaded
+    gathered = gather_shards(path, loaded)
+    verify_content(path, vars(gathered))
+    return gathered
 
 
 def verify_content(path: Path, content: Mapping[str, Any]) -> None:
-    """Errors: UserError if a part of the checkpoint is missing, or not what it must be."""
+    """Check the types and values in a checkpoint. Raises: UserError if something is missing or wrong."""
     try:
         validation.check(content, get_type_hints(Progress))
     except UserError as error:
         raise UserError(f"checkpoint {path} is malformed: {error}") from error
 
 
-def gather_shards(path: Path, head: Checkpoint) -> Checkpoint:
-    """The checkpoint with all its tensors, which lie in shards beside it.
+def gather_shards(path: Path, header: Checkpoint) -> Checkpoint:
+    """Verify and gather the shards of the checkpoint at `path` into full tensors.
 
-    Errors: UserError if one of the files is missing or damaged.
+    header: the checkpoint as `path` holds it, without tensors.
+    Raises: UserError if a shard is missing or damaged.
     """
-    sharded.verify(path.parent, head.shards)
-    tensors = sharded.load_full(shards_folder(path, head.shards))
+    sharded.verify(path.parent, header.shards)
+    tensors = sharded.load_full(shards_folder(path, header.shards))
     try:
-        model, average, states = sharded.unflatten(tensors, len(head.optimizers))
+        model, average, states = sharded.unflatten(tensors, len(header.optimizers))
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"checkpoint {path} is malformed: its shards have wrong names ({error})") from error
-    optimizers = [saved | {"state": state} for saved, state in zip(head.optimizers, states, strict=True)]
-    return replace(head, model=model, average=average, optimizers=optimizers, shards={})
+    optimizers = [saved | {"state": state} for saved, state in zip(header.optimizers, states, strict=True)]
+    return replace(header, model=model, average=average, optimizers=optimizers, shards={})
 
 
-def upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint of an older format as the present one has it; any other is left alone.
+def upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Upgrade the content of a checkpoint from an older format to the current one.
 
-    Format 1 had no averaged weights, at first a single optimizer, and GPT-2's approximation of GELU only.
-    Format 2 had other names, and at first no shards. Up to format 3, weights had GPT-2's names.
+    Format 1 has no EMA, only GPT-2's approximation of GELU, and in its first files one optimizer.
+    Format 2 has other field names and, in its first files, no shards.
+    Format 3 has GPT-2's names for the weights (wte, ln_f).
     """
     if content["format"] == 1 and isinstance(content.get("config"), dict):
         content = from_format_1(content)
@@ -236,7 +240,7 @@ def upgraded(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint of format 1 as format 2 has it."""
+    """Upgrade the content of a checkpoint from format 1 to format 2."""
     content = {"average": {}, **content, "format": 2}
     if "optimizer" in content:
         content["optimizers"] = [content.pop("optimizer")]
@@ -251,53 +255,53 @@ FORMAT_2_PROGRESS = {"order": "shuffle_id", "broken": "bad_steps", "broken_at": 
 
 
 def from_format_2(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint of format 2 as format 3 has it. What is malformed stays malformed."""
+    """Upgrade the content of a checkpoint from format 2 to format 3. Malformed values stay as they are."""
     content = {FORMAT_2_NAMES.get(name, name): value for name, value in content.items()}
     content = {"shards": {}, **content, "format": 3}
     progress, precision = content.get("progress"), content.get("precision")
     if isinstance(progress, dict):
-        named = cast(dict[str, Any], progress)
-        content["progress"] = {FORMAT_2_PROGRESS.get(name, name): value for name, value in named.items()}
+        items = cast(dict[str, Any], progress).items()
+        content["progress"] = {FORMAT_2_PROGRESS.get(name, name): value for name, value in items}
     if isinstance(precision, dict):
-        told = dict(cast(dict[str, Any], precision))
-        count = told.pop("pieces", "")  # a text then
+        renamed = dict(cast(dict[str, Any], precision))
+        count = renamed.pop("pieces", "")  # format 2 saved this number as a string
         if isinstance(count, str) and count.isdecimal():
-            told["num_micro_batches"] = int(count)
-        content["precision"] = told
+            renamed["num_micro_batches"] = int(count)
+        content["precision"] = renamed
     return content
 
 
 def from_format_3(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint of format 3 as format 4 has it. What is malformed stays malformed."""
+    """Upgrade the content of a checkpoint from format 3 to format 4. Malformed values stay as they are."""
     content = {**content, "format": 4}
-    for part in ("model", "average"):
-        weights = content.get(part)
+    for key in ("model", "average"):
+        weights = content.get(key)
         if isinstance(weights, dict):
-            named = cast(dict[object, Any], weights)
-            content[part] = {sharded.current_name(str(name)): weight for name, weight in named.items()}
+            items = cast(dict[object, Any], weights).items()
+            content[key] = {sharded.current_name(str(name)): weight for name, weight in items}
     return content
 
 
 def peek(path: Path) -> tuple[TrainConfig, int]:
-    """The settings in a checkpoint and its step, without reading its tensors or verifying anything.
+    """Read the settings and the step of a checkpoint quickly: no tensor is read, nothing is verified.
 
-    Errors: whatever a missing or damaged file raises.
+    Raises: any exception if the file is missing or damaged.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a named pipe would block
         raise FileNotFoundError(path)
     try:
         content = read_plain(path, mmap=True)
-    except (OSError, RuntimeError):  # a file system that maps no files
+    except (OSError, RuntimeError):  # this file system does not support memory maps
         content = read_plain(path)
-    content = upgraded(cast(dict[str, Any], content))
+    content = upgrade(cast(dict[str, Any], content))
     return from_dict(TrainConfig, content["config"]), int(content["progress"]["step"])
 
 
 def read_plain(path: Path, *, mmap: bool = False) -> object:
-    """What torch.load finds in a file, on the CPU: tensors and plain types alone, without a warning.
+    """Read tensors and plain types from a file with torch.load(weights_only=True), without warnings.
 
-    Errors: whatever it raises.
+    Raises: any exception that torch.load raises.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of unusual pickles: what they hold is judged by whoever asks
+        warnings.simplefilter("ignore")  # about unusual pickles: the caller validates the content
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)

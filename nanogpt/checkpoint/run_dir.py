@@ -1,9 +1,9 @@
-"""The folder of a run: what is in it, who may write to it, and how an earlier run is kept.
+"""The run folder (--out_dir): its files, its lock, the checkpoint to resume, the archive of earlier runs.
 
-Use:    folder = RunFolder(Path("out")); with folder.locked(): folder.archive_previous(); ...
-Holds:  ckpt.pt (best), last.pt (newest; with --parallel fsdp its tensors are in parts/),
-        metrics.jsonl, loss.png, runs/ (TensorBoard),
-        previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
+Example:    folder = RunFolder(Path("out")); with folder.locked(): folder.archive_previous(); ...
+Files:      ckpt.pt (best), last.pt (newest), shards/ (tensors of last.pt with --parallel fsdp),
+            metrics.jsonl, loss.png, runs/ (TensorBoard),
+            previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from nanogpt.errors import UserError, require
 from nanogpt.files import fsync_folder, make_folder, rename
 from nanogpt.locking import FolderLock, lock
 
-RUN_BY_RUN = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
-"""Settings of one invocation: a run that goes on may have others, and nobody need be told."""
+PER_COMMAND_SETTINGS = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
+"""Settings of a command, not of a training. A resumed run may change them, so they are not compared."""
 
 
 class RunFolder:
-    """Paths of the files of a run."""
+    """Paths of a run's files, and the operations on the folder as a unit."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,23 +35,23 @@ class RunFolder:
         self.last = path / "last.pt"
         self.shards = path / "shards"
         self.old_shards = path / "parts"
-        """Where older versions put them."""
+        """Folder of the shards in older versions."""
         self.metrics = path / "metrics.jsonl"
         self.plot = path / "loss.png"
         self.runs = path / "runs"
         self.job = path / ".job"
         self.moving = path / ".moving"
-        """An earlier run on its way to previous/, or back."""
+        """Temporary folder of an earlier run that is being moved to previous/."""
         self.owner: FolderLock | None = None
-        """Whoever holds the folder in this process."""
+        """The lock that this process holds; None outside of `locked`."""
         self.resumed: Path | None = None
-        """The file that `newest` chose."""
+        """The file that `newest_valid` chose."""
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
-        """Own the folder for the length of the block; the lock goes with the process, however it ends.
+        """Lock the folder during the block. The operating system releases the lock if the process dies.
 
-        Errors: UserError if another training owns it, or if it cannot be written.
+        Raises: UserError if another training has locked it, or if it cannot be written.
         """
         try:
             with lock(
@@ -69,20 +69,20 @@ class RunFolder:
             self.owner = None
 
     def confirm(self) -> None:
-        """Own the folder still. Errors: UserError if another training has taken it."""
+        """Check that this process still has the lock. Raises: UserError if another training has taken it."""
         if self.owner:
             self.owner.confirm()
 
     def newest_valid(
         self, report: Callable[[str], None], world: World = ALONE, *, gather: bool = True
     ) -> Checkpoint:
-        """The valid checkpoint with the most steps; damaged ones are reported and passed over.
+        """Load the valid checkpoint with the most steps; damaged ones are reported and passed over.
 
-        whole: with all its tensors. Else those that lie in parts are only verified, by all processes
-        together.
-        Errors: UserError if there is none.
+        gather: load the tensors of a sharded checkpoint too; else its shards are only verified, each process
+        verifying some of them.
+        Raises: UserError if there is no valid checkpoint.
         """
-        found: list[tuple[Path, Checkpoint]] = []
+        valid: list[tuple[Path, Checkpoint]] = []
         damaged = False
         for path in (self.last, self.best):
             if path.is_file():
@@ -90,78 +90,81 @@ class RunFolder:
                     saved = load_checkpoint(path, gather=gather)
                     if saved.shards:
                         verify_shards(path, saved, world)
-                    found.append((path, saved))
+                    valid.append((path, saved))
                 except UserError as error:
                     damaged = True
                     report(f"{error}: passing it over")
         require(
-            bool(found),
+            bool(valid),
             f"no checkpoint to resume in {self.path}: start without --resume, or check --out_dir"
             if not damaged
-            else f"no checkpoint in {self.path} is whole: start without --resume, which keeps what is there",
+            else f"all checkpoints in {self.path} are damaged: start without --resume, which moves them to "
+            f"{self.path / 'previous'}",
         )
-        self.resumed, newest = max(found, key=lambda one: int(one[1].progress["step"]))
+        self.resumed, newest = max(valid, key=lambda file: int(file[1].progress["step"]))
         if damaged:
             report(f"Going on from step {newest.progress['step']} instead")
         return newest
 
     def saved_config(self) -> TrainConfig | None:
-        """The settings of the run, read quickly and unverified; None if there is none to read."""
+        """Read the settings of the run without verifying the file; None if no checkpoint can be read."""
         for name in (self.last.name, self.best.name):
             for folder in (self.path, self.moving):
-                with contextlib.suppress(Exception):  # a damaged file is reported by `newest`
+                with contextlib.suppress(Exception):  # `newest_valid` reports a damaged file
                     return peek(folder / name)[0]
         return None
 
     def is_restart_of(self, config: TrainConfig, job: str, *, restarted: bool) -> bool:
-        """Whether the folder has a checkpoint of this very training, which a cluster has started again.
+        """Whether a training is a restart of the one in this folder, so that it resumes without --resume.
 
-        That is one with the same settings, left by this job unfinished; or, if the job says that it has been
-        restarted, by whomever. job: its name, "" if it has none.
+        It is if the settings are the same and either torchrun restarted the processes, or the job of the same
+        name left the training unfinished.
+        job: name of torchrun's job, "" if it has none. restarted: whether torchrun restarted the processes.
         """
         try:
             saved, step = peek(self.last)
-            named = self.job.is_file() and self.job.read_text() == job
-            own = bool(job) and named and step < config.max_iters
-        except Exception:  # none, or damaged: `newest` looks more closely if asked to resume
+            same_job = self.job.is_file() and self.job.read_text() == job and bool(job)
+        except Exception:  # last.pt is missing or damaged; `newest_valid` reports it on --resume
             return False
-        return (own or restarted) and replace(saved, **RUN_BY_RUN) == replace(config, **RUN_BY_RUN)
+        if not restarted and not (same_job and step < config.max_iters):
+            return False
+        return replace(saved, **PER_COMMAND_SETTINGS) == replace(config, **PER_COMMAND_SETTINGS)
 
     def delete_shards(self, *, keep: Path | None) -> None:
-        """Delete the shards of all checkpoints but those in the folder `keep`."""
+        """Delete the shards of all checkpoints, except the folder `keep`."""
         for path in (*self.shards.glob("*"), *self.old_shards.glob("*")):
             if path != keep:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def belongings(self, folder: Path) -> list[Path]:
-        """What there is of a run in a folder, what is resumed last."""
+    def run_files(self, folder: Path) -> list[Path]:
+        """The files and folders of a run in `folder`, in the order to move them: last.pt comes last."""
         names = (self.runs, self.plot, self.metrics, self.shards, self.old_shards, self.best, self.last)
         return [path for name in names if os.path.lexists(path := folder / name.name)]
 
     def archive_previous(self, *, delete: bool = False) -> Path | None:
-        """Make room for a new run: move an earlier one to previous/<number>, or delete it.
+        """Archive an earlier run in previous/<number>, or delete it, to start a new run in the folder.
 
-        Its files are gathered in one folder, which then takes its name at once: killed at any moment, the run
-        is whole in one place, or `undo_move` puts it back together.
-        Returns where it went, None if there was none or it was deleted.
+        Its files are first moved to a temporary folder, which is then renamed. If the process is killed in
+        between, `undo_move` moves them back.
+        Returns the folder in previous/; None if there was no run, or it was deleted.
         """
-        present = self.belongings(self.path)
-        doomed = self.path / ".deleting"
-        shutil.rmtree(doomed, ignore_errors=True)
-        if not present:
+        files = self.run_files(self.path)
+        deleting = self.path / ".deleting"
+        shutil.rmtree(deleting, ignore_errors=True)
+        if not files:
             return None
         self.moving.mkdir(exist_ok=True)
-        for path in present:
+        for path in files:
             rename(path, self.moving / path.name)
         fsync_folder(self.moving)
         if delete:
-            rename(self.moving, doomed)
-            shutil.rmtree(doomed)
+            rename(self.moving, deleting)
+            shutil.rmtree(deleting)
             return None
-        return self.number_the_move()
+        return self.finish_move()
 
-    def number_the_move(self) -> Path:
-        """Give what has been gathered its place among the earlier runs."""
+    def finish_move(self) -> Path:
+        """Rename the temporary folder to the next number in previous/."""
         archive = self.path / "previous"
         make_folder(archive)
         numbers = [int(path.name) for path in archive.glob("*") if path.name.isdecimal()]
@@ -172,24 +175,24 @@ class RunFolder:
         return target
 
     def undo_move(self) -> None:
-        """Put an earlier run back whose move was cut short: it is resumed whole, or moved anew."""
+        """Undo an interrupted `archive_previous`: then the run can be resumed, or archived again."""
         if not self.moving.is_dir():
             return
-        moved = self.belongings(self.moving)
-        if any(os.path.lexists(self.path / path.name) for path in moved):  # somebody has written both
-            warn(f"Parts of two runs are in {self.path}: one of them is now in {self.number_the_move()}")
+        moved = self.run_files(self.moving)
+        if any(os.path.lexists(self.path / path.name) for path in moved):  # a new run has started since
+            warn(f"Files of two runs are in {self.path}: one run is now in {self.finish_move()}")
             return
         for path in reversed(moved):
             rename(path, self.path / path.name)
-        with contextlib.suppress(OSError):  # what is not of a run stays there
+        with contextlib.suppress(OSError):  # the folder is not empty: somebody put other files there
             self.moving.rmdir()
         fsync_folder(self.path)
 
 
 def verify_shards(path: Path, saved: Checkpoint, world: World) -> None:
-    """Verify the parts of the checkpoint at `path`, each process a share of them.
+    """Verify the shards of the checkpoint at `path`, split over the processes.
 
-    Errors: UserError, on all processes, if one of them is damaged.
+    Raises: UserError, on all processes, if a shard is missing or damaged.
     """
     names = sorted(saved.shards)[world.rank :: world.size]
     with world.raise_on_all():

@@ -1,7 +1,8 @@
-"""Tensors of which each process holds a part (DTensor), and the whole tensors they stand for.
+"""Sharded tensors (PyTorch's DTensor): gather the shards into the full tensor, or shard a full tensor.
 
-Use:    whole(parameter.grad); shard_like(direction, parameter)
-On an ordinary tensor every function is the identity. All processes have to call them together.
+Example:    full = full_tensor(parameter.grad); shard = shard_like(full, parameter)
+Every process of the group holds one shard of a sharded tensor. The functions communicate, so all processes
+call them at the same place. On ordinary tensors they change nothing.
 """
 
 import sys
@@ -10,23 +11,26 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # a PyTorch without torch.distributed has none of it
+if TYPE_CHECKING:  # does not exist in a PyTorch without torch.distributed
     from torch.distributed.tensor import DTensor
 
 
 def is_dtensor(value: object) -> "TypeGuard[DTensor]":
-    """Whether it is a tensor of which this process holds a part."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # nobody has parts before that is imported
-    return tensors is not None and isinstance(value, tensors.DTensor)
+    """Whether a value is a sharded tensor (a DTensor)."""
+    module = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before this is imported
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All parts, put together."""
+    """All-gather the shards of a tensor into the full tensor."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The part of a whole tensor, the same on every process, that `other` is of its own."""
+    """Shard a full tensor, which is the same on every process, as `other` is sharded.
+
+    A tensor of another shape, such as an optimizer's step count, is returned unchanged.
+    """
     if not is_dtensor(other) or tensor.shape != other.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -35,31 +39,32 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def full_state(value: Any, *, keep: bool = True) -> Any:
-    """A state_dict with whole tensors; those put together from parts are on the CPU.
+def full_state(value: Any, *, is_destination: bool = True) -> Any:
+    """Gather the sharded tensors of a state_dict into full tensors on the CPU, one tensor at a time.
 
-    keep: whether this process wants them. Else they are empty, so that one process alone has to have room.
+    is_destination: whether this process gets them; else it gets empty tensors and needs no memory for them.
     """
     if is_dtensor(value):
-        together = full_tensor(value)
-        return together.cpu() if keep else torch.empty(0)
+        full = full_tensor(value)
+        return full.cpu() if is_destination else torch.empty(0)
     if isinstance(value, dict):
-        return {key: full_state(item, keep=keep) for key, item in cast(dict[Any, Any], value).items()}
+        items = cast(dict[Any, Any], value).items()
+        return {key: full_state(item, is_destination=is_destination) for key, item in items}
     if isinstance(value, list):
-        return [full_state(item, keep=keep) for item in cast(list[Any], value)]
+        return [full_state(item, is_destination=is_destination) for item in cast(list[Any], value)]
     return value
 
 
 def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load whole weights into a module that may hold parts."""
-    own = module.state_dict()
-    module.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in state.items()})
+    """Load full weights into a module, which may be sharded."""
+    current = module.state_dict()
+    module.load_state_dict({name: shard_like(tensor, current[name]) for name, tensor in state.items()})
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> dict[int, Any]:
-    """The parts of an optimizer's whole state that belong to its parameters' parts."""
+    """Shard the full state of an optimizer's parameters as the parameters are sharded."""
     parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     return {
-        number: {name: shard_like(value, parameters[number]) for name, value in values.items()}
-        for number, values in state.items()
+        index: {name: shard_like(value, parameters[index]) for name, value in values.items()}
+        for index, values in state.items()
     }

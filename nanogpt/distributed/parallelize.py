@@ -1,9 +1,10 @@
-"""What wraps the model from outside: DDP, FSDP, activation checkpointing.
+"""Data parallelism (DDP), sharding (FSDP2) and activation checkpointing, applied to a model from outside.
 
-Use:    loss = distributed_loss(model, world, device); shard(model, device, dtype)
-        checkpoint_activations(model, "blocks")
-DDP adds up the processes' gradients, FSDP leaves each process a part of the model. Who the processes are is
-in distributed/world.py. Does not know the training loop.
+Example:    loss = distributed_loss(model, world, device); shard(model, device, dtype)
+            checkpoint_activations(model, "blocks")
+With DDP every process has a full copy of the model, and the gradients are averaged. With FSDP every process
+holds one shard of each weight. The processes themselves are in distributed/world.py. Does not know the
+training loop.
 """
 
 import sys
@@ -25,12 +26,12 @@ from nanogpt.errors import require
 from nanogpt.model.gpt import GPT, meta_model
 from nanogpt.model.kernels import CHUNKED_LOSS_MIN_VOCAB, Recomputed
 
-if TYPE_CHECKING:  # a PyTorch without torch.distributed, as for AMD on Windows, has none of it
+if TYPE_CHECKING:  # does not exist in a PyTorch without torch.distributed, as for AMD on Windows
     from torch.distributed.fsdp import FSDPModule
 
 
 class Loss(nn.Module):
-    """The model's loss as a module, which is what DDP wraps."""
+    """The model's loss as a module: DDP wraps modules only."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -42,50 +43,52 @@ class Loss(nn.Module):
 
 
 def distributed_loss(model: GPT, world: World, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's loss; with several processes, its backward pass averages their gradients (DDP).
+    """The loss function; with several processes, its backward pass averages their gradients (DDP).
 
-    Gradients travel while the backward pass goes on (Li et al., "PyTorch Distributed", 2020).
+    DDP sends gradients while the backward pass is running (Li et al., "PyTorch Distributed", 2020).
     """
     if world.size == 1 or is_sharded(model):
         return model.loss
-    ids = [device] if kind_of(device).is_async else None
     return DistributedDataParallel(
         Loss(model),
-        device_ids=ids,
+        device_ids=[device] if kind_of(device).is_async else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # they are constants
+        broadcast_buffers=False,  # buffers are constants
     )
 
 
-def keeps_gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Whether gradients have a place, DDP's buckets, beside which new ones would take another."""
+def has_gradient_buckets(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether the gradients are views of DDP's buckets: then set them to zero, since None saves no memory."""
     return isinstance(uncompiled(loss), DistributedDataParallel)
 
 
 def is_compiled(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Whether it went through torch.compile."""
+    """Whether a loss function is compiled by torch.compile."""
     return uncompiled(loss) is not loss
 
 
 def uncompiled(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """What torch.compile has wrapped, or the loss itself."""
+    """The loss function without torch.compile's wrapper."""
     return getattr(loss, "_orig_mod", loss)
 
 
 def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
-    """Leave each process a part of every weight, gradient and moment (FSDP2: Zhao et al., 2023).
+    """Shard every weight, gradient and moment over the processes (FSDP2: Zhao et al., 2023).
 
-    A block's weights are put together for as long as it computes, in `dtype`; gradients are averaged in
-    float32. Those outside of the blocks stay together until the backward pass, if there will be one.
-    model: on the meta device; its parts are made on `device`, without content. Errors: as check_sharding.
+    FSDP all-gathers the weights of a block in `dtype` just before the block computes, and frees them
+    afterwards; gradients are averaged in float32. In training, weights outside of the blocks (embeddings,
+    final norm, head) stay gathered from the forward to the backward pass.
+    model: on the meta device. Its shards are allocated on `device` and not initialized.
+    Raises: UserError for float16.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     check_sharding(dtype)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    lower = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None)
+    low_precision = None if dtype == torch.float32 else dtype
+    reduce_dtype = torch.float32 if low_precision else None
+    policy = MixedPrecisionPolicy(param_dtype=low_precision, reduce_dtype=reduce_dtype)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if is_trained(model) else True)
@@ -96,73 +99,75 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def initialize_shards(model: GPT, seed: int) -> None:
-    """Give a sharded model the weights that GPT(config) has after torch.manual_seed(seed).
+    """Initialize a sharded model with the weights that GPT(config) has after torch.manual_seed(seed).
 
-    One whole matrix at a time is made on the CPU, and this process's part of it kept: no process has to have
-    room for the whole model.
+    Every process draws one full matrix at a time on the CPU and copies its own shard from it, so no process
+    needs memory for the full model.
     """
     torch.manual_seed(seed)
-    for module in meta_model(
-        model.config
-    ).modules():  # building the model on the CPU draws this, too, and in this order
+    # GPT's constructors draw random numbers first. Draw as many here, in the same order, and discard them.
+    for module in meta_model(model.config).modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             deepcopy(module).to_empty(device="cpu").reset_parameters()
     for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape)
-        model.initialize_parameter(name, whole)
-        parameter.copy_(shard_like(whole, parameter))
+        full = torch.empty(parameter.shape)
+        model.initialize_parameter(name, full)
+        parameter.copy_(shard_like(full, parameter))
 
 
 def check_sharding(dtype: torch.dtype) -> None:
-    """Errors: UserError for float16, whose scaler would have to see all parts of a gradient."""
-    require(dtype != torch.float16, "--parallel fsdp does not scale float16: give --dtype bfloat16")
+    """Check that FSDP supports a dtype.
+
+    Raises: UserError for float16: a gradient scaler sees only the shards of its own process.
+    """
+    require(dtype != torch.float16, "--parallel fsdp does not support float16: give --dtype bfloat16")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds parts of the weights only."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # no model is sharded before that is imported
+    """Whether a model is sharded with FSDP."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # no model is sharded before this is imported
     return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 @contextmanager
 def unsharded(model: GPT) -> Generator[None]:
-    """Leave a sharded model together between one forward pass and the next, where it has room.
+    """Leave the weights of a sharded model gathered after a forward pass, if they fit in memory.
 
-    Else each of the many passes of a sample would send all weights around anew.
+    Without it, FSDP gathers all weights again for every token of a sample.
     """
-    if not is_sharded(model) or not has_room_for(model):
+    if not is_sharded(model) or not fits_unsharded(model):
         yield
         return
-    parts = cast("list[FSDPModule]", [module for module in model.modules() if is_sharded(module)])
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
+    modules = cast("list[FSDPModule]", [module for module in model.modules() if is_sharded(module)])
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
-            is_block = part is not parts[0]
-            part.set_reshard_after_forward(is_block or not is_trained(model), recurse=False)
+        for module in modules:
+            module.reshard()
+            is_block = module is not modules[0]
+            module.set_reshard_after_forward(is_block or not is_trained(model), recurse=False)
 
 
-def has_room_for(model: nn.Module) -> bool:
-    """Whether every process has room for a whole copy of the model, with as much again to work in."""
-    parameter = next(model.parameters())
+def fits_unsharded(model: nn.Module) -> bool:
+    """Whether the free memory of every process holds the full model twice: once for the computation."""
+    device = next(model.parameters()).device
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    lacks = torch.tensor(int(2 * size > kind_of(parameter.device).free_memory(parameter.device)))
-    dist.all_reduce(lacks, dist.ReduceOp.MAX)
-    return not lacks
+    too_large = torch.tensor(int(2 * size > kind_of(device).free_memory(device)))
+    dist.all_reduce(too_large, dist.ReduceOp.MAX)
+    return not too_large
 
 
 def is_trained(model: nn.Module) -> bool:
-    """Whether the model has weights that gradients are computed for."""
+    """Whether a model has weights that require gradients."""
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> AbstractContextManager[Any]:
-    """Keep DDP's gradients local, in a backward pass that is not the last of an update.
+    """Skip DDP's all-reduce of gradients in a backward pass, except in the last micro-batch of an update.
 
-    FSDP's are averaged in each: whole gradients would take the memory that it saves.
+    FSDP averages gradients in every micro-batch: full gradients would take the memory that FSDP saves.
     """
     module = uncompiled(loss)
     if last or not isinstance(module, DistributedDataParallel):
@@ -171,22 +176,22 @@ def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> Abs
 
 
 def checkpoint_activations(model: GPT, mode: GradCheckpoint) -> None:
-    """Trade time for memory: compute again in the backward pass what the forward pass would keep.
+    """Activation checkpointing: recompute activations in the backward pass, to save memory at a cost in time.
 
-    blocks: each block keeps its input alone. selective: it also keeps the results of its matrix products,
-    which take most of the time. The numbers stay the same, dropout included.
-    The last block keeps its activations, since the backward pass begins with it. With a large vocabulary it
-    does not: the loss comes between, and needs much memory for a moment.
+    blocks: store only the input of each block. selective: also store the results of its matrix products,
+    which take most of the time. The results are the same, dropout included.
+    The last block stores its activations, since the backward pass begins with it. With a large vocabulary it
+    is recomputed too: the loss, computed in between, needs much memory for a moment.
     """
     if mode == "off":
         return
-    keep_last = model.config.vocab_size < CHUNKED_LOSS_MIN_VOCAB
-    for number in range(len(model.blocks) - keep_last):
-        model.blocks[number] = Recomputed(model.blocks[number], selective=mode == "selective")
+    skip_last = model.config.vocab_size < CHUNKED_LOSS_MIN_VOCAB
+    for index in range(len(model.blocks) - skip_last):
+        model.blocks[index] = Recomputed(model.blocks[index], selective=mode == "selective")
 
 
 def check_batch(batch_size: int, world: World) -> None:
-    """Errors: UserError if there are more processes than sequences in a batch."""
+    """Check that a batch has a sequence for every process. Raises: UserError if it has too few."""
     require(
         batch_size >= world.size,
         f"--batch_size {batch_size} is too small for {world.size} processes: give at least {world.size}",

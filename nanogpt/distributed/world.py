@@ -1,12 +1,10 @@
-"""Several processes, one training: who does what, and how they agree.
+"""The processes of a distributed training: rank, world size, collectives, start and shutdown.
 
-Run:    torchrun --nproc_per_node=2 train.py --preset cpu
-Use:    with distributed_world() as world: ...; world.max_over_ranks(flag); world.all_gather(losses)
-The engine is PyTorch's: torchrun starts the processes (one a device) and says through the environment
-who is who; torch.distributed connects them. Every process goes through the same steps; the first one alone
-writes files. How they share a model: distributed/parallelize.py. Does not know the training loop.
-
-# B batch_size, R processes ("ranks")
+Run:        torchrun --nproc_per_node=2 train.py --preset cpu
+Example:    with distributed_world() as world: ...; world.max_over_ranks(flag); world.all_gather(losses)
+torchrun starts one process per device and sets environment variables (RANK, WORLD_SIZE, ...);
+torch.distributed connects the processes. All processes execute the same steps; only rank 0 writes files and
+prints. DDP and FSDP are in distributed/parallelize.py. Does not know the training loop.
 """
 
 import os
@@ -31,7 +29,7 @@ from nanogpt.console import one_line
 from nanogpt.device import KINDS
 from nanogpt.errors import UserError, require
 
-if TYPE_CHECKING:  # a PyTorch without torch.distributed, as for AMD on Windows, has none of it
+if TYPE_CHECKING:  # does not exist in a PyTorch without torch.distributed, as for AMD on Windows
     from torch.distributed.distributed_c10d import PrefixStore
 
 Item = TypeVar("Item")
@@ -39,75 +37,82 @@ Item = TypeVar("Item")
 EXIT_BUG, EXIT_ERROR = 1, 2
 
 SHUTDOWN_TIMEOUT = timedelta(seconds=60)
-"""How long finished processes wait for one another."""
+"""How long finished processes wait for the others."""
 
 FOREIGN_LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpiexec",
 }
-"""Variables in which other launchers say how many processes they have started."""
+"""Environment variables with the number of processes -> the launcher that sets them."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training, and which of them this one is. Alone, every method is the identity."""
+    """Rank and world size of this process, and collectives over all processes.
+
+    With one process, every collective returns its input. All processes call collectives in the same order.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Number of this process on its machine, and of the GPU that it uses."""
+    """Rank among the processes of this machine; also the index of the GPU that this process uses."""
     local_size: int = 1
-    """How many processes are on its machine."""
+    """Number of processes on this machine."""
     job: str = ""
-    """What torchrun calls the job (--rdzv_id), if it has a name."""
+    """Name of torchrun's job (--rdzv_id); empty if it has none."""
     restarted: bool = False
-    """Whether torchrun has started these processes again, after one of them died."""
+    """Whether torchrun restarted the processes because one of them died."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def local_share(self, items: NDArray[Any]) -> NDArray[Any]:
-        """The process's own share of a batch: the shares follow one another, and differ by one at most."""
+        """The contiguous slice of a batch for this process. The lengths of slices differ by one at most."""
         return np.array_split(items, self.size)[self.rank]
 
-    def max_over_ranks(self, *votes: int) -> list[int]:
-        """The highest vote of any process, for each question. All processes must ask at the same place."""
+    def max_over_ranks(self, *values: int) -> list[int]:
+        """All-reduce: the maximum of each value over all processes."""
         if self.size == 1:
-            return list(votes)
-        ballot = torch.tensor(votes, dtype=torch.int64)
-        dist.all_reduce(ballot, dist.ReduceOp.MAX)
-        return cast(list[int], ballot.tolist())
+            return list(values)
+        maxima = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX)
+        return cast(list[int], maxima.tolist())
 
     def all_gather(self, values: Sequence[Item]) -> list[Item]:
-        """The values of all processes, one process after the other."""
+        """All-gather: the values of all processes in one list, in the order of the ranks."""
         if self.size == 1:
             return list(values)
         lists: list[Any] = [None] * self.size
         dist.all_gather_object(lists, list(values))
-        return [value for part in lists for value in part]
+        return [value for values_of_rank in lists for value in values_of_rank]
 
     @contextmanager
     def raise_on_all(self) -> Generator[None]:
-        """What one process cannot do, none has done. Errors: UserError on all, if one has that or OSError."""
-        problem: list[str] = []
+        """Make a failure of one process a failure of all, so that none waits for it in a collective.
+
+        Raises: UserError on all processes if the block raises UserError or OSError on one of them.
+        """
+        messages: list[str] = []
         try:
             yield
         except (UserError, OSError) as error:
-            problem = [str(error)]
-        problems = self.all_gather(problem)
-        require(not problems, "".join(problems[:1]))
+            messages = [str(error)]
+        messages = self.all_gather(messages)
+        if messages:
+            raise UserError(messages[0])
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, in place."""
+        """All-reduce: the sum of a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def broadcast_bool(self, choose: Callable[[], bool]) -> bool:
-        """What the first process chooses; the others need not see what it sees."""
+        """Broadcast a decision of rank 0, the only process that calls `choose`."""
         return bool(self.max_over_ranks(int(self.is_first and choose()))[0])
 
 
@@ -115,35 +120,36 @@ ALONE = World()
 
 
 def launched() -> bool:
-    """Whether this process is one of several that torchrun, or a launcher that speaks like it, has started.
+    """Whether torchrun, or a launcher that sets the same environment variables, started this process.
 
-    Errors: UserError if another launcher has, which does not say who is who.
+    Raises: UserError if a launcher that does not set them started several processes.
     """
     if not dist.is_available():
         return False
-    if dist.is_torchelastic_launched() or number_of("WORLD_SIZE") > 1:
+    if dist.is_torchelastic_launched() or int_from_environment("WORLD_SIZE") > 1:
         return True
     for variable, launcher in FOREIGN_LAUNCHERS.items():
         require(
-            number_of(variable) <= 1,
+            int_from_environment(variable) <= 1,
             f"{launcher} has started {os.environ.get(variable)} processes that do not know of one another: "
             "let torchrun start them (docs/scaling.md)",
         )
     return False
 
 
-def number_of(variable: str, default: int = 1) -> int:
-    """A number in the environment; the default if it is none."""
+def int_from_environment(variable: str, default: int = 1) -> int:
+    """The integer in an environment variable; the default if it is unset or not an integer."""
     value = os.environ.get(variable, "")
     return int(value) if value.isdecimal() else default
 
 
 @contextmanager
 def distributed_world(device: str = "auto") -> Generator[World]:
-    """Meet the other processes that torchrun started; without torchrun, there are none.
+    """Connect to the other processes that torchrun started; without torchrun, a world of one process.
 
-    device: what config.device says. If one of them fails, all end: that one says why, the others are silent.
-    Errors: UserError if a launcher is not understood.
+    If the block fails in one process, all processes exit; only the first to fail prints an error.
+    device: config.device.
+    Raises: UserError if the launcher sets too few environment variables.
     """
     if not launched():
         yield World()
@@ -158,8 +164,8 @@ def distributed_world(device: str = "auto") -> Generator[World]:
     world = World(
         rank,
         size,
-        number_of("LOCAL_RANK", 0),
-        number_of("LOCAL_WORLD_SIZE"),
+        int_from_environment("LOCAL_RANK", 0),
+        int_from_environment("LOCAL_WORLD_SIZE"),
         job="" if job == "none" else job,
         restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
     )
@@ -175,30 +181,30 @@ def distributed_world(device: str = "auto") -> Generator[World]:
 
 
 def connect(store: "PrefixStore", world: World, device: str) -> None:
-    """Connect the processes. With its number, messages of NCCL name the GPU."""
+    """Initialize torch.distributed's process group. NCCL gets the GPU's index for its messages."""
     libraries = backend()
     own = local_device(device, world)
-    named = own.startswith("cuda:") and "nccl" in libraries and torch.cuda.device_count() > world.local_rank
+    uses_nccl = own.startswith("cuda:") and "nccl" in libraries
     dist.init_process_group(
         libraries,
         store=store,
         rank=world.rank,
         world_size=world.size,
-        device_id=torch.device(own) if named else None,
+        device_id=torch.device(own) if uses_nccl and torch.cuda.device_count() > world.local_rank else None,
     )
 
 
 def fail(error: Exception, world: World, *, first: bool) -> NoReturn:
-    """Say what ends all processes, if it began here, and leave at once.
+    """Print the error, if this process is the first to fail, and exit immediately.
 
-    Not by way of the other processes' ends of the connection: they may be gone, and NCCL would wait for them.
+    It does not destroy the process group: NCCL would wait for processes that may be dead.
     """
-    place = f"process {world.rank + 1} of {world.size}"
+    process = f"process {world.rank + 1} of {world.size}"
     code = EXIT_ERROR
     if first and is_lost_connection(error):
-        print(f"{place}: another one is gone", file=sys.stderr)
+        print(f"{process}: lost the connection to another process", file=sys.stderr)
     elif first and isinstance(error, UserError):
-        print(f"error{'' if world.is_first else f' ({place})'}: {one_line(str(error))}", file=sys.stderr)
+        print(f"error{'' if world.is_first else f' ({process})'}: {one_line(str(error))}", file=sys.stderr)
     elif first:
         traceback.print_exception(error)
         code = EXIT_BUG
@@ -209,43 +215,44 @@ def fail(error: Exception, world: World, *, first: bool) -> NoReturn:
 
 
 def restart_prefix(world: World) -> str:
-    """A name for what these processes say to one another, that those before a restart did not use.
+    """A prefix of the keys in torchrun's store that is new after each restart.
 
-    Their addresses are still in the store, unless torchrun was told to make a new one
-    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE). For several machines it has to be: each counts its own restarts.
+    After a restart the store still holds the addresses of the dead processes, unless torchrun creates a new
+    store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE). With several machines it must: each machine counts restarts on
+    its own, so they would not agree on a prefix.
     """
-    alone = world.size == world.local_size
-    return f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if alone else "machines"
+    one_machine = world.size == world.local_size
+    return f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if one_machine else "machines"
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether PyTorch says that another process has left. An error of NCCL's most likely means that."""
-    gone = "gloo.*(onnection (closed|reset|refused)|roken pipe|pair closure)|NCCL error|remote process"
-    return isinstance(error, RuntimeError) and bool(re.search(gone, str(error)))
+    """Whether an error means that another process died; every NCCL error counts as such."""
+    pattern = "gloo.*(onnection (closed|reset|refused)|roken pipe|pair closure)|NCCL error|remote process"
+    return isinstance(error, RuntimeError) and bool(re.search(pattern, str(error)))
 
 
 def shutdown_barrier(world: World, store: "PrefixStore") -> None:
-    """Wait until every process is through: one that left early could break off what another still reads.
+    """Wait until all processes are finished: one that exits early closes connections that others still read.
 
-    The first may be the one that keeps the store, so it leaves the store last.
+    Rank 0 may host the store, so it leaves last.
     """
-    arrived = store.add("through", 1)
-    with suppress(RuntimeError):  # somebody died: torchrun sees that, nothing here needs him any more
+    finished = store.add("finished", 1)
+    with suppress(RuntimeError):  # a process died: torchrun reports it, and nothing is lost here
         if not world.is_first:
-            store.wait(["all through"], SHUTDOWN_TIMEOUT)
+            store.wait(["all finished"], SHUTDOWN_TIMEOUT)
             return
-        end = time.monotonic() + SHUTDOWN_TIMEOUT.total_seconds()
-        while arrived < world.size and time.monotonic() < end:
+        deadline = time.monotonic() + SHUTDOWN_TIMEOUT.total_seconds()
+        while finished < world.size and time.monotonic() < deadline:
             time.sleep(0.01)
-            arrived = store.add("through", 0)
-        store.set("all through", "")
+            finished = store.add("finished", 0)
+        store.set("all finished", "")
 
 
 def hard_exit(code: int) -> None:
-    """End a process of torchrun's now; without torchrun, do nothing.
+    """Exit immediately if torchrun started this process; without torchrun, do nothing.
 
-    The threads of a connection can outlive it for a moment, and one that frees a tensor while the interpreter
-    is being taken down aborts the process: torchrun would report a finished training as failed.
+    Threads of torch.distributed can run for a moment after its shutdown. If one frees a tensor while the
+    interpreter shuts down, the process aborts, and torchrun reports a finished training as failed.
     """
     if launched():
         sys.stdout.flush()
@@ -254,33 +261,31 @@ def hard_exit(code: int) -> None:
 
 
 def backend() -> str:
-    """Which libraries connect the processes: for main memory gloo, and for GPUs NCCL where it is built in.
+    """The backend of torch.distributed: gloo for CPU tensors, NCCL for GPUs where PyTorch has it.
 
-    On Windows and some Jetson builds it is not: gloo adds up CUDA tensors too.
+    PyTorch has no NCCL on Windows and in some Jetson builds; there gloo reduces CUDA tensors too.
     """
-    connections = {"cpu": "gloo"}
+    libraries = {"cpu": "gloo"}
     for kind in KINDS.values():
         if kind.distributed_backend == "nccl" and kind.is_available() and dist.is_nccl_available():
-            connections[kind.type] = "nccl"
-    return (
-        ",".join(f"{kind}:{library}" for kind, library in connections.items())
-        if len(connections) > 1
-        else "gloo"
-    )
+            libraries[kind.type] = "nccl"
+    if len(libraries) == 1:
+        return "gloo"
+    return ",".join(f"{device}:{library}" for device, library in libraries.items())
 
 
 def local_device(name: str, world: World) -> str:
-    """The device of this process: with several, each takes the GPU of its own number, or the CPU.
+    """The device of this process: with several processes, the GPU with its local rank as index, or the CPU.
 
-    Errors: UserError for several processes on an Apple GPU, or on one CUDA GPU.
+    Raises: UserError for several processes on an Apple GPU, or on one CUDA GPU.
     """
     if world.size == 1:
         return name
     require(name != "mps", "--device mps takes one process: give --device cpu, or start it without torchrun")
     require(
         world.local_size == 1 or name in ("auto", "cuda", "cpu"),
-        f"--device {name} is for one process, here are {world.local_size}: give --device cuda, and each "
-        "takes the GPU of its own number",
+        f"--device {name} is for one process, but there are {world.local_size}: give --device cuda, and each "
+        "process takes a GPU of its own",
     )
     if name == "cuda" or (
         name == "auto" and KINDS["cuda"].is_available() and not KINDS["cuda"].unusable_reason()
@@ -290,15 +295,16 @@ def local_device(name: str, world: World) -> str:
 
 
 def check_same_start(world: World, start: Mapping[str, object]) -> None:
-    """See that all processes begin with the same of everything: else they would average strangers' gradients.
+    """Check that all processes start equal; else they would average the gradients of different trainings.
 
-    start: what a run begins with, by name. Errors: UserError, on all, naming what differs between whom.
+    start: name -> value, such as the seed, the step and the fingerprint of the data.
+    Raises: UserError on all processes, naming a value that differs and the process that has it.
     """
     first, *others = world.all_gather([dict(start)])
-    for number, theirs in enumerate(others, 2):
+    for number, other in enumerate(others, 2):
         for name, value in first.items():
             require(
-                theirs[name] == value,
-                f"the processes do not start from the same {name}: {value} in process 1, {theirs[name]} in "
-                f"process {number}: see that all have the same disk and the same command",
+                other[name] == value,
+                f"the processes do not start from the same {name}: {value} in process 1, {other[name]} in "
+                f"process {number}: give all the same command and the same files",
             )

@@ -198,12 +198,14 @@ def snapshot(state: TrainState) -> Checkpoint:
 
     With FSDP they are gathered, and the first process alone has them.
     """
-    keep = state.world.is_first
+    is_first = state.world.is_first
     return replace(
         header(state),
-        model=full_state(state.model.state_dict(), keep=keep),
-        average=full_state(state.ema_model.state_dict(), keep=keep) if state.ema_model else {},
-        optimizers=[full_state(optimizer.state_dict(), keep=keep) for optimizer in state.optimizers],
+        model=full_state(state.model.state_dict(), is_destination=is_first),
+        average=full_state(state.ema_model.state_dict(), is_destination=is_first) if state.ema_model else {},
+        optimizers=[
+            full_state(optimizer.state_dict(), is_destination=is_first) for optimizer in state.optimizers
+        ],
     )
 
 

@@ -95,5 +95,5 @@ def recompile(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
         return
     with suppress(RuntimeError):  # out of memory again: the next update sees that, too
         compute_gradient(run, sync=False)
-    run.model.zero_grad(set_to_none=not parallelize.keeps_gradients(run.loss_fn))
+    run.model.zero_grad(set_to_none=not parallelize.has_gradient_buckets(run.loss_fn))
     run.clock.restart_lap()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nanogpt.checkpoint.format import Checkpoint, Progress
-from nanogpt.checkpoint.run_dir import RUN_BY_RUN, RunFolder
+from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, model_config, to_dict
 from nanogpt.console import say, warn
 from nanogpt.data.batches import BatchLoader, BatchSampler
@@ -118,7 +118,7 @@ def sharded_models(
 
 def starting_state(run: Run) -> dict[str, object]:
     """Everything that must be the same on all processes, by the name that a message gives it."""
-    settings = {k: v for k, v in to_dict(run.config).items() if k not in RUN_BY_RUN}
+    settings = {k: v for k, v in to_dict(run.config).items() if k not in PER_COMMAND_SETTINGS}
     return {
         "version of PyTorch": torch.__version__,
         "data": run.dataset.fingerprint[:12],
@@ -141,7 +141,7 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
     before = saved.train_config
     for item in fields(TrainConfig):
         old, new = getattr(before, item.name), getattr(config, item.name)
-        if old == new or item.name in RUN_BY_RUN:
+        if old == new or item.name in PER_COMMAND_SETTINGS:
             continue
         require(
             item.name not in (*SHAPE_FIELDS, "preset", "optimizer"),

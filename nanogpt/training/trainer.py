@@ -101,7 +101,7 @@ def train_step(run: Run) -> UpdateResult:
     if run.ema_model:
         update_ema(run.ema_model, run.model, ema_decay(step, config))
 
-    run.model.zero_grad(set_to_none=not parallelize.keeps_gradients(run.loss_fn))
+    run.model.zero_grad(set_to_none=not parallelize.has_gradient_buckets(run.loss_fn))
     run.progress.step += 1
     return UpdateResult.of(run.progress.step, learning_rate(step, config), values)
 
