@@ -1,7 +1,7 @@
 """NanoGPT: train a GPT on your own text, on the machine you have.
 
-Use:    from nanogpt import GPT, GPTConfig, TrainConfig, fit, generate, load_model
-These names are imported when they are used (PEP 562): `import nanogpt` alone imports no PyTorch.
+Example: from nanogpt import GPT, GPTConfig, TrainConfig, fit, generate, load_model
+Each name is imported when it is first used (PEP 562), so `import nanogpt` alone does not import PyTorch.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if sys.version_info < (3, 10):  # noqa: UP036 - who has an older one shall read that, not a traceback
+if sys.version_info < (3, 10):  # noqa: UP036 - an older Python gets this message, not a traceback
     sys.stderr.write("error: NanoGPT needs Python 3.10 or newer, and this is %d.%d\n" % sys.version_info[:2])  # noqa: UP031
     raise SystemExit(2)
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GPT", "GPTConfig", "TrainConfig", "fit", "generate", "load_model"]
 
-HOMES = {
+LAZY_IMPORTS = {
     "GPT": "nanogpt.model.gpt",
     "GPTConfig": "nanogpt.config",
     "TrainConfig": "nanogpt.config",
@@ -31,11 +31,11 @@ HOMES = {
     "generate": "nanogpt.inference.generate",
     "load_model": "nanogpt.checkpoint.format",
 }
-"""Where each name is."""
+"""Public name -> the module that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of HOMES when it is first used."""
-    if name not in HOMES:
+    """Import a name of LAZY_IMPORTS when it is first used."""
+    if name not in LAZY_IMPORTS:
         raise AttributeError(f"module 'nanogpt' has no attribute {name!r}")
-    return getattr(importlib.import_module(HOMES[name]), name)
+    return getattr(importlib.import_module(LAZY_IMPORTS[name]), name)

@@ -1,9 +1,9 @@
-"""The settings of the model and of a training: frozen dataclasses, each default written once.
+"""GPTConfig and TrainConfig: the settings of a model and of its training, each default written once.
 
 Example: config = TrainConfig(n_layer=4, max_iters=200); replace(config, seed=2)
-cli/parse.py turns each field into a flag of the same name; the text under a field is its help. The settings
-of other commands are in their packages (data/config.py, inference/config.py, cli/config.py).
-Knows nothing of torch, of files, or of how a flag is typed.
+cli/parse.py turns each field into a flag of the same name; the text under a field is the help of its flag.
+The settings of other commands are in their packages (data/config.py, inference/config.py, cli/config.py).
+This file knows nothing of torch, of files, or of how flags are parsed.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ MLPKind = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 SINK_NAMES = ("jsonl", "tensorboard", "wandb")
-"""Metric sinks that `--log_to` takes (the table SINKS in training/sinks.py)."""
+"""Names of the metric sinks, as `--log_to` takes them (the table SINKS in training/sinks.py)."""
 
 
 @dataclass(frozen=True)
 class Architecture(Settings):
-    """The shape of the model: what a checkpoint fixes for good, plus dropout and the attention kernel."""
+    """The shape of the model, which a checkpoint fixes for good, plus dropout and the attention kernel."""
 
     block_size: int = 256
     """Context length T, in tokens."""
@@ -38,36 +38,36 @@ class Architecture(Settings):
     n_head: int = 6
     """Attention heads in each block; must divide n_embd."""
     n_embd: int = 384
-    """Width of the model C, the size of a token's vector."""
+    """Embedding dimension C: the size of a token's vector."""
     dropout: float = 0.2
-    """Probability of dropping an activation of a branch or an embedding in training, in [0, 1)."""
+    """Dropout probability of embeddings and of the outputs of attention and MLP, in [0, 1)."""
     attn_dropout: float = 0.0
-    """Probability of dropping an attention weight. 0 keeps attention in its fast kernels."""
+    """Dropout probability of attention weights, in [0, 1); above 0, attention is slower."""
     flash_attn: bool = True
-    """Fused attention (PyTorch SDPA). Off: the same numbers from plain matrix products, slower."""
+    """Use Flash Attention (PyTorch SDPA); off: plain matrix products, which compute the same but slower."""
 
     n_kv_head: int | None = None
-    """Heads for keys and values, shared by groups of query heads (GQA); None: as many as n_head."""
+    """Key-value heads, each shared by a group of query heads (GQA); None: as many as n_head."""
     norm: Norm = "layernorm"
-    """Normalisation: layernorm (GPT-2) or rmsnorm."""
+    """Normalization: layernorm (GPT-2) or rmsnorm."""
     positions: Positions = "learned"
-    """How the model knows where a token is: learned vectors (GPT-2) or rotation (rope)."""
+    """Position embedding: learned (GPT-2) or rope (rotary)."""
     mlp: MLPKind = "gelu"
-    """MLP: gelu, gelu_tanh (GPT-2's approximation of it), relu2 (squared ReLU) or swiglu (gated)."""
+    """Activation of the MLP: gelu, gelu_tanh (as in GPT-2), relu2 (squared ReLU) or swiglu (gated)."""
     mlp_width: int | None = None
-    """Width inside the MLP; None: 4 n_embd, or 8/3 n_embd rounded up to 64 for swiglu, as costly."""
+    """Hidden dimension of the MLP; None: 4 n_embd, or for swiglu 8/3 n_embd, which costs about the same."""
     bias: bool = True
-    """Biases in linear layers (GPT-2)."""
+    """Use biases in linear layers and layer norms (GPT-2)."""
     qk_norm: bool = False
-    """Normalise queries and keys in each head."""
+    """Normalize queries and keys in each head."""
     tied: bool = True
-    """Use the token embedding as the output layer too (GPT-2)."""
+    """Use the token embedding as the output layer too: weight tying (GPT-2)."""
     zero_init: bool = False
-    """Start every branch at zero, so that the untrained model is its embedding and its head."""
+    """Initialize the last matrix of every attention and MLP, and an untied output layer, to zero."""
     logit_cap: float = 0.0
-    """Squash logits softly into (-cap, cap); 0: not at all."""
+    """Limit logits smoothly to (-cap, cap), with tanh; 0: no limit."""
     ngram_vocab: int = 0
-    """Rows in each table of hashed pairs and triples of tokens, added to the embedding; 0: none."""
+    """Rows in each of two embedding tables, for hashed pairs and triples of tokens; 0: no tables."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,15 +96,15 @@ class Architecture(Settings):
 
 
 FREE_FIELDS = ("dropout", "attn_dropout", "flash_attn")
-"""Fields of an Architecture that a resumed run may change: the weights mean the same."""
+"""Fields of Architecture that a resumed run may change, since the weights mean the same with any value."""
 
 SHAPE_FIELDS = tuple(field.name for field in fields(Architecture) if field.name not in FREE_FIELDS)
-"""The fields that say what the weights mean: a resumed run may not change them."""
+"""Fields of Architecture that decide what the weights mean; a resumed run may not change them."""
 
 
 @dataclass(frozen=True)
 class GPTConfig(Architecture):
-    """A complete model: the architecture and the size of the vocabulary."""
+    """The configuration of a model: its architecture and the size of its vocabulary."""
 
     vocab_size: int = 65
     """Number of different tokens (65 characters in Tiny Shakespeare)."""
@@ -119,78 +119,78 @@ class TrainConfig(Architecture):
     """Train a GPT on a prepared data folder."""
 
     preset: str | None = None
-    """A complete recipe to start from (`nanogpt presets` lists them); other flags change it."""
+    """Named configuration to start from (`nanogpt presets` lists them); other flags override its values."""
     data_dir: str = "data"
-    """Folder that `python data.py` prepared."""
+    """Data folder, prepared by `python data.py`."""
     out_dir: str = "out"
-    """Folder for checkpoints, metrics and plots."""
+    """Run folder, for checkpoints, metrics and plots."""
     resume: bool = False
     """Continue the run in out_dir exactly where it stopped."""
     overwrite: bool = False
     """Delete the earlier run in out_dir instead of keeping it in out_dir/previous."""
 
     batch_size: int = 64
-    """Sequences in one update, over all its micro-batches."""
+    """Sequences in one update, over all micro-batches and processes."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches the batch is cut into, over all processes, to fit in memory; the update is the same."""
+    """Micro-batches in one update, over all processes: more of them need less memory for the same update."""
     micro_batch: MicroBatch = "auto"
-    """Sequences that a process takes at once; auto: as many as fit, found out in the first updates."""
+    """Sequences in a micro-batch; auto: batch_size / gradient_accumulation_steps, or fewer to fit memory."""
     grad_checkpoint: GradCheckpoint = "off"
-    """Compute activations twice instead of keeping them: in whole blocks, or selective, all but products."""
+    """Recompute activations instead of keeping them: in blocks, or in all but matrix products (selective)."""
     parallel: ParallelKind = "ddp"
-    """What several processes share: the batch, or (fsdp) also weights, gradients and moments."""
+    """Split the batch over processes (ddp), or also shard weights, gradients and optimizer state (fsdp)."""
     max_iters: int = 5000
     """Number of updates."""
     max_seconds: float | None = None
-    """Stop after this much training time, in seconds (evaluation and saving not counted)."""
+    """Stop after this many seconds of training; evaluation and saving do not count."""
     optimizer: OptimizerName = "adamw"
-    """adamw, or muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest."""
+    """adamw, or muon (orthogonalized momentum) for the matrices in the blocks and AdamW for the rest."""
     learning_rate: float = 3e-4
-    """Highest learning rate (of AdamW)."""
+    """Maximum learning rate of AdamW."""
     muon_lr: float = 0.02
-    """Highest learning rate of Muon."""
+    """Maximum learning rate of Muon."""
     schedule: Schedule = "cosine"
-    """Learning rate after the warm-up: cosine, or trapezoid (constant, then a straight line down)."""
+    """Learning rate after the warm-up: cosine decay, or trapezoid (constant, then linear decay)."""
     warmup_iters: int = 100
-    """Updates of the warm-up: the learning rate rises in equal steps, from 1/warmup_iters of the highest."""
+    """Updates of linear warm-up; the first has 1/warmup_iters of the maximum learning rate."""
     cooldown: float = 0.4
-    """Fraction of the updates in which a trapezoid goes down."""
+    """Fraction of the updates in which the learning rate of a trapezoid decays."""
     min_lr: float = 0.1
-    """Learning rate at the end, as a fraction of the highest."""
+    """Minimum learning rate, at the end, as a fraction of the maximum."""
     weight_decay: float = 0.1
-    """Weight decay, on matrices and embeddings alone."""
+    """Weight decay of matrices and embeddings; biases and norms have none."""
     beta1: float = 0.9
-    """AdamW decay of the first moment."""
+    """AdamW: decay of the first moment."""
     beta2: float = 0.99
-    """AdamW decay of the second moment."""
+    """AdamW: decay of the second moment."""
     grad_clip: float = 1.0
-    """Largest norm of the whole gradient; 0 for no limit."""
+    """Maximum norm of the gradient over all parameters; 0: no clipping."""
     ema_decay: float = 0.0
-    """Decay of a moving average of the weights, which is evaluated and sampled in their place; 0: none."""
+    """Decay of the moving average of the weights (EMA) that is evaluated and sampled instead; 0: no EMA."""
 
     eval_interval: int = 250
     """Updates between evaluations."""
     eval_iters: int | None = None
-    """Most batches in one evaluation, spread evenly; None for the whole validation split."""
+    """Maximum number of batches in an evaluation, spread evenly; None: the full validation split."""
     patience: int | None = None
-    """Stop after this many evaluations without a better validation loss; None for never."""
+    """Stop after this many evaluations in a row without a better validation loss; None: never."""
     log_interval: int = 10
-    """Updates between lines of metrics."""
+    """Updates between log lines."""
     save_seconds: float = 60.0
-    """Seconds between saves of last.pt (evaluations and the end save it too)."""
+    """Seconds between saves of last.pt, which evaluations and the end of the run save too."""
     tensorboard: bool = False
-    """Write TensorBoard events under out_dir/runs: the same as `tensorboard` in log_to."""
+    """Write TensorBoard events to out_dir/runs: the same as --log_to tensorboard."""
     log_to: tuple[str, ...] = ("jsonl",)
-    """Metric sinks: jsonl (metrics.jsonl, which is always written), tensorboard, wandb; one or several."""
+    """Metric sinks, one or several: jsonl (metrics.jsonl, which is always written), tensorboard, wandb."""
 
     seed: int = 1337
-    """Fixes initial weights, data order and dropout."""
+    """Seed of the initial weights, the data order and dropout."""
     device: str = "auto"
     """auto, cpu, cuda (NVIDIA, or AMD with ROCm), cuda:1 or mps."""
     dtype: Dtype = "auto"
-    """Arithmetic of the matrix products; auto: the fastest that is native to the device."""
+    """Data type of matrix products; auto: one that is fast on this device."""
     compile: Switch = "auto"
-    """torch.compile; auto: on Linux with CUDA."""
+    """Use torch.compile; auto: for long runs on Linux with CUDA or ROCm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +202,7 @@ class TrainConfig(Architecture):
             at_least(self, name, 1)
         for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds"):
             at_least(self, name, 0)
-        small_seed(self.seed)
+        check_seed(self.seed)
         require(
             not (self.resume and self.overwrite),
             "--overwrite would delete the run that --resume continues: give one of them",
@@ -229,13 +229,13 @@ class TrainConfig(Architecture):
 
     @property
     def sinks(self) -> tuple[str, ...]:
-        """Metric sinks by name, each once. metrics.jsonl is always one: loss.png is drawn from it."""
+        """Names of the metric sinks, each once; jsonl is always among them: loss.png is drawn from it."""
         named = ("jsonl", *self.log_to, "tensorboard") if self.tensorboard else ("jsonl", *self.log_to)
         return tuple(dict.fromkeys(named))
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    """The architecture in `config`, for a vocabulary of `vocab_size`."""
+    """The GPTConfig of the model that `config` trains, for a vocabulary of `vocab_size`."""
     names = {item.name for item in fields(GPTConfig)} - {"vocab_size"}
     return GPTConfig(**{name: getattr(config, name) for name in names}, vocab_size=vocab_size)
 
@@ -249,7 +249,7 @@ def at_least(config: object, name: str, least: int) -> None:
     )
 
 
-def small_seed(seed: int | None) -> None:
+def check_seed(seed: int | None) -> None:
     """Raise UserError if a seed is too large for the random-number generators."""
     require(seed is None or seed < 2**62, f"--seed {seed} is too large: it must be below 2**62")
 
@@ -258,14 +258,14 @@ Config = TypeVar("Config", GPTConfig, TrainConfig)
 
 
 def to_dict(config: GPTConfig | TrainConfig) -> dict[str, Any]:
-    """The fields as plain types, for a checkpoint."""
+    """Convert a config to a dictionary of plain types, for a checkpoint."""
     return asdict(config)
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """Inverse of to_dict. A field that `values` lacks keeps its default.
+    """Convert a dictionary of to_dict back to a config. A field that `values` lacks keeps its default.
 
-    Errors: UserError if `values` has a field that this version does not know.
+    Raises: UserError if `values` has a field that this version does not know.
     """
     unknown = sorted(set(values) - {field.name for field in fields(cls)})
     require(

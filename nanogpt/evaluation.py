@@ -1,8 +1,8 @@
-"""Evaluation: the mean loss over a split, and a short sample, of any model.
+"""Evaluation of a model: its mean loss over a split, and a short sample of its text.
 
 Example: windows = evaluation_windows(data.val, block_size=256, batch_size=64)
          loss = evaluate(model, BatchLoader(data.val, device), windows, dtype=torch.float32)
-Knows nothing of training: `model` may come from a checkpoint.
+This file knows nothing of training: `model` may come from a checkpoint.
 
 # B micro-batch, T tokens of a window
 """
@@ -26,10 +26,10 @@ from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
 
 SAMPLE_TOKENS = 120
-"""Length of a sample."""
+"""Length of a sample, in tokens."""
 
 Windows = tuple[NDArray[np.int64], int]
-"""Where the windows of a micro-batch begin, (B,), and their length T."""
+"""A micro-batch of windows: the positions of their first tokens, (B,), and their length T."""
 
 
 def evaluation_windows(
@@ -37,7 +37,8 @@ def evaluation_windows(
 ) -> list[Windows]:
     """Cut a split into micro-batches of windows without overlap, in order.
 
-    micro_batch: sequences at a time; 0: batch_size. max_batches: an even, fixed choice of so many batches.
+    micro_batch: windows in a micro-batch; 0: batch_size.
+    max_batches: maximum number of batches, which are then evenly spread and always the same; None: all.
     """
     batches = evaluation_batches(
         tokens, block_size=block_size, batch_size=batch_size, max_batches=max_batches
@@ -62,20 +63,20 @@ def evaluate(
 ) -> float | None:
     """The mean loss over the windows, in nats per token, computed by all processes together.
 
-    dtype: of the matrix products. advance: called after each micro-batch of this process.
-    interrupted: asked then; if it is true on any process, all return None.
+    dtype: dtype of the matrix products. advance: called after each micro-batch of this process.
+    interrupted: called after `advance`; if it returns True on any process, all processes return None.
     """
-    losses: list[Tensor] = []  # on the device: nothing waits for them before the end
+    losses: list[Tensor] = []  # on the device, so that the CPU does not wait for it before the end
     was_training, stopped = model.training, False
     model.eval()
     with torch.no_grad(), eager_mode():
         for first in range(0, len(windows), world.size):
-            number = first + world.rank
-            # A process without a micro-batch of its own repeats the last: with FSDP all have to take part.
-            x, y = load(*windows[min(number, len(windows) - 1)])
+            index = first + world.rank
+            # A process without a micro-batch repeats the last one: with FSDP all processes must take part.
+            x, y = load(*windows[min(index, len(windows) - 1)])
             with autocast(load.device, dtype):
                 loss = model.loss(x, y)
-            if number < len(windows):
+            if index < len(windows):
                 losses.append(loss * y.numel())
             advance()
             stopped = bool(world.max_over_ranks(interrupted())[0])
@@ -86,11 +87,13 @@ def evaluate(
         return None
     sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
     tokens = sum(len(starts) * length for starts, length in windows)
-    return math.fsum(world.all_gather(sums)) / tokens  # fsum: the same for any number of processes
+    return (
+        math.fsum(world.all_gather(sums)) / tokens
+    )  # fsum is exact: any number of processes gives the same result
 
 
 def sample_text(model: GPT, dataset: Dataset, device: torch.device, dtype: torch.dtype, seed: int) -> str:
-    """A short text in the model's present style, which continues the first token of the validation split."""
+    """Sample a short text from the model, as a continuation of the validation split's first token."""
     generator = kind_of(device).generator(device, seed)
     prompt = torch.from_numpy(dataset.val[:1][None].astype(np.int64)).to(device)  # (1, 1)
     was_training = model.training

@@ -1,8 +1,8 @@
-"""Presets: complete training configurations by name, with the loss and time that they were measured to take.
+"""Presets: complete training configurations by name, with their measured loss and training time.
 
 Run:    nanogpt presets                                    lists them
-        python train.py --preset cpu --max_iters 500       flags change what the preset says
-Order:  defaults < preset < flags. To add one, write a function and add a row to PRESETS, below.
+        python train.py --preset cpu --max_iters 500       flags override the preset
+Order:  defaults < preset < flags. To add a preset, write a function and add a row to PRESETS, below.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from nanogpt.errors import UserError
 
 
 def with_muon(config: TrainConfig) -> TrainConfig:
-    """For short trainings: Muon, a learning rate without warm-up that ends at 0, no regularization."""
+    """Add the settings of short runs: Muon, no warm-up, a learning rate that ends at 0, no regularization."""
     return replace(
         config,
         dropout=0.0,
@@ -27,7 +27,7 @@ def with_muon(config: TrainConfig) -> TrainConfig:
 
 
 def with_modern_blocks(config: TrainConfig) -> TrainConfig:
-    """The blocks that learn fastest on little data, with Muon."""
+    """Add the blocks that learn fastest on little data, and Muon."""
     return replace(
         with_muon(config),
         norm="rmsnorm",
@@ -43,7 +43,7 @@ def with_modern_blocks(config: TrainConfig) -> TrainConfig:
 
 
 def speedrun() -> TrainConfig:
-    """One layer, 45 updates."""
+    """A model of one layer, trained for 45 updates."""
     return with_modern_blocks(
         TrainConfig(
             preset="speedrun",
@@ -64,7 +64,7 @@ def speedrun() -> TrainConfig:
 
 
 def classic() -> TrainConfig:
-    """GPT-2's blocks in the size of nanoGPT's recipe for a laptop, with Muon instead of AdamW."""
+    """GPT-2's blocks in the size of nanoGPT's laptop model, trained with Muon instead of AdamW."""
     return with_muon(
         TrainConfig(
             preset="classic",
@@ -104,7 +104,7 @@ def cpu() -> TrainConfig:
 
 
 def qwen3() -> TrainConfig:
-    """The blocks of Qwen3 (RoPE base 10,000), which other programs can run, in the size of `cpu`."""
+    """A model as large as `cpu` with Qwen3's blocks (RoPE base 10,000), which other programs can run."""
     return replace(
         cpu(),
         preset="qwen3",
@@ -118,7 +118,7 @@ def qwen3() -> TrainConfig:
 
 
 def shakespeare() -> TrainConfig:
-    """The default model, trained with Muon, a learning rate that ends at 0, and averaged weights."""
+    """The default model, trained with Muon, a learning rate that ends at 0, and an EMA of the weights."""
     return TrainConfig(
         preset="shakespeare",
         max_iters=1000,
@@ -138,7 +138,7 @@ def shakespeare() -> TrainConfig:
 def best() -> TrainConfig:
     """The lowest loss on Tiny Shakespeare from at most 11 million parameters.
 
-    Dropout, weight decay and averaged weights keep its seven epochs from overfitting.
+    Dropout, weight decay and an EMA of the weights limit overfitting over its seven epochs.
     """
     return replace(
         cpu(),
@@ -156,7 +156,7 @@ def best() -> TrainConfig:
 
 
 def bpe() -> TrainConfig:
-    """A modern model for a BPE vocabulary of some thousand tokens, and ten megabytes of text or more."""
+    """A modern model for a BPE vocabulary of a few thousand tokens and at least ten megabytes of text."""
     return replace(
         cpu(),
         preset="bpe",
@@ -167,7 +167,7 @@ def bpe() -> TrainConfig:
 
 
 def gpt2() -> TrainConfig:
-    """GPT-2 124 M exactly, on 10 billion tokens; made for a vocabulary of 50,257 and a large GPU."""
+    """GPT-2 124 M exactly, trained on 10 billion tokens, for a vocabulary of 50,257 and a large GPU."""
     return TrainConfig(
         preset="gpt2",
         block_size=1024,
@@ -190,13 +190,13 @@ def gpt2() -> TrainConfig:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Loss and time of a preset on Tiny Shakespeare, from the section of bench/RESULTS.md with this date."""
+    """Measured loss and time of a preset on Tiny Shakespeare. date: its section of bench/RESULTS.md."""
 
     date: str
     losses: tuple[float, ...]
-    """Validation loss of the finished model, nats per character over the whole split; one for each seed."""
+    """Final validation loss of each seed, in nats per character over the full split."""
     seconds: float
-    """Time in updates on MEASURED_ON, the median over the seeds."""
+    """Training time on MEASURED_ON without evaluation and saving, the median over the seeds."""
 
     @property
     def loss(self) -> str:
@@ -217,7 +217,7 @@ class Preset:
     purpose: str
     measured: Measurement | None = None
     vocab_size: int = 65
-    """The vocabulary that it is meant for."""
+    """Size of the vocabulary that it is meant for."""
 
 
 MEASURED_ON = "2 CPU cores (AVX-512)"
@@ -225,18 +225,18 @@ MEASURED_ON = "2 CPU cores (AVX-512)"
 PRESETS = {
     "speedrun": Preset(
         speedrun,
-        "seconds to nanoGPT's laptop loss",
+        "nanoGPT's laptop loss in seconds",
         Measurement("2026-11-23, second part", (1.8572, 1.8380, 1.8606), 1.86),
     ),
     "classic": Preset(
         classic,
-        "nanoGPT's laptop model, GPT-2's blocks",
+        "nanoGPT's laptop model, with GPT-2's blocks",
         Measurement("2026-11-23, second part", (1.8566, 1.8651, 1.8553), 18.8),
     ),
-    "cpu": Preset(cpu, "a coffee's worth of training on a laptop", Measurement("2026-11-23", (1.5443,), 95)),
+    "cpu": Preset(cpu, "a good model in two minutes on a laptop", Measurement("2026-11-23", (1.5443,), 95)),
     "qwen3": Preset(
         qwen3,
-        "blocks that other programs can run",
+        "Qwen3's blocks, which other programs can run",
         Measurement("2026-11-23, second part", (1.5946, 1.5900, 1.5889), 86),
     ),
     "best": Preset(
@@ -244,15 +244,15 @@ PRESETS = {
         "the lowest loss from at most 11 million parameters",
         Measurement("2026-11-24", (1.4676, 1.4602, 1.4595), 33 * 60),
     ),
-    "bpe": Preset(bpe, "a text of megabytes, --tokenizer bpe", vocab_size=4096),
+    "bpe": Preset(bpe, "megabytes of text, prepared with --tokenizer bpe", vocab_size=4096),
     "shakespeare": Preset(shakespeare, "the default model, made for a GPU"),
-    "gpt2": Preset(gpt2, "GPT-2 124 M, made for a large GPU and a text of gigabytes", vocab_size=50_257),
+    "gpt2": Preset(gpt2, "GPT-2 124 M, made for a large GPU and gigabytes of text", vocab_size=50_257),
 }
 """Registry of presets: name -> Preset. README.md repeats the measurements, and a test compares them."""
 
 
 def get(name: str) -> TrainConfig:
-    """The configuration called `name`. Raises: UserError if there is none."""
+    """The configuration of a preset. Raises: UserError if `name` is unknown."""
     if name not in PRESETS:
         raise UserError(f"--preset {name} does not exist: choose one of {', '.join(PRESETS)}")
     return PRESETS[name].make()

@@ -3,7 +3,7 @@
 Example: @dataclass(frozen=True)
          class MyConfig(Settings): ...
 A value that equals a plain one is converted (np.int64(3) to 3, a Path to a str); any other is refused in a
-message that names the field. Checkpoints need this: they hold their settings and are read with
+message that names the field. Checkpoints need this: they hold the settings of their run and are read with
 weights_only=True, which loads plain types only. A field's annotation says which type it takes: bool, int,
 float, str, tuple[str, ...], a Literal, None, or a union of these.
 """
@@ -23,16 +23,16 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 from nanogpt.errors import UserError, require
 
 MAX_INTEGER = 2**63
-"""Integers must be smaller than this in magnitude: PyTorch's reader of checkpoints takes little more."""
+"""Limit of integers in magnitude: PyTorch's checkpoint reader takes hardly any larger ones."""
 
 MAX_SHOWN = 60
-"""Characters of a wrong value that a message shows."""
+"""Maximum number of characters of a wrong value that a message shows."""
 
 FREE_TEXTS = ("prompt", "stop")
-"""Fields that may hold any character. The others go to the file system, which takes no NUL."""
+"""Fields that may hold any character. Others may not hold NUL, since they can be file names."""
 
 NO_MATCH = object()
-"""Returned by a conversion if the value equals none of the type."""
+"""The result of a conversion if the value equals no value of the type."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class Settings:
 
 @functools.cache
 def field_types(cls: type[Any]) -> dict[str, Any]:
-    """Name of each field of a class -> its type."""
+    """The types of the fields of a class, by name."""
     return get_type_hints(cls)
 
 
 def convert_field(name: str, value: Any, kind: Any) -> Any:
     """Convert a value to a plain one of the type `kind`. Raises: UserError naming the field."""
     scalar = unwrap_scalar(value)
-    for one in union_members(kind):
-        plain = convert(scalar, one)
+    for member in union_members(kind):
+        plain = convert(scalar, member)
         if plain is not NO_MATCH:
             check_range(name, plain)
             return plain
     choices = join_choices(expected_values(kind))
-    if any(get_origin(one) is Literal for one in union_members(kind)):
+    if any(get_origin(member) is Literal for member in union_members(kind)):
         raise UserError(f"--{name} {show_value(value)} is unknown: use {choices}")
     raise UserError(f"--{name} {show_value(value)} is of type {type(value).__name__}: it must be {choices}")
 
@@ -81,7 +81,7 @@ def unwrap_scalar(value: Any) -> Any:
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """Convert a value to one type that is no union; NO_MATCH if it equals no value of it."""
+    """Convert a value to a type that is not a union; NO_MATCH if it equals no value of the type."""
     if get_origin(kind) is Literal:
         text = to_text(value)
         return text if text in get_args(kind) else NO_MATCH
@@ -100,14 +100,14 @@ def to_bool(value: Any) -> Any:
 
 
 def to_int(value: Any) -> Any:
-    """Convert a whole number. True and False are refused: in place of a count they are a mistake."""
+    """Convert a whole number. True and False are refused, since they are a mistake where a count belongs."""
     if isinstance(value, bool):
         return NO_MATCH
     if isinstance(value, Integral):
         return int(operator.index(value))
     if isinstance(value, Real) and math.isfinite(value):
-        whole = math.floor(value)
-        return whole if cast(int, value) == whole else NO_MATCH
+        floor = math.floor(value)
+        return floor if cast(int, value) == floor else NO_MATCH
     return NO_MATCH
 
 
@@ -159,7 +159,7 @@ def check_range(name: str, value: Any) -> None:
 
 
 def expected_values(kind: Any) -> list[str]:
-    """The values that a field takes, in words, for a message."""
+    """The values that a field of type `kind` takes, in words, for a message."""
     names = {
         bool: "True or False",
         int: "a whole number",
@@ -168,11 +168,11 @@ def expected_values(kind: Any) -> list[str]:
         types.NoneType: "None",
     }
     words: list[str] = []
-    for one in union_members(kind):
-        if get_origin(one) is Literal:
-            words += get_args(one)
+    for member in union_members(kind):
+        if get_origin(member) is Literal:
+            words += get_args(member)
         else:
-            words.append(names.get(one, "a list of texts"))
+            words.append(names.get(member, "a list of texts"))
     return words
 
 
@@ -183,10 +183,10 @@ def join_choices(words: list[str]) -> str:
 
 
 def show_value(value: Any) -> str:
-    """A value for a message: in one line, shortened; a word without quotes, as it would be typed."""
+    """Format a value for a message: on one line, shortened; a single word has no quotes, as in a command."""
     try:
         text = value if isinstance(value, str) and value.isidentifier() else repr(value)
-    except Exception:  # of an object that cannot even be shown, or a number of too many digits
+    except Exception:  # an object whose repr fails, or an integer with too many digits
         text = f"(a very long {type(value).__name__})"
     text = " ".join(text.split())
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

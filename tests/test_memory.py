@@ -22,7 +22,7 @@ def predict(config: TrainConfig, micro: int = 8, processes: int = 1, dtype=torch
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_weights_gradients_and_moments_are_those_of_a_real_update(optimizer):
+def test_weights_gradients_and_optimizer_state_are_those_of_a_real_update(optimizer):
     config = replace(SMALL, optimizer=optimizer)
     predicted = predict(config)
     model = GPT(model_config(config, 65))
@@ -72,7 +72,7 @@ def test_averaged_weights_count():
 def test_many_layers_follow_from_few(monkeypatch, mode, dtype, optimizer):
     config = replace(SMALL, n_layer=7, grad_checkpoint=mode, optimizer=optimizer)
     followed = predict(config, dtype=dtype)
-    monkeypatch.setattr(memory_estimate, "FEW", 7)
+    monkeypatch.setattr(memory_estimate, "FEW_LAYERS", 7)
     assert followed == predict(config, dtype=dtype)
 
 
@@ -83,17 +83,17 @@ def test_counting_takes_no_memory_and_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_parts_of_a_model_take_their_share_and_what_is_put_together():
+def test_a_shard_of_a_model_takes_its_share_and_what_is_gathered():
     config = replace(SMALL, parallel="fsdp")
-    whole, part = predict(config), predict(config, processes=4)
+    full, shard = predict(config), predict(config, processes=4)
     for name in ("weights", "gradients", "optimizer"):
-        assert getattr(part, name) == pytest.approx(getattr(whole, name) / 4, abs=1)
-    assert whole.gathered == 0
-    assert part.activations == whole.activations + part.gathered
-    assert part.gathered < 3 * whole.weights
-    extra = part.need(CPU) - part.total - part.activations
-    assert extra == pytest.approx(1.25 * (whole.weights + whole.optimizer), abs=2)
-    assert part.need(torch.device("cuda")) == part.total
+        assert getattr(shard, name) == pytest.approx(getattr(full, name) / 4, abs=1)
+    assert full.gathered == 0
+    assert shard.activations == full.activations + shard.gathered
+    assert shard.gathered < 3 * full.weights
+    extra = shard.need(CPU) - shard.total - shard.activations
+    assert extra == pytest.approx(1.25 * (full.weights + full.optimizer), abs=2)
+    assert shard.need(torch.device("cuda")) == shard.total
 
 
 def test_muon_takes_a_few_matrices_at_a_time(monkeypatch):

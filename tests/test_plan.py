@@ -39,7 +39,7 @@ def test_a_plan_for_another_device(capsys):
     out = capsys.readouterr().out
     assert "For one H100, 80 GB" in out
     assert "bfloat16" in out
-    assert "at 40% of its published peak" in out
+    assert "at 40% of the published peak" in out
 
 
 def test_what_does_not_fit_is_told_what_would(monkeypatch):
@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_not_measured(capsys):
     plan.print_time(SMALL, replace(HERE, free=1000.0), 10**6)
     assert (
         capsys.readouterr().out
-        == "Time: 0.000512 TFLOP an update, not measured: not even a few sequences fit\n"
+        == "Time: 0.000512 TFLOP an update, not measured, since not even a few sequences fit\n"
     )
 
 

@@ -121,7 +121,7 @@ def test_resuming_a_finished_run_says_so_and_max_iters_extends_it(config: TrainC
     assert fit(replace(config, resume=True)).step == 30
     capsys.readouterr()
     assert fit(replace(config, resume=True, max_iters=40)).step == 40
-    assert "--max_iters is now 40 (so far 30)" in capsys.readouterr().out
+    assert "--max_iters is now 40 (was 30)" in capsys.readouterr().out
     assert [row["step"] for row in rows(config) if "train_loss" in row] == list(range(1, 41))
 
 

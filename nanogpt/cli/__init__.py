@@ -1,1 +1,1 @@
-"""The commands: the parser, and a thin file for each command."""
+"""The command line: a parser, and a thin module for each command."""

@@ -1,6 +1,6 @@
-"""The settings of the commands that belong to no other package: `model`, `presets` and `plan`.
+"""The settings of the commands `model`, `presets` and `plan`.
 
-Knows nothing of torch, nor of how a flag is typed.
+This file knows nothing of torch, or of how flags are parsed.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from nanogpt.settings import Settings
 
 @dataclass(frozen=True)
 class ModelSummaryConfig(GPTConfig):
-    """Print what a model of this shape costs: parameters, memory, arithmetic."""
+    """Print what a model of this shape costs: parameters, memory, floating-point operations."""
 
     preset: str | None = None
-    """Start from a preset's shape (`nanogpt presets` lists them)."""
+    """Preset whose shape to start from (`nanogpt presets` lists them)."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class PresetsConfig(Settings):
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Say what a training with these settings will take: memory, time, what fits."""
+    """Plan a training with these settings: its memory, its time, and what makes it fit."""
 
     on: str = ""
-    """A device by name (h100, a100, rtx4090, ...); without it, this machine's."""
+    """Name of the device to plan for (h100, a100, rtx4090, ...); default: this machine's."""
     processes: int = 1
-    """How many of them."""
+    """Number of processes, with one device each."""
     vocab_size: int | None = None
-    """Number of different tokens; None: that of the data folder."""
+    """Size of the vocabulary; None: that of the data folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
-"""The command line: parse the arguments first, import the command after, report errors in one line.
+"""The command line: parse the arguments, then import the command and run it; report errors in one line.
 
 Run:    nanogpt train --max_iters 100         (= python train.py --max_iters 100)
 To add a command, write a config for its flags and a module with main(config), and add a row to COMMANDS.
-Knows nothing of how a flag is typed (parse.py).
+This file knows nothing of how flags are parsed (parse.py).
 """
 
 import contextlib
@@ -30,14 +30,14 @@ EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings, and the module with its main(config)."""
+    """A command: the class of its settings, and the module that has its main(config)."""
 
     config: type[Any]
     module: str
     script: str = ""
-    """The file in the root folder that runs it too, if there is one."""
+    """Script in the root folder that runs the command too, if there is one."""
     writes: bool = False
-    """Whether its result is files, so that a failing standard output does not end it."""
+    """Whether the command writes files as its result, so that a closed standard output does not end it."""
 
 
 COMMANDS = {
@@ -51,15 +51,15 @@ COMMANDS = {
 }
 
 IDLE_SPINS = "1000"
-"""How long an idle thread of PyTorch's OpenMP spins before it sleeps. With the library's own 300,000 a
-training crawls as soon as anything else wants a core (bench/RESULTS.md)."""
+"""Number of spins after which an idle OpenMP thread of PyTorch sleeps. With the default of 300,000, training
+becomes very slow as soon as another program uses a core (bench/RESULTS.md)."""
 
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
-"""Settings of PyTorch's memory allocator on GPUs, by their present and earlier names."""
+"""Environment variables of PyTorch's GPU memory allocator, current and earlier names."""
 
 
 def main() -> None:
-    """Entry point of the `nanogpt` console script, and of `python -m nanogpt`."""
+    """Entry point of the `nanogpt` command and of `python -m nanogpt`."""
     prepare_process()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
@@ -70,13 +70,13 @@ def main() -> None:
 
 
 def run_script(name: str) -> None:
-    """Entry point of a command's script in the root folder, such as train.py."""
+    """Entry point of a script in the root folder, such as train.py."""
     prepare_process()
     sys.exit(run_command(name, sys.argv[1:], prog=f"python {COMMANDS[name].script}"))
 
 
 def prepare_process() -> None:
-    """Let neither a broken standard stream nor a signal end this process with a traceback."""
+    """Prepare streams and signals, so that neither ends this process with a traceback."""
     streams.protect_standard_streams()
     stopping.exit_quietly_on_signals()
 
@@ -90,7 +90,7 @@ def print_overview(option: str) -> int:
 
 
 def usage() -> str:
-    """The list of commands."""
+    """The help text: a list of the commands."""
     lines = ["usage: nanogpt COMMAND [OPTIONS]", ""]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:9} {(command.config.__doc__ or '').strip().splitlines()[0]}")
@@ -104,12 +104,12 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a ?
+            stream.reconfigure(errors="replace")  # prints ? for a character that the terminal cannot show
     return report_errors(lambda: parse_and_run(*subcommand(name, arguments, prog)))
 
 
 def subcommand(name: str, arguments: Sequence[str], prog: str) -> tuple[str, Sequence[str], str]:
-    """Resolve `data info DIR` to the command "data info" with --data_dir DIR; leave all else as it is."""
+    """Resolve `data info DIR` to the command "data info" with --data_dir DIR; keep other commands."""
     if name != "data" or arguments[:1] != ["info"]:
         return name, arguments, prog
     rest = arguments[1:]
@@ -134,8 +134,8 @@ def parse_and_run(name: str, arguments: Sequence[str], prog: str) -> int:
 def set_environment() -> None:
     """Set the variables that PyTorch reads when it is imported, except those that the user has set.
 
-    Threads: the cores that this process may use. On Linux, PyTorch knows the affinity but not the CPU quota
-    of a container; on Windows and macOS it counts right.
+    OMP_NUM_THREADS becomes the number of cores that this process may use. PyTorch finds that number itself on
+    Windows and macOS, but on Linux it does not see the CPU quota of a container.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
     if sys.platform != "linux":
@@ -143,16 +143,16 @@ def set_environment() -> None:
     from nanogpt.cores import usable_cores
 
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-    os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # fused attention on more cards
+    os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # Flash Attention on more GPUs
     torch = torch_version()
     if not ALLOCATOR_VARIABLES & os.environ.keys() and "rocm" not in torch:
-        renamed = not torch.startswith(("2.7.", "2.8."))  # later versions warn about the old name
+        renamed = not torch.startswith(("2.7.", "2.8."))  # PyTorch 2.9 and later warn about the old name
         name = "PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"
-        os.environ[name] = "expandable_segments:True"  # evaluation and training reuse each other's memory
+        os.environ[name] = "expandable_segments:True"  # so that evaluation and training share memory
 
 
 def torch_version() -> str:
-    """The version of the installed PyTorch, found without importing it; "" if there is none."""
+    """The version of PyTorch, read without importing it; "" if it is not installed."""
     with contextlib.suppress(PackageNotFoundError):
         return version("torch")
     return ""
@@ -162,7 +162,7 @@ def torch_version() -> str:
 
 
 def report_errors(action: Callable[[], int]) -> int:
-    """Call `action` and return its exit code; print user errors, and end on Ctrl-C, without a traceback."""
+    """Call `action` and return its exit code. A user error or Ctrl-C ends it without a traceback."""
     streams.raise_stdout_errors(on=True)
     try:
         try:
@@ -172,7 +172,7 @@ def report_errors(action: Callable[[], int]) -> int:
             streams.flush()
     except UserError as error:
         return print_error(str(error))
-    except OSError as error:  # a folder that is a file, a read-only disk, ...
+    except OSError as error:  # for example a read-only disk
         if error.filename is None:
             raise
         return print_error(f"{error.filename}: {error.strerror}")
@@ -182,7 +182,7 @@ def report_errors(action: Callable[[], int]) -> int:
         return print_error(f"{error.name} is not installed: pip install -c constraints.txt -e .")
     except KeyboardInterrupt:
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # ends the line in which the terminal shows ^C
+            print(file=sys.stderr)  # end the line on which the terminal shows ^C
         return EXIT_INTERRUPT
     finally:
         streams.raise_stdout_errors(on=False)
@@ -207,17 +207,14 @@ def explain_import_errors() -> Generator[None]:
 
 
 def remove_progress_bars() -> None:
-    """Remove progress bars that an error or a signal has left, if console.py was imported at all."""
-    console = sys.modules.get("nanogpt.console")
+    """Remove progress bars that an error or a signal has left on the screen."""
+    console = sys.modules.get("nanogpt.console")  # if it was not imported, there is no bar
     if console is not None:
         console.stop_progress_bars()
 
 
 def print_error(message: str) -> int:
-    """Print what is wrong in one line; of several processes with the same mistake, one prints it.
-
-    Returns the exit code.
-    """
+    """Print an error message in one line, on the first process only. Returns the exit code."""
     from nanogpt.console import one_line
     from nanogpt.streams import is_main_process
 

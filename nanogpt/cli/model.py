@@ -1,7 +1,7 @@
-"""The `model` command: what a model costs before it is trained: parameters by part, memory, arithmetic.
+"""The `model` command: print the parameters, memory and floating-point operations of a model.
 
 Run:    python model.py --n_layer 12 --n_embd 768
-Memory and operations have the same source as those of `nanogpt plan`, which also counts activations.
+Memory and operations are computed as for `nanogpt plan`, which also counts activations.
 """
 
 from dataclasses import fields
@@ -16,16 +16,16 @@ from nanogpt.console import MIB, say, terminal
 from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.training.memory_estimate import count_update
 
-PARTS = {
+COMPONENTS = {
     "token embedding": ("token_embedding.",),
     "position embedding": ("position_embedding.",),
-    "tables of pairs and triples": ("ngram_embedding.",),
+    "n-gram embedding": ("ngram_embedding.",),
     "attention": (".attn.",),
     "MLP": (".mlp.",),
     "norms": (".norm_1.", ".norm_2.", "final_norm."),
     "output layer": ("head.",),
 }
-"""Part of the model -> substrings that the names of its parameters contain."""
+"""Component of the model -> substrings that the names of its parameters contain."""
 
 
 def main(config: ModelSummaryConfig) -> int:
@@ -37,36 +37,36 @@ def main(config: ModelSummaryConfig) -> int:
         f"GPT: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
         f"context {shape.block_size}, vocabulary {shape.vocab_size}"
     )
-    print_parts(count_parameters(model))
-    weights, gradients, moments, _ = count_update(shape, training, torch.device("cpu"), torch.float32)
-    averaged = " with their moving average" if training.ema_decay else ""
+    print_parameters(count_parameters(model))
+    weights, gradients, state, _ = count_update(shape, training, torch.device("cpu"), torch.float32)
+    ema = " and their EMA" if training.ema_decay else ""
     say(
-        f"Memory: weights{averaged} {weights / MIB:,.1f} MiB, gradients {gradients / MIB:,.1f} MiB, "
-        f"optimizer ({training.optimizer}) {moments / MIB:,.1f} MiB, in float32"
+        f"Memory: weights{ema} {weights / MIB:,.1f} MiB, gradients {gradients / MIB:,.1f} MiB, "
+        f"optimizer ({training.optimizer}) {state / MIB:,.1f} MiB, in float32"
     )
     flops = flops_per_token(model)
     say(f"Training: {flops / 1e6:,.1f} MFLOP a token, {flops * shape.block_size / 1e9:,.2f} GFLOP a sequence")
     return 0
 
 
-def print_parts(counts: dict[str, int]) -> None:
-    """Print the parameters of each part as a table."""
+def print_parameters(counts: dict[str, int]) -> None:
+    """Print the number of parameters of each component as a table."""
     total = sum(counts.values())
-    table = Table("part", "parameters", "share")
+    table = Table("component", "parameters", "share")
     for column in table.columns[1:]:
         column.justify = "right"
-    for part, count in counts.items():
+    for component, count in counts.items():
         if count:
-            table.add_row(part, f"{count:,}", f"{count / total:.1%}")
+            table.add_row(component, f"{count:,}", f"{count / total:.1%}")
     table.add_section()
     table.add_row("total", f"{total:,}", "")
     terminal().print(table)
 
 
 def count_parameters(model: GPT) -> dict[str, int]:
-    """Number of parameters of each part of a model, in the order in which data flows through them."""
-    counts = dict.fromkeys(PARTS, 0)
+    """Count the parameters of each component of a model, in the order of the forward pass."""
+    counts = dict.fromkeys(COMPONENTS, 0)
     for name, parameter in model.named_parameters():
-        part = next(part for part, marks in PARTS.items() if any(mark in name for mark in marks))
-        counts[part] += parameter.numel()
+        component = next(key for key, marks in COMPONENTS.items() if any(mark in name for mark in marks))
+        counts[component] += parameter.numel()
     return counts

@@ -1,8 +1,8 @@
-"""Parsing: from the arguments of a command line to the config of a command.
+"""Argument parsing: turn the arguments of a command into its config.
 
 Example: config = parse(TrainConfig, ["--preset", "cpu", "--max_iters", "100"], prog="nanogpt train")
-Each field of the config is a flag; tyro makes the parser, here alone. Spellings that tyro does not know are
-written out before it sees them: bare switches (--compile) and lists (--input_file a b).
+Each field of the config is a flag. Only this file uses tyro, which makes the parser. Two spellings that tyro
+does not know are expanded first: bare switches (--compile) and lists (--input_file a b).
 Order: defaults < --preset < flags; with --resume: the run's own settings < flags.
 """
 
@@ -18,18 +18,18 @@ from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 
 TYRO_ERROR_CODE = 2
-"""Exit code with which tyro refuses arguments."""
+"""Exit code of tyro for arguments that it refuses."""
 
 LIST_FLAGS = ("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to")
-"""Flags that take several values, written after one another."""
+"""Flags that take a list of values."""
 
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
-"""Bare forms of a flag with the values auto, on and off."""
+"""Bare switch -> the value of --compile that it stands for."""
 
 
 @dataclass(frozen=True)
 class BaseFlags:
-    """The flags that decide which values all others default to; they are parsed first."""
+    """Flags that decide the defaults of all others; they are parsed first."""
 
     preset: str | None = None
     resume: bool = False
@@ -39,7 +39,7 @@ class BaseFlags:
 def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
     """Parse the arguments into a config of class `cls`. `--help` prints and exits.
 
-    Raises: UserError, in one line, if they cannot be understood.
+    Raises: UserError, in one line, if an argument is wrong.
     """
     import tyro
 
@@ -63,7 +63,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
 
 
 def parse_base_flags(cls: type[Any], arguments: Sequence[str]) -> BaseFlags:
-    """Parse the base flags, if `cls` has any. Their mistakes are left to the full parse to report."""
+    """Parse the base flags, if `cls` has any. The full parse reports mistakes in them."""
     import tyro
 
     if not {field.name for field in fields(cls)} & {"preset", "resume"}:
@@ -74,7 +74,7 @@ def parse_base_flags(cls: type[Any], arguments: Sequence[str]) -> BaseFlags:
 
 
 def default_config(cls: type[Any], base: BaseFlags) -> Any:
-    """The config whose values stand where no flag is given: the run's, the preset's or the defaults."""
+    """The config of default values: those of the resumed run, of the preset, or of `cls`."""
     if base.resume:
         from nanogpt.checkpoint.run_dir import RunFolder
 
@@ -94,7 +94,7 @@ def default_config(cls: type[Any], base: BaseFlags) -> Any:
 
 
 def expand_switches(arguments: Sequence[str]) -> list[str]:
-    """Write bare switches out: --compile as --compile on, --no_compile as --compile off."""
+    """Expand bare switches: --compile to --compile on, --no_compile to --compile off."""
     expanded: list[str] = []
     for argument, following in zip_longest(arguments, arguments[1:]):
         bare = argument in SWITCHES and following not in ("auto", "on", "off")
@@ -103,7 +103,7 @@ def expand_switches(arguments: Sequence[str]) -> list[str]:
 
 
 def expand_lists(arguments: Sequence[str]) -> list[str]:
-    """Write lists out: --input_file a b as --input_file=a --input_file=b (which takes a bare - too)."""
+    """Expand lists: --input_file a b to --input_file=a --input_file=b (with =, a lone - is a value too)."""
     expanded: list[str] = []
     flag = ""
     for argument, following in zip_longest(arguments, arguments[1:]):
@@ -118,7 +118,7 @@ def expand_lists(arguments: Sequence[str]) -> list[str]:
 
 
 def replace_lists(default: Any, arguments: Sequence[str]) -> Any:
-    """Empty the list of a flag that is given: its values replace the default, which tyro would extend."""
+    """Empty the default of each given list flag: its values replace the default, which tyro would extend."""
     given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
     lists = [
         field.name
@@ -129,18 +129,18 @@ def replace_lists(default: Any, arguments: Sequence[str]) -> Any:
 
 
 def is_value(argument: str) -> bool:
-    """Whether an argument is a value, not a flag; a bare - is one: standard input."""
+    """Whether an argument is a value, not a flag. A lone - is a value: standard input."""
     return argument == "-" or not argument.startswith("-")
 
 
 def error_in_one_line(box: str) -> str:
-    """Tyro's framed error message in one line, without its frame and its pointer to --help."""
+    """Convert tyro's framed error message to one line, without its frame and its hint at --help."""
     words: list[str] = []
     for line in box.splitlines():
         text = line.strip("│| ").strip()
         if text.startswith("For full helptext"):
             break
-        is_frame = text.startswith(("╭─", "╰─", "+-"))  # +- where the terminal has ASCII alone
+        is_frame = text.startswith(("╭─", "╰─", "+-"))  # +- on a terminal that shows only ASCII
         if set(text) - set("─-") and not is_frame:
             words.append(text)
     return " ".join(words).rstrip(".") or "the arguments cannot be understood"

@@ -1,9 +1,9 @@
-"""The `plan` command: the memory, traffic and time of a training, before it is started.
+"""The `plan` command: predict the memory, traffic and time of a training without starting it.
 
 Run:    nanogpt plan --preset gpt2 --on h100 --processes 8
         nanogpt plan --n_layer 12 --n_embd 768 --batch_size 32
-Memory is counted, not estimated (training/memory_estimate.py). Time is measured in updates on this device
-or, for a named device, computed from UTILIZATION of its published peak.
+Memory is counted, not estimated (training/memory_estimate.py). The time of an update is measured on this
+device or, for a named device, computed from its published peak FLOP/s and UTILIZATION.
 """
 
 import time
@@ -31,13 +31,13 @@ from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import max_rank_batch, micro_batches_per_rank
 
 UTILIZATION = 0.4
-"""Share of the published peak that a well-fed GPU reaches (Chowdhery et al., PaLM, 2022, table 3: 0.46)."""
+"""Assumed share of the peak FLOP/s (MFU; Chowdhery et al., PaLM, 2022, table 3, reach 0.46)."""
 
 CHECKPOINT_MODES: tuple[GradCheckpoint, ...] = ("off", "selective", "blocks")
-"""Ways of activation checkpointing, fastest first."""
+"""Modes of activation checkpointing, fastest first."""
 
 TRIAL_SECONDS, TRIAL_TOKENS = 1.0, 2048
-"""How long updates are measured, at least, and how many tokens a measured micro-batch has, at most."""
+"""Minimum time for which updates are measured, and maximum number of tokens in their micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ DATA_SHEETS = {
 
 @dataclass(frozen=True)
 class Target:
-    """The device that a plan is for; of several processes, the one of each."""
+    """The device that a plan is for. With several processes, each has one such device."""
 
     device: torch.device
-    """Where the plan is computed: the CPU, if the target is a GPU that is not here."""
+    """Device that computes the plan: the CPU, if the target is a GPU that this machine does not have."""
     dtype: torch.dtype
     free: float
     """Bytes of free memory."""
     peak: float = 0.0
-    """FLOP/s by its data sheet; 0: measure."""
+    """Peak FLOP/s of its data sheet; 0: measure the time of an update."""
     simulated: bool = False
-    """Whether the target is a GPU that is not here."""
+    """Whether the target is a GPU that this machine does not have."""
 
     @property
     def planned_device(self) -> torch.device:
@@ -83,7 +83,7 @@ class Target:
         return torch.device("cuda") if self.simulated else self.device
 
     def fits(self, memory: Memory) -> bool:
-        """Whether an update fits in the free memory, with some headroom."""
+        """Whether an update fits in the free memory, with headroom."""
         return memory.need(self.planned_device) < HEADROOM * self.free
 
 
@@ -119,14 +119,14 @@ def main(config: PlanConfig) -> int:
 
 
 def pick_target(config: PlanConfig) -> Target:
-    """The device that is named, or else this machine's. Raises: UserError if the name is unknown."""
+    """Choose the device that --on names, else this machine's. Raises: UserError if the name is unknown."""
     name = config.on.lower()
     if not name:
         device = pick_device(config.device)
         for line in describe(device):
             say(line)
         dtype, free = pick_dtype(config.dtype, device, config.n_embd).dtype, memory_estimate.free(device)
-        if kind_of(device).shares_memory:  # all processes share the cores and the main memory
+        if kind_of(device).shares_memory:  # processes share its cores and memory
             torch.set_num_threads(max(1, torch.get_num_threads() // config.processes))
             free /= config.processes
         return Target(device, dtype, free)
@@ -141,7 +141,7 @@ def pick_target(config: PlanConfig) -> Target:
 
 
 def choose_vocab_size(config: PlanConfig) -> int:
-    """The size of the vocabulary: the one given, else that of the data folder, else Tiny Shakespeare's."""
+    """Choose the vocabulary size: that of the flag, else of the data folder, else of Tiny Shakespeare."""
     if config.vocab_size:
         return config.vocab_size
     try:
@@ -159,7 +159,7 @@ def gpt_config(config: PlanConfig) -> GPTConfig:
 
 
 def predict_memory(config: PlanConfig, target: Target, micro_batch: int) -> Memory:
-    """The memory of an update on each device at its peak, in micro-batches of so many sequences."""
+    """Predict the memory of an update on one device, with micro-batches of `micro_batch` sequences."""
     device, dtype = target.device, target.dtype
     with simulated(KINDS["cuda"]) if target.simulated else nullcontext():
         return memory_estimate.predict(
@@ -168,21 +168,21 @@ def predict_memory(config: PlanConfig, target: Target, micro_batch: int) -> Memo
 
 
 def print_memory(predictions: dict[GradCheckpoint, Memory], target: Target) -> None:
-    """Print the memory of an update with each way of activation checkpointing."""
+    """Print a table: the memory of an update with each mode of activation checkpointing."""
     columns = ("weights", "gradients", "optimizer", "activations", "peak", "fits")
     table = Table("checkpoint", *columns, title="MiB on each device, at the peak of an update")
     for column in table.columns[1:]:
         column.justify = "right"
     for mode, memory in predictions.items():
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        table.add_row(mode, *(f"{part / MIB:,.0f}" for part in parts), "yes" if target.fits(memory) else "no")
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        table.add_row(mode, *(f"{size / MIB:,.0f}" for size in sizes), "yes" if target.fits(memory) else "no")
     terminal().print(table)
 
 
 def advise(config: PlanConfig, target: Target, memory: Memory, micro_batch: int) -> str:
-    """Say which flags make an update fit: smaller micro-batches first, since they cost the least.
+    """Find the flags that make an update fit: smaller micro-batches first, since they cost the least.
 
-    memory: what an update takes with the flags as they are.
+    memory: memory of an update with the present flags.
     """
     if target.fits(memory):
         return f"It fits as it is, in {target.free / GIB:,.1f} GiB"
@@ -215,7 +215,7 @@ def advise(config: PlanConfig, target: Target, memory: Memory, micro_batch: int)
 
 
 def print_traffic(config: PlanConfig, dtype: torch.dtype, micro_batches: int) -> None:
-    """Print the bytes that each process sends, and receives, in an update (formulae: docs/scaling.md)."""
+    """Print the bytes that each process sends, and receives, in an update (formulas: docs/scaling.md)."""
     model = meta_model(gpt_config(config))
     parameters = model.num_parameters()
     in_blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
@@ -229,18 +229,18 @@ def print_traffic(config: PlanConfig, dtype: torch.dtype, micro_batches: int) ->
 
 
 def print_time(config: PlanConfig, target: Target, flops: int) -> None:
-    """Print the time of an update and of the whole training. flops: floating-point operations per token."""
+    """Print the time of an update and of the full training. flops: floating-point operations per token."""
     tokens = config.batch_size * config.block_size
     if target.peak:
         seconds = flops * tokens / (target.peak * UTILIZATION * config.processes)
-        source = f"at {UTILIZATION:.0%} of its published peak"
+        source = f"at {UTILIZATION:.0%} of the published peak"
     else:
         seconds = measure_update(config, target)
         source = "measured here, without traffic" if config.processes > 1 else "measured here"
     tera = flops * tokens / 1e12
     work = f"Time: {tera:,.3g} TFLOP an update" if tera < 1000 else f"Time: {tera:,.0f} TFLOP an update"
     if seconds is None:
-        say(f"{work}, not measured: not even a few sequences fit")
+        say(f"{work}, not measured, since not even a few sequences fit")
         return
     an_update = f"{seconds:,.1f} s" if seconds > 10 else f"{seconds * 1000:,.4g} ms"
     say(f"{work}, {an_update} ({source}), {tokens / seconds:,.0f} tokens/s")
@@ -249,9 +249,9 @@ def print_time(config: PlanConfig, target: Target, flops: int) -> None:
 
 
 def measure_update(config: PlanConfig, target: Target) -> float | None:
-    """Seconds of an update on this device: forward and backward of a few sequences, scaled up, and a step.
+    """Measure the seconds of an update: forward and backward of a few sequences, scaled up, and a step.
 
-    None if not even a few sequences fit: on a CPU the system would kill the process.
+    Returns None if not even a few sequences fit: on a CPU, the system would kill the process.
     """
     device = target.device
     rank_batch = max_rank_batch(config, World(0, config.processes))
@@ -278,11 +278,11 @@ def measure_update(config: PlanConfig, target: Target) -> float | None:
     while len(passes) < 3 or sum(passes) < TRIAL_SECONDS:
         passes.append(seconds_of(compute_gradients, device))
     steps = [seconds_of(step, device) for _ in range(3)]
-    return min(passes[1:]) * rank_batch / sequences + min(steps[1:])  # the first of each warms up
+    return min(passes[1:]) * rank_batch / sequences + min(steps[1:])  # the first ones are warm-up
 
 
 def seconds_of(action: Callable[[], None], device: torch.device) -> float:
-    """How long an action takes on a device."""
+    """Measure how many seconds an action takes on a device."""
     start = time.perf_counter()
     action()
     kind_of(device).synchronize(device)

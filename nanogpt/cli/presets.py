@@ -1,4 +1,4 @@
-"""The `presets` command: a table of the purpose, size, measured loss and time of each preset.
+"""The `presets` command: print a table of the presets: size, measured loss and time, purpose.
 
 Run:    nanogpt presets
 """
@@ -13,7 +13,7 @@ from nanogpt.presets import MEASURED_ON, PRESETS
 
 
 def main(_: PresetsConfig) -> int:
-    """Print the table. Returns the exit code."""
+    """Print a table of the presets. Returns the exit code."""
     table = Table("preset", "layers", "context", "parameters", "steps", "loss", "training", box=None)
     for name, preset in PRESETS.items():
         config = preset.make()
@@ -32,8 +32,7 @@ def main(_: PresetsConfig) -> int:
     for name, preset in PRESETS.items():
         say(f"  {name:12} {preset.purpose}")
     say()
-    say("steps: updates x tokens in each. loss: nats a character over Tiny Shakespeare's whole")
-    say(f"validation split. training: time in updates on {MEASURED_ON}.")
-    say("-: not measured yet.")
-    say("Use one with: nanogpt train --preset NAME (other flags change what it says)")
+    say("steps: updates x tokens in each. loss: nats per character over the full validation split of")
+    say(f"Tiny Shakespeare. training: time of the updates on {MEASURED_ON}. -: not measured.")
+    say("Use a preset with: nanogpt train --preset NAME (other flags override its values)")
     return 0

@@ -1,8 +1,8 @@
-"""The `sample` command: load a checkpoint, continue a prompt, print the text as it is made.
+"""The `sample` command: load a checkpoint, continue a prompt, print the text as it is generated.
 
 Run:    python sample.py --prompt "ROMEO:" --temperature 0.8
-The text goes to standard output, everything else to standard error. It needs the checkpoint and no other
-file: the tokenizer is inside it.
+The text goes to standard output, everything else to standard error. The checkpoint is the only file that is
+needed, since it contains the tokenizer.
 """
 
 import io
@@ -29,14 +29,14 @@ ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 """Escape sequence, as typed in a shell -> the character that it stands for."""
 
 MAX_PROMPT_BYTES = 1 << 24
-"""Upper limit of a prompt's file: far more than any model sees."""
+"""Maximum size of a prompt file, in bytes: far more than any model sees."""
 
 SEPARATOR = "\n" + "-" * 40 + "\n"
 """Printed between two samples."""
 
 
 def main(config: SampleConfig) -> int:
-    """Print config.num_samples texts. Returns the exit code."""
+    """Generate and print config.num_samples texts. Returns the exit code."""
     path = find_checkpoint(Path(config.checkpoint))
     prompt = unescape(config.prompt) if config.prompt_file is None else read_prompt(config.prompt_file)
     flag = "--prompt" if config.prompt_file is None else "--prompt_file"
@@ -69,7 +69,7 @@ def main(config: SampleConfig) -> int:
 
 
 def print_text(text: str) -> None:
-    """Print generated text unchanged, but on a terminal escape the control characters in it."""
+    """Print generated text: unchanged, except that on a terminal its control characters are escaped."""
     if sys.stdout.isatty():
         text = "\r".join(map(escape_control_characters, text.split("\r")))
     print(text, end="", flush=True)
@@ -77,19 +77,19 @@ def print_text(text: str) -> None:
 
 @contextmanager
 def explain_out_of_memory() -> Generator[None]:
-    """Raise UserError, with advice, if the block runs out of memory."""
+    """Turn an out-of-memory error in the block into a UserError with advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         raise UserError(
-            "out of memory: give --device cpu if it was another, or end other programs that use the memory"
+            "out of memory: give --device cpu if this is a GPU, or end other programs that use its memory"
         ) from error
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file at a path: the file itself, or of a run folder the best one, else the newest.
+    """Find the checkpoint at a path: the file itself; in a run folder ckpt.pt (the best), else last.pt.
 
     Raises: UserError if the folder has none.
     """
@@ -105,12 +105,12 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_prompt(name: str) -> str:
-    """Read the prompt from a file, or from standard input for "-", without a line break at its very end.
+    """Read the prompt from a file (standard input for "-"), without one line break at its end.
 
-    Raises: UserError if it cannot be read, is empty, not text, or larger than any prompt.
+    Raises: UserError if the file cannot be read, is empty, is not text, or is too large.
     """
     if name == "-" and sys.stdin.isatty():
-        warn("Type the prompt, then Ctrl-D on a line of its own")
+        warn("Type the prompt, then press Ctrl-D on a new line")
     try:
         with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
             raw = file.read(MAX_PROMPT_BYTES + 1)
@@ -129,7 +129,7 @@ def read_prompt(name: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """Replace the escape sequences of ESCAPES, as typed in a shell, by the characters they stand for."""
+    """Replace the escape sequences in ESCAPES, as typed in a shell, with the characters they stand for."""
     result, i = "", 0
     while i < len(text):
         pair = text[i : i + 2]
@@ -141,11 +141,11 @@ def unescape(text: str) -> str:
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = False, flag: str = "--prompt"
 ) -> torch.Tensor:
-    """Encode a prompt: its token ids, (1, T) int64.
+    """Encode a prompt as token ids, (1, T) int64.
 
     skip_unknown: leave out characters that the model has never seen.
     flag: the flag that gave the prompt, for messages.
-    The default prompt always works: for a vocabulary without line feeds, it is the end of the text before.
+    The default prompt, a line feed, always works: if the vocabulary has none, end-of-text replaces it.
     Raises: UserError naming unknown characters, unless they are skipped; or if no token is left.
     """
     is_default = prompt == unescape(SampleConfig.prompt)

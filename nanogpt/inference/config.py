@@ -8,7 +8,7 @@ Knows nothing of torch.
 from dataclasses import dataclass
 from typing import Literal
 
-from nanogpt.config import Dtype, at_least, small_seed
+from nanogpt.config import Dtype, at_least, check_seed
 from nanogpt.errors import require
 from nanogpt.settings import Settings
 
@@ -75,7 +75,7 @@ class SampleConfig(SamplingParams):
         for name in ("num_tokens", "num_samples"):
             at_most(self, name, MAX_COUNT)
         at_least(self, "seed", 0)
-        small_seed(self.seed)
+        check_seed(self.seed)
         require(bool(self.prompt), '--prompt "" is empty: give at least one character')
         require(
             self.prompt_file is None or self.prompt == SampleConfig.prompt,

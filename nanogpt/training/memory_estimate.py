@@ -1,11 +1,11 @@
-"""How much memory an update takes, before there is one; how much is free.
+"""Memory estimate: how much memory an update will take, and how much is free.
 
-Use:    memory = predict(model_config(config, 65), config, device, dtype, micro_batch=16)
-        fits = memory.total < HEADROOM * free(device)
-Nothing is estimated by formula: PyTorch goes through an update on tensors that have shapes but no content
-(FakeTensorMode) and counts what would be allocated (MemTracker). That is done for two layers and for three;
-since every layer adds the same, the rest follows, and the counting takes as long for a model of any size.
-What FSDP adds to a part of the weights is a formula: `gathered_bytes`.
+Example: memory = predict(model_config(config, 65), config, device, dtype, micro_batch=16)
+         fits = memory.total < HEADROOM * free(device)
+Memory is counted, not computed by a formula: PyTorch runs an update on tensors that have shapes but no
+content (FakeTensorMode) and counts what it would allocate (MemTracker). It does so for models of two and of
+three layers. Every further layer adds the same again, so counting takes no longer for a deep model.
+Only what FSDP gathers is computed by a formula: `gathered_bytes`.
 """
 
 from contextlib import suppress
@@ -25,51 +25,52 @@ from nanogpt.model.gpt import GPT, meta_model
 from nanogpt.training.optimizer import build_optimizers
 
 HEADROOM = 0.9
-"""Share of the free memory to plan with: the rest goes to the device's own libraries and to fragments."""
+"""Usable share of the free memory. The rest goes to the device's own libraries and to fragmentation."""
 
-FEW = 2
-"""Layers of the smaller model that is counted."""
+FEW_LAYERS = 2
+"""Number of layers of the smaller model that is counted; the larger one has one more."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a process at the peak of an update."""
+    """Memory of a process in an update, in bytes."""
 
     weights: int
-    """With their moving average."""
+    """Weights, and their moving average (EMA) if there is one."""
     gradients: int
     optimizer: int
-    """Its moments."""
+    """Optimizer state."""
     forward: int
-    """What there is besides while the forward pass goes on: what it keeps, and what it needs for a moment."""
+    """Peak of the forward pass, above all of these: activations that it keeps, and temporary tensors."""
     backward: int
-    """What there is besides while the backward pass goes on."""
+    """Peak of the backward pass, above weights, gradients and optimizer state."""
     step: int
-    """What there is besides while the weights are updated."""
+    """Peak of the optimizer step, above weights, gradients and optimizer state."""
     gathered: int = 0
-    """FSDP: weights gathered for computing, and gradients that are being averaged."""
+    """FSDP: weights that are gathered for computing, and gradients that are being averaged."""
     saving: int = 0
-    """FSDP, in main memory: the copy that is written in parts and, on the first process, all for ckpt.pt."""
+    """FSDP, in main memory: a copy of the shard for last.pt and, on rank 0, the full state for ckpt.pt."""
 
     @property
     def held(self) -> int:
-        """What is there all the time."""
+        """Bytes that are allocated all the time."""
         return self.weights + self.gradients + self.optimizer
 
     @property
     def activations(self) -> int:
-        """What comes and goes."""
+        """Bytes that are allocated and freed in every update, at their peak."""
         return max(self.forward + self.gathered, self.backward + self.gathered, self.step)
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Peak memory of an update, in bytes."""
         return self.held + self.activations
 
     def need(self, device: torch.device) -> int:
-        """Bytes that have to be free: in main memory the C library keeps for later what was freed.
+        """Bytes that must be free on the device for an update.
 
-        That is up to as much again of what comes and goes (bench/memory.py: peak and resident).
+        In main memory, activations count twice: the C library keeps freed memory for later, up to as much
+        again (bench/memory.py measures peak and resident memory).
         """
         return self.total + (self.activations + self.saving if kind_of(device).shares_memory else 0)
 
@@ -83,33 +84,35 @@ def predict(  # noqa: PLR0917
     processes: int = 1,
     muon_dtype: torch.dtype | None = None,
 ) -> Memory:
-    """What an update takes at its peak, in micro-batches of `micro_batch` sequences.
+    """Predict the memory of an update with micro-batches of `micro_batch` sequences.
 
-    processes: how many share weights, gradients and moments if config.parallel is fsdp.
-    muon_dtype: in which Muon orthogonalises; None: in `dtype`.
+    processes: number of processes, over which fsdp shards weights, gradients and optimizer state.
+    muon_dtype: dtype in which Muon orthogonalizes; None: `dtype`.
     """
     layers, sharded = model.n_layer, config.parallel == "fsdp" and processes > 1
 
     def passes(n_layer: int) -> tuple[int, int]:
-        """Of a model with so many layers."""
-        few = replace(model, n_layer=n_layer)
-        return count_passes(few, config, device, dtype, micro_batch, weights_in=dtype if sharded else None)
-
-    forward, backward = passes(min(layers, FEW))
-    if layers > FEW:
-        forward, backward = (
-            more + (layers - FEW - 1) * (more - less)
-            for less, more in zip((forward, backward), passes(FEW + 1), strict=True)
+        """Peaks of the forward and the backward pass of a model with `n_layer` layers."""
+        shallow = replace(model, n_layer=n_layer)
+        return count_passes(
+            shallow, config, device, dtype, micro_batch, weights_in=dtype if sharded else None
         )
-    weights, gradients, moments, step = count_update(model, config, device, muon_dtype or dtype)
+
+    forward, backward = passes(min(layers, FEW_LAYERS))
+    if layers > FEW_LAYERS:
+        forward, backward = (
+            more + (layers - FEW_LAYERS - 1) * (more - less)
+            for less, more in zip((forward, backward), passes(FEW_LAYERS + 1), strict=True)
+        )
+    weights, gradients, state, step = count_update(model, config, device, muon_dtype or dtype)
     if processes > 1 and not sharded:
-        step = max(step, gradients)  # DDP sorts its buckets anew, once, before the second update
+        step = max(step, gradients)  # before the second update, DDP rebuilds its gradient buckets once
     if not sharded:
-        return Memory(weights, gradients, moments, forward, backward, step)
-    shares = [ceil_div(size, processes) for size in (weights, gradients, moments)]
+        return Memory(weights, gradients, state, forward, backward, step)
+    shards = [ceil_div(size, processes) for size in (weights, gradients, state)]
     return Memory(
-        shares[0], shares[1], shares[2], forward, backward, step,
-        gathered=gathered_bytes(model, dtype), saving=shares[0] + shares[2] + weights + moments,
+        shards[0], shards[1], shards[2], forward, backward, step,
+        gathered=gathered_bytes(model, dtype), saving=shards[0] + shards[2] + weights + state,
     )  # fmt: skip
 
 
@@ -121,37 +124,37 @@ def count_passes(  # noqa: PLR0917
     micro_batch: int,
     weights_in: torch.dtype | None = None,
 ) -> tuple[int, int]:
-    """The most bytes in the forward and in the backward pass, above what is held all the time.
+    """Count the peak bytes of the forward and of the backward pass, above weights and gradients.
 
-    weights_in: the dtype in which FSDP puts weights together. For a model of few layers: of more, every one
-    makes the counting of all others longer.
+    weights_in: dtype of the weights that FSDP gathers; None: as they are. Give a model of few layers: the
+    time that counting takes grows faster than their number.
     """
-    from torch.distributed._tools.mem_tracker import MemTracker  # it takes long to import
+    from torch.distributed._tools.mem_tracker import MemTracker  # slow to import
 
     with FakeTensorMode():
         with device:
             model = GPT(shape)
             x, y = (torch.zeros(micro_batch, shape.block_size, dtype=torch.int64) for _ in range(2))
         parallelize.checkpoint_activations(model, config.grad_checkpoint)
-        for parameter in model.parameters():  # as after a micro-batch
+        for parameter in model.parameters():  # gradients are there from the second micro-batch on
             parameter.data = parameter.data.to(weights_in)
             parameter.grad = torch.zeros_like(parameter)
         tracker = MemTracker()
         tracker.track_external(model)
         with tracker, autocast(device, dtype):
             loss = model.loss(x, y)
-        forward = peak_of(tracker)
+        forward = peak_bytes(tracker)
         with tracker:
             loss.backward()
-        backward = peak_of(tracker)
-    held = 2 * bytes_of(model)
+        backward = peak_bytes(tracker)
+    held = 2 * parameter_bytes(model)
     return forward - held, backward - held
 
 
 def count_update(
     shape: GPTConfig, config: TrainConfig, device: torch.device, muon_dtype: torch.dtype
 ) -> tuple[int, int, int, int]:
-    """Bytes of weights (with their average), gradients and moments, and the most above that in an update."""
+    """Count bytes of weights (with EMA), gradients and optimizer state, and the peak of a step above them."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     with FakeTensorMode():
@@ -160,59 +163,61 @@ def count_update(
         optimizers = build_optimizers(model, config, muon_dtype)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        for optimizer in optimizers:  # which makes the moments
+        for optimizer in optimizers:  # the first step creates the state
             optimizer.step()
         tracker = MemTracker()
         tracker.track_external(model, *optimizers)
         with tracker:
             for optimizer in optimizers:
                 optimizer.step()
-    weights = bytes_of(model)
-    moments = sum(
+    weights = parameter_bytes(model)
+    state_bytes = sum(
         value.nbytes
         for optimizer in optimizers
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
-    averages = weights if config.ema_decay else 0
-    return weights + averages, weights, moments, max(0, peak_of(tracker) - 2 * weights - moments)
+    ema = weights if config.ema_decay else 0
+    step = max(0, peak_bytes(tracker) - 2 * weights - state_bytes)
+    return weights + ema, weights, state_bytes, step
 
 
-def peak_of(tracker: Any) -> int:
-    """The most bytes since the MemTracker was entered."""
+def peak_bytes(tracker: Any) -> int:
+    """Peak memory since the MemTracker was entered, in bytes."""
     return sum(sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values())
 
 
-def bytes_of(module: nn.Module) -> int:
-    """The bytes of a module's parameters."""
+def parameter_bytes(module: nn.Module) -> int:
+    """Size of a module's parameters, in bytes."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def gathered_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Bytes that FSDP puts together while it computes: see parallelize.shard.
+    """Bytes that FSDP gathers for computing (see parallelize.shard).
 
-    In `dtype` what is outside of the blocks, and two blocks, one of which is on its way, with the buffer that
-    it arrives in; and the gradients of one, with the float32 in which they are averaged.
+    In `dtype`: the weights outside of the blocks, the block that computes, the next block, which is already
+    being gathered, and the buffer that it arrives in. Then the gradients of one block, or of the weights
+    outside of the blocks, in `dtype` and in the float32 in which they are averaged.
     """
     model = meta_model(replace(config, n_layer=1))
-    block = bytes_of(model.blocks[0]) // torch.float32.itemsize
-    outside = bytes_of(model) // torch.float32.itemsize - block
+    block = parameter_bytes(model.blocks[0]) // torch.float32.itemsize
+    outside = parameter_bytes(model) // torch.float32.itemsize - block
     narrow = dtype.itemsize
     return outside * narrow + block * (3 * narrow) + max(outside, block) * (narrow + torch.float32.itemsize)
 
 
 def free(device: torch.device) -> float:
-    """Bytes that are free on a device, as far as it tells; of main memory, what a container allows of it."""
+    """Free memory of a device in bytes; of main memory, no more than the limits of a container leave."""
     kind = kind_of(device)
     free_there = kind.free_memory(device)
     return min(free_there, cgroup_room()) if kind.shares_memory else free_there
 
 
 def cgroup_room() -> float:
-    """Bytes that the process may still take of main memory by the limits of its Linux container or job.
+    """Bytes of main memory that the limits of a Linux container or job (its control group) leave.
 
-    As the kernel's documents of the control groups of version 2, then 1, have them.
+    The files are those of control groups of version 2, then 1, as in the kernel's documentation.
     """
     room = float("inf")
     for folder in cgroup_folders("memory"):
@@ -223,6 +228,8 @@ def cgroup_room() -> float:
             with suppress(OSError, ValueError):  # no such file here, or "max": no limit
                 most, used = (int((folder / file).read_text()) for file in (limit, usage))
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                idle = int(stat.get("total_inactive_file") or stat["inactive_file"])  # given up when needed
+                idle = int(
+                    stat.get("total_inactive_file") or stat["inactive_file"]
+                )  # file cache, which the kernel frees when needed
                 room = min(room, most - used + idle)
     return room

@@ -1,9 +1,10 @@
-"""Out of memory: foreseen, survived, or explained. The update stays the same, in smaller micro-batches.
+"""Out of memory: predict it, recover from it with smaller micro-batches, or explain it.
 
 Example: fit_to_memory(run); loss = halve_on_out_of_memory(run, compute_gradient)
-Memory is predicted before the first update, since running out of it is not always an error: on a CPU the
-system kills the process, Windows and macOS swap and crawl, and with FSDP all processes have to meet in the
-middle of the model. Where it is an error (CUDA on Linux), it is caught in the first updates.
+Smaller micro-batches compute the same update. Memory is predicted before the first update, since running out
+of memory does not always raise an error: on a CPU the system kills the process, Windows and macOS swap and
+become slow, and with FSDP the other processes are left waiting in the middle of the model. Where it raises an
+error (CUDA on Linux), the error is caught and the micro-batches are halved.
 """
 
 from collections.abc import Callable, Generator
@@ -25,22 +26,22 @@ from nanogpt.training.memory_estimate import HEADROOM, Memory
 from nanogpt.training.run import Run
 
 MIN_RUN_FLOPS, MIN_UPDATE_FLOPS = 1e13, 1e11
-"""Operations of a training, or of an update, from which half a second of predicting memory is worth while."""
+"""A run or an update of fewer operations is not worth the half second that predicting memory takes."""
 
 CAREFUL_UPDATES = 2
-"""Updates after which memory grows no more: by then the optimizers have made their moments."""
+"""Number of updates in which memory can still grow, until the optimizers have created their state."""
 
 
 # --- the number of micro-batches ---
 
 
 def max_rank_batch(config: TrainConfig, world: World) -> int:
-    """The largest number of sequences that a process has of a batch."""
+    """Number of sequences that a process has of a batch, at most."""
     return ceil_div(config.batch_size, world.size)
 
 
 def micro_batches_per_rank(config: TrainConfig, world: World) -> int:
-    """How many micro-batches the settings ask each process for."""
+    """Number of micro-batches of each process, as the settings ask for."""
     sequences = max_rank_batch(config, world)
     if config.micro_batch == "auto":
         return min(sequences, ceil_div(config.gradient_accumulation_steps, world.size))
@@ -48,7 +49,7 @@ def micro_batches_per_rank(config: TrainConfig, world: World) -> int:
 
 
 def initial_micro_batches(config: TrainConfig, world: World, saved: Checkpoint | None) -> int:
-    """How many micro-batches a process begins with: on a resume as many as before, for the same rounding."""
+    """Number of micro-batches of each process at the start. A resumed run keeps it, for the same rounding."""
     asked = micro_batches_per_rank(config, world)
     same = ("batch_size", "gradient_accumulation_steps", "micro_batch")
     if saved is None or any(getattr(saved.train_config, name) != getattr(config, name) for name in same):
@@ -57,11 +58,11 @@ def initial_micro_batches(config: TrainConfig, world: World, saved: Checkpoint |
     return min(max(asked, before), max_rank_batch(config, world))
 
 
-# --- foreseen ---
+# --- prediction ---
 
 
 def fit_to_memory(run: Run) -> None:
-    """Predict the memory of an update, and take as many micro-batches as make it fit."""
+    """Predict the memory of an update, and double the number of micro-batches until it fits."""
     config, world = run.config, run.world
     run_flops = run.flops_per_update * (config.max_iters - run.progress.step)
     if run.flops_per_update < MIN_UPDATE_FLOPS and run_flops < MIN_RUN_FLOPS:
@@ -71,7 +72,7 @@ def fit_to_memory(run: Run) -> None:
         return
     run.kind.release_memory()
     free = HEADROOM * memory_estimate.free(run.device) / (world.local_size if run.kind.shares_memory else 1)
-    free += wanted.weights + (wanted.optimizer if run.first_step else 0)  # allocated already
+    free += wanted.weights + (wanted.optimizer if run.first_step else 0)  # these are already allocated
     count, memory = run.num_micro_batches, wanted
     while memory.need(run.device) > free and count < max_rank_batch(config, world):
         count = min(2 * count, max_rank_batch(config, world))
@@ -93,7 +94,7 @@ def fit_to_memory(run: Run) -> None:
 
 
 def predict(run: Run, num_micro_batches: int) -> Memory:
-    """The memory of an update with so many micro-batches."""
+    """Predict the memory of an update with `num_micro_batches` in each process."""
     sequences = ceil_div(max_rank_batch(run.config, run.world), num_micro_batches)
     return memory_estimate.predict(
         run.model.config, run.config, run.device, run.dtype, sequences, run.world.size,
@@ -101,15 +102,15 @@ def predict(run: Run, num_micro_batches: int) -> Memory:
     )  # fmt: skip
 
 
-# --- survived ---
+# --- recovery ---
 
 
 def halve_on_out_of_memory(run: Run, compute_gradient: Callable[..., Tensor]) -> Tensor:
     """Call compute_gradient(run, sync=...), with smaller micro-batches if the device runs out of memory.
 
-    Several processes have to halve theirs together. So in the first updates, in which memory grows, DDP's
-    gradients are averaged only after all processes have said that they got through. Returns the loss, summed
-    over all processes. Raises: what was raised, if halving does not help.
+    Several processes must halve their micro-batches together. So in the first updates, while memory can still
+    grow, DDP averages gradients only after every process has reported success.
+    Returns the loss, summed over all processes. Raises: the original error, if halving does not help.
     """
     early = run.progress.step < run.first_step + CAREFUL_UPDATES
     careful = run.config.parallel == "ddp" and run.world.size > 1 and early
@@ -121,7 +122,7 @@ def halve_on_out_of_memory(run: Run, compute_gradient: Callable[..., Tensor]) ->
             alone = run.world.size == 1 or careful
             if not (is_out_of_memory(error) and can_halve(run) and alone):
                 raise
-            failed = True  # the next try is outside of this block: the error holds on to the memory
+            failed = True  # retry after this block, since the error keeps tensors alive
         if careful:
             failed = bool(run.world.max_over_ranks(failed)[0])
         if not failed:
@@ -133,12 +134,12 @@ def halve_on_out_of_memory(run: Run, compute_gradient: Callable[..., Tensor]) ->
 
 
 def can_halve(run: Run) -> bool:
-    """Whether there are smaller micro-batches, and the user has not fixed their size."""
+    """Whether micro-batches can be smaller, and the user has not fixed their size."""
     return run.config.micro_batch == "auto" and run.num_micro_batches < max_rank_batch(run.config, run.world)
 
 
 def halve_micro_batches(run: Run) -> None:
-    """Take half as many sequences at a time."""
+    """Halve the size of the micro-batches, and drop the gradients of the failed attempt."""
     run.model.zero_grad()
     run.kind.release_memory()
     run.num_micro_batches = min(2 * run.num_micro_batches, max_rank_batch(run.config, run.world))
@@ -152,18 +153,18 @@ def average_gradients(run: Run) -> None:
             run.world.all_reduce_sum(parameter.grad).div_(run.world.size)
 
 
-# --- explained ---
+# --- explanation ---
 
 
 @contextmanager
 def explain_out_of_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
-    """Turn running out of memory, on any device, into a UserError that says what to change.
+    """Turn an out-of-memory error, of any device, into a UserError that says what to change.
 
-    run: None while it is being set up.
+    run: the run, or None while it is being set up.
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; MPS and CPU raise it bare
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):
             raise
         advice = memory_advice(config, world, run)
@@ -171,14 +172,14 @@ def explain_out_of_memory(config: TrainConfig, world: World, run: Run | None = N
 
 
 def memory_advice(config: TrainConfig, world: World, run: Run | None) -> str:
-    """The setting to change, the one that costs least first."""
+    """The cheapest setting to change next, as a message."""
     if run is None:
         return "give a smaller --n_layer or --n_embd"
     micro_batch = ceil_div(max_rank_batch(config, world), run.num_micro_batches)
     if is_sharded(run.model) and micro_batch > 1:
-        return f"give --micro_batch {micro_batch // 2}, which computes the same in smaller pieces"
+        return f"give --micro_batch {micro_batch // 2}, which computes the same in smaller micro-batches"
     if config.micro_batch not in ("auto", 1):
-        return "give --micro_batch auto, which computes the same in pieces that fit"
+        return "give --micro_batch auto, which computes the same in micro-batches that fit"
     if config.grad_checkpoint != "blocks":
         return "give --grad_checkpoint blocks, which computes the same in less memory"
     return "give a smaller --block_size or --n_embd"

@@ -1,7 +1,7 @@
-"""What a training says to the person who waits for it: the plan, the time it will take, how it ended.
+"""Report of a training to the user: the plan, the expected time (ETA), and the summary at the end.
 
-Use:    plan(run); forecast(run); conclude(run, reason)
-Changes nothing in the run but `eta_printed`; writes loss.png.
+Example: print_plan(run); print_eta(run); print_summary(run, reason)
+These functions change nothing in the run but `eta_printed`; print_summary also draws loss.png.
 """
 
 import shlex
@@ -18,16 +18,16 @@ from nanogpt.training.plot import plot_losses
 from nanogpt.training.run import Run, StopReason
 
 ETA_AFTER_SECONDS, ETA_AFTER_STEPS = 2.0, 3
-"""How much training is measured before the ETA is printed: this long, and at least so many steps."""
+"""Training time, and number of steps, that must be measured before the ETA is printed."""
 
 ONE_HOUR = 3600.0
 
 BUSY_CORES = 0.5
-"""Cores that other programs must hold before a line says so."""
+"""Number of cores that other programs must keep busy before a line reports it."""
 
 
 def print_plan(run: Run) -> None:
-    """Print what will be trained, on what device, for how many steps."""
+    """Print the plan: model, device, dtype, number of steps, memory, micro-batches."""
     config, progress = run.config, run.progress
     tokens = config.batch_size * config.block_size
     say(f"Starting training on {run.device.type.upper()}...")
@@ -37,48 +37,54 @@ def print_plan(run: Run) -> None:
     )
     say(f"Arithmetic: {name_of(run.dtype)} ({run.precision.reason})")
     if config.optimizer == "muon":
-        say(f"Muon orthogonalises in {name_of(run.muon_precision.dtype)} ({run.muon_precision.reason})")
+        say(f"Muon orthogonalizes in {name_of(run.muon_precision.dtype)} ({run.muon_precision.reason})")
+    start = f", from step {progress.step:,}" if config.resume else ""
     say(
         f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "
-        f"{run.sampler.steps_per_epoch:,.1f} steps an epoch"
-        + (f", from step {progress.step:,}" * config.resume)
+        f"{run.sampler.steps_per_epoch:,.1f} steps an epoch{start}"
     )
-    activations = f"{run.memory.activations / MIB:,.1f} MiB for" if run.memory else "besides"
+    activations = f"{run.memory.activations / MIB:,.1f} MiB for" if run.memory else "not counting"
     say(
         f"A step: {run.flops_per_update / 1e9:,.1f} GFLOP; {constant_bytes(run) / MIB:,.1f} MiB for "
-        f"weights, gradients and moments, {activations} activations"
+        f"weights, gradients and optimizer state, {activations} activations"
     )
     if run.world.size > 1 or run.num_micro_batches > 1:
-        say(f"Batch: {shares(config.batch_size, run.world.size, run.num_micro_batches)}")
+        say(f"Batch: {describe_batch(config.batch_size, run.world.size, run.num_micro_batches)}")
 
 
 def constant_bytes(run: Run) -> float:
-    """Bytes of weights, their EMA, gradients and moments, which this process holds all the time."""
+    """Bytes that this process holds all the time: weights, their EMA, gradients and optimizer state."""
     if run.memory:
         return run.memory.held
     weights = sum(parameter.nbytes for parameter in run.model.parameters())
-    moments = sum(
+    state_bytes = sum(
         parameter.nbytes * (2 if "betas" in optimizer.defaults else 1)
         for optimizer in run.optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
-    total = weights * (3 if run.ema_model else 2) + moments
+    total = weights * (3 if run.ema_model else 2) + state_bytes
     return total / (run.world.size if is_sharded(run.model) else 1)
 
 
-def shares(batch_size: int, processes: int, pieces: int) -> str:
-    """How a batch is cut up, in words. pieces: micro-batches of each process."""
-    portions = [len(part) for part in np.array_split(np.arange(batch_size), processes)]
-    sizes = [len(cut) for part in portions for cut in np.array_split(np.arange(part), min(pieces, part))]
+def describe_batch(batch_size: int, processes: int, num_micro_batches: int) -> str:
+    """How a batch is split into micro-batches, in words. num_micro_batches: of each process."""
+    local_batches = split_sizes(batch_size, processes)
+    sizes = [size for local in local_batches for size in split_sizes(local, min(num_micro_batches, local))]
     each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} or {max(sizes)}"
     among = f"{processes} processes x " if processes > 1 else ""
-    count = min(pieces, max(portions))
-    return f"{batch_size} sequences = {among}{count} micro-batch{'es' * (count > 1)} of {each}"
+    count = min(num_micro_batches, max(local_batches))
+    noun = "micro-batch" if count == 1 else "micro-batches"
+    return f"{batch_size} sequences = {among}{count} {noun} of {each}"
+
+
+def split_sizes(total: int, count: int) -> list[int]:
+    """Sizes of `count` shares of `total`, as even as possible."""
+    return [len(share) for share in np.array_split(np.arange(total), count)]
 
 
 def print_eta(run: Run) -> None:
-    """Print once, after the first measured steps, how long the training will take."""
+    """Print the expected training time (ETA), once, after the first measured steps."""
     clock, config = run.clock, run.config
     if run.eta_printed or clock.steps < ETA_AFTER_STEPS or clock.seconds < ETA_AFTER_SECONDS:
         return
@@ -96,15 +102,15 @@ def print_eta(run: Run) -> None:
         and others + torch.get_num_threads() > cores + BUSY_CORES
     ):
         say(
-            f"Other programs hold {others:.1f} of {cores} cores: without them it is faster, and with them "
-            "maybe with fewer threads (OMP_NUM_THREADS)"
+            f"Other programs hold {others:.1f} of {cores} cores and slow this training down: end them, "
+            "or try fewer threads (OMP_NUM_THREADS)"
         )
     if expected > ONE_HOUR and run.kind.shares_memory and config.preset != "cpu":
         say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
 
 
 def print_summary(run: Run, reason: StopReason) -> None:
-    """Print how the run ended and what to do next; draw the loss curve unless a signal stopped it."""
+    """Print why the run ended and what to do next; draw the loss curve unless a signal stopped the run."""
     config, progress, folder = run.config, run.progress, run.folder
     if reason.is_signal:
         say(f"Stopped at step {progress.step} and saved. To continue: {resume_command(run)}")
@@ -113,23 +119,23 @@ def print_summary(run: Run, reason: StopReason) -> None:
         StopReason.FINISHED: f"{progress.step:,} steps done",
         StopReason.TIME: f"--max_seconds {config.max_seconds:g} reached" if config.max_seconds else "",
         StopReason.CALLBACK: f"{progress.step:,} steps done, then stopped by keep_going",
-        StopReason.PATIENCE: f"no better for {config.patience} evaluations",
+        StopReason.PATIENCE: f"no better loss in {config.patience} evaluations",
     }
     say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")
     say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")
     try:
         plot_losses(folder.metrics, folder.plot)
         say(f"Loss curve: {folder.plot}")
-    except Exception as error:  # everything is saved: a picture must not make a failure of it
+    except Exception as error:  # the training is saved: a failed plot must not fail it
         warn(f"No loss curve: {error}")
     checkpoint = [] if config.out_dir == TrainConfig.out_dir else ["--checkpoint", str(folder.best)]
     say(f"Now try: {shlex.join([*command('sample'), *checkpoint])}")
 
 
 def resume_command(run: Run) -> str:
-    """The command that continues the run, with as many processes."""
-    given = run.config.out_dir
-    folder = [] if given == TrainConfig.out_dir else ["--out_dir", given]
+    """The command that resumes the run, with the same number of processes."""
+    out_dir = run.config.out_dir
+    folder = [] if out_dir == TrainConfig.out_dir else ["--out_dir", out_dir]
     start = command("train")
     if run.world.size > 1:
         start = ["torchrun", f"--nproc_per_node={run.world.local_size}", "train.py"]

@@ -1,4 +1,4 @@
-"""Set a run up: data, device, model, optimizers; on a resume, as the checkpoint says.
+"""Set up a run, new or resumed: data, device, dtypes, model, optimizers, metric sinks.
 
 Example: run = set_up(config, RunFolder(Path("out")))
 """
@@ -32,15 +32,15 @@ from nanogpt.training.sinks import create_sinks
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
-    """Build a run, new or resumed. Touches the run folder only once all else is in order.
+    """Set up a run, new or resumed. The run folder is changed only after everything else has succeeded.
 
     Raises: UserError if the data, the device or the checkpoint do not fit the settings.
     """
     sinks = create_sinks(config.sinks, folder, to_dict(config)) if world.is_first else []
     sharded = config.parallel == "fsdp" and world.size > 1
     saved = folder.newest_valid(warn, world, gather=not sharded) if config.resume else None
-    unseen = VERIFY_BYTES if config.resume else 0  # fit has verified the data of a new run
-    dataset = load_dataset(Path(config.data_dir), verify_bytes=unseen)
+    verify_bytes = VERIFY_BYTES if config.resume else 0  # fit has verified the data of a new run
+    dataset = load_dataset(Path(config.data_dir), verify_bytes=verify_bytes)
     if saved:
         check_resume(config, saved, dataset)
     parallelize.check_batch(config.batch_size, world)
@@ -93,7 +93,7 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
 def plain_models(
     config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, GPT | None]:
-    """The model on its device, with the same initial weights on any device, and its EMA if there is one."""
+    """Build the model and its EMA (None without ema_decay), with the same initial weights on any device."""
     torch.manual_seed(config.seed)
     model = GPT(shape).to(device)
     ema_model = deepcopy(model).requires_grad_(False) if config.ema_decay else None
@@ -104,7 +104,7 @@ def plain_models(
 def sharded_models(
     config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, GPT | None]:
-    """As plain_models, with FSDP: each process only ever has its shards of the weights."""
+    """Build the model and its EMA, sharded with FSDP: a process never holds the full weights."""
     model = meta_model(shape)
     ema_model = meta_model(shape).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
@@ -117,7 +117,7 @@ def sharded_models(
 
 
 def starting_state(run: Run) -> dict[str, object]:
-    """Everything that must be the same on all processes, by the name that a message gives it."""
+    """Values that must be the same on all processes at the start, by the names that messages use."""
     settings = {k: v for k, v in to_dict(run.config).items() if k not in PER_COMMAND_SETTINGS}
     return {
         "version of PyTorch": torch.__version__,
@@ -129,14 +129,14 @@ def starting_state(run: Run) -> dict[str, object]:
 
 
 def digest(value: object) -> str:
-    """A short name for a value of plain types."""
+    """A short hash of a value of plain types."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> None:
-    """Compare the settings with the saved ones, and say which have changed.
+    """Compare the settings with those of the checkpoint, and print the ones that have changed.
 
-    Raises: UserError if one has that may not: the architecture, the preset, the optimizer, the data.
+    Raises: UserError if the architecture, the preset, the optimizer or the data have changed.
     """
     before = saved.train_config
     for item in fields(TrainConfig):
@@ -148,7 +148,7 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
             f"--{item.name} {new} contradicts the checkpoint, which has {item.name} {old}: leave it out, "
             "or start without --resume",
         )
-        say(f"--{item.name} is now {new} (so far {old})")
+        say(f"--{item.name} is now {new} (was {old})")
     require(
         saved.fingerprint == dataset.fingerprint,
         f"--data_dir {config.data_dir} is not the data this run was trained on: give the folder it had, "
@@ -159,7 +159,7 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
 def pick_precision(
     config: TrainConfig, device: torch.device, saved: Checkpoint | None, world: World
 ) -> tuple[DtypeChoice, DtypeChoice]:
-    """The dtypes of the model's matrix products and of Muon's, and why."""
+    """Choose the dtypes of the model's matrix products and of Muon's, each with its reason."""
     dtype = saved_dtype(config, device, saved, "dtype") or pick_dtype(config.dtype, device, config.n_embd)
     dtype = widest_dtype(dtype, world)
     if config.optimizer != "muon":
@@ -169,30 +169,30 @@ def pick_precision(
 
 
 def saved_dtype(
-    config: TrainConfig, device: torch.device, saved: Checkpoint | None, what: str
+    config: TrainConfig, device: torch.device, saved: Checkpoint | None, key: str
 ) -> DtypeChoice | None:
-    """The dtype that a resumed run had; None if --dtype has changed, or that dtype is slow here."""
+    """The dtype of a resumed run; None for a new run, another --dtype, or a dtype that is slow here."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
-    had = dtype_of(str(saved.precision.get(what, "bfloat16")))  # before it was saved
-    scaled = what == "dtype" and had == torch.float16 and not kind_of(device).trains_float16
-    if config.dtype == "auto" and (scaled or is_slow(had, device)):
-        who = "the run computed" if what == "dtype" else "Muon orthogonalised"
+    old = dtype_of(str(saved.precision.get(key, "bfloat16")))  # early checkpoints do not have the key
+    scaled = key == "dtype" and old == torch.float16 and not kind_of(device).trains_float16
+    if config.dtype == "auto" and (scaled or is_slow(old, device)):
+        who = "the run computed" if key == "dtype" else "Muon orthogonalized"
         warn(
-            f"{who} in {name_of(had)} so far, which is slow on this device: another is taken from here on "
-            f"(--dtype {name_of(had)} keeps it)"
+            f"{who} in {name_of(old)} so far, which is slow on this device: another is used from here on "
+            f"(--dtype {name_of(old)} keeps it)"
         )
         return None
-    return DtypeChoice(had, "as before")
+    return DtypeChoice(old, "as before")
 
 
 NARROW_TO_WIDE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def widest_dtype(choice: DtypeChoice, world: World) -> DtypeChoice:
-    """The widest dtype that any process has picked: each measures for itself which one is faster."""
+    """The widest dtype that any process picked, since each measured by itself which dtype is faster."""
     widest = NARROW_TO_WIDE[world.max_over_ranks(NARROW_TO_WIDE.index(choice.dtype))[0]]
-    return choice if widest == choice.dtype else DtypeChoice(widest, "as another process has picked")
+    return choice if widest == choice.dtype else DtypeChoice(widest, "as another process picked")
 
 
 def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
@@ -205,7 +205,7 @@ def archive_previous(config: TrainConfig, folder: RunFolder) -> None:
 def open_sinks(
     config: TrainConfig, progress: Progress, world: World, sinks: list[Sink]
 ) -> tuple[ConsoleSink, Metrics]:
-    """The console and the metrics, at the step of the checkpoint; only the first process has `sinks`."""
+    """Open the console and the metrics, rewound to the current step. Only the first process has `sinks`."""
     console = ConsoleSink(config.max_iters)
     metrics = Metrics([console, *sinks])
     metrics.rewind(progress.step, progress.evaluated_at)
