@@ -73,7 +73,7 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
         x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=device)
         for _ in range(2):
             for last in (False, True):
-                with parallelize.without_sync(loss_of, last=last):
+                with parallelize.sync_gradients(loss_of, when=last):
                     with autocast(device, dtype):
                         loss = loss_of(x, y)
                     loss.backward()

@@ -23,8 +23,9 @@ from rich.table import Table
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.distributed.world import distributed_world
+from nanogpt.training.results import read_result
 from nanogpt.training.setup import set_up
-from nanogpt.training.trainer import read_result, train_step
+from nanogpt.training.trainer import train_step
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -94,6 +94,11 @@ class Architecture(Settings):
             value = getattr(self, name)
             require(0 <= value < 1, f"--{name} {value} is outside [0, 1): try 0.2, or 0 for none")
 
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.n_embd // self.n_head
+
 
 FREE_FIELDS = ("dropout", "attn_dropout", "flash_attn")
 """Fields of Architecture that a resumed run may change, since the weights mean the same with any value."""

@@ -28,6 +28,7 @@ from nanogpt.inference.config import SampleConfig
 from nanogpt.model.kernels import chunked_cross_entropy
 from nanogpt.training import trainer
 from nanogpt.training.fit import fit
+from nanogpt.training.results import read_result
 from nanogpt.training.run import Run
 from nanogpt.training.setup import set_up
 
@@ -136,7 +137,7 @@ def running(config: TrainConfig) -> Run:
     """A run some steps on its way."""
     run = set_up(config, RunFolder(Path(config.out_dir)))
     for _ in range(2):
-        trainer.read_result(run, trainer.train_step(run))
+        read_result(run, trainer.train_step(run))
     return run
 
 
@@ -145,7 +146,7 @@ def test_a_step_waits_for_nothing(there, cuda, settings):
     run = running(replace(there, **settings))
     with forbid_waiting():
         outcomes = [trainer.train_step(run) for _ in range(3)]
-    assert all(trainer.read_result(run, outcome)["train_loss"] > 0 for outcome in outcomes)
+    assert all(read_result(run, outcome)["train_loss"] > 0 for outcome in outcomes)
 
 
 def test_where_a_device_does_not_run_ahead_a_step_waits_once(there):
@@ -153,7 +154,7 @@ def test_where_a_device_does_not_run_ahead_a_step_waits_once(there):
         run = running(replace(there, **MODERN))
         run.train_loader.send = OnDevice  # the batch comes by a copy that counts, too
         before = accelerator.State.waits
-        trainer.read_result(run, trainer.train_step(run))
+        read_result(run, trainer.train_step(run))
         assert accelerator.State.waits - before == 1
 
 
@@ -194,7 +195,7 @@ def test_several_processes_send_what_lies_on_either_side(there, cuda, group):
     batch = run.world.all_reduce_sum(torch.ones((), device=run.device))
     assert isinstance(batch, OnDevice)
     assert run.world.max_over_ranks(3, 4) == [3, 4]
-    trainer.read_result(run, trainer.train_step(run))
+    read_result(run, trainer.train_step(run))
 
 
 # What goes wrong is found

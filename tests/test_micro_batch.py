@@ -56,7 +56,7 @@ def test_micro_batches_shrink_until_they_fit(config, tmp_path, most, pieces, cap
     config = replace(config, dropout=0.0, batch_size=8)
     run, reference = (set_up(config, RunFolder(tmp_path / name)) for name in ("a", "b"))
     limited(run, most)
-    loss, expected = (halve_on_out_of_memory(one, trainer.compute_gradient) for one in (run, reference))
+    loss, expected = (halve_on_out_of_memory(one, trainer.forward_backward) for one in (run, reference))
     torch.testing.assert_close(loss, expected)
     for a, b in zip(run.model.parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -118,10 +118,10 @@ def replace_size(memory_of_four: memory_estimate.Memory, micro: int) -> memory_e
 def test_memory_that_python_or_numpy_runs_out_of_is_halved_too(config, monkeypatch, capsys):
     really = trainer.forward_backward
 
-    def full(run, x, y, **settings):
+    def full(run, **settings):
         if run.num_micro_batches < 4:
             raise MemoryError
-        return really(run, x, y, **settings)
+        return really(run, **settings)
 
     monkeypatch.setattr(trainer, "forward_backward", full)
     assert fit(replace(config, max_iters=2)).reason == "finished"

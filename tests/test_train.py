@@ -26,7 +26,7 @@ from nanogpt.data.batches import BatchLoader
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
-from nanogpt.training import checkpointing, report, trainer
+from nanogpt.training import checkpointing, report, results, trainer
 from nanogpt.training.compilation import compile_model
 from nanogpt.training.fit import fit
 from nanogpt.training.setup import set_up
@@ -190,8 +190,8 @@ def poison(monkeypatch, bad_at) -> None:
     """Make the loss NaN in every step for which bad_at(run) holds."""
     really = trainer.forward_backward
 
-    def forward_backward(run, x, y, **settings):
-        loss = really(run, x, y, **settings)
+    def forward_backward(run, **settings):
+        loss = really(run, **settings)
         return loss * float("nan") if bad_at(run) else loss
 
     monkeypatch.setattr(trainer, "forward_backward", forward_backward)
@@ -430,7 +430,7 @@ def test_evaluating_and_sampling_compile_nothing(config: TrainConfig, monkeypatc
 
     monkeypatch.setattr(torch, "compile", lambda f, **settings: really(f, backend=backend, **settings))
     run = set_up(config, RunFolder(Path(config.out_dir)))
-    compile_model(run, trainer.compute_gradient)
+    compile_model(run, trainer.forward_backward)
     compiled = len(graphs)
     assert compiled > 0
     with device.eager_mode(), torch.no_grad():
@@ -517,9 +517,9 @@ def test_running_ahead_computes_the_same(config: TrainConfig, tmp_path, monkeypa
     ahead = replace(config, out_dir=str(tmp_path / "ahead"))
     monkeypatch.setattr(device.CPU, "is_async", True)
     most = []
-    really = trainer.read_result
+    really = results.read_result
     monkeypatch.setattr(
-        trainer,
+        results,
         "read_result",
         lambda run, outcome: most.append(run.progress.step - outcome.step) or really(run, outcome),
     )

@@ -86,8 +86,9 @@ def bare_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype) 
 def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype, folder: Path) -> Update:
     """An update as the command makes it: its numbers are read when the next one has been queued."""
     from nanogpt.checkpoint.run_dir import RunFolder
+    from nanogpt.training.results import read_result
     from nanogpt.training.setup import set_up
-    from nanogpt.training.trainer import read_result, train_step
+    from nanogpt.training.trainer import train_step
 
     config = replace(
         case.config,

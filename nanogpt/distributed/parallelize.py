@@ -23,7 +23,7 @@ from nanogpt.device import kind_of
 from nanogpt.distributed.dtensor import shard_like
 from nanogpt.distributed.world import World
 from nanogpt.errors import require
-from nanogpt.model.gpt import GPT, meta_model
+from nanogpt.model.gpt import GPT, meta_model, rotation_table
 from nanogpt.model.kernels import CHUNKED_LOSS_MIN_VOCAB, Recomputed
 
 if TYPE_CHECKING:  # does not exist in a PyTorch without torch.distributed, as for AMD on Windows
@@ -94,7 +94,9 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if is_trained(model) else True)
     register_fsdp_forward_method(model, "loss")
     model.to_empty(device=device)
-    model.make_buffers(device)
+    if model.rotation is not None:  # to_empty leaves buffers without content
+        with device:
+            model.rotation = rotation_table(model.config.block_size, model.config.head_dim)
 
 
 @torch.no_grad()
@@ -164,13 +166,13 @@ def is_trained(model: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-def without_sync(loss: Callable[[Tensor, Tensor], Tensor], *, last: bool) -> AbstractContextManager[Any]:
-    """Skip DDP's all-reduce of gradients in a backward pass, except in the last micro-batch of an update.
+def sync_gradients(loss: Callable[[Tensor, Tensor], Tensor], *, when: bool) -> AbstractContextManager[Any]:
+    """The context of a micro-batch, in which DDP all-reduces gradients only if `when`: in the last one.
 
     FSDP averages gradients in every micro-batch: full gradients would take the memory that FSDP saves.
     """
     module = uncompiled(loss)
-    if last or not isinstance(module, DistributedDataParallel):
+    if when or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     return cast(AbstractContextManager[Any], module.no_sync())
 

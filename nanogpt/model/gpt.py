@@ -1,9 +1,9 @@
 """The GPT: token ids in, logits and loss out.
 
 Example:    model = GPT(GPTConfig(vocab_size=65)); logits, loss = model(x, y)
-GPT-2's architecture by default (learned positions, pre-norm blocks, GELU, tied output layer); GPTConfig has
-the later variants. Everything is written as its formula; what is there for speed is in kernels.py. Knows
-nothing of files, training or sampling. `python model.py` prints the size of a model.
+GPT-2's architecture by default (learned positions, pre-norm blocks, GELU, tied output layer); GPTConfig, in
+nanogpt/config.py, has the later variants and every default. Each part is written as its formula; kernels.py
+computes some of them faster. Knows nothing of files, training or sampling.
 
 Shapes: B batch, T tokens, C n_embd, V vocab_size, H n_head, K n_kv_head, D head_dim = C / H, S keys
 """
@@ -30,11 +30,14 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        learned = config.positions == "learned"
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
-        self.register_buffer("rotation", None, persistent=False)
-        self.make_buffers()
+        self.position_embedding = None
+        rotation = None
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            rotation = rotation_table(config.block_size, config.head_dim)
+        self.register_buffer("rotation", rotation, persistent=False)
         self.ngram_embedding = (
             NgramEmbedding(config.ngram_vocab, config.n_embd) if config.ngram_vocab else None
         )
@@ -48,11 +51,11 @@ class GPT(nn.Module):
             self.initialize_parameter(name, parameter)
 
     def initialize_parameter(self, name: str, parameter: Tensor) -> None:
-        """Fill the parameter called `name`, or a tensor of its shape, with GPT-2's initial values.
+        """Fill a parameter with GPT-2's initial values. Its name says what it is.
 
-        Matrices are normal(0, 0.02). A projection that ends a branch is smaller, by the square root of the
-        number of branches, so that the residual stream's variance does not grow with depth. zero_init sets
-        these projections and an untied head to zero.
+        Matrices are normal(0, 0.02). The projections that end the 2 n_layer branches are smaller, so that the
+        residual stream, which is their sum, does not grow with depth. zero_init sets these projections and an
+        untied head to zero.
         """
         ends_branch = name.endswith("proj.weight")
         if name.endswith("bias") or (self.config.zero_init and (ends_branch or name == "head.weight")):
@@ -60,15 +63,8 @@ class GPT(nn.Module):
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)  # the gain of a norm
         else:
-            branches = 2 * self.config.n_layer
-            nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(branches if ends_branch else 1))
-
-    def make_buffers(self, device: torch.device | None = None) -> None:
-        """Compute what is neither learned nor saved: RoPE's table, (2, block_size, D / 2)."""
-        if self.config.positions == "rope":
-            head_dim = self.config.n_embd // self.config.n_head
-            with torch.device(device or torch.get_default_device()):
-                self.rotation = rotation_table(self.config.block_size, head_dim)
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if ends_branch else 0.02
+            nn.init.normal_(parameter, mean=0.0, std=std)
 
     def forward(
         self,
@@ -90,7 +86,8 @@ class GPT(nn.Module):
     def trunk(self, idx: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Embeddings, blocks and final norm: (B, T) -> (B, T, C).
 
-        positions: (T,) int64; None: 0, 1, 2, ... mask: see `attention`; None: causal.
+        positions: (T,) int64, below block_size; None: 0, 1, 2, ... mask: see `attention`; None: causal.
+        N-gram tables read idx as the beginning of a text, whatever its positions are.
         """
         T = idx.shape[1]
         if self.config.block_size < T:
@@ -115,21 +112,21 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (..., C) -> (..., V)."""
-        return self.squash(self.head(x))
+        return self.soft_cap(self.head(x))
 
-    def squash(self, logits: Tensor) -> Tensor:
+    def soft_cap(self, logits: Tensor) -> Tensor:
         """Limit logits softly to (-logit_cap, logit_cap), if it is set (Bello et al., 2016)."""
         cap = self.config.logit_cap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The loss of `forward`, without holding all logits if the vocabulary is large."""
-        x = self.trunk(idx).flatten(0, 1)  # (B T, C)
-        if self.config.vocab_size < kernels.CHUNKED_LOSS_MIN_VOCAB:
-            return F.cross_entropy(self.logits(x).float(), targets.flatten())
-        return kernels.chunked_cross_entropy(
-            self.head, self.squash, x, targets.flatten(), self.config.vocab_size
-        )
+        """The loss of `forward`, as training computes it: a large vocabulary's logits are never all there."""
+        vocab_size = self.config.vocab_size
+        if vocab_size >= kernels.CHUNKED_LOSS_MIN_VOCAB:
+            x = self.trunk(idx).flatten(0, 1)  # (B T, C)
+            return kernels.chunked_cross_entropy(self.head, self.soft_cap, x, targets.flatten(), vocab_size)
+        _, loss = self(idx, targets)
+        return loss
 
     def num_parameters(self) -> int:
         """Number of different parameters (a tied embedding counts once)."""
@@ -186,16 +183,15 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer = layer  # the place of its keys and values, once there is a cache
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        head_dim = config.n_embd // config.n_head
-        self.qkv_dims = [head_dim * heads for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        self.qkv_dims = [config.head_dim * heads for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
         self.qkv = nn.Linear(config.n_embd, sum(self.qkv_dims), bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = make_norm(config, head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, head_dim) if config.qk_norm else nn.Identity()
-        self.attention = kernels.attention if config.flash_attn else attention
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.attend = kernels.attention if config.flash_attn else attention
         self.dropout = config.attn_dropout
         self.proj_dropout = Dropout(config.dropout)
 
@@ -208,10 +204,10 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
-        if self.n_kv_head < self.n_head:  # each serves a group of query heads (GQA, Ainslie et al., 2023)
+        if self.n_kv_head < self.n_head:  # H / K query heads share one of k and v (GQA, Ainslie et al., 2023)
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, T, D)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
-        y = self.attention(q, k, v, context.mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.attend(q, k, v, context.mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.proj_dropout(self.proj(y))
 
@@ -261,9 +257,9 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation, self.gated = ACTIVATIONS[config.mlp]
-        # Gated, 8/3 C: its three matrices then weigh as much as two of 4 C. Rounded up to a multiple of 64.
-        default = math.ceil(8 * config.n_embd / (3 * 64)) * 64 if self.gated else 4 * config.n_embd
-        hidden_dim = config.mlp_width or default
+        hidden_dim = config.mlp_width or 4 * config.n_embd
+        if self.gated and not config.mlp_width:  # 8/3 C: three such matrices weigh as much as two of 4 C
+            hidden_dim = math.ceil(8 * config.n_embd / (3 * 64)) * 64  # rounded up to a multiple of 64
         self.fc = nn.Linear(config.n_embd, hidden_dim * (2 if self.gated else 1), bias=config.bias)
         self.proj = nn.Linear(hidden_dim, config.n_embd, bias=config.bias)
         self.proj_dropout = Dropout(config.dropout)
@@ -281,20 +277,27 @@ class MLP(nn.Module):
 # --- norms and n-grams ---
 
 
-def make_norm(config: GPTConfig, dim: int) -> nn.Module:
-    """A norm of the last dimension, of the kind that the configuration names."""
-    return NORMS[config.norm](config, dim)
+def layer_norm(dim: int, bias: bool) -> nn.Module:
+    """(x - mean(x)) / sqrt(var(x) + 1e-5) * gain + bias, over the last dimension (Ba et al., 2016)."""
+    return kernels.LayerNorm(dim, eps=1e-5, bias=bias)
 
 
-NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
-    "layernorm": lambda config, dim: kernels.LayerNorm(dim, bias=config.bias),
-    "rmsnorm": lambda _, dim: kernels.RMSNorm(dim, eps=1e-6),  # eps as in Qwen3
-}
+def rms_norm(dim: int, bias: bool) -> nn.Module:
+    """X / sqrt(mean(x^2) + 1e-6) * gain, over the last dimension (Zhang & Sennrich, 2019). It has no bias."""
+    return kernels.RMSNorm(dim, eps=1e-6)
+
+
+NORMS: dict[str, Callable[[int, bool], nn.Module]] = {"layernorm": layer_norm, "rmsnorm": rms_norm}
 """Every value of GPTConfig.norm."""
 
 
+def make_norm(config: GPTConfig, dim: int) -> nn.Module:
+    """A norm of the last dimension, of the kind that the configuration names."""
+    return NORMS[config.norm](dim, config.bias)
+
+
 HASH_MULTIPLIERS = (48_271, 69_621, 39_373, 40_692)
-"""Multipliers of good random-number generators: they spread neighbouring ids (L'Ecuyer, 1988)."""
+"""They hash two and three ids to a row. Saved tables depend on them."""
 
 
 class NgramEmbedding(nn.Module):

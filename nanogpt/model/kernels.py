@@ -123,13 +123,13 @@ class Dropout(nn.Module):
 
 
 def chunked_cross_entropy(
-    head: nn.Module, squash: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor, vocab_size: int
+    head: nn.Module, soft_cap: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
-    """Mean cross-entropy in nats of squash(head(x)), a scalar of float32, without ever holding all logits.
+    """Mean cross-entropy in nats of soft_cap(head(x)), a scalar of float32, without ever holding all logits.
 
     The logits of GPT-2's 50,257 tokens take 30 times the memory of the activations they come from. So a few
     positions are taken at a time: their logits, their loss and its gradient, then the next ones.
-    head: (n, C) -> (n, V); squash: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64.
+    head: (n, C) -> (n, V); soft_cap: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64.
     """
     parameters = dict(head.named_parameters())
     trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
@@ -138,7 +138,7 @@ def chunked_cross_entropy(
 
     def output(x: Tensor, *weights: Tensor) -> Tensor:
         """(n, C) -> (n, V), with these in place of the trained weights."""
-        return squash(functional_call(head, frozen | dict(zip(trained, weights, strict=True)), (x,)))
+        return soft_cap(functional_call(head, frozen | dict(zip(trained, weights, strict=True)), (x,)))
 
     chunk = max(1, kind_of(x.device).logits_per_chunk // vocab_size)  # positions
     context = (output, chunk, torch.is_grad_enabled(), targets)

@@ -1,6 +1,6 @@
 """torch.compile: tried before the clock starts, and left out where it fails.
 
-Example: compile_model(run, compute_gradient)
+Example: compile_model(run, forward_backward)
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:
     return switch == "on"
 
 
-def compile_model(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
+def compile_model(run: Run, forward_backward: Callable[..., Tensor]) -> None:
     """Compile the loss and compute one gradient, which does not count; if that fails, go on without.
 
     With FSDP each block is compiled for itself: between blocks, weights are gathered and freed. Shapes are
@@ -47,7 +47,7 @@ def compile_model(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
     if hasattr(dynamo.config, "trace_autograd_ops"):  # else a large vocabulary's loss runs uncompiled
         dynamo.config.trace_autograd_ops = True
     uncompiled = run.loss_fn
-    problem = try_compile(run, compute_gradient)
+    problem = try_compile(run, forward_backward)
     problems = run.world.all_gather([problem] if problem else [])
     if problems:
         warn(f"torch.compile failed, going on without it: {problems[0]}")
@@ -55,12 +55,12 @@ def compile_model(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
     elif is_sharded(run.model):
         for block in run.model.blocks:
             block.compile(dynamic=False)
-        compute_gradient(run)
+        forward_backward(run)
     run.model.zero_grad()
     run.kind.release_memory()
 
 
-def try_compile(run: Run, compute_gradient: Callable[..., Tensor]) -> str | None:
+def try_compile(run: Run, forward_backward: Callable[..., Tensor]) -> str | None:
     """Compile and run once, on this process alone. Returns why that fails, in a line, or None.
 
     With FSDP no process has all weights, so a new block is compiled and tried instead.
@@ -70,7 +70,7 @@ def try_compile(run: Run, compute_gradient: Callable[..., Tensor]) -> str | None
             try_block(run)
         else:
             run.loss_fn = torch.compile(run.loss_fn, dynamic=False)
-            compute_gradient(run, sync=False)
+            forward_backward(run, sync=False)
     except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             return None  # the first update halves its micro-batches
@@ -89,11 +89,11 @@ def try_block(run: Run) -> None:
     y.sum().backward()
 
 
-def recompile(run: Run, compute_gradient: Callable[..., Tensor]) -> None:
+def recompile(run: Run, forward_backward: Callable[..., Tensor]) -> None:
     """Compile for micro-batches of another size; that time is not in the clock."""
     if not parallelize.is_compiled(run.loss_fn):
         return
     with suppress(RuntimeError):  # out of memory again: the next update sees that, too
-        compute_gradient(run, sync=False)
+        forward_backward(run, sync=False)
     run.model.zero_grad(set_to_none=not parallelize.has_gradient_buckets(run.loss_fn))
     run.clock.restart_lap()

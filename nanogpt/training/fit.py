@@ -23,7 +23,7 @@ from nanogpt.training.report import print_plan, print_summary
 from nanogpt.training.run import Run, StopReason
 from nanogpt.training.setup import set_up
 from nanogpt.training.stopping import StopRequest
-from nanogpt.training.trainer import compute_gradient, train
+from nanogpt.training.trainer import forward_backward, train
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(config: TrainConfig) -> int:
     return result.exit_code
 
 
-def fit(config: TrainConfig, keep_going: Callable[[int, float], bool] | None = None) -> Result:
+def fit(config: TrainConfig, keep_going: Callable[[int, float], bool | None] | None = None) -> Result:
     """Train as `config` says, from the start or (config.resume) from where the run stopped.
 
     keep_going: called after each evaluation, with the step and the validation loss; False ends the run.
@@ -93,7 +93,7 @@ def start(run: Run) -> None:
     print_plan(run)
     flops = run.flops_per_update * (run.config.max_iters - run.progress.step)
     if pick_compile(run.config.compile, run.device, flops):
-        compile_model(run, compute_gradient)
+        compile_model(run, forward_backward)
     if not run.config.resume:
         run.checkpointer.save(run, run.folder.last)
 

@@ -1,6 +1,6 @@
 """Out of memory: predict it, recover from it with smaller micro-batches, or explain it.
 
-Example: fit_to_memory(run); loss = halve_on_out_of_memory(run, compute_gradient)
+Example: fit_to_memory(run); loss = halve_on_out_of_memory(run, forward_backward)
 Smaller micro-batches compute the same update. Memory is predicted before the first update, since running out
 of memory does not always raise an error: on a CPU the system kills the process, Windows and macOS swap and
 become slow, and with FSDP the other processes are left waiting in the middle of the model. Where it raises an
@@ -105,19 +105,19 @@ def predict(run: Run, num_micro_batches: int) -> Memory:
 # --- recovery ---
 
 
-def halve_on_out_of_memory(run: Run, compute_gradient: Callable[..., Tensor]) -> Tensor:
-    """Call compute_gradient(run, sync=...), with smaller micro-batches if the device runs out of memory.
+def halve_on_out_of_memory(run: Run, forward_backward: Callable[..., Tensor]) -> Tensor:
+    """Call forward_backward(run, sync=...), with smaller micro-batches if the device runs out of memory.
 
     Several processes must halve their micro-batches together. So in the first updates, while memory can still
     grow, DDP averages gradients only after every process has reported success.
-    Returns the loss, summed over all processes. Raises: the original error, if halving does not help.
+    Returns what it returns. Raises: the original error, if halving does not help.
     """
     early = run.progress.step < run.first_step + CAREFUL_UPDATES
     careful = run.config.parallel == "ddp" and run.world.size > 1 and early
     while True:
         loss, failed = torch.zeros(()), False
         try:
-            loss = compute_gradient(run, sync=not careful)
+            loss = forward_backward(run, sync=not careful)
         except (RuntimeError, MemoryError) as error:
             alone = run.world.size == 1 or careful
             if not (is_out_of_memory(error) and can_halve(run) and alone):
@@ -128,9 +128,9 @@ def halve_on_out_of_memory(run: Run, compute_gradient: Callable[..., Tensor]) ->
         if not failed:
             if careful:
                 average_gradients(run)
-            return run.world.all_reduce_sum(loss)
+            return loss
         halve_micro_batches(run)
-        recompile(run, compute_gradient)
+        recompile(run, forward_backward)
 
 
 def can_halve(run: Run) -> bool:

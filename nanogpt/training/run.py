@@ -135,7 +135,7 @@ class Run(TrainState):
     core_watch: CoreWatch = field(default_factory=CoreWatch)
     eta_printed: bool = False
     stop: StopRequest = field(default_factory=StopRequest)
-    callback: Callable[[int, float], bool] | None = None
+    callback: Callable[[int, float], bool | None] | None = None
     """Asked after each evaluation, with the step and the validation loss, whether to go on."""
     stopped_by_callback: bool = False
 

@@ -24,6 +24,7 @@ from nanogpt.model.gpt import GPT
 from nanogpt.model.kernels import chunked_cross_entropy
 from nanogpt.training import trainer
 from nanogpt.training.fit import fit
+from nanogpt.training.results import read_result
 from nanogpt.training.setup import set_up
 
 from .conftest import numbers
@@ -101,7 +102,7 @@ def test_float16_is_scaled(config: TrainConfig, place: torch.device, tmp_path: P
     run = set_up(replace(config, dtype="float16"), RunFolder(tmp_path / "run"))
     assert run.scaler.is_enabled()
     for _ in range(20):  # the scale comes down until gradients fit
-        outcome = trainer.read_result(run, trainer.train_step(run))
+        outcome = read_result(run, trainer.train_step(run))
     assert np.isfinite(outcome["grad_norm"])
     assert all(weight.isfinite().all() for weight in run.model.parameters())
     run.metrics.close()
@@ -129,8 +130,8 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
     """The guard on the device: weights and optimizer state stay finite, and the steps are reported."""
     really = trainer.forward_backward
 
-    def poisoned(run, x, y, **settings):
-        loss = really(run, x, y, **settings)
+    def poisoned(run, **settings):
+        loss = really(run, **settings)
         if run.progress.step in (4, 7):
             for parameter in run.model.parameters():
                 parameter.grad.fill_(float("nan"))
@@ -151,13 +152,13 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
 def test_a_step_waits_for_nothing(config: TrainConfig, gpu_alone: torch.device, tmp_path: Path) -> None:
     """PyTorch raises at whatever makes the host wait for the device."""
     run = set_up(replace(config, dtype="bfloat16", optimizer="muon"), RunFolder(tmp_path / "run"))
-    trainer.read_result(run, trainer.train_step(run))
+    read_result(run, trainer.train_step(run))
     torch.cuda.set_sync_debug_mode("error")
     try:
         outcomes = [trainer.train_step(run) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(np.isfinite(trainer.read_result(run, outcome)["train_loss"]) for outcome in outcomes)
+    assert all(np.isfinite(read_result(run, outcome)["train_loss"]) for outcome in outcomes)
     run.metrics.close()
 
 
