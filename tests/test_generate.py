@@ -321,6 +321,12 @@ def test_text_is_that_of_the_tokens(model):
     assert stopped == text[: text.index(text[3:5])]
 
 
+@pytest.mark.parametrize("stop", ["abc", ["a", ""]])
+def test_stop_strings_are_a_list_of_texts(model, stop):
+    with pytest.raises(UserError, match="is not a list of texts, none empty"):
+        generate_text(model, TOKENIZER, PROMPT[:1], num_tokens=3, stop=stop)
+
+
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_stop_at_equals_cutting_the_whole_text(text: str, stops: list[str], data: st.DataObject) -> None:
     """However the text is cut into chunks."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.sampling import sample
 from nanogpt.model.gpt import GPT
@@ -34,9 +35,11 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue `prompt` (B, T) int64: an iterator over the new tokens, (B,) each, one for each row.
 
-    changes: fields of `params` by their names, as temperature=0.8, top_k=40, top_p=0.9.
-    generator: source of randomness, on the device of `prompt`; None: PyTorch's global one.
-    Raises: UserError for a value that cannot be meant; TypeError for an unknown name.
+    model: in evaluation mode, else dropout acts. changes: fields of `params` by their names, as
+    temperature=0.8, top_k=40, top_p=0.9. generator: source of randomness, on the device of `prompt`; None:
+    PyTorch's global one.
+    Raises: UserError for an impossible value; TypeError for an unknown name. Being no generator itself, it
+    raises at the call, not at the first token.
     """
     return decode(model, prompt, replace(params, **changes), num_tokens, generator)
 
@@ -47,13 +50,13 @@ def decode(
 ) -> Iterator[Tensor]:
     """Yield each new token (B,) as soon as it is sampled.
 
-    For every token the model runs anew over the last block_size tokens. Even the output layer does, though
-    only its last position is used: a KV cache will leave one position to compute.
+    There is no KV cache: for every token the model computes all T positions of the context anew, even their
+    logits, though only those of the last position are used.
     """
     for _ in range(num_tokens):
         context = tokens[:, -model.config.block_size :]  # (B, T): the model sees no further back
         logits, _ = model(context)  # (B, T, V)
-        token = sample(logits[:, -1], params, generator)  # (B,)
+        token = sample(logits[:, -1], params, generator)  # (B,), drawn from the softmax of the last logits
         yield token
         tokens = torch.cat((context, token[:, None]), dim=1)
 
@@ -72,8 +75,9 @@ def generate_text(
     """Continue one prompt (1, T) int64: an iterator over the new text, in chunks, as it is made.
 
     It ends after num_tokens tokens, before a string of `stop`, or where the model ends the text.
-    params, generator, changes: as for `generate`.
+    params, generator, changes: as for `generate`. Raises: UserError as `generate`, and for an empty stop string.
     """
+    require("" not in stop and not isinstance(stop, str), f"stop={stop!r} is not a list of texts, none empty")
     tokens = map(int, generate(model, prompt, params, num_tokens=num_tokens, generator=generator, **changes))
     until_end = takewhile(lambda token: token != tokenizer.end_of_text, tokens)
     return stop_at(tokenizer.stream(until_end), stop)
@@ -82,23 +86,27 @@ def generate_text(
 def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Pass text on up to the first stop string, which is left out.
 
-    The end of the text is held back as long as it may be the beginning of a stop string.
+    The end of the text is held back as long as it may be the beginning of a stop string: with the stop string
+    "END", the chunks "THE E" and "ND." become "THE ".
     """
     pending = ""
     for chunk in chunks:
         pending += chunk
         found = [position for string in stop if (position := pending.find(string)) >= 0]
         if found:
-            yield pending[: min(found)]
-            return
+            pending = pending[: min(found)]
+            break
         held_back = max((partial_match(pending, string) for string in stop), default=0)
         if len(pending) > held_back:
             yield pending[: len(pending) - held_back]
             pending = pending[len(pending) - held_back :]
-    yield pending
+    if pending:
+        yield pending
 
 
 def partial_match(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a prefix of `stop`, without being all of it."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -5,7 +5,7 @@ Example: optimizers = build_optimizers(model, config)
 An optimizer is a row in OPTIMIZERS. It keeps the highest rate of each parameter group in `base_lr`, and it
 changes nothing in a step for which `found_inf` is 1. Knows nothing of the data, the loop or the device.
 
-# N matrices of one shape, R rows <= C columns
+Shapes: N matrices of one shape, R rows <= C columns
 """
 
 import math
@@ -25,6 +25,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 MAX_STACKED_ELEMENTS = 2**24
 """Elements that all processes orthogonalize at a time: enough for speed, few beside activations."""
+
+
+# --- optimizers ---
 
 
 def build_optimizers(
@@ -53,8 +56,10 @@ def build_muon(
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trained_parameters(model).items():
-        is_matrix = name.startswith("blocks.") and parameter.dim() == 2
-        (matrices if is_matrix else others).append(parameter)
+        if name.startswith("blocks.") and parameter.dim() == 2:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
     muon = [Muon(matrices, config, muon_dtype, rank, size)] if matrices else []
     return [adamw(others, config), *muon]
 
@@ -71,10 +76,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def step_optimizers(optimizers: Iterable[torch.optim.Optimizer], *, skip: Tensor, is_async: bool) -> None:
     """Update the weights, unless `skip`, a scalar of bool on the device, is true.
 
-    Asynchronous devices are not waited for: an optimizer that supports it (PyTorch marks that by
+    An asynchronous device is not waited for: an optimizer that supports it (PyTorch marks that by
     `_step_supports_amp_scaling`) gets `found_inf`, and changes nothing if that is 1; any other one waits.
-    GradScaler.step is never called: it decides for each optimizer alone, and in float16 only, where here one
-    bad loss or gradient, in any dtype, stops all.
+    GradScaler.step is never called, since it skips one optimizer and steps the next, and works in float16
+    alone. Here one bad loss or gradient stops all optimizers, in any dtype.
     """
     for optimizer in optimizers:
         if is_async and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -103,11 +108,13 @@ def decay_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> lis
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al., 2024): every direction of a matrix learns at one rate.
+    """Momentum, orthogonalized (Jordan et al., 2024).
 
+    The momentum of a matrix, U S V^T, is replaced by about U V^T: directions in which the gradient is small
+    move as far as those in which it is large. A fused matrix, as qkv, is orthogonalized as one.
     Matrices of one shape are stacked and orthogonalized in one batch of products. All but wide ones are
     transposed first, so that both layers of an MLP share a batch.
-    dtype: of the products, whose result need not be exact: the one that this device multiplies fast.
+    dtype: of the products, which need not be exact: the one that this device multiplies fast.
     """
 
     found_inf: Tensor | None = None
@@ -139,9 +146,9 @@ class Muon(torch.optim.Optimizer):
                     shape = (min(parameter.shape), max(parameter.shape))
                     stacks.setdefault(shape, []).append(parameter)
             for (rows, columns), matrices in stacks.items():
-                most = max(self.size, MAX_STACKED_ELEMENTS // (rows * columns))
-                for first in range(0, len(matrices), most):
-                    self.update(matrices[first : first + most], group)
+                count = max(self.size, MAX_STACKED_ELEMENTS // (rows * columns))  # at least 1 a process
+                for first in range(0, len(matrices), count):
+                    self.update(matrices[first : first + count], group)
 
     def update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Move matrices of one shape along their orthogonalized momenta."""
@@ -151,29 +158,32 @@ class Muon(torch.optim.Optimizer):
             directions = orthogonalize(directions, self.dtype)
         else:
             directions = self.orthogonalize_distributed(directions)
-        shrink = group["lr"] * group["weight_decay"]
-        if self.found_inf is not None:
-            directions, shrink = directions * (1 - self.found_inf), shrink * (1 - self.found_inf)
+        decay = group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:  # skip without an if, for which the CPU would have to wait
+            directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
         for parameter, direction in zip(matrices, directions, strict=True):
             rows, columns = parameter.shape
-            parameter.mul_(1 - shrink)
             # A tall matrix makes more outputs than it has inputs: a larger step keeps their change as large.
-            scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-            oriented = direction if rows < columns else direction.T
-            parameter.add_(shard_like(oriented, parameter), alpha=-scale)
+            lr = group["lr"] * max(1.0, rows / columns) ** 0.5
+            untransposed = direction if rows < columns else direction.T
+            parameter.mul_(1 - decay)
+            parameter.add_(shard_like(untransposed, parameter), alpha=-lr)
 
     def nesterov_direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov direction of one matrix, gathered from its shards, transposed unless wide, (R, C)."""
+        """Update the momentum of one matrix. Returns its Nesterov direction, transposed unless wide, (R, C).
+
+        A sharded matrix is gathered.
+        """
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
-        if self.found_inf is not None:  # interpolating a buffer with itself leaves it as it is
+        if self.found_inf is not None:  # then a momentum is averaged with itself, and stays as it is
             gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
         average: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(average, momentum)
         if self.dtype == torch.bfloat16 and is_dtensor(direction):
-            direction = direction.to(self.dtype)  # as orthogonalize would: half as much has to travel
+            direction = direction.to(self.dtype)  # as orthogonalize does, but before it travels
         direction = full_tensor(direction)
         return direction if direction.shape[0] < direction.shape[1] else direction.T
 
@@ -194,29 +204,35 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
     """Bring the singular values of each matrix near 1 by Newton-Schulz, (N, R, C) -> (N, R, C), R <= C.
 
-    dtype: of the products and of the result's digits, all of which are about 1 at most.
+    dtype: of the products.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices
-    if dtype != torch.float16:  # whose range does not hold a norm
+    if dtype != torch.float16:  # in float16 the sum of squares would overflow: first normalize, then cast
         x = x.to(dtype)
     x = nn.functional.normalize(x.flatten(1)).view_as(x).to(dtype)  # to Frobenius norm 1
-    for _ in range(rounds):
+    for _ in range(rounds):  # x <- a x + (b G + c G^2) x, where G = x x^T
         gram = x @ x.transpose(1, 2)  # (N, R, R)
-        # x <- a x + (b G + c G^2) x
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.to(matrices.dtype)
+
+
+# --- moving average of the weights ---
 
 
 def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the weights of `average` towards those of `model`, by 1 - decay of the way."""
     update = cast(Callable[[list[Tensor], list[Tensor], int], None], get_ema_multi_avg_fn(decay))
-    update(list(average.parameters()), list(model.parameters()), 0)
+    update(list(average.parameters()), list(model.parameters()), 0)  # it ignores the number
 
 
 def ema_decay(step: int, config: TrainConfig) -> float:
     """The decay of the EMA at update `step`: low at first, so that the first weights fade fast."""
     return min(config.ema_decay, (1 + step) / (10 + step))
+
+
+# --- learning rate ---
 
 
 def lr_multiplier(step: int, config: TrainConfig) -> float:
@@ -230,10 +246,11 @@ def lr_multiplier(step: int, config: TrainConfig) -> float:
     if step >= config.max_iters:
         return config.min_lr
     if config.schedule == "cosine":
-        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # 0 -> 1
         height = 0.5 * (1 + math.cos(math.pi * progress))  # 1 -> 0
     else:
-        height = min(1.0, (config.max_iters - step) / max(1.0, config.cooldown * config.max_iters))
+        cooldown_iters = max(1.0, config.cooldown * config.max_iters)
+        height = min(1.0, (config.max_iters - step) / cooldown_iters)  # 1, then 1 -> 0
     return config.min_lr + (1 - config.min_lr) * height
 
 
