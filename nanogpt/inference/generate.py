@@ -75,7 +75,8 @@ def generate_text(
     """Continue one prompt (1, T) int64: an iterator over the new text, in chunks, as it is made.
 
     It ends after num_tokens tokens, before a string of `stop`, or where the model ends the text.
-    params, generator, changes: as for `generate`. Raises: UserError as `generate`, and for an empty stop string.
+    params, generator, changes: as for `generate`.
+    Raises: UserError as `generate`, and for an empty stop string.
     """
     require("" not in stop and not isinstance(stop, str), f"stop={stop!r} is not a list of texts, none empty")
     tokens = map(int, generate(model, prompt, params, num_tokens=num_tokens, generator=generator, **changes))
