@@ -79,7 +79,7 @@ def measure(vocab_size: int, config: TrainConfig, dtype: torch.dtype) -> float:
                     loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            model.zero_grad(set_to_none=not parallelize.has_gradient_buckets(loss_of))
+            parallelize.zero_grad(model, loss_of)
         return max(world.all_gather([common.peak_memory(device) - before]))
 
 

@@ -319,7 +319,7 @@ def test_windows_is_kept_from_spilling_to_main_memory(machine, monkeypatch):
     ],
     ids=lambda error: str(error)[:30],
 )
-def test_running_out_of_memory_is_recognised(error):
+def test_running_out_of_memory_is_recognized(error):
     assert is_out_of_memory(error)
 
 

@@ -278,7 +278,7 @@ def test_token_embedding_and_output_are_one_tensor():
     assert torch.equal(model.head.weight, model.token_embedding.weight)
 
 
-# Initialisation
+# Initialization
 
 
 def test_initial_weights():

@@ -32,7 +32,7 @@ from nanogpt.model.gpt import GPT
 from nanogpt.training import out_of_memory
 from nanogpt.training.fit import fit
 from nanogpt.training.out_of_memory import explain_out_of_memory
-from nanogpt.training.report import shares
+from nanogpt.training.report import describe_batch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
 
@@ -444,7 +444,7 @@ def test_a_process_of_torchruns_leaves_without_taking_the_interpreter_down(envir
     ],
 )
 def test_how_a_batch_is_cut_up_is_said(batch_size, processes, pieces, words):
-    assert shares(batch_size, processes, pieces) == words
+    assert describe_batch(batch_size, processes, pieces) == words
 
 
 def test_the_shares_of_a_batch_are_the_batch():

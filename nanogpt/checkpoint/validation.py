@@ -167,7 +167,7 @@ def check_states(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[M
         len(states) == len(optimizers), f"it has {len(states)} optimizers, the run needs {len(optimizers)}"
     )
     for optimizer, state in zip(optimizers, states, strict=True):
-        names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else {"momentum"}
+        names = set(state_names(optimizer))
         shapes = [parameter.shape for parameter in parameters_of(optimizer)]
         require(set(state) <= set(range(len(shapes))), "an optimizer has more states than parameters")
         for index, moments in state.items():
@@ -179,6 +179,11 @@ def check_states(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[M
                     f"{name} of parameter {index} is of shape {tuple(value.shape)}, {value.dtype}, "
                     f"not {tuple(shape)}",
                 )
+
+
+def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Names of the tensors that an optimizer keeps for a parameter: its own `state_names`, or AdamW's."""
+    return getattr(optimizer, "state_names", ("step", "exp_avg", "exp_avg_sq"))
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

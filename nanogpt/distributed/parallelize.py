@@ -57,9 +57,9 @@ def distributed_loss(model: GPT, world: World, device: torch.device) -> Callable
     )
 
 
-def has_gradient_buckets(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    """Whether the gradients are views of DDP's buckets: then set them to zero, since None saves no memory."""
-    return isinstance(uncompiled(loss), DistributedDataParallel)
+def zero_grad(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Delete the gradients. With DDP they are views of its buckets, which stay: they are set to zero."""
+    model.zero_grad(set_to_none=not isinstance(uncompiled(loss), DistributedDataParallel))
 
 
 def is_compiled(loss: Callable[[Tensor, Tensor], Tensor]) -> bool:
@@ -91,8 +91,9 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=low_precision, reduce_dtype=reduce_dtype)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if is_trained(model) else True)
-    register_fsdp_forward_method(model, "loss")
+    reshard = None if is_trained(model) else True  # None: FSDP's default for a root, which stays gathered
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    register_fsdp_forward_method(model, "loss")  # it is called from outside, as forward is
     model.to_empty(device=device)
     if model.rotation is not None:  # to_empty leaves buffers without content
         with device:
@@ -148,13 +149,14 @@ def unsharded(model: GPT) -> Generator[None]:
     finally:
         for module in modules:
             module.reshard()
-            is_block = module is not modules[0]
-            module.set_reshard_after_forward(is_block or not is_trained(model), recurse=False)
+            is_root = module is modules[0]
+            module.set_reshard_after_forward(not (is_root and is_trained(model)), recurse=False)
 
 
 def fits_unsharded(model: nn.Module) -> bool:
     """Whether the free memory of every process holds the full model twice: once for the computation."""
     device = next(model.parameters()).device
+    # Of a sharded parameter, numel() is that of the full one.
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     too_large = torch.tensor(int(2 * size > kind_of(device).free_memory(device)))
     dist.all_reduce(too_large, dist.ReduceOp.MAX)

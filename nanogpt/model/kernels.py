@@ -1,8 +1,8 @@
-"""The same numbers as the textbook formulas of gpt.py, in less time or memory.
+"""The numbers of the textbook formulas of gpt.py, up to rounding, in less time or memory.
 
 Attention, norms, dropout, cross-entropy over a large vocabulary, recomputation of activations. What is fast
 depends on the device: device.py says what each kind prefers, bench/RESULTS.md has the measurements. Each
-function here equals its formula, by test. Knows no configuration and no GPT.
+function here equals its formula, by test (dropout: in distribution). Knows no configuration and no GPT.
 
 Shapes: B batch, T queries, S keys, H heads, D head_dim; N positions (B T), C width, V vocab_size
 """
@@ -34,7 +34,7 @@ EXPENSIVE_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
-"""Matrix products: selective activation checkpointing keeps their results and recomputes all else."""
+"""Matrix products and attention: selective recomputation keeps their results."""
 
 
 # --- attention ---
@@ -133,7 +133,7 @@ def chunked_cross_entropy(
     """
     parameters = dict(head.named_parameters())
     trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
-    # Cast once, not for each chunk, to the dtype that autocast would choose.
+    # Cast once, not for each chunk, to autocast's dtype. ChunkedCrossEntropy casts the trained ones.
     frozen = {name: parameters[name].to(matmul_dtype(x)) for name in parameters.keys() - trained.keys()}
 
     def output(x: Tensor, *weights: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             x_chunk = x[first : first + chunk].detach().requires_grad_(differentiate)  # (n, C)
             wanted = targets[first : first + chunk]  # (n,)
             with torch.set_grad_enabled(differentiate):
-                logits = output(x_chunk.view_as(x_chunk), *narrow)  # (n, V); MemTracker cannot hook a leaf
+                # (n, V). A view, since PyTorch's MemTracker (memory_estimate.py) cannot hook a leaf.
+                logits = output(x_chunk.view_as(x_chunk), *narrow)
             log_probs = F.log_softmax(logits.detach().float(), dim=-1)
             total += F.nll_loss(log_probs, wanted, reduction="sum")
             if not differentiate:

@@ -1,10 +1,9 @@
 """torch.compile: tried before the clock starts, and left out where it fails.
 
-Example: compile_model(run, forward_backward)
+Example: compile_model(run, forward_backward)           a function of trainer.py, which imports this file
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -53,10 +52,10 @@ def compile_model(run: Run, forward_backward: Callable[..., Tensor]) -> None:
         warn(f"torch.compile failed, going on without it: {problems[0]}")
         run.loss_fn = uncompiled
     elif is_sharded(run.model):
-        for block in run.model.blocks:
+        for block in run.model.blocks:  # as try_block has, on every process
             block.compile(dynamic=False)
         forward_backward(run)
-    run.model.zero_grad()
+    parallelize.zero_grad(run.model, run.loss_fn)
     run.kind.release_memory()
 
 
@@ -93,7 +92,10 @@ def recompile(run: Run, forward_backward: Callable[..., Tensor]) -> None:
     """Compile for micro-batches of another size; that time is not in the clock."""
     if not parallelize.is_compiled(run.loss_fn):
         return
-    with suppress(RuntimeError):  # out of memory again: the next update sees that, too
+    try:
         forward_backward(run, sync=False)
-    run.model.zero_grad(set_to_none=not parallelize.has_gradient_buckets(run.loss_fn))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):  # which the next update meets and deals with
+            raise
+    parallelize.zero_grad(run.model, run.loss_fn)
     run.clock.restart_lap()

@@ -18,7 +18,10 @@ class Due(NamedTuple):
 
 
 def all_reduce_decisions(run: Run) -> Due:
-    """What is due: where processes disagree, what one of them wants, all do, after the same step."""
+    """What is due: where processes disagree, what one of them wants, all do, after the same step.
+
+    A sharded save that all processes have written is completed on the way, since only here do all know it.
+    """
     reason = stop_reason(run)
     save = run.stop.save_asked or run.checkpointer.is_due(run.config.save_seconds)
     highest, save, writing = run.world.max_over_ranks(reason or 0, save, run.checkpointer.is_writing)
@@ -46,7 +49,7 @@ def stop_reason(run: Run) -> StopReason | None:
 
 
 def is_evaluation_due(run: Run, reason: StopReason | None) -> bool:
-    """Whether to evaluate before the next step: at the interval and at the end, once for a step."""
+    """Whether to evaluate now: at the interval and at the end, once for a step, and not at step 0."""
     step = run.progress.step
     if run.progress.evaluated_at == step or (reason and reason.is_signal):
         return False

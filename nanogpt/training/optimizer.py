@@ -121,6 +121,7 @@ class Muon(torch.optim.Optimizer):
     """Scalar on the device, 1 if this step must change nothing. Set by step_optimizers."""
 
     _step_supports_amp_scaling = True
+    state_names = ("momentum",)
 
     def __init__(  # noqa: PLR0917
         self,

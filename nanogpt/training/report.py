@@ -9,6 +9,7 @@ import shlex
 import numpy as np
 import torch
 
+from nanogpt.checkpoint.validation import state_names
 from nanogpt.config import TrainConfig
 from nanogpt.console import MIB, command, duration, say, warn
 from nanogpt.cores import usable_cores
@@ -58,7 +59,7 @@ def constant_bytes(run: Run) -> float:
         return run.memory.held
     weights = sum(parameter.nbytes for parameter in run.model.parameters())
     state_bytes = sum(
-        parameter.nbytes * (2 if "betas" in optimizer.defaults else 1)
+        parameter.nbytes * len({*state_names(optimizer)} - {"step"})
         for optimizer in run.optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]

@@ -100,14 +100,14 @@ def train_step(run: Run) -> UpdateResult:
 
     values = torch.stack((loss, norm))  # (2,)
     if not run.kind.is_async:
-        values = values.cpu()  # the one moment at which a step waits for its device
+        values = values.cpu()  # the one moment at which a step waits for its device, as MPS
     step_optimizers(run.optimizers, skip=~values.isfinite().all(), is_async=run.kind.is_async)
     if run.scaler.is_enabled():
         run.scaler.update()  # scaler.step is not called: step_optimizers says why
     if run.ema_model:
         update_ema(run.ema_model, run.model, ema_decay(step, config))
 
-    run.model.zero_grad(set_to_none=not parallelize.has_gradient_buckets(run.loss_fn))
+    parallelize.zero_grad(run.model, run.loss_fn)
     run.progress.step += 1
     return UpdateResult.of(run.progress.step, learning_rate(step, config), values)
 
@@ -129,8 +129,8 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
     micro_batches = zip(x.tensor_split(count), y.tensor_split(count), strict=True)
     for number, (x_micro, y_micro) in enumerate(micro_batches, 1):
         weight = len(x_micro) / run.config.batch_size
-        if weight == 0:  # fewer sequences than micro-batches here: one counts for nothing, since with FSDP
-            x_micro, y_micro = x[:1], y[:1]  # noqa: PLW2901 - every process has to take part
+        if weight == 0:  # no sequence is left; with FSDP every process takes part all the same
+            x_micro, y_micro = x[:1], y[:1]  # noqa: PLW2901
         with parallelize.sync_gradients(run.loss_fn, when=sync and number == count):
             with autocast(run.device, run.dtype):
                 loss = weight * run.loss_fn(x_micro, y_micro)
