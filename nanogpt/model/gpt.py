@@ -1,9 +1,10 @@
 """The GPT: token ids in, logits and loss out.
 
 Example:    model = GPT(GPTConfig(vocab_size=65)); logits, loss = model(x, y)
-GPT-2's architecture by default (learned positions, pre-norm blocks, GELU, tied output layer); GPTConfig, in
-nanogpt/config.py, has the later variants and every default. Each part is written as its formula; kernels.py
-computes some of them faster. Knows nothing of files, training or sampling.
+By default this is GPT-2: learned positions, pre-norm blocks, GELU, the output layer tied to the embedding.
+The fields of GPTConfig (nanogpt/config.py) that change it: positions, norm, mlp, n_kv_head, qk_norm, bias,
+tied, zero_init, logit_cap, ngram_vocab. Each part is written as its formula; kernels.py computes some of them
+faster, with the same numbers. Knows nothing of files, training or sampling.
 
 Shapes: B batch, T tokens, C n_embd, V vocab_size, H n_head, K n_kv_head, D head_dim = C / H, S keys
 """
@@ -50,22 +51,6 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             self.initialize_parameter(name, parameter)
 
-    def initialize_parameter(self, name: str, parameter: Tensor) -> None:
-        """Fill a parameter with GPT-2's initial values. Its name says what it is.
-
-        Matrices are normal(0, 0.02). The projections that end the 2 n_layer branches are smaller, so that the
-        residual stream, which is their sum, does not grow with depth. zero_init sets these projections and an
-        untied head to zero.
-        """
-        ends_branch = name.endswith("proj.weight")
-        if name.endswith("bias") or (self.config.zero_init and (ends_branch or name == "head.weight")):
-            nn.init.zeros_(parameter)
-        elif parameter.dim() == 1:
-            nn.init.ones_(parameter)  # the gain of a norm
-        else:
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if ends_branch else 0.02
-            nn.init.normal_(parameter, mean=0.0, std=std)
-
     def forward(
         self,
         idx: Tensor,
@@ -87,7 +72,7 @@ class GPT(nn.Module):
         """Embeddings, blocks and final norm: (B, T) -> (B, T, C).
 
         positions: (T,) int64, below block_size; None: 0, 1, 2, ... mask: see `attention`; None: causal.
-        N-gram tables read idx as the beginning of a text, whatever its positions are.
+        N-gram tables take idx for the beginning of a text, since they need the two tokens before each.
         """
         T = idx.shape[1]
         if self.config.block_size < T:
@@ -100,33 +85,43 @@ class GPT(nn.Module):
         if self.ngram_embedding is not None:
             x = x + self.ngram_embedding(idx)
         x = self.dropout(x)
-        context = self.context(positions, mask, dtype=kernels.matmul_dtype(x))
+        rotation = None
+        if self.rotation is not None:  # in the dtype of queries and keys: autocast's, if it is on
+            rotation = self.rotation[:, positions].to(kernels.matmul_dtype(x))  # (2, T, D / 2)
+        context = Context(positions, rotation, mask)
         for block in self.blocks:
             x = block(x, context)
         return self.final_norm(x)
 
-    def context(self, positions: Tensor, mask: Tensor | None, dtype: torch.dtype) -> "Context":
-        """What all blocks need to know about positions (T,). dtype: of queries and keys."""
-        rotation = None if self.rotation is None else self.rotation[:, positions].to(dtype)
-        return Context(positions, rotation, mask)
-
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: (..., C) -> (..., V)."""
-        return self.soft_cap(self.head(x))
-
-    def soft_cap(self, logits: Tensor) -> Tensor:
-        """Limit logits softly to (-logit_cap, logit_cap), if it is set (Bello et al., 2016)."""
-        cap = self.config.logit_cap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits
+        return soft_cap(self.head(x), self.config.logit_cap)
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The loss of `forward`, as training computes it: a large vocabulary's logits are never all there."""
+        """The loss of `forward`; if the vocabulary is large, without ever holding all logits (B, T, V)."""
         vocab_size = self.config.vocab_size
         if vocab_size >= kernels.CHUNKED_LOSS_MIN_VOCAB:
             x = self.trunk(idx).flatten(0, 1)  # (B T, C)
-            return kernels.chunked_cross_entropy(self.head, self.soft_cap, x, targets.flatten(), vocab_size)
+            cap = partial(soft_cap, cap=self.config.logit_cap)
+            return kernels.chunked_cross_entropy(self.head, cap, x, targets.flatten(), vocab_size)
         _, loss = self(idx, targets)
         return loss
+
+    def initialize_parameter(self, name: str, parameter: Tensor) -> None:
+        """Fill a parameter with GPT-2's initial values. Its name says what it is.
+
+        Matrices are normal(0, 0.02). The projections that end the 2 n_layer branches are smaller, so that the
+        residual stream, which is their sum, does not grow with depth. zero_init sets these projections and an
+        untied head to zero.
+        """
+        ends_branch = name.endswith("proj.weight")
+        if name.endswith("bias") or (self.config.zero_init and (ends_branch or name == "head.weight")):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)  # the gain of a norm
+        else:
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if ends_branch else 0.02
+            nn.init.normal_(parameter, mean=0.0, std=std)
 
     def num_parameters(self) -> int:
         """Number of different parameters (a tied embedding counts once)."""
@@ -134,7 +129,7 @@ class GPT(nn.Module):
 
 
 class Context(NamedTuple):
-    """What all blocks know about the tokens of a forward pass besides x."""
+    """What a block is told about the tokens besides x: the same for all blocks."""
 
     positions: Tensor
     """Where in the text they are, (T,) int64."""
@@ -158,6 +153,11 @@ class Block(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         x = x + self.attn(self.norm_1(x), context)
         return x + self.mlp(self.norm_2(x))
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Limit logits smoothly to (-cap, cap) (Bello et al., 2016); 0: not at all."""
+    return cap * torch.tanh(logits.float() / cap) if cap else logits
 
 
 # --- attention ---
@@ -257,9 +257,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation, self.gated = ACTIVATIONS[config.mlp]
-        hidden_dim = config.mlp_width or 4 * config.n_embd
-        if self.gated and not config.mlp_width:  # 8/3 C: three such matrices weigh as much as two of 4 C
-            hidden_dim = math.ceil(8 * config.n_embd / (3 * 64)) * 64  # rounded up to a multiple of 64
+        hidden_dim = config.mlp_width or default_hidden_dim(config.n_embd, gated=self.gated)
         self.fc = nn.Linear(config.n_embd, hidden_dim * (2 if self.gated else 1), bias=config.bias)
         self.proj = nn.Linear(hidden_dim, config.n_embd, bias=config.bias)
         self.proj_dropout = Dropout(config.dropout)
@@ -272,6 +270,14 @@ class MLP(nn.Module):
         else:
             hidden = self.activation(self.fc(x))  # (B, T, hidden_dim)
         return self.proj_dropout(self.proj(hidden))
+
+
+def default_hidden_dim(n_embd: int, *, gated: bool) -> int:
+    """4 C; if gated, 8/3 C, so that three matrices have as many weights as two of 4 C.
+
+    8/3 C is rounded up to a multiple of 64.
+    """
+    return math.ceil(8 * n_embd / (3 * 64)) * 64 if gated else 4 * n_embd
 
 
 # --- norms and n-grams ---
@@ -296,8 +302,8 @@ def make_norm(config: GPTConfig, dim: int) -> nn.Module:
     return NORMS[config.norm](dim, config.bias)
 
 
-HASH_MULTIPLIERS = (48_271, 69_621, 39_373, 40_692)
-"""They hash two and three ids to a row. Saved tables depend on them."""
+PAIR_HASH, TRIPLE_HASH = (48_271, 69_621), (39_373, 40_692)
+"""Multipliers that turn two and three ids into a row. Saved tables depend on them."""
 
 
 class NgramEmbedding(nn.Module):
@@ -315,13 +321,9 @@ class NgramEmbedding(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         """(B, T) -> (B, T, C)."""
         ids = F.pad(idx + 1, (2, 0))  # (B, T + 2): 0 stands for "before the text"
-        first, second, third = (
-            ids[:, :-2],
-            ids[:, 1:-1],
-            ids[:, 2:],
-        )  # (B, T) each; third is the present token
-        pair = second * HASH_MULTIPLIERS[0] + third * HASH_MULTIPLIERS[1]
-        triple = first * HASH_MULTIPLIERS[2] + pair * HASH_MULTIPLIERS[3]
+        before_last, last, current = ids[:, :-2], ids[:, 1:-1], ids[:, 2:]  # (B, T) each
+        pair = PAIR_HASH[0] * last + PAIR_HASH[1] * current
+        triple = TRIPLE_HASH[0] * before_last + TRIPLE_HASH[1] * pair
         return self.pairs(pair % self.rows) + self.triples(triple % self.rows)
 
 

@@ -4,6 +4,7 @@ Example: compile_model(run, forward_backward)           a function of trainer.py
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from nanogpt.console import say, warn
 from nanogpt.device import autocast, is_out_of_memory, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.parallelize import is_sharded
-from nanogpt.model.gpt import Block
+from nanogpt.model.gpt import GPT
 from nanogpt.training.run import Run
 
 MIN_COMPILE_OPERATIONS = 1e15
@@ -78,14 +79,13 @@ def try_compile(run: Run, forward_backward: Callable[..., Tensor]) -> str | None
 
 
 def try_block(run: Run) -> None:
-    """Compile a new block, and run it forward and backward."""
-    block = torch.compile(Block(run.model.config, layer=0).to(run.device), dynamic=False)
-    x = torch.zeros(1, run.config.block_size, run.config.n_embd, device=run.device)
-    x.requires_grad_()
-    positions = torch.arange(run.config.block_size, device=run.device)
+    """Compile the block of a new model that has one and hardly a vocabulary; run it forward and backward."""
+    model = GPT(replace(run.model.config, n_layer=1, vocab_size=1, ngram_vocab=0)).to(run.device)
+    model.blocks[0].compile(dynamic=False)
+    idx = torch.zeros(1, run.config.block_size, dtype=torch.int64, device=run.device)
     with autocast(run.device, run.dtype):
-        y = block(x, run.model.context(positions, None, run.dtype))
-    y.sum().backward()
+        x = model.trunk(idx)
+    x.sum().backward()
 
 
 def recompile(run: Run, forward_backward: Callable[..., Tensor]) -> None:

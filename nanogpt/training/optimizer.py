@@ -1,4 +1,4 @@
-"""The optimizers, their parameter groups, the learning-rate schedule, and the EMA of the weights.
+"""The optimizers, their parameter groups, and the learning-rate schedule.
 
 Example: optimizers = build_optimizers(model, config)
          set_learning_rate(optimizers, lr_multiplier(step, config)); step_optimizers(optimizers, skip=bad)
@@ -10,11 +10,10 @@ Shapes: N matrices of one shape, R rows <= C columns
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
 from nanogpt.console import ceil_div
@@ -90,7 +89,12 @@ def step_optimizers(optimizers: Iterable[torch.optim.Optimizer], *, skip: Tensor
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019), fused."""
+    """AdamW (Loshchilov & Hutter, 2019), fused.
+
+    For a weight w with gradient g, in step t = 1, 2, ...: m <- beta1 m + (1 - beta1) g, the mean gradient;
+    v <- beta2 v + (1 - beta2) g^2; w <- w - lr (decay w + m' / (sqrt(v') + eps)), where m' = m / (1 - beta1^t)
+    and v' = v / (1 - beta2^t), since both begin at 0.
+    """
     groups = decay_groups(parameters, config)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
@@ -147,7 +151,8 @@ class Muon(torch.optim.Optimizer):
                     shape = (min(parameter.shape), max(parameter.shape))
                     stacks.setdefault(shape, []).append(parameter)
             for (rows, columns), matrices in stacks.items():
-                count = max(self.size, MAX_STACKED_ELEMENTS // (rows * columns))  # at least 1 a process
+                count = MAX_STACKED_ELEMENTS // (rows * columns)
+                count = max(count, self.size)  # at least one matrix for each process
                 for first in range(0, len(matrices), count):
                     self.update(matrices[first : first + count], group)
 
@@ -179,7 +184,7 @@ class Muon(torch.optim.Optimizer):
         assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(gradient)
-        if self.found_inf is not None:  # then a momentum is averaged with itself, and stays as it is
+        if self.found_inf is not None:  # to skip, average the momentum with itself, not with a NaN
             gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
         average: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(average, momentum)
@@ -217,20 +222,6 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tens
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.to(matrices.dtype)
-
-
-# --- moving average of the weights ---
-
-
-def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the weights of `average` towards those of `model`, by 1 - decay of the way."""
-    update = cast(Callable[[list[Tensor], list[Tensor], int], None], get_ema_multi_avg_fn(decay))
-    update(list(average.parameters()), list(model.parameters()), 0)  # it ignores the number
-
-
-def ema_decay(step: int, config: TrainConfig) -> float:
-    """The decay of the EMA at update `step`: low at first, so that the first weights fade fast."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
 
 
 # --- learning rate ---

@@ -1,12 +1,24 @@
 """The training loop, and everything that one update does, in reading order.
 
-Example: reason = train(run)                a Run comes from setup.py; fit.py surrounds both
+Example: reason = train(run)
+
+An update, without what keeps it right on any machine, is
+
+    set_learning_rate(optimizers, lr_multiplier(step, config))
+    x, y = loader(sampler(step), block_size)
+    model.loss(x, y).backward()
+    clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers: optimizer.step()
+    model.zero_grad()
+
+train_step does this in micro-batches that fit in memory, on several processes, in float16 too, and leaves the
+weights as they are if the loss is not finite. `run` holds all of it: config, model, optimizers, sampler and
+loader of batches, progress (step, best loss, ...), checkpointer, metrics. setup.py builds a run.
+
 An update is a function of the weights, the optimizers and (seed, shuffle_id, step): batches and dropout are
 drawn anew from these numbers. So a run that is killed and resumed ends with the same weights as one that
-never stopped, and evaluating, logging or sampling more often changes nothing.
-
-A GPU is given work and not waited for: an update is queued, and its loss is read (results.py) while the GPU
-computes the next one. So the guard against a loss that is not finite is computed on the GPU.
+never stopped, and evaluating, logging or sampling more often changes nothing. A GPU is given work and not
+waited for: an update is queued, and its loss is read (results.py) while the GPU computes the next one.
 
 Shapes: B sequences of a batch on this process, T block_size
 """
@@ -26,14 +38,8 @@ from nanogpt.distributed.dtensor import full_tensor
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evaluate, evaluation_windows, sample_text
 from nanogpt.training.decisions import Due, all_reduce_decisions
-from nanogpt.training.optimizer import (
-    ema_decay,
-    learning_rate,
-    lr_multiplier,
-    set_learning_rate,
-    step_optimizers,
-    update_ema,
-)
+from nanogpt.training.ema import ema_decay, update_ema
+from nanogpt.training.optimizer import learning_rate, lr_multiplier, set_learning_rate, step_optimizers
 from nanogpt.training.out_of_memory import halve_on_out_of_memory
 from nanogpt.training.recovery import roll_back
 from nanogpt.training.report import print_eta, resume_command
@@ -60,9 +66,9 @@ def train(run: Run) -> StopReason:
 
 
 def decide(run: Run) -> Due:
-    """What to do next, the same on all processes: evaluate, else stop, else save and update.
+    """What is due now, the same on all processes: an evaluation; or a reason to stop; or a save.
 
-    Anything but an update needs the results of all updates before it, which may also roll the run back.
+    All three need the results of the updates so far, which may also roll the run back.
     """
     due = all_reduce_decisions(run)
     if run.unread and any(due):
@@ -92,10 +98,11 @@ def train_step(run: Run) -> UpdateResult:
     config, step = run.config, run.progress.step
     set_learning_rate(run.optimizers, lr_multiplier(step, config))
 
-    loss = run.world.all_reduce_sum(compute_gradient(run))  # the mean over the batch of all processes
+    loss_share = compute_gradient(run)  # forward and backward
+    loss = run.world.all_reduce_sum(loss_share)  # the mean over the batch
 
     for optimizer in run.optimizers:
-        run.scaler.unscale_(optimizer)  # float16: clip the gradient of the loss, not of the scaled loss
+        run.scaler.unscale_(optimizer)  # float16: from the gradient of the scaled loss to that of the loss
     norm = full_tensor(clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf))
 
     values = torch.stack((loss, norm))  # (2,)
@@ -103,7 +110,7 @@ def train_step(run: Run) -> UpdateResult:
         values = values.cpu()  # the one moment at which a step waits for its device, as MPS
     step_optimizers(run.optimizers, skip=~values.isfinite().all(), is_async=run.kind.is_async)
     if run.scaler.is_enabled():
-        run.scaler.update()  # scaler.step is not called: step_optimizers says why
+        run.scaler.update()  # unscale_ has seen whether the gradient overflowed: lower or raise the scale
     if run.ema_model:
         update_ema(run.ema_model, run.model, ema_decay(step, config))
 
@@ -113,7 +120,7 @@ def train_step(run: Run) -> UpdateResult:
 
 
 def compute_gradient(run: Run) -> Tensor:
-    """Forward and backward; should the device run out of memory, again in smaller micro-batches."""
+    """Fill the gradients, as forward_backward; if memory runs out, again in smaller micro-batches."""
     return halve_on_out_of_memory(run, forward_backward)
 
 
@@ -129,7 +136,7 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
     micro_batches = zip(x.tensor_split(count), y.tensor_split(count), strict=True)
     for number, (x_micro, y_micro) in enumerate(micro_batches, 1):
         weight = len(x_micro) / run.config.batch_size
-        if weight == 0:  # no sequence is left; with FSDP every process takes part all the same
+        if weight == 0:  # no sequence is left; with FSDP every process has to take part all the same
             x_micro, y_micro = x[:1], y[:1]  # noqa: PLW2901
         with parallelize.sync_gradients(run.loss_fn, when=sync and number == count):
             with autocast(run.device, run.dtype):
