@@ -92,8 +92,8 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
     """AdamW (Loshchilov & Hutter, 2019), fused.
 
     For a weight w with gradient g, in step t = 1, 2, ...: m <- beta1 m + (1 - beta1) g, the mean gradient;
-    v <- beta2 v + (1 - beta2) g^2; w <- w - lr (decay w + m' / (sqrt(v') + eps)), where m' = m / (1 - beta1^t)
-    and v' = v / (1 - beta2^t), since both begin at 0.
+    v <- beta2 v + (1 - beta2) g^2; w <- w - lr (decay w + m' / (sqrt(v') + eps)), where
+    m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t), since both begin at 0.
     """
     groups = decay_groups(parameters, config)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
