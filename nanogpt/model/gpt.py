@@ -75,7 +75,7 @@ class GPT(nn.Module):
         N-gram tables take idx for the beginning of a text, since they need the two tokens before each.
         """
         T = idx.shape[1]
-        if self.config.block_size < T:
+        if T > self.config.block_size:  # noqa: SIM300
             raise ValueError(f"{T} tokens are more than the model's block_size {self.config.block_size}")
         if positions is None:
             positions = torch.arange(T, device=idx.device)
