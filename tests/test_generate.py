@@ -321,9 +321,9 @@ def test_text_is_that_of_the_tokens(model):
     assert stopped == text[: text.index(text[3:5])]
 
 
-@pytest.mark.parametrize("stop", ["abc", ["a", ""]])
-def test_stop_strings_are_a_list_of_texts(model, stop):
-    with pytest.raises(UserError, match="is not a list of texts, none empty"):
+@pytest.mark.parametrize(("stop", "message"), [("abc", "stop='abc' is a text"), (["a", ""], "an empty text")])
+def test_stop_strings_are_a_list_of_texts(model, stop, message):
+    with pytest.raises(UserError, match=message):
         generate_text(model, TOKENIZER, PROMPT[:1], num_tokens=3, stop=stop)
 
 

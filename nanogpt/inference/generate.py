@@ -38,8 +38,8 @@ def generate(
     model: in evaluation mode, else dropout acts. changes: fields of `params` by their names, as
     temperature=0.8, top_k=40, top_p=0.9. generator: source of randomness, on the device of `prompt`; None:
     PyTorch's global one.
-    Raises: UserError for an impossible value; TypeError for an unknown name. Both at the call, since only
-    `decode` is a Python generator.
+    Raises: UserError for an impossible value; TypeError for an unknown name. Both at the call, not at the
+    first token.
     """
     return decode(model, prompt, replace(params, **changes), num_tokens, generator)
 
@@ -78,7 +78,8 @@ def generate_text(
     params, generator, changes: as for `generate`.
     Raises: UserError as `generate`, and for an empty stop string.
     """
-    require("" not in stop and not isinstance(stop, str), f"stop={stop!r} is not a list of texts, none empty")
+    require(not isinstance(stop, str), f"stop={stop!r} is a text: give a list of texts")
+    require("" not in stop, 'stop has an empty text, "", which would stop at once: leave it out')
     require(len(prompt) == 1, f"{len(prompt)} prompts: generate_text continues one, generate any number")
     tokens = map(int, generate(model, prompt, params, num_tokens=num_tokens, generator=generator, **changes))
     until_end = takewhile(lambda token: token != tokenizer.end_of_text, tokens)

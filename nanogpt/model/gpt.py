@@ -3,8 +3,9 @@
 Example:    model = GPT(GPTConfig(vocab_size=65)); logits, loss = model(x, y)
 By default this is GPT-2: learned positions, pre-norm blocks, GELU, the output layer tied to the embedding.
 The fields of GPTConfig (nanogpt/config.py) that change it: positions, norm, mlp, n_kv_head, qk_norm, bias,
-tied, zero_init, logit_cap, ngram_vocab. Each part is written as its formula; kernels.py computes some of them
-faster, with the same numbers. Knows nothing of files, training or sampling.
+tied, zero_init, logit_cap, ngram_vocab. kernels.py has nn.Dropout and the norms of PyTorch in slightly other
+forms, and computes attention and a large vocabulary's loss faster than their formulas here. Knows nothing of
+files, training or sampling.
 
 Shapes: B batch, T tokens, C n_embd, V vocab_size, H n_head, K n_kv_head, D head_dim = C / H, S keys
 """
@@ -86,7 +87,7 @@ class GPT(nn.Module):
             x = x + self.ngram_embedding(idx)
         x = self.dropout(x)
         rotation = None
-        if self.rotation is not None:  # in the dtype of queries and keys: autocast's, if it is on
+        if self.rotation is not None:  # in autocast's dtype: float32 would turn bfloat16 queries into float32
             rotation = self.rotation[:, positions].to(kernels.matmul_dtype(x))  # (2, T, D / 2)
         context = Context(positions, rotation, mask)
         for block in self.blocks:
@@ -102,13 +103,13 @@ class GPT(nn.Module):
         vocab_size = self.config.vocab_size
         if vocab_size >= kernels.CHUNKED_LOSS_MIN_VOCAB:
             x = self.trunk(idx).flatten(0, 1)  # (B T, C)
-            cap = partial(soft_cap, cap=self.config.logit_cap)
-            return kernels.chunked_cross_entropy(self.head, cap, x, targets.flatten(), vocab_size)
+            capped = partial(soft_cap, cap=self.config.logit_cap)
+            return kernels.chunked_cross_entropy(self.head, capped, x, targets.flatten(), vocab_size)
         _, loss = self(idx, targets)
         return loss
 
     def initialize_parameter(self, name: str, parameter: Tensor) -> None:
-        """Fill a parameter with GPT-2's initial values. Its name says what it is.
+        """Fill a parameter with GPT-2's initial values: *.proj.weight ends a branch, *.bias is a bias.
 
         Matrices are normal(0, 0.02). The projections that end the 2 n_layer branches are smaller, so that the
         residual stream, which is their sum, does not grow with depth. zero_init sets these projections and an

@@ -1,7 +1,8 @@
 """The optimizers, their parameter groups, and the learning-rate schedule.
 
-Example: optimizers = build_optimizers(model, config)
-         set_learning_rate(optimizers, lr_multiplier(step, config)); step_optimizers(optimizers, skip=bad)
+Example: optimizers = build_optimizers(model, config, muon_dtype=torch.bfloat16)
+         set_learning_rate(optimizers, lr_multiplier(step, config))
+         step_optimizers(optimizers, skip=~loss.isfinite(), is_async=False)
 An optimizer is a row in OPTIMIZERS. It keeps the highest rate of each parameter group in `base_lr`, and it
 changes nothing in a step for which `found_inf` is 1. Knows nothing of the data, the loop or the device.
 
@@ -124,8 +125,8 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     """Scalar on the device, 1 if this step must change nothing. Set by step_optimizers."""
 
-    _step_supports_amp_scaling = True
-    state_names = ("momentum",)
+    _step_supports_amp_scaling = True  # read by step_optimizers
+    state_names = ("momentum",)  # read where a checkpoint is validated
 
     def __init__(  # noqa: PLR0917
         self,
@@ -169,7 +170,8 @@ class Muon(torch.optim.Optimizer):
             directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
         for parameter, direction in zip(matrices, directions, strict=True):
             rows, columns = parameter.shape
-            # A tall matrix makes more outputs than it has inputs: a larger step keeps their change as large.
+            # A tall matrix makes more outputs than it has inputs: a larger step changes each as much as a
+            # square matrix would.
             lr = group["lr"] * max(1.0, rows / columns) ** 0.5
             untransposed = direction if rows < columns else direction.T
             parameter.mul_(1 - decay)
@@ -189,7 +191,7 @@ class Muon(torch.optim.Optimizer):
         average: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(average, momentum)
         if self.dtype == torch.bfloat16 and is_dtensor(direction):
-            direction = direction.to(self.dtype)  # as orthogonalize does, but before it travels
+            direction = direction.to(self.dtype)  # to be gathered with half the traffic
         direction = full_tensor(direction)
         return direction if direction.shape[0] < direction.shape[1] else direction.T
 

@@ -66,9 +66,9 @@ def train(run: Run) -> StopReason:
 
 
 def decide(run: Run) -> Due:
-    """What is due now, the same on all processes: an evaluation; or a reason to stop; or a save.
+    """What is due now, the same on all processes: an evaluation; else a reason to stop; else a save.
 
-    All three need the results of the updates so far, which may also roll the run back.
+    If anything is due, first read the losses that are still on the device: they may change what is due.
     """
     due = all_reduce_decisions(run)
     if run.unread and any(due):
@@ -82,7 +82,7 @@ def decide(run: Run) -> Due:
 
 def launch_update(run: Run) -> None:
     """Do one update. An asynchronous device computes it while the result of the one before is read."""
-    if not run.unread:
+    if not run.unread:  # since the last lap there was an evaluation or a save, which is no training time
         run.clock.restart_lap()
     run.unread.append(train_step(run))
     read_results(run, in_flight=1 if run.kind.is_async else 0)
@@ -151,7 +151,7 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
     """The coming step's batch on the device, inputs and targets, (B, T) each. Seeds dropout for it."""
     progress, rank = run.progress, run.world.rank
-    own_dropout = [rank] if rank else []  # other masks on each process; the first draws as one alone does
+    own_dropout = [rank] if rank else []  # each process has masks of its own, process 0 those of a run on one
     seeds = np.random.SeedSequence([run.config.seed, progress.shuffle_id, progress.step, *own_dropout])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     starts = run.world.local_share(run.sampler(progress.step, progress.shuffle_id))  # (B,)
