@@ -239,10 +239,10 @@ class TrainConfig(Architecture):
         return tuple(dict.fromkeys(named))
 
 
-def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    """The GPTConfig of the model that `config` trains, for a vocabulary of `vocab_size`."""
-    names = {item.name for item in fields(GPTConfig)} - {"vocab_size"}
-    return GPTConfig(**{name: getattr(config, name) for name in names}, vocab_size=vocab_size)
+def model_config(config: Architecture, vocab_size: int) -> GPTConfig:
+    """The GPTConfig with the architecture of `config`, such as a TrainConfig, and this vocabulary."""
+    shape = {item.name: getattr(config, item.name) for item in fields(Architecture)}
+    return GPTConfig(**shape, vocab_size=vocab_size)
 
 
 def at_least(config: object, name: str, least: int) -> None:

@@ -4,7 +4,7 @@ Example: windows = evaluation_windows(data.val, block_size=256, batch_size=64)
          loss = evaluate(model, BatchLoader(data.val, device), windows, dtype=torch.float32)
 This file knows nothing of training: `model` may come from a checkpoint.
 
-# B micro-batch, T tokens of a window
+Shapes: B micro-batch, T tokens of a window
 """
 
 import math
@@ -87,9 +87,8 @@ def evaluate(
         return None
     sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
     tokens = sum(len(starts) * length for starts, length in windows)
-    return (
-        math.fsum(world.all_gather(sums)) / tokens
-    )  # fsum is exact: any number of processes gives the same result
+    # fsum is exact: any number of processes gives the same result.
+    return math.fsum(world.all_gather(sums)) / tokens
 
 
 def sample_text(model: GPT, dataset: Dataset, device: torch.device, dtype: torch.dtype, seed: int) -> str:

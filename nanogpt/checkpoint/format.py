@@ -278,7 +278,10 @@ def from_format_3(content: Mapping[str, Any]) -> dict[str, Any]:
         weights = content.get(key)
         if isinstance(weights, dict):
             items = cast(dict[object, Any], weights).items()
-            content[key] = {sharded.current_name(str(name)): weight for name, weight in items}
+            content[key] = {
+                sharded.current_name(name) if isinstance(name, str) else name: weight
+                for name, weight in items
+            }
     return content
 
 

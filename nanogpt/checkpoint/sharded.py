@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.errors import UserError, require
 from nanogpt.files import fsync, sha256
 
@@ -237,7 +238,7 @@ def empty_states(
     """
     states: list[dict[int, Any]] = []
     for number, optimizer in enumerate(optimizers):
-        parameters: list[Tensor] = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        parameters = [parameter.detach() for parameter in parameters_of(optimizer)]
         state: dict[int, Any] = {}
         for key, (shape, dtype) in tensors.items():
             if not key.startswith(f"optimizers.{number}."):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig, from_dict, model_config
+from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.errors import UserError, require
 from nanogpt.model.gpt import meta_model
 from nanogpt.settings import show_value
@@ -184,11 +185,6 @@ def check_states(optimizers: Sequence[torch.optim.Optimizer], states: Sequence[M
 def state_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """Names of the tensors that an optimizer keeps for a parameter: its own `state_names`, or AdamW's."""
     return getattr(optimizer, "state_names", ("step", "exp_avg", "exp_avg_sq"))
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters of an optimizer, in the order of the indices in its state."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def require_plain(value: Any, where: str = "checkpoint") -> None:

@@ -4,14 +4,12 @@ Run:    python model.py --n_layer 12 --n_embd 768
 Memory and operations are computed as for `nanogpt plan`, which also counts activations.
 """
 
-from dataclasses import fields
-
 import torch
 from rich.table import Table
 
 from nanogpt import presets
 from nanogpt.cli.config import ModelSummaryConfig
-from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.config import TrainConfig, model_config
 from nanogpt.console import MIB, say, terminal
 from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.training.memory_estimate import count_update
@@ -30,7 +28,7 @@ COMPONENTS = {
 
 def main(config: ModelSummaryConfig) -> int:
     """Print the summary of a configuration. Returns the exit code."""
-    shape = GPTConfig(**{field.name: getattr(config, field.name) for field in fields(GPTConfig)})
+    shape = model_config(config, config.vocab_size)
     training = presets.get(config.preset) if config.preset else TrainConfig()
     model = meta_model(shape)
     say(

@@ -81,7 +81,7 @@ def explain_out_of_memory() -> Generator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "out of memory: give --device cpu if this is a GPU, or end other programs that use its memory"

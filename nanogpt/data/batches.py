@@ -6,7 +6,7 @@ Example:
     loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
 data/dataset.py opens the folder. Knows nothing of the model.
 
-# B batch, T block_size, N tokens in the split, W windows in an epoch
+Shapes: B batch, T block_size, N tokens in the split, W windows in an epoch
 
 """
 

@@ -61,9 +61,14 @@ def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict({name: shard_like(tensor, current[name]) for name, tensor in state.items()})
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, in the order of the indices in its state."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> dict[int, Any]:
     """Shard the full state of an optimizer's parameters as the parameters are sharded."""
-    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     return {
         index: {name: shard_like(value, parameters[index]) for name, value in values.items()}
         for index, values in state.items()

@@ -131,14 +131,11 @@ def chunked_cross_entropy(
     positions are taken at a time: their logits, their loss and its gradient, then the next ones.
     head: (n, C) -> (n, V); soft_cap: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64.
     """
-    parameters = dict(head.named_parameters())
-    trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
-    # Cast once, not for each chunk, to autocast's dtype. ChunkedCrossEntropy casts the trained ones.
-    frozen = {name: parameters[name].to(matmul_dtype(x)) for name in parameters.keys() - trained.keys()}
+    trained = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
 
     def output(x: Tensor, *weights: Tensor) -> Tensor:
         """(n, C) -> (n, V), with these in place of the trained weights."""
-        return soft_cap(functional_call(head, frozen | dict(zip(trained, weights, strict=True)), (x,)))
+        return soft_cap(functional_call(head, dict(zip(trained, weights, strict=True)), (x,)))
 
     chunk = max(1, kind_of(x.device).logits_per_chunk // vocab_size)  # positions
     context = (output, chunk, torch.is_grad_enabled(), targets)
@@ -159,6 +156,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         """See chunked_cross_entropy. output: of x and weights; chunk: positions at a time."""
+        # Cast once, not for each chunk, to autocast's dtype.
         narrow = [w.detach().to(matmul_dtype(x)).requires_grad_(differentiate) for w in weights]
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if differentiate else x

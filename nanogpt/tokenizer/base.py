@@ -6,7 +6,7 @@ to_dict and registry.from_dict save and load a tokenizer, as plain types in voca
 
 Encoding is a table lookup, of bytes or of code points; no Python loop touches a character.
 
-# V vocab_size, N tokens
+Shapes: V vocab_size, N tokens
 
 """
 

@@ -5,7 +5,7 @@ Example:
 gigatoken learns and encodes. A tokenizer.json that needs anything else runs in Hugging Face's tokenizers, the
 library that defined the format. How BPE works is in reference_bpe.py.
 
-# V vocab_size, N tokens
+Shapes: V vocab_size, N tokens
 
 """
 

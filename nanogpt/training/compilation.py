@@ -79,7 +79,7 @@ def try_compile(run: Run, forward_backward: Callable[..., Tensor]) -> str | None
 
 
 def try_block(run: Run) -> None:
-    """Compile the block of a new model that has one and hardly a vocabulary; run it forward and backward."""
+    """Compile the block of a model with one layer and one token; run it forward and backward."""
     model = GPT(replace(run.model.config, n_layer=1, vocab_size=1, ngram_vocab=0)).to(run.device)
     model.blocks[0].compile(dynamic=False)
     idx = torch.zeros(1, run.config.block_size, dtype=torch.int64, device=run.device)

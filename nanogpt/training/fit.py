@@ -52,7 +52,8 @@ def main(config: TrainConfig) -> int:
 def fit(config: TrainConfig, keep_going: Callable[[int, float], bool | None] | None = None) -> Result:
     """Train as `config` says, from the start or (config.resume) from where the run stopped.
 
-    keep_going: called after each evaluation, with the step and the validation loss; False ends the run.
+    keep_going: called after each evaluation, with the step and the validation loss; False ends the run, None
+    does not.
     A resumed run takes all settings from `config`; to keep the old ones, pass RunFolder(path).saved_config().
     Raises: UserError for everything the user can mend.
     """

@@ -228,8 +228,8 @@ def cgroup_room() -> float:
             with suppress(OSError, ValueError):  # no such file here, or "max": no limit
                 most, used = (int((folder / file).read_text()) for file in (limit, usage))
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                idle = int(
+                file_cache = int(
                     stat.get("total_inactive_file") or stat["inactive_file"]
-                )  # file cache, which the kernel frees when needed
-                room = min(room, most - used + idle)
+                )  # freed when needed
+                room = min(room, most - used + file_cache)
     return room

@@ -14,6 +14,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import MIB, command, duration, say, warn
 from nanogpt.cores import usable_cores
 from nanogpt.device import name_of
+from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.training.plot import plot_losses
 from nanogpt.training.run import Run, StopReason
@@ -61,8 +62,7 @@ def constant_bytes(run: Run) -> float:
     state_bytes = sum(
         parameter.nbytes * len({*state_names(optimizer)} - {"step"})
         for optimizer in run.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        for parameter in parameters_of(optimizer)
     )
     total = weights * (3 if run.ema_model else 2) + state_bytes
     return total / (run.world.size if is_sharded(run.model) else 1)

@@ -107,7 +107,7 @@ def train_step(run: Run) -> UpdateResult:
 
     values = torch.stack((loss, norm))  # (2,)
     if not run.kind.is_async:
-        values = values.cpu()  # the one moment at which a step waits for its device, as MPS
+        values = values.cpu()  # the one moment at which a step waits for such a device
     step_optimizers(run.optimizers, skip=~values.isfinite().all(), is_async=run.kind.is_async)
     if run.scaler.is_enabled():
         run.scaler.update()  # unscale_ has seen whether the gradient overflowed: lower or raise the scale
@@ -141,9 +141,8 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
         with parallelize.sync_gradients(run.loss_fn, when=sync and number == count):
             with autocast(run.device, run.dtype):
                 loss = weight * run.loss_fn(x_micro, y_micro)
-            run.scaler.scale(
-                loss * run.world.size
-            ).backward()  # DDP and FSDP divide by the number of processes
+            # DDP and FSDP average the gradients over the processes: times their number, they add them up.
+            run.scaler.scale(loss * run.world.size).backward()
         loss_share += loss.detach()
     return loss_share
 
