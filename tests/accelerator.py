@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nanogpt import device as devices
-from nanogpt.device import DeviceKind
+from nanogpt.device_kind import DeviceKind
 
 aten = torch.ops.aten
 

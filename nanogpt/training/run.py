@@ -15,7 +15,8 @@ from torch import Tensor
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cores import CoreWatch
 from nanogpt.data.batches import BatchLoader, BatchSampler
-from nanogpt.device import DeviceKind, Event, kind_of
+from nanogpt.device import kind_of
+from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.model.gpt import GPT, flops_per_token
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.memory_estimate import Memory
