@@ -85,8 +85,8 @@ def test_it_trains_as_a_cpu_does(there, kind, settings):
     fit(there)
     fit(here)
     assert losses(there) == pytest.approx(losses(here), rel=1e-4)
-    for name, weight in last(here).weights.items():
-        torch.testing.assert_close(last(there).weights[name], weight, rtol=1e-2, atol=1e-4)
+    for name, weight in last(here).model.items():
+        torch.testing.assert_close(last(there).model[name], weight, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, MODERN, {"dropout": 0.2}], ids=["plain", "modern", "dropout"])
