@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 from nanogpt import __version__, streams
@@ -153,6 +152,8 @@ def set_environment() -> None:
 
 def torch_version() -> str:
     """The version of PyTorch, read without importing it; "" if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # it takes as long as all of this file
+
     with contextlib.suppress(PackageNotFoundError):
         return version("torch")
     return ""
