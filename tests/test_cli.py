@@ -1,5 +1,6 @@
 """The command line: every command of the description works as written; mistakes end in one line."""
 
+import gc
 import os
 import re
 import shlex
@@ -121,6 +122,42 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert re.match("nanogpt [0-9]" if arguments == ["--version"] else "usage:", done.stdout)
     imported = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
     assert not HEAVY & set(imported)
+
+
+def test_training_imports_nothing_that_it_does_not_use(config: TrainConfig) -> None:
+    """torch._dynamo compiles, torch.distributed.checkpoint saves shards: each takes a second to import."""
+    arguments = [
+        f"--{name}={value}" for name, value in (("data_dir", config.data_dir), ("out_dir", config.out_dir))
+    ]
+    code = "import nanogpt.cli.main as m, sys; m.run_command('train', sys.argv[1:], ''); print(*sys.modules)"
+    command = [sys.executable, "-c", code, *arguments, *SMALL, "--optimizer=muon", "--compile=off"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unused = {
+        "torch._dynamo",
+        "sympy",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "tensorboard",
+    }
+    unused |= {
+        "requests",
+        "tokenizers",
+        "gigatoken",
+        "pyarrow",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+    }
+    assert "Finished: 4 steps" in done.stdout
+    assert not unused & set(done.stdout.splitlines()[-1].split())
+
+
+def test_what_was_imported_is_hidden_from_the_garbage_collector(monkeypatch) -> None:
+    before = gc.get_freeze_count()
+    with cli.uncollected_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before
+    gc.unfreeze()
 
 
 def test_usage_lists_the_commands(capsys, monkeypatch) -> None:
