@@ -20,6 +20,7 @@ from nanogpt.cli import main as cli
 from nanogpt.cli.parse import parse as parse_arguments
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
 from nanogpt.text import tiny_shakespeare
@@ -122,6 +123,15 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert re.match("nanogpt [0-9]" if arguments == ["--version"] else "usage:", done.stdout)
     imported = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
     assert not HEAVY & set(imported)
+
+
+@pytest.mark.parametrize("more", [[], ["--tokenizer=byte", "--shard_tokens=700"]])
+def test_a_text_is_prepared_without_pytorch(project: Path, more: list[str]) -> None:
+    code = "import nanogpt.cli.main as m, sys; m.run_command('data', sys.argv[1:], ''); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "--input_file=my_corpus.txt", "--data_dir=folder", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not {"torch", "requests", "pyarrow"} & set(done.stdout.splitlines()[-1].split())
+    assert load_dataset(project / "folder", verify_bytes=None).sealed
 
 
 def test_training_imports_nothing_that_it_does_not_use(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 HOUSE = (
     {"errors", "console", "streams", "settings"},
-    {"files", "locking", "config", "cores"},
+    {"files", "locking", "config", "cores", "pt_files"},
     {"device", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer"},
     {"data", "checkpoint", "inference"},
@@ -32,6 +32,7 @@ NO_TORCH = (
     "locking",
     "config",
     "cores",
+    "pt_files",
     "presets",
     "text",
 )
