@@ -333,7 +333,7 @@ class NgramEmbedding(nn.Module):
 
 def meta_model(config: GPTConfig) -> GPT:
     """A GPT whose tensors have shapes but take no memory (PyTorch's meta device)."""
-    with torch.device("meta"):
+    with torch.device("meta"), kernels.SkipInitialization():
         return GPT(config)
 
 
