@@ -28,6 +28,7 @@ from nanogpt.inference.config import SampleConfig
 from nanogpt.model.kernels import chunked_cross_entropy
 from nanogpt.training import trainer
 from nanogpt.training.fit import fit
+from nanogpt.training.optimizer_base import UncompiledOptimizer
 from nanogpt.training.results import read_result
 from nanogpt.training.run import Run
 from nanogpt.training.setup import set_up
@@ -243,7 +244,7 @@ def test_it_finds_what_a_resume_left_on_the_cpu(there, cuda, monkeypatch, optimi
         for number, values in state["state"].items():
             self.state[parameters[number]] = dict(values)
 
-    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", left_behind)
+    monkeypatch.setattr(UncompiledOptimizer, "load_state_dict", left_behind)
     with pytest.raises(RuntimeError, match="two devices"):
         fit(replace(there, resume=True))
 
