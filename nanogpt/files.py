@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -68,6 +69,25 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a second name of the file `source` (a hard link), atomically, or a copy of it.
+
+    Some file systems have no hard links: FAT, some network shares, Android. When atomic_write replaces one of
+    the two, the other keeps its content; a program that writes into the file changes both.
+    Raises: UserError as atomic_write does.
+    """
+    temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.hardlink_to(source)
+        rename(temporary, target)
+        temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
+        fsync_folder(target.parent)
+    except (OSError, NotImplementedError):
+        with atomic_write(target) as file, open(source, "rb") as original:
+            shutil.copyfileobj(original, file, 1 << 20)
 
 
 def rename(source: Path, target: Path) -> None:
