@@ -91,7 +91,8 @@ def measure(options: argparse.Namespace) -> None:
                     found.setdefault("now, best, twice", []).append(save(run, best=True, twice=True))
         run.checkpointer.close()
         run.metrics.close()
-        size = sum(path.stat().st_size for path in Path(options.out_dir).rglob("last.pt"))
+        files = [run.folder.last, *run.folder.shards.rglob("*")]
+        size = sum(path.stat().st_size for path in files if path.is_file())
         if world.is_first:
             print(
                 json.dumps({"mib": size / 2**20, "ways": {way: medians(rows) for way, rows in found.items()}})
