@@ -82,12 +82,16 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         temporary.unlink(missing_ok=True)
         temporary.hardlink_to(source)
-        rename(temporary, target)
-        temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
-        fsync_folder(target.parent)
     except (OSError, NotImplementedError):
         with atomic_write(target) as file, open(source, "rb") as original:
             shutil.copyfileobj(original, file, 1 << 20)
+        return
+    try:
+        rename(temporary, target)
+        temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
 
 
 def rename(source: Path, target: Path) -> None:

@@ -229,6 +229,8 @@ def test_a_training_whose_folder_another_has_taken_writes_nothing_there(config: 
 
     def take(step: int, loss: float) -> bool:
         if not taken:
+            while load_checkpoint(out / "last.pt").progress["step"] < step:  # it is written meanwhile
+                time.sleep(0.01)
             shutil.rmtree(out)
             taken.append(lock(out, "busy"))
             taken[0].__enter__()

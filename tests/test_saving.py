@@ -234,6 +234,24 @@ def test_a_link_that_a_killed_process_left_is_not_written_through(run: Run) -> N
     assert run.folder.best.read_bytes() == before
 
 
+def test_a_link_to_a_file_that_is_one_already_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(b"content")
+    for _ in range(2):
+        files.link_or_copy(tmp_path / "one", tmp_path / "other")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other"]
+        assert inode(tmp_path / "one") == inode(tmp_path / "other")
+
+
+def test_a_name_that_cannot_be_replaced_is_said(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "one").write_bytes(b"content")
+    monkeypatch.setattr(files, "rename", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*other: Permission denied"):
+        files.link_or_copy(tmp_path / "one", tmp_path / "other")
+
+
 def test_a_copy_that_finds_no_room_leaves_the_old_file(run: Run, monkeypatch, capsys) -> None:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
