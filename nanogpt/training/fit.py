@@ -82,6 +82,7 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool | None] | N
                 start(run)
                 reason = train(run)
         finally:
+            run.checkpointer.close()
             run.metrics.close()
         if world.is_first:
             print_summary(run, reason)
@@ -96,7 +97,7 @@ def start(run: Run) -> None:
     if pick_compile(run.config.compile, run.device, flops):
         compile_model(run, forward_backward)
     if not run.config.resume:
-        run.checkpointer.save(run, run.folder.last)
+        run.checkpointer.save(run)
 
 
 def result_of(run: Run, reason: StopReason) -> Result:
