@@ -6,7 +6,7 @@ The settings of other commands are in their packages (data/config.py, inference/
 This file knows nothing of torch, of files, or of how flags are parsed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +23,7 @@ Positions = Literal["learned", "rope"]
 MLPKind = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 NgramPairs = Literal["exact", "hashed"]
 OptimizerName = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "trapezoid"]
+Schedule = Literal["cosine", "trapezoid", "constant"]
 SINK_NAMES = ("jsonl", "tensorboard", "wandb")
 """Names of the metric sinks, as `--log_to` takes them (the table SINKS in training/sinks.py)."""
 
@@ -137,6 +137,11 @@ class TrainConfig(Architecture):
     overwrite: bool = False
     """Delete the earlier run in out_dir instead of keeping it in out_dir/previous."""
 
+    minutes: float | None = None
+    """Choose the model and its training so that all is done in this time on this machine."""
+    fixed: tuple[str, ...] = ()
+    """Settings that --minutes leaves as they are; those of the given flags are among them."""
+
     batch_size: int = 64
     """Sequences in one update, over all micro-batches and processes."""
     gradient_accumulation_steps: int = 1
@@ -158,13 +163,15 @@ class TrainConfig(Architecture):
     muon_lr: float = 0.02
     """Maximum learning rate of Muon."""
     schedule: Schedule = "cosine"
-    """Learning rate after the warm-up: cosine decay, or trapezoid (constant, then linear decay)."""
+    """Learning rate after the warm-up: cosine, trapezoid (constant, then linear decay) or constant."""
     warmup_iters: int = 100
     """Updates of linear warm-up; the first has 1/warmup_iters of the maximum learning rate."""
     cooldown: float = 0.4
     """Fraction of the updates in which the learning rate of a trapezoid decays."""
     min_lr: float = 0.1
     """Minimum learning rate, at the end, as a fraction of the maximum."""
+    decays: tuple[str, ...] = ()
+    """Linear decays of a constant learning rate, START:END in updates; each replaces the rest of the last."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; biases and norms have none."""
     beta1: float = 0.9
@@ -227,6 +234,11 @@ class TrainConfig(Architecture):
         for name in self.log_to:
             require(name in SINK_NAMES, f"--log_to {name} is unknown: use {', '.join(SINK_NAMES)}")
         require(0 <= self.min_lr <= 1, f"--min_lr {self.min_lr} is outside [0, 1]: try 0.1")
+        require(self.minutes is None or self.minutes > 0, f"--minutes {self.minutes} is not positive: try 5")
+        names = {item.name for item in fields(self)}
+        for name in self.fixed:
+            require(name in names, f"--fixed {name} is no setting: give names as n_layer")
+        decay_spans(self.decays)
         for name, usual in (("beta1", 0.9), ("beta2", 0.99), ("ema_decay", 0.99)):
             value = getattr(self, name)
             require(0 <= value < 1, f"--{name} {value} is outside [0, 1): try {usual}")
@@ -246,6 +258,18 @@ def model_config(config: Architecture, vocab_size: int) -> GPTConfig:
     """The GPTConfig with the architecture of `config`, such as a TrainConfig, and this vocabulary."""
     shape = {item.name: getattr(config, item.name) for item in fields(Architecture)}
     return GPTConfig(**shape, vocab_size=vocab_size)
+
+
+def decay_spans(decays: Sequence[str]) -> list[tuple[int, int]]:
+    """The first and the last step of each decay of the learning rate. Raises: UserError if one is none."""
+    spans: list[tuple[int, int]] = []
+    for text in decays:
+        start, _, end = text.partition(":")
+        valid = start.isdecimal() and end.isdecimal() and int(start) < int(end)
+        require(valid, f"--decays {text} is no decay: give its first and last update, as 300:1000")
+        spans.append((int(start), int(end)))
+    require(spans == sorted(spans), f"--decays {' '.join(decays)} are not in the order of their beginnings")
+    return spans
 
 
 def at_least(config: object, name: str, least: int) -> None:

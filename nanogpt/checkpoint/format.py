@@ -59,6 +59,8 @@ class Progress:
     """Number of roll-backs since the run last passed `furthest_bad_step`."""
     furthest_bad_step: int = -1
     """Latest step at which a roll-back became necessary; -1 if none did."""
+    used_s: float = 0.0
+    """Seconds of --minutes that are used up."""
 
 
 @dataclass(frozen=True)

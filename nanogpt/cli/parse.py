@@ -52,7 +52,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
+            config = tyro.cli(
                 cls,
                 args=arguments,
                 prog=prog,
@@ -65,6 +65,16 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
         if stop.code != TYRO_ERROR_CODE:  # --help, or a signal
             raise
         raise UserError(f"{error_in_one_line(printed.getvalue())}; see {prog} --help") from None
+    if isinstance(config, TrainConfig) and config.minutes and not config.resume:
+        names = {field.name for field in fields(cls)}
+        return replace(config, fixed=(*config.fixed, *sorted(given_flags(arguments) & names)))
+    return config
+
+
+def given_flags(arguments: Sequence[str]) -> set[str]:
+    """Names of the flags among the arguments, with underscores and without the "no" that switches one off."""
+    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
+    return given | {name.removeprefix("no_") for name in given}
 
 
 class Texts(tuple[str, ...]):
@@ -177,7 +187,7 @@ def expand_lists(arguments: Sequence[str]) -> list[str]:
 
 def replace_lists(default: Any, arguments: Sequence[str]) -> Any:
     """Empty the default of each given list flag: its values replace the default, which tyro would extend."""
-    given = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
+    given = given_flags(arguments)
     lists = [
         field.name
         for field in fields(default)

@@ -5,6 +5,7 @@ Example: due = all_reduce_decisions(run)
 
 from typing import NamedTuple
 
+from nanogpt.training.deadline import keep_to_time
 from nanogpt.training.run import Run, StopReason
 
 
@@ -23,6 +24,7 @@ def all_reduce_decisions(run: Run) -> Due:
     A save that all processes have written is completed on the way, since only here do all know it. Before an
     evaluation it is waited for: the loss to compare with is that of the ckpt.pt that could be saved.
     """
+    keep_to_time(run)
     reason = stop_reason(run)
     save = run.stop.save_asked or run.checkpointer.is_due(run.config.save_seconds)
     highest, save, writing = run.world.max_over_ranks(reason or 0, save, run.checkpointer.is_writing)

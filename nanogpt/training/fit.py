@@ -7,20 +7,25 @@ trainer.py.
 """
 
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nanogpt.checkpoint.run_dir import RunFolder
-from nanogpt.config import TrainConfig
+from nanogpt.config import TrainConfig, from_dict, to_dict
 from nanogpt.data.dataset import load_dataset
-from nanogpt.distributed.world import distributed_world, hard_exit
+from nanogpt.device import pick_device
+from nanogpt.distributed.world import World, distributed_world, hard_exit, local_device
 from nanogpt.errors import UserError, require
+from nanogpt.training.autosize import Text, choose_settings
 from nanogpt.training.compilation import compile_model, pick_compile
+from nanogpt.training.deadline import process_began
 from nanogpt.training.out_of_memory import explain_out_of_memory, fit_to_memory
 from nanogpt.training.report import print_plan, print_summary
-from nanogpt.training.run import Run, StopReason
+from nanogpt.training.run import Deadline, Run, StopReason
 from nanogpt.training.setup import set_up
 from nanogpt.training.stopping import StopRequest
 from nanogpt.training.trainer import forward_backward, train
@@ -44,19 +49,24 @@ class Result:
 
 def main(config: TrainConfig) -> int:
     """Train. Returns the exit code; one of several processes exits here instead."""
-    result = fit(config)
+    result = fit(config, began=process_began())
     hard_exit(result.exit_code)
     return result.exit_code
 
 
-def fit(config: TrainConfig, keep_going: Callable[[int, float], bool | None] | None = None) -> Result:
+def fit(
+    config: TrainConfig,
+    keep_going: Callable[[int, float], bool | None] | None = None,
+    began: float | None = None,
+) -> Result:
     """Train as `config` says, from the start or (config.resume) from where the run stopped.
 
     keep_going: called after each evaluation, with the step and the validation loss; False ends the run, None
-    does not.
+    does not. began: value of time.perf_counter() from which on config.minutes counts; None: now.
     A resumed run takes all settings from `config`; to keep the old ones, pass RunFolder(path).saved_config().
     Raises: UserError for everything the user can mend.
     """
+    began = time.perf_counter() if began is None else began
     folder = RunFolder(Path(config.out_dir))
     if not config.resume:
         load_dataset(Path(config.data_dir))  # checked before a folder is made for a run that cannot begin
@@ -75,7 +85,11 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool | None] | N
         if world.broadcast_bool(lambda: folder.is_restart_of(config, world.job, restarted=world.restarted)):
             config = replace(config, resume=True, overwrite=False)
         with explain_out_of_memory(config, world):
+            if config.minutes and not config.resume:
+                config = settings_for_minutes(config, world)
             run = set_up(config, folder, world)
+        if config.minutes:
+            run.deadline = Deadline(began - run.progress.used_s)
         run.stop, run.callback = stop, keep_going
         try:
             with explain_out_of_memory(config, world, run):
@@ -87,6 +101,16 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool | None] | N
         if world.is_first:
             print_summary(run, reason)
     return result_of(run, reason)
+
+
+def settings_for_minutes(config: TrainConfig, world: World) -> TrainConfig:
+    """Choose the settings that --minutes leaves open: the first process measures, all take what it chose."""
+    chosen: list[dict[str, Any]] = []
+    if world.is_first:
+        text = Text.of(load_dataset(Path(config.data_dir), verify_bytes=0))
+        device = pick_device(local_device(config.device, world))
+        chosen = [to_dict(choose_settings(config, text, device, world.size))]
+    return from_dict(TrainConfig, world.all_gather(chosen)[0])
 
 
 def start(run: Run) -> None:

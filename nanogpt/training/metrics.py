@@ -103,6 +103,12 @@ class ConsoleSink:
         self.bar.start()
         self.bar.update(self.task, completed=step)
 
+    def set_total(self, max_iters: int) -> None:
+        """Change the step at which the training ends."""
+        if max_iters != self.max_iters:
+            self.max_iters = max_iters
+            self.bar.update(self.task, total=max_iters)
+
     @contextmanager
     def evaluating(self, batches: int) -> Generator[Callable[[], None]]:
         """Show a second bar while a split is evaluated. Yields a function to call after each batch."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt.config import TrainConfig
+from nanogpt.config import TrainConfig, decay_spans
 from nanogpt.console import ceil_div
 from nanogpt.distributed.dtensor import full_tensor, is_dtensor, shard_like
 from nanogpt.training.optimizer_base import AdamW, UncompiledOptimizer
@@ -240,20 +240,34 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tens
 def lr_multiplier(step: int, config: TrainConfig) -> float:
     """The learning rate of update `step`, counted from 0, as a fraction of the highest rate.
 
-    Linear warm-up from 1 / warmup_iters, then a cosine (Loshchilov & Hutter, 2017) or a trapezoid (constant,
-    then linear) that reaches config.min_lr, a fraction too, at config.max_iters.
+    Linear warm-up from 1 / warmup_iters, then a cosine (Loshchilov & Hutter, 2017), a trapezoid (constant,
+    then linear) or a constant with config.decays, to config.min_lr, a fraction too, at config.max_iters.
     """
     if step < config.warmup_iters:
         return (step + 1) / config.warmup_iters
     if step >= config.max_iters:
         return config.min_lr
-    if config.schedule == "cosine":
+    if config.schedule == "constant":
+        height = decayed(step, decay_spans(config.decays))
+    elif config.schedule == "cosine":
         progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)  # 0 -> 1
         height = 0.5 * (1 + math.cos(math.pi * progress))  # 1 -> 0
     else:
         cooldown_iters = max(1.0, config.cooldown * config.max_iters)
         height = min(1.0, (config.max_iters - step) / cooldown_iters)  # 1, then 1 -> 0
     return config.min_lr + (1 - config.min_lr) * height
+
+
+def decayed(step: int, spans: Sequence[tuple[int, int]]) -> float:
+    """The height of a constant rate of 1 in linear decays to 0, each of which replaces the rest of the last.
+
+    spans: first and last step of each (see --decays).
+    """
+    spans = [span for span in spans if span[0] <= step]
+    if not spans:
+        return 1.0
+    start, end = spans[-1]
+    return decayed(start, spans[:-1]) * max(0, end - step) / (end - start)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -12,11 +12,13 @@ from enum import IntEnum
 
 from torch import Tensor
 
+from nanogpt.checkpoint.format import Progress
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cores import CoreWatch
 from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.device import kind_of
 from nanogpt.device_kind import DeviceKind, Event
+from nanogpt.distributed.world import World
 from nanogpt.model.gpt import GPT, flops_per_token
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.memory_estimate import Memory
@@ -93,6 +95,43 @@ class Clock:
         return time.perf_counter() - self.started
 
 
+RECENT_UPDATES = 30
+"""Updates whose median time predicts that of the next ones."""
+
+
+@dataclass
+class Deadline:
+    """The clock of a training with --minutes. It counts everything, from the start of the process on."""
+
+    began: float
+    """time.perf_counter() then, or a moment before it by what earlier processes of the run used."""
+    last_s: float = 0.0
+    """Seconds used up to the last call of `read_lap`."""
+    at: tuple[int, int] = (-1, -1)
+    """Step, and step of the last evaluation, at that call."""
+    update_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=RECENT_UPDATES))
+    evaluation_s: float = 0.0
+    """Seconds of the last evaluation."""
+    decided_at: int = 0
+    """Step at which the end was decided last."""
+
+    def read_lap(self, world: World, progress: Progress) -> bool:
+        """Take the time since the last call: of an update or of an evaluation. Whether it was an update's.
+
+        All processes take the time of the slowest.
+        """
+        now_s = world.max_over_ranks(round(1000 * (time.perf_counter() - self.began)))[0] / 1000
+        lap_s, (step, evaluated_at) = now_s - self.last_s, self.at
+        self.last_s, self.at = now_s, (progress.step, progress.evaluated_at)
+        if progress.evaluated_at != evaluated_at:
+            self.evaluation_s = lap_s if step >= 0 else 0.0
+            return False
+        if progress.step != step + 1:  # the first call, or nothing has happened
+            return False
+        self.update_s.append(lap_s)
+        return True
+
+
 @dataclass(frozen=True)
 class UpdateResult:
     """The numbers of an update, which the device may still be computing."""
@@ -135,6 +174,8 @@ class Run(TrainState):
     clock: Clock = field(default_factory=Clock)
     core_watch: CoreWatch = field(default_factory=CoreWatch)
     eta_printed: bool = False
+    deadline: Deadline | None = None
+    """The clock of --minutes."""
     stop: StopRequest = field(default_factory=StopRequest)
     callback: Callable[[int, float], bool | None] | None = None
     """Asked after each evaluation, with the step and the validation loss, whether to go on."""

@@ -1,0 +1,234 @@
+"""Autosize: choose the model and its training for the time there is (--minutes).
+
+Example: config = choose_settings(TrainConfig(minutes=5), dataset, device)
+The rule is fitted to trainings of seconds to half an hour (bench/minutes.py, bench/RESULTS.md):
+
+    tokens = TOKENS * (FLOPs / FLOPS) ** GROWTH
+
+is the number of training tokens for which a training of so many operations is best; what is left of the
+operations goes into a larger model (as Chinchilla has it, Hoffmann et al., 2022). Shapes are measured on this
+device from the smallest on, until one is too slow to see so many tokens. The other numbers follow from the
+tokens: context, batch, rates, evaluations; and from how often they repeat the text: dropout, decay, EMA.
+A setting that differs from its default, or is named in config.fixed, stays as it is.
+"""
+
+import math
+import time
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from nanogpt.config import TrainConfig, model_config
+from nanogpt.console import plural, say
+from nanogpt.data.dataset import Dataset
+from nanogpt.device import autocast, kind_of
+from nanogpt.model.gpt import GPT, flops_per_token, meta_model
+from nanogpt.precision import pick_dtype, pick_muon_dtype
+from nanogpt.presets import with_modern_blocks
+from nanogpt.training import memory_estimate
+from nanogpt.training.optimizer import build_optimizers
+from nanogpt.training.sparse import clip_grad_norm, use_sparse_gradients
+
+SHAPES = (
+    (1, 128), (2, 128), (2, 192), (3, 192), (4, 192), (4, 256), (5, 256), (6, 320), (6, 384), (8, 448),
+    (8, 512), (10, 640), (12, 768), (16, 1024), (24, 1024), (24, 1536), (32, 2048),
+)  # fmt: skip
+"""Layers and widths, smallest first."""
+
+TOKENS, FLOPS, GROWTH = 1.0e6, 1.2e13, 0.52
+"""The rule above: a training of 1.2e13 operations is best with a million tokens."""
+
+OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
+"""Time that is not training: start, measuring, evaluations, the end."""
+
+MEASURING_SHARE, MEASURED_UPDATES = 0.04, 3
+"""Share of the time in which shapes are measured at most, and updates measured of each, after a first."""
+
+CONTEXTS, MAX_CONTEXT = ((3e5, 64), (2.5e6, 128), (3e7, 256), (3e8, 512)), 1024
+"""Context for trainings of fewer than so many tokens, and of more."""
+
+TOKENS_PER_BATCH_TOKEN, MIN_BATCH, MAX_BATCH = 1500, 2048, 2**19
+"""Updates for which a training's batch is made, and the limits of its tokens."""
+
+MEMORY_SHARE, BYTES_PER_PARAMETER = 0.5, 16
+"""Share of the free memory that weights, gradients and optimizer state may take, in float32."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the rule asks about a data set."""
+
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Text":
+        """The sizes of a prepared data set."""
+        return cls(len(dataset.train), len(dataset.val), dataset.tokenizer.vocab_size)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings, and what they were chosen by."""
+
+    config: TrainConfig
+    seconds_per_token: float
+    """Measured: an update over the tokens of its batch."""
+    tokens: float
+    """Tokens of the whole training."""
+    vocab_size: int
+
+    @property
+    def is_affordable(self) -> bool:
+        """Whether it sees as many tokens as the rule asks for its operations."""
+        return self.tokens >= TOKENS * (self.flops / FLOPS) ** GROWTH
+
+    @property
+    def flops(self) -> float:
+        """Operations of the whole training."""
+        return self.tokens * flops_per_token(meta_model(model_config(self.config, self.vocab_size)))
+
+
+def choose_settings(config: TrainConfig, text: Text, device: torch.device, processes: int = 1) -> TrainConfig:
+    """Choose what config.minutes leaves open, and say why in three lines.
+
+    processes: number of devices that share a batch.
+    """
+    assert config.minutes is not None
+    began, seconds = time.perf_counter(), 60 * config.minutes
+    training_s = max(seconds / 3, seconds * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
+    devices = 1 if kind_of(device).shares_memory else processes
+    room = MEMORY_SHARE * memory_estimate.free(device) / BYTES_PER_PARAMETER  # parameters
+    choice: Choice | None = None
+    for layers, width in SHAPES:
+        candidate = with_settings(config, layers, width, choice.tokens if choice else 0.0, text)
+        if choice and meta_model(model_config(candidate, text.vocab_size)).num_parameters() > room:
+            break
+        cost = seconds_per_token(candidate, text.vocab_size, device) / devices
+        larger = Choice(candidate, cost, training_s / cost, text.vocab_size)
+        if choice and not larger.is_affordable:
+            break
+        choice = larger
+        if time.perf_counter() - began > MEASURING_SHARE * seconds:
+            break
+    assert choice is not None
+    config = with_settings(config, choice.config.n_layer, choice.config.n_embd, choice.tokens, text)
+    config = with_evaluations(config, choice, text)
+    explain(config, choice, text)
+    return config
+
+
+def fixed_settings(config: TrainConfig) -> frozenset[str]:
+    """Names of the settings that are not chosen: those in config.fixed, and what differs from its default."""
+    return changed_settings(config) | frozenset(config.fixed)
+
+
+def changed_settings(config: TrainConfig) -> frozenset[str]:
+    """Names of the settings that differ from their default."""
+    usual = TrainConfig()
+    return frozenset(
+        item.name for item in fields(usual) if getattr(config, item.name) != getattr(usual, item.name)
+    )
+
+
+def with_settings(config: TrainConfig, layers: int, width: int, tokens: float, text: Text) -> TrainConfig:
+    """The configuration of a training of so many tokens with a model of this shape."""
+    fixed = fixed_settings(config)
+    modern = with_modern_blocks(TrainConfig())
+    repeats = tokens / text.train_tokens
+    context = next((length for most, length in CONTEXTS if tokens < most), MAX_CONTEXT)
+    context = min(context, max(2, text.train_tokens // 2 - 1), max(2, text.val_tokens - 1))
+    context = config.block_size if "block_size" in fixed else context
+    batch_tokens = 2 ** round(math.log2(min(max(tokens / TOKENS_PER_BATCH_TOKEN, MIN_BATCH), MAX_BATCH)))
+    updates = max(1.0, tokens / batch_tokens)
+    early = min(1.0, max(0.0, math.log(300 / updates) / math.log(5)))  # 1 up to 60 updates, 0 from 300 on
+    chosen = {name: getattr(modern, name) for name in changed_settings(modern)} | {
+        "n_layer": layers,
+        **heads_and_width(config, width, fixed),
+        "mlp_width": 2 * width if layers == 1 else None,
+        "block_size": context,
+        "batch_size": max(1, batch_tokens // context),
+        "max_iters": max(1, int(updates)),
+        "ngram_vocab": 32_768 if tokens < 5e6 else 65_536,
+        "dropout": 0.0 if repeats < 2 else 0.1 if repeats < 5 else 0.2,
+        "weight_decay": 0.0 if repeats < 2 else 0.1,
+        "ema_decay": 0.0 if updates < 1000 else 0.99,
+        "schedule": "constant",
+        "cooldown": 0.7 + 0.2 * early,
+        "warmup_iters": int(updates / 100) if updates > 2000 else 0,
+        "learning_rate": 0.03 * (5 / 3) ** early * min(1.0, math.sqrt(256 / width)),
+        "beta1": 0.6 - 0.1 * early,
+        "beta2": 0.95 - 0.05 * early,
+    }
+    return replace(config, **{name: value for name, value in chosen.items() if name not in fixed})
+
+
+def heads_and_width(config: TrainConfig, width: int, fixed: frozenset[str]) -> dict[str, int]:
+    """Heads that divide the width, which may be the user's; or a width for the user's heads."""
+    if "n_head" in fixed:
+        return {"n_embd": max(2, 2 * round(width / config.n_head / 2)) * config.n_head}
+    width = config.n_embd if "n_embd" in fixed else width
+    heads = next(
+        heads for heads in range(max(4, width // 64), 0, -1) if width % (2 * heads) == 0 or heads == 1
+    )
+    return {"n_embd": width, "n_head": heads}
+
+
+def with_evaluations(config: TrainConfig, choice: Choice, text: Text) -> TrainConfig:
+    """Add how often to evaluate, and on how much: 2 to 8 times, each in a fiftieth of the time at most."""
+    assert config.minutes is not None
+    minutes = config.minutes
+    evaluations = 2 if minutes < 1 else 4 if minutes < 5 else 8
+    affordable = 60 * minutes / 50 / (choice.seconds_per_token / 3)  # tokens: a forward pass is a third
+    chosen: dict[str, Any] = {"eval_interval": max(1, config.max_iters // evaluations)}
+    if affordable < text.val_tokens:
+        chosen["eval_iters"] = max(1, int(affordable / (config.batch_size * config.block_size)))
+    fixed = fixed_settings(config)
+    return replace(config, **{name: value for name, value in chosen.items() if name not in fixed})
+
+
+def seconds_per_token(config: TrainConfig, vocab_size: int, device: torch.device) -> float:
+    """Measure updates of a training: their shortest time, over the tokens of a batch."""
+    kind = kind_of(device)
+    dtype = pick_dtype(config.dtype, device, config.n_embd).dtype
+    kind.set_up(device, dtype)
+    model = GPT(model_config(config, vocab_size)).to(device)
+    if kind.sparse_gradients:
+        use_sparse_gradients(model)
+    optimizers = build_optimizers(model, config, pick_muon_dtype(config.dtype, device).dtype)
+    x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=device)
+    times: list[float] = []
+    for _ in range(1 + MEASURED_UPDATES):
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            loss = model.loss(x, y)
+        loss.backward()
+        clip_grad_norm(model, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        kind.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) / x.numel()  # the first one is a warm-up
+
+
+def explain(config: TrainConfig, choice: Choice, text: Text) -> None:
+    """Say in three lines what was chosen, and why."""
+    batch = config.batch_size * config.block_size
+    tokens, repeats = config.max_iters * batch, choice.tokens / text.train_tokens
+    seen = f"{repeats:.1f} times the text" if repeats >= 1 else f"{repeats:.0%} of the text"
+    say(
+        f"For {config.minutes:g} min: {plural(config.n_layer, 'layer')} of {config.n_embd}, "
+        f"context {config.block_size}, about {config.max_iters:,} updates of {batch:,} tokens"
+    )
+    say(
+        f"Why: this device trains {1 / choice.seconds_per_token:,.0f} tokens/s of that shape, {tokens:,} in "
+        "the time; a larger model would see too few, a smaller one would not need so many"
+    )
+    say(
+        f"That is {seen}: dropout {config.dropout:g}, weight decay {config.weight_decay:g}, "
+        f"{'an average of the weights' if config.ema_decay else 'no average of the weights'}; "
+        f"n-gram tables of {config.ngram_vocab:,} rows for {text.vocab_size:,} different tokens"
+    )
