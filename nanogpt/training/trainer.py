@@ -98,7 +98,7 @@ def train_step(run: Run) -> UpdateResult:
     config, step = run.config, run.progress.step
     set_learning_rate(run.optimizers, lr_multiplier(step, config))
 
-    loss_share = compute_gradient(run)  # forward and backward
+    loss_share = halve_on_out_of_memory(run, forward_backward)  # fills the gradients
     loss = run.world.all_reduce_sum(loss_share)  # the mean over the batch
 
     for optimizer in run.optimizers:
@@ -117,11 +117,6 @@ def train_step(run: Run) -> UpdateResult:
     parallelize.zero_grad(run.model, run.loss_fn)
     run.progress.step += 1
     return UpdateResult.of(run.progress.step, learning_rate(step, config), values)
-
-
-def compute_gradient(run: Run) -> Tensor:
-    """Fill the gradients, as forward_backward; if memory runs out, again in smaller micro-batches."""
-    return halve_on_out_of_memory(run, forward_backward)
 
 
 def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
