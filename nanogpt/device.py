@@ -58,6 +58,8 @@ class DeviceKind(ABC):
     """Whether drawing random numbers costs more than the products that dropout masks."""
     logits_per_chunk = 2**25
     """Logits of a large vocabulary held at a time: enough to keep its matrix products busy."""
+    vocab_multiple = 1
+    """Logits come in multiples of it: other numbers keep matrix products off their fast kernels."""
     trains_float16 = True
     """Whether training in float16, with gradient scaling, works."""
     distributed_backend = "gloo"
@@ -144,6 +146,7 @@ class CUDA(DeviceKind):
     uses_pinned_memory = True
     compiles_by_default = sys.platform == "linux"
     logits_per_chunk = 2**27
+    vocab_multiple = 128
     distributed_backend = "nccl"
 
     def __init__(self) -> None:
