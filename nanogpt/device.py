@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt.console import GIB, plural
 from nanogpt.errors import UserError, require
+from nanogpt.graphs import CudaGraphs, Graphs
 
 WINDOWS_MEMORY_FRACTION = 0.95
 """Fraction of a GPU's memory for PyTorch on Windows, whose driver spills the rest to main memory."""
@@ -62,6 +63,8 @@ class DeviceKind(ABC):
     """Logits come in multiples of it: other numbers keep matrix products off their fast kernels."""
     trains_float16 = True
     """Whether training in float16, with gradient scaling, works."""
+    graphs: Graphs | None = None
+    """How an update is captured, to be replayed as one launch; None: it cannot be."""
     distributed_backend = "gloo"
     """The torch.distributed backend for its processes."""
 
@@ -147,6 +150,7 @@ class CUDA(DeviceKind):
     compiles_by_default = sys.platform == "linux"
     logits_per_chunk = 2**27
     vocab_multiple = 128
+    graphs = CudaGraphs() if torch.version.hip is None else None
     distributed_backend = "nccl"
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 HOUSE = (
     {"errors", "console", "streams", "settings"},
-    {"files", "locking", "config", "cores"},
+    {"files", "locking", "config", "cores", "graphs"},
     {"device", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer"},
     {"data", "checkpoint", "inference"},

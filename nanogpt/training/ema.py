@@ -3,19 +3,15 @@
 Example: update_ema(average, model, ema_decay(step, config))
 """
 
-from collections.abc import Callable
-from typing import cast
-
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
+from nanogpt.training import foreach
 
 
-def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
     """Move the weights of `average` towards those of `model`, by 1 - decay of the way."""
-    update = cast(Callable[[list[Tensor], list[Tensor], int], None], get_ema_multi_avg_fn(decay))
-    update(list(average.parameters()), list(model.parameters()), 0)  # it ignores the number
+    foreach.lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def ema_decay(step: int, config: TrainConfig) -> float:

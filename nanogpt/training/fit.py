@@ -18,12 +18,13 @@ from nanogpt.data.dataset import load_dataset
 from nanogpt.distributed.world import distributed_world, hard_exit
 from nanogpt.errors import UserError, require
 from nanogpt.training.compilation import compile_model, pick_compile
+from nanogpt.training.cuda_graph import UpdateGraph, pick_graph
 from nanogpt.training.out_of_memory import explain_out_of_memory, fit_to_memory
 from nanogpt.training.report import print_plan, print_summary
 from nanogpt.training.run import Run, StopReason
 from nanogpt.training.setup import set_up
 from nanogpt.training.stopping import StopRequest
-from nanogpt.training.trainer import forward_backward, train
+from nanogpt.training.trainer import forward_backward, next_batch, train, update
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def start(run: Run) -> None:
     flops = run.flops_per_update * (run.config.max_iters - run.progress.step)
     if pick_compile(run.config.compile, run.device, flops):
         compile_model(run, forward_backward)
+    if pick_graph(run):
+        run.graph = UpdateGraph(update, next_batch)
     if not run.config.resume:
         run.checkpointer.save(run, run.folder.last)
 

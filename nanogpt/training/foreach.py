@@ -15,12 +15,14 @@ from nanogpt.distributed.dtensor import local_tensor, shard_like
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 
+@torch.no_grad()
 def mul_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     """Multiply each tensor by a number, or by a scalar on its device."""
     if shards := list(map(local_tensor, tensors)):
         torch._foreach_mul_(shards, factor)
 
 
+@torch.no_grad()
 def add_(tensors: Sequence[Tensor], others: Iterable[Tensor], alpha: float | Tensor) -> None:
     """Add alpha times the other tensor to each; the others may be full tensors where these are sharded."""
     shards = [local_tensor(shard_like(other, t)) for t, other in zip(tensors, others, strict=True)]
@@ -30,8 +32,9 @@ def add_(tensors: Sequence[Tensor], others: Iterable[Tensor], alpha: float | Ten
         torch._foreach_add_(list(map(local_tensor, tensors)), shards, alpha=alpha)
 
 
+@torch.no_grad()
 def lerp_(
-    tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float, skip: Tensor | None = None
+    tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float | Tensor, skip: Tensor | None = None
 ) -> None:
     """Move each tensor towards its end by `weight` of the way, unless `skip`, a scalar, is 1.
 
@@ -40,10 +43,14 @@ def lerp_(
     shards, ends = list(map(local_tensor, tensors)), list(map(local_tensor, ends))
     if not shards:
         return
-    if skip is None:
+    if skip is not None:
+        # A NaN times 0 is NaN, but its bits times 0 are 0.
+        torch._foreach_mul_([end.view(torch.int32) for end in ends], (1 - skip).int())
+        torch._foreach_mul_(shards, 1 - weight * (1 - skip))
+        add_(shards, ends, alpha=weight)
+    elif isinstance(weight, Tensor):  # PyTorch takes numbers alone
+        torch._foreach_sub_(shards, ends)
+        torch._foreach_mul_(shards, 1 - weight)
+        torch._foreach_add_(shards, ends)
+    else:
         torch._foreach_lerp_(shards, ends, weight)
-        return
-    # A NaN times 0 is NaN, but its bits times 0 are 0.
-    torch._foreach_mul_([end.view(torch.int32) for end in ends], (1 - skip).int())
-    torch._foreach_mul_(shards, torch.where(skip > 0, 1.0, 1 - weight))
-    torch._foreach_add_(shards, ends, alpha=weight)

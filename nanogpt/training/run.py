@@ -133,6 +133,10 @@ class Run(TrainState):
     """Updates launched whose numbers have not been read (at most two, the oldest first)."""
     clock: Clock = field(default_factory=Clock)
     core_watch: CoreWatch = field(default_factory=CoreWatch)
+    graph: Callable[["Run", float], Tensor] | None = None
+    """The captured update (cuda_graph.py), in place of trainer.update; None: there is none."""
+    captured_batch: tuple[Tensor, Tensor] | None = None
+    """While an update is captured: the tensors that every batch will be copied to, (B, T) each."""
     eta_printed: bool = False
     stop: StopRequest = field(default_factory=StopRequest)
     callback: Callable[[int, float], bool | None] | None = None
