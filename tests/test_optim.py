@@ -319,7 +319,7 @@ def test_muon_launches_as_much_for_a_deep_model_as_for_a_shallow_one():
         with CountedLaunches() as launches:
             step_optimizers([muon], skip=torch.tensor(False), is_async=True)
         counts.append(launches.number)
-    assert counts[0] == counts[1] < 110
+    assert counts[0] == counts[1] < 125
 
 
 def test_a_muon_step_has_the_length_and_decay_it_should():

@@ -38,17 +38,16 @@ def lerp_(
 ) -> None:
     """Move each tensor towards its end by `weight` of the way, unless `skip`, a scalar, is 1.
 
-    A skipped end may be NaN or infinite: it becomes 0.
+    A skipped end may be NaN or infinite: it is overwritten.
     """
     shards, ends = list(map(local_tensor, tensors)), list(map(local_tensor, ends))
     if not shards:
         return
     if skip is not None:
-        # A NaN times 0 is NaN, but its bits times 0 are 0.
+        # The end becomes the tensor itself. A NaN times 0 is NaN, but its bits times 0 are 0.
         torch._foreach_mul_([end.view(torch.int32) for end in ends], (1 - skip).int())
-        torch._foreach_mul_(shards, 1 - weight * (1 - skip))
-        add_(shards, ends, alpha=weight)
-    elif isinstance(weight, Tensor):  # PyTorch takes numbers alone
+        torch._foreach_add_(ends, torch._foreach_mul(shards, skip))
+    if isinstance(weight, Tensor):  # PyTorch takes numbers alone
         torch._foreach_sub_(shards, ends)
         torch._foreach_mul_(shards, 1 - weight)
         torch._foreach_add_(shards, ends)

@@ -147,19 +147,19 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every matrix that has a gradient, unless `found_inf` is 1. Overwrites the gradients."""
         for group in self.param_groups:
-            lr, stacks = group["lr"], dict[tuple[int, ...], list[Tensor]]()
+            stacks, decay = dict[tuple[int, ...], list[Tensor]](), group["lr"] * group["weight_decay"]
             if self.found_inf is not None:  # skip without an if, for which the CPU would have to wait
-                lr = lr * (1 - self.found_inf)
+                decay = decay * (1 - self.found_inf)
             trained = (p for p in group["params"] if p.grad is not None)
             matrices = sorted(trained, key=is_tall)  # wide ones first
-            self.update_momenta(matrices, group["momentum"])
-            foreach.mul_(matrices, 1 - lr * group["weight_decay"])
+            foreach.mul_(matrices, 1 - decay)
             for matrix in matrices:
                 stacks.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
             for shape, stack in stacks.items():
                 count = max(MAX_STACKED_ELEMENTS // math.prod(shape), self.size)  # one for each process
                 for first in range(0, len(stack), count):
-                    self.move(stack[first : first + count], lr)
+                    self.update_momenta(stack[first : first + count], group["momentum"])
+                    self.move(stack[first : first + count], group["lr"])
 
     def update_momenta(self, matrices: Sequence[Tensor], momentum: float) -> None:
         """Update the momenta of matrices, and turn their gradients into their Nesterov directions."""
@@ -178,6 +178,8 @@ class Muon(torch.optim.Optimizer):
             directions = orthogonalize(directions, self.dtype)
         else:
             directions = self.orthogonalize_distributed(directions)
+        if self.found_inf is not None:
+            directions = directions * (1 - self.found_inf)
         _, R, C = directions.shape
         wide = sum(not is_tall(p) for p in matrices)
         foreach.add_(matrices[:wide], directions[:wide], alpha=-lr)
