@@ -21,6 +21,7 @@ MicroBatch = int | Literal["auto"]
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
 MLPKind = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
+NgramPairs = Literal["exact", "hashed"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid"]
 SINK_NAMES = ("jsonl", "tensorboard", "wandb")
@@ -67,7 +68,9 @@ class Architecture(Settings):
     logit_cap: float = 0.0
     """Limit logits smoothly to (-cap, cap), with tanh; 0: no limit."""
     ngram_vocab: int = 0
-    """Rows in each of two embedding tables, for hashed pairs and triples of tokens; 0: no tables."""
+    """Rows in each of two embedding tables, for pairs and triples of tokens (n-grams); 0: no tables."""
+    ngram_pairs: NgramPairs = "exact"
+    """Give each pair of tokens its own row, if ngram_vocab is enough for all; hashed: as earlier versions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

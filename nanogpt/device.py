@@ -1,121 +1,33 @@
 """Devices (CPU, CUDA, ROCm, MPS) and their capabilities; no other file asks for a device's type.
 
 Example:    device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.is_async
-A kind of device is a class with a row in KINDS; another accelerator is another row (the tests register one of
-their own). The choice of a dtype by its speed is in precision.py. Prints nothing and reads no files.
+A kind of device (device_kind.py) is a class with a row in KINDS; another accelerator is another row (the
+tests register one of their own). precision.py chooses a dtype by its speed. Prints nothing, reads no files.
 """
 
 import re
 import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import psutil
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogpt.console import GIB, plural
+from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.errors import UserError, require
-from nanogpt.graphs import CudaGraphs, Graphs
+from nanogpt.graphs import CudaGraphs
+from nanogpt.malloc import keep_freed_memory
 
 WINDOWS_MEMORY_FRACTION = 0.95
 """Fraction of a GPU's memory for PyTorch on Windows, whose driver spills the rest to main memory."""
 
 ROCM_BF16_ARCHITECTURES = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD architectures with bfloat16 in hardware: CDNA, and RDNA from its third generation on."""
-
-UNLIMITED = float("inf")
-
-
-class Event(Protocol):
-    """A point in the queue of work of a device, as torch.cuda.Event."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has reached it."""
-        ...
-
-
-class DeviceKind(ABC):
-    """Capabilities of a kind of device. The defaults are those of a plain accelerator."""
-
-    type: str
-    """The device type in PyTorch."""
-    is_async = False
-    """Whether work is queued and runs asynchronously, so that reading a number makes the CPU wait."""
-    uses_pinned_memory = False
-    """Whether asynchronous copies to it need pinned memory."""
-    compiles_by_default = False
-    """Whether torch.compile is on by default in a long training."""
-    shares_memory = False
-    """Whether it uses main memory: running out of it kills the process and cannot be caught."""
-    explicit_attention_max_length = 0
-    """Up to this length, bfloat16 attention in plain products beats the fused kernel (bench/attention.py)."""
-    slow_random_numbers = False
-    """Whether drawing random numbers costs more than the products that dropout masks."""
-    logits_per_chunk = 2**25
-    """Logits of a large vocabulary held at a time: enough to keep its matrix products busy."""
-    vocab_multiple = 1
-    """Logits come in multiples of it: other numbers keep matrix products off their fast kernels."""
-    trains_float16 = True
-    """Whether training in float16, with gradient scaling, works."""
-    graphs: Graphs | None = None
-    """How an update is captured, to be replayed as one launch; None: it cannot be."""
-    distributed_backend = "gloo"
-    """The torch.distributed backend for its processes."""
-
-    @abstractmethod
-    def is_available(self) -> bool:
-        """Whether this PyTorch can use such a device here."""
-
-    @abstractmethod
-    def describe(self, device: torch.device) -> list[str]:
-        """Lines for the user: name, memory."""
-
-    def native_dtype(self, device: torch.device) -> tuple[torch.dtype, str] | None:
-        """The best dtype that the hardware supports, and the reason; None: measure (precision.py)."""
-        return None
-
-    def find(self, device: torch.device) -> torch.device:
-        """The device, with its index if it has one. Raises: UserError if it is not available."""
-        require(self.is_available(), f"--device {device}: there is none here: use --device cpu")
-        return device
-
-    def unusable_reason(self) -> str:
-        """Why "auto" does not use the device although it is there, in a line; "" if it does."""
-        return ""
-
-    def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Prepare PyTorch for computing on the device, with products in `dtype`."""
-        torch.set_float32_matmul_precision("highest")
-
-    def free_memory(self, device: torch.device) -> float:
-        """Free memory in bytes; infinity if the device does not tell."""
-        return UNLIMITED
-
-    def release_memory(self) -> None:
-        """Free the memory that PyTorch's allocator caches."""
-        return
-
-    def synchronize(self, device: torch.device) -> None:
-        """Wait until all queued work is done, as timing needs."""
-        return
-
-    def record_event(self, device: torch.device) -> Event | None:
-        """An event at the end of the queue of work; None for a synchronous device."""
-        return None
-
-    def generator(self, device: torch.device, seed: int) -> torch.Generator:
-        """A seeded generator of random numbers on the device."""
-        return torch.Generator(device).manual_seed(seed)
-
-    def pin_memory(self, values: Tensor) -> Tensor:
-        """The values in pinned memory, if copies to the device need that."""
-        return values.pin_memory() if self.uses_pinned_memory else values
 
 
 class CPU(DeviceKind):
@@ -125,10 +37,17 @@ class CPU(DeviceKind):
     shares_memory = True
     explicit_attention_max_length = 512
     slow_random_numbers = True
+    composes_rms_norm = True
+    sparse_gradients = True
 
     def is_available(self) -> bool:
         """Always True."""
         return True
+
+    def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Keep freed memory for the next update."""
+        super().set_up(device, dtype)
+        keep_freed_memory()
 
     def describe(self, device: torch.device) -> list[str]:
         """Name and number of threads."""

@@ -38,7 +38,7 @@ def with_modern_blocks(config: TrainConfig) -> TrainConfig:
         tied=False,
         zero_init=True,
         logit_cap=15.0,
-        ngram_vocab=16384,
+        ngram_vocab=32768,
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from nanogpt import device as devices
-from nanogpt.device import DeviceKind
+from nanogpt.device_kind import DeviceKind
 
 aten = torch.ops.aten
 
@@ -159,7 +159,8 @@ def check_sides(function: Any, args: Any, flat: list[Tensor]) -> None:
     """Errors: RuntimeError, as of a GPU, if tensors of both sides meet; scalars of the CPU may."""
     if function in COPIES or not any(isinstance(x, OnDevice) for x in flat):
         return
-    strangers = [x for x in flat if not isinstance(x, OnDevice) and x.dim() > 0]
+    written = args[0] if function._schema.is_mutable else None
+    strangers = [x for x in flat if not isinstance(x, OnDevice) and (x.dim() > 0 or x is written)]
     if function in FOLLOW and strangers and isinstance(args[0], OnDevice):
         waits(f"{function} with indices of the CPU")
         return

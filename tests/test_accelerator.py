@@ -88,8 +88,8 @@ def test_it_trains_as_a_cpu_does(there, kind, settings):
     fit(there)
     fit(here)
     assert losses(there) == pytest.approx(losses(here), rel=1e-4)
-    for name, weight in last(here).weights.items():
-        torch.testing.assert_close(last(there).weights[name], weight, rtol=1e-2, atol=1e-4)
+    for name, weight in last(here).model.items():
+        torch.testing.assert_close(last(there).model[name], weight, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, MODERN, {"dropout": 0.2}], ids=["plain", "modern", "dropout"])
@@ -233,7 +233,8 @@ def test_a_captured_update_is_the_ordinary_one(captured, cuda):
 
 def test_with_rates_that_float32_holds_it_is_bit_for_bit_the_ordinary_one(there, cuda):
     rates = {"learning_rate": 2**-7, "muon_lr": 2**-6, "min_lr": 1.0, "warmup_iters": 0, "weight_decay": 0.0}
-    config = replace(there, **MODERN | {"ema_decay": 0.0} | rates, cuda_graph="on", dropout=0.2)
+    settings = MODERN | {"optimizer": "adamw", "ema_decay": 0.0, "dropout": 0.2}
+    config = replace(there, **settings | rates, cuda_graph="on")
     fit(config)
     other = elsewhere(config, cuda_graph="off")
     fit(other)
@@ -408,7 +409,9 @@ def test_it_finds_a_number_that_a_replay_does_not_see(there, cuda, monkeypatch):
     """Here the decay of the EMA, asked for within the update."""
     config = replace(there, ema_decay=0.9, cuda_graph="on")
     really, steps = trainer.update_ema, iter(range(1000))
-    monkeypatch.setattr(trainer, "update_ema", lambda old, new, _: really(old, new, 1 / (2 + next(steps))))
+    monkeypatch.setattr(
+        trainer, "update_ema", lambda old, new, step, config, _: really(old, new, next(steps), config)
+    )
     fit(config)
     monkeypatch.setattr(CudaLike, "graphs", Again())
     fit(elsewhere(config))

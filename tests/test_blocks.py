@@ -3,6 +3,7 @@
 The oracle for the modern block is transformers' Qwen3 with the same random weights.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 
 from nanogpt import presets
 from nanogpt.cli.model import count_parameters
-from nanogpt.config import Architecture, GPTConfig, model_config
+from nanogpt.config import Architecture, GPTConfig, NgramPairs, model_config
 from nanogpt.errors import UserError
-from nanogpt.model.gpt import GPT, NgramEmbedding, rotate, rotation_table
+from nanogpt.model.gpt import GPT, rotate, rotation_table
 from nanogpt.model.kernels import Dropout
+from nanogpt.model.ngram import NgramEmbedding, hashed
 
 TINY = GPTConfig(block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
 QWEN3 = replace(
@@ -33,6 +35,7 @@ OPTIONS = {
     "zero_init": {"zero_init": True, "tied": False},
     "logit_cap": {"logit_cap": 5.0},
     "ngrams": {"ngram_vocab": 97},
+    "hashed pairs": {"ngram_vocab": 97, "ngram_pairs": "hashed"},
     "plain": {"flash_attn": False},
 }
 each_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
@@ -152,12 +155,34 @@ def test_rotation_sees_distances_alone() -> None:
     torch.testing.assert_close(rotate(q, table).norm(dim=-1), q.norm(dim=-1))
 
 
-def test_ngrams_depend_on_the_last_three_tokens_alone() -> None:
+@pytest.mark.parametrize("pairs", ["exact", "hashed"])
+def test_ngrams_depend_on_the_last_three_tokens_alone(pairs: NgramPairs) -> None:
     torch.manual_seed(1)
-    table = NgramEmbedding(1000, 8)
+    table = NgramEmbedding(replace(TINY, ngram_vocab=1000, ngram_pairs=pairs))
     x = tokens()
     torch.testing.assert_close(table(x)[:, 5:], table(x[:, 3:])[:, 2:])
     assert not torch.allclose(table(x)[:, 3], table(x[:, 3:])[:, 0])  # the beginning is marked
+
+
+def test_every_pair_of_a_small_vocabulary_has_its_own_row() -> None:
+    """Also those that begin before the text; a larger vocabulary shares the rows there are."""
+    table = NgramEmbedding(GPTConfig(vocab_size=5, ngram_vocab=64, n_embd=6))
+    assert table.pairs.num_embeddings == 30
+    with torch.no_grad():
+        table.pairs.weight.copy_(torch.arange(30.0)[:, None])
+        table.triples.weight.zero_()
+    firsts = table(torch.arange(5)[:, None])[:, 0, 0]
+    seconds = table(torch.cartesian_prod(torch.arange(5), torch.arange(5)))[:, 1, 0]
+    assert torch.cat((firsts, seconds)).sort().values.tolist() == list(range(30))
+    assert NgramEmbedding(GPTConfig(vocab_size=50, ngram_vocab=64)).pairs.num_embeddings == 64
+
+
+def test_hashed_triples_are_spread_evenly() -> None:
+    """Whatever the number of rows: a fixed first token alone reaches no fewer of them than chance would."""
+    for rows in (4096, 4099, 30_000):
+        keys = 17 * 66 * 65 + torch.arange(65 * 65)
+        reached = len((hashed(keys) % rows).unique())
+        assert reached > 0.95 * rows * (1 - math.exp(-len(keys) / rows))
 
 
 def test_zero_init_starts_as_a_uniform_guess() -> None:

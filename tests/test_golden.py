@@ -2,7 +2,8 @@
 
 golden.tar.xz was written by commit 6c7079b, before the packages: data folders of characters (data), bytes
 (bytes) and byte-pair tokens (bpe); runs on the first with Muon and an average (run), on the last with AdamW
-(bpe-run), on the second with FSDP in two processes (fsdp). All of 6 steps.
+(bpe-run), on the second with FSDP in two processes (fsdp). All of 6 steps. golden-ngrams.tar.xz
+was written by commit 0d9ba82, when pairs of tokens were hashed and AdamW updated the n-gram tables.
 """
 
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt.checkpoint.format import load_model
+from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.sample import main as sample
 from nanogpt.data.dataset import load_dataset
@@ -35,8 +36,9 @@ LOGITS = {
 @pytest.fixture
 def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files, which is the working folder."""
-    with tarfile.open(GOLDEN) as archive:
-        archive.extractall(tmp_path, **({"filter": "data"} if sys.version_info >= (3, 12) else {}))
+    for path in (GOLDEN, GOLDEN.with_name("golden-ngrams.tar.xz")):
+        with tarfile.open(path) as archive:
+            archive.extractall(tmp_path, **({"filter": "data"} if sys.version_info >= (3, 12) else {}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -67,3 +69,14 @@ def test_runs_are_resumed_to_their_end_and_sampled(golden: Path, name: str, caps
     capsys.readouterr()
     sample(SampleConfig(checkpoint=f"{name}/last.pt", prompt="The owl", num_tokens=5, device="cpu"))
     assert capsys.readouterr().out.startswith("The owl")
+
+
+def test_ngram_tables_go_on_as_they_were(golden: Path) -> None:
+    """The same rows, and the same optimizer: the sums at step 9 are those that the commit itself reached."""
+    saved = RunFolder(Path("ngram-run")).saved_config()
+    assert saved is not None
+    assert saved.ngram_pairs == "hashed"
+    fit(replace(saved, resume=True, max_iters=9, out_dir="ngram-run"))
+    weights = load_checkpoint(Path("ngram-run/last.pt")).model
+    for name, total in (("ngram_embedding.pairs", 22.7496), ("ngram_embedding.triples", 23.2074)):
+        assert weights[f"{name}.weight"].abs().sum().item() == pytest.approx(total, rel=1e-4)

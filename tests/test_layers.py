@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 HOUSE = (
     {"errors", "console", "streams", "settings"},
-    {"files", "locking", "config", "cores", "graphs"},
-    {"device", "precision", "presets", "seals", "model", "text"},
+    {"files", "locking", "config", "cores", "graphs", "malloc"},
+    {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer"},
     {"data", "checkpoint", "inference"},
     {"evaluation"},
@@ -32,6 +32,7 @@ NO_TORCH = (
     "locking",
     "config",
     "cores",
+    "malloc",
     "presets",
     "text",
 )

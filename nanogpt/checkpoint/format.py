@@ -28,7 +28,7 @@ from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version of the checkpoint format. Older formats are read too: see `upgrade`."""
 
 NOT_A_CHECKPOINT = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
@@ -231,12 +231,15 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     Format 1 has no EMA, only GPT-2's approximation of GELU, and in its first files one optimizer.
     Format 2 has other field names and, in its first files, no shards.
     Format 3 has GPT-2's names for the weights (wte, ln_f).
+    Format 4 has hashed rows for pairs of tokens, and AdamW for the n-gram tables.
     """
     if content["format"] == 1 and isinstance(content.get("config"), dict):
         content = from_format_1(content)
     if content["format"] == 2:
         content = from_format_2(content)
-    return from_format_3(content) if content["format"] == 3 else content
+    if content["format"] == 3:
+        content = from_format_3(content)
+    return from_format_4(content) if content["format"] == 4 else content
 
 
 def from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,6 +286,14 @@ def from_format_3(content: Mapping[str, Any]) -> dict[str, Any]:
                 for name, weight in items
             }
     return content
+
+
+def from_format_4(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Upgrade the content of a checkpoint from format 4 to format 5. Malformed values stay as they are."""
+    settings: Any = content.get("config")
+    if isinstance(settings, dict):
+        settings = {**cast(dict[Any, Any], settings), "ngram_pairs": "hashed"}
+    return {**content, "config": settings, "format": 5}
 
 
 def peek(path: Path) -> tuple[TrainConfig, int]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from nanogpt.config import GPTConfig
 from nanogpt.model import kernels
 from nanogpt.model.kernels import Dropout
+from nanogpt.model.ngram import NgramEmbedding
 
 
 class GPT(nn.Module):
@@ -40,9 +41,7 @@ class GPT(nn.Module):
         else:
             rotation = rotation_table(config.block_size, config.head_dim)
         self.register_buffer("rotation", rotation, persistent=False)
-        self.ngram_embedding = (
-            NgramEmbedding(config.ngram_vocab, config.n_embd) if config.ngram_vocab else None
-        )
+        self.ngram_embedding = NgramEmbedding(config) if config.ngram_vocab else None
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config, config.n_embd)
@@ -281,7 +280,7 @@ def default_hidden_dim(n_embd: int, *, gated: bool) -> int:
     return math.ceil(8 * n_embd / (3 * 64)) * 64 if gated else 4 * n_embd
 
 
-# --- norms and n-grams ---
+# --- norms ---
 
 
 def layer_norm(dim: int, bias: bool) -> nn.Module:
@@ -301,31 +300,6 @@ NORMS: dict[str, Callable[[int, bool], nn.Module]] = {"layernorm": layer_norm, "
 def make_norm(config: GPTConfig, dim: int) -> nn.Module:
     """A norm of the last dimension, of the kind that the configuration names."""
     return NORMS[config.norm](dim, config.bias)
-
-
-PAIR_HASH, TRIPLE_HASH = (48_271, 69_621), (39_373, 40_692)
-"""Multipliers that turn two and three ids into a row. Saved tables depend on them."""
-
-
-class NgramEmbedding(nn.Module):
-    """Vectors for the last two and the last three tokens, from hashed tables.
-
-    They give the first layer the statistics of pairs and triples at the price of a look-up.
-    """
-
-    def __init__(self, rows: int, dim: int) -> None:
-        super().__init__()
-        self.rows = rows
-        self.pairs = nn.Embedding(rows, dim)
-        self.triples = nn.Embedding(rows, dim)
-
-    def forward(self, idx: Tensor) -> Tensor:
-        """(B, T) -> (B, T, C)."""
-        ids = F.pad(idx + 1, (2, 0))  # (B, T + 2): 0 stands for "before the text"
-        before_last, last, current = ids[:, :-2], ids[:, 1:-1], ids[:, 2:]  # (B, T) each
-        pair = PAIR_HASH[0] * last + PAIR_HASH[1] * current
-        triple = TRIPLE_HASH[0] * before_last + TRIPLE_HASH[1] * pair
-        return self.pairs(pair % self.rows) + self.triples(triple % self.rows)
 
 
 # --- size and cost ---

@@ -96,7 +96,37 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        wide = x.to(self.weight.dtype)
+        composed = kind_of(x.device).composes_rms_norm and not torch.compiler.is_compiling()
+        if composed and wide.dtype == torch.float32 and self.eps is not None:
+            return cast(Tensor, ComposedRMSNorm.apply(wide, self.weight, self.eps)).to(x.dtype)
+        return super().forward(wide).to(x.dtype)
+
+
+class ComposedRMSNorm(torch.autograd.Function):
+    """RMS norm from LayerNorm's backward kernel, where a device has no kernel of its own for it.
+
+    LayerNorm with a mean of 0 is RMS norm, but for the mean of the gradient, which its backward subtracts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: (..., C), weight: (C,), float32 both."""
+        norm = cast(Tensor, torch.linalg.vector_norm(x, dim=-1, keepdim=True))  # (..., 1)
+        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (x * inverse_rms).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradients of x and of the weight."""
+        x, weight, inverse_rms = ctx.saved_tensors
+        (grad,), width = grad_outputs, x.shape[-1]
+        x_grad, weight_grad, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [width], torch.zeros_like(inverse_rms), inverse_rms, weight, None, [True, True, False]
+        )
+        subtracted = (grad @ (weight / width)).unsqueeze(-1) * inverse_rms  # (..., 1)
+        return x_grad.add_(subtracted), weight_grad, None
 
 
 class Dropout(nn.Module):

@@ -19,6 +19,7 @@ from torch import Tensor
 from nanogpt.checkpoint.format import Progress
 from nanogpt.console import warn
 from nanogpt.graphs import Graphs
+from nanogpt.training.ema import ema_decay
 from nanogpt.training.memory_estimate import HEADROOM, free
 from nanogpt.training.run import Run
 
@@ -44,11 +45,11 @@ def pick_graph(run: Run) -> bool:
 
 
 class UpdateGraph:
-    """An update as a function of a run and the EMA's decay, in the place of trainer.update."""
+    """An update as a function of a run, in the place of trainer.update."""
 
     def __init__(
         self,
-        update: Callable[[Run, float | Tensor], Tensor],
+        update: Callable[[Run, Tensor | None], Tensor],
         next_batch: Callable[[Run], tuple[Tensor, Tensor]],
     ) -> None:
         self.update, self.next_batch = update, next_batch
@@ -57,7 +58,7 @@ class UpdateGraph:
         self.warm_up_left = 0
         self.replay: Callable[[], None] | None = None
 
-    def __call__(self, run: Run, decay: float) -> Tensor:
+    def __call__(self, run: Run) -> Tensor:
         """One update. Returns loss and norm of the gradient, (2,), which the next update overwrites."""
         graphs = run.kind.graphs
         assert graphs is not None
@@ -65,7 +66,7 @@ class UpdateGraph:
             self.begin(run)
         for rate, group in zip(self.rates, parameter_groups(run), strict=True):
             rate.fill_(group["lr"])
-        self.decay.fill_(decay)
+        self.decay.fill_(ema_decay(run.progress.step, run.config))
         if self.warm_up_left:
             self.warm_up_left -= 1
             with self.rates_on_the_device(run):
@@ -75,7 +76,7 @@ class UpdateGraph:
                 self.capture(run, graphs)
             except RuntimeError as error:
                 self.give_up(run, error)
-                return self.update(run, decay)
+                return self.update(run, None)
         for old, new in zip(self.batch, self.next_batch(run), strict=True):  # which seeds dropout, too
             old.copy_(new)
         assert self.replay is not None

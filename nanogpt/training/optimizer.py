@@ -10,7 +10,7 @@ Shapes: N matrices of one shape, R rows <= C columns
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import ceil_div
 from nanogpt.distributed.dtensor import full_tensor, is_dtensor
 from nanogpt.training import foreach
+from nanogpt.training.sparse import RowAdam, table_names
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
@@ -27,6 +28,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MAX_STACKED_ELEMENTS = 2**24
 """Elements that all processes orthogonalize at a time: enough for speed, few beside activations."""
 
+
+Parameters = Mapping[str, nn.Parameter]
 
 # --- optimizers ---
 
@@ -38,25 +41,29 @@ def build_optimizers(
 
     muon_dtype: see Muon.
     """
-    optimizers = OPTIMIZERS[config.optimizer](model, config, muon_dtype, rank, size)
+    parameters = trained_parameters(model)
+    tables = [parameters.pop(name) for name in table_names(model) if name in parameters]
+    optimizers = OPTIMIZERS[config.optimizer](parameters, config, muon_dtype, rank, size)
+    if tables:
+        optimizers.append(RowAdam(tables, config))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
     return optimizers
 
 
-def build_adamw(model: nn.Module, config: TrainConfig, *_: object) -> list[torch.optim.Optimizer]:
+def build_adamw(parameters: Parameters, config: TrainConfig, *_: object) -> list[torch.optim.Optimizer]:
     """AdamW for everything."""
-    return [adamw(trained_parameters(model).values(), config)]
+    return [adamw(parameters.values(), config)]
 
 
 def build_muon(
-    model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, rank: int, size: int
+    parameters: Parameters, config: TrainConfig, muon_dtype: torch.dtype, rank: int, size: int
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks; AdamW for embeddings, the head, and vectors."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in parameters.items():
         if name.startswith("blocks.") and parameter.dim() == 2:
             matrices.append(parameter)
         else:
@@ -66,7 +73,7 @@ def build_muon(
 
 
 OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": build_adamw, "muon": build_muon}
-"""Name to function (model, config, muon_dtype, rank, size) -> list of optimizers."""
+"""Name to function (parameters, config, muon_dtype, rank, size) -> list of optimizers."""
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

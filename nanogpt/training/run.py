@@ -15,7 +15,8 @@ from torch import Tensor
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cores import CoreWatch
 from nanogpt.data.batches import BatchLoader, BatchSampler
-from nanogpt.device import DeviceKind, Event, kind_of
+from nanogpt.device import kind_of
+from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.model.gpt import GPT, flops_per_token
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.memory_estimate import Memory
@@ -133,7 +134,7 @@ class Run(TrainState):
     """Updates launched whose numbers have not been read (at most two, the oldest first)."""
     clock: Clock = field(default_factory=Clock)
     core_watch: CoreWatch = field(default_factory=CoreWatch)
-    graph: Callable[["Run", float], Tensor] | None = None
+    graph: Callable[["Run"], Tensor] | None = None
     """The captured update (cuda_graph.py), in place of trainer.update; None: there is none."""
     captured_batch: tuple[Tensor, Tensor] | None = None
     """While an update is captured: the tensors that every batch will be copied to, (B, T) each."""

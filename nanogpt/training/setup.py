@@ -29,6 +29,7 @@ from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import initial_micro_batches
 from nanogpt.training.run import Run
 from nanogpt.training.sinks import create_sinks
+from nanogpt.training.sparse import use_sparse_gradients
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
@@ -55,6 +56,8 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     kind_of(device).set_up(device, dtype)
     shape = model_config(config, dataset.tokenizer.vocab_size)
     model, ema_model = (sharded_models if sharded else plain_models)(config, shape, device, dtype)
+    if kind_of(device).sparse_gradients and config.compile != "on" and world.size == 1:
+        use_sparse_gradients(model)
     optimizers = build_optimizers(model, config, muon_precision.dtype, world.rank, world.size)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if not saved and world.is_first:

@@ -7,7 +7,7 @@ An update, without what keeps it right on any machine, is
     set_learning_rate(optimizers, lr_multiplier(step, config))
     x, y = loader(sampler(step), block_size)
     model.loss(x, y).backward()
-    clip_grad_norm_(model.parameters(), grad_clip)
+    clip_grad_norm(model, grad_clip)
     for optimizer in optimizers: optimizer.step()
     model.zero_grad()
 
@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from nanogpt.console import ceil_div, warn
 from nanogpt.device import autocast
@@ -38,13 +37,14 @@ from nanogpt.distributed.dtensor import full_tensor
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evaluate, evaluation_windows, sample_text
 from nanogpt.training.decisions import Due, all_reduce_decisions
-from nanogpt.training.ema import ema_decay, update_ema
+from nanogpt.training.ema import update_ema
 from nanogpt.training.optimizer import learning_rate, lr_multiplier, set_learning_rate, step_optimizers
 from nanogpt.training.out_of_memory import halve_on_out_of_memory
 from nanogpt.training.recovery import roll_back
 from nanogpt.training.report import print_eta, resume_command
 from nanogpt.training.results import log, read_results
 from nanogpt.training.run import Run, StopReason, UpdateResult
+from nanogpt.training.sparse import clip_grad_norm
 
 
 def train(run: Run) -> StopReason:
@@ -94,21 +94,21 @@ def train_step(run: Run) -> UpdateResult:
     """One update, launch by launch or as one CUDA graph (cuda_graph.py)."""
     config, step = run.config, run.progress.step
     set_learning_rate(run.optimizers, lr_multiplier(step, config))
-    values = (run.graph or update)(run, ema_decay(step, config))
+    values = (run.graph or update)(run)
     run.progress.step += 1
     return UpdateResult.of(run.progress.step, learning_rate(step, config), values)
 
 
-def update(run: Run, decay: float | Tensor) -> Tensor:
-    """Gradient, clipping, optimizers, EMA with this decay. Returns loss and norm of the gradient, (2,).
+def update(run: Run, decay: Tensor | None = None) -> Tensor:
+    """Gradient, clipping, optimizers, EMA. Returns loss and norm of the gradient, (2,).
 
-    If the loss or the gradient is not finite, the weights stay as they are.
+    If the loss or the gradient is not finite, the weights stay as they are. decay: see update_ema.
     """
     loss_share = halve_on_out_of_memory(run, forward_backward)  # fills the gradients
     loss = run.world.all_reduce_sum(loss_share)  # the mean over the batch
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)  # float16: from the gradient of the scaled loss to that of the loss
-    norm = full_tensor(clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf))
+    norm = full_tensor(clip_grad_norm(run.model, run.config.grad_clip or math.inf))
 
     values = torch.stack((loss, norm))  # (2,)
     if not run.kind.is_async:
@@ -117,7 +117,7 @@ def update(run: Run, decay: float | Tensor) -> Tensor:
     if run.scaler.is_enabled():
         run.scaler.update()  # unscale_ has seen whether the gradient overflowed: lower or raise the scale
     if run.ema_model:
-        update_ema(run.ema_model, run.model, decay)
+        update_ema(run.ema_model, run.model, run.progress.step, run.config, decay)
     parallelize.zero_grad(run.model, run.loss_fn)
     return values
 

@@ -1,0 +1,56 @@
+"""N-gram embeddings: vectors for the last two and the last three tokens, looked up in tables.
+
+Example: x = token_embedding(idx) + NgramEmbedding(config)(idx)
+They give the first layer the statistics of pairs and triples at the price of a look-up. Most rows are rare:
+training/row_adam.py updates those alone that a batch touches.
+
+Shapes: B batch, T tokens, C n_embd, V vocab_size
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanogpt.config import GPTConfig
+
+HASH_MULTIPLIER, HASH_SHIFT = 0x9E3779B97F4A7C1, 24
+"""Fibonacci hashing (Knuth, 1973): the middle bits of a product with 2^64 over the golden ratio, made odd."""
+
+PAIR_HASH, TRIPLE_HASH = (48_271, 69_621), (39_373, 40_692)
+"""Multipliers of earlier versions, on which their saved tables depend."""
+
+
+class NgramEmbedding(nn.Module):
+    """The sum of a vector for each pair and one for each triple of tokens that ends at a position.
+
+    With ngram_pairs "exact", each pair has a row of its own, if there are enough rows. Triples are hashed:
+    some share a row.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.vocab_size, rows = config.vocab_size, config.ngram_vocab
+        self.exact = config.ngram_pairs == "exact"
+        all_pairs = (config.vocab_size + 1) * config.vocab_size  # a pair may begin before the text
+        self.pairs = nn.Embedding(min(rows, all_pairs) if self.exact else rows, config.n_embd)
+        self.triples = nn.Embedding(rows, config.n_embd)
+        self.pairs_fit = self.exact and all_pairs <= rows
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)."""
+        ids = F.pad(idx + 1, (2, 0))  # (B, T + 2): 0 stands for "before the text"
+        before_last, last, current = ids[:, :-2], ids[:, 1:-1], ids[:, 2:]  # (B, T) each
+        if self.exact:
+            pair = last * self.vocab_size + current - 1  # below (V + 1) V
+            triple = hashed(before_last * (self.vocab_size + 1) * self.vocab_size + pair)
+            pair = pair if self.pairs_fit else hashed(pair)
+        else:
+            pair = PAIR_HASH[0] * last + PAIR_HASH[1] * current
+            triple = TRIPLE_HASH[0] * before_last + TRIPLE_HASH[1] * pair
+        pairs, triples = self.pairs.num_embeddings, self.triples.num_embeddings
+        return self.pairs(pair % pairs) + self.triples(triple % triples)
+
+
+def hashed(key: Tensor) -> Tensor:
+    """Spread int64 keys over the integers, so that their remainders for any divisor are even."""
+    return torch.bitwise_right_shift(key * HASH_MULTIPLIER, HASH_SHIFT)
