@@ -185,7 +185,7 @@ class TrainConfig(Architecture):
     log_interval: int = 10
     """Updates between log lines."""
     save_seconds: float = 60.0
-    """Seconds between saves of last.pt, which evaluations and the end of the run save too."""
+    """Seconds between saves of last.pt, or up to ten times that if saving is slow; 0: after every update."""
     tensorboard: bool = False
     """Write TensorBoard events to out_dir/runs: the same as --log_to tensorboard."""
     log_to: tuple[str, ...] = ("jsonl",)

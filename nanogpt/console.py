@@ -3,7 +3,6 @@
 On a terminal, colors and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
 """
 
-import logging
 import os
 import re
 import sys
@@ -13,21 +12,12 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from nanogpt.streams import is_main_process
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
+    from rich.progress import Progress
 
 MIB, GIB = 2**20, 2**30
 """Bytes."""
@@ -38,7 +28,7 @@ MAX_WORD, MAX_LINE = 256, 1000
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal obeys instead of showing (except tab and line feed), or cannot show."""
 
-PROGRESS_BARS: weakref.WeakSet[Progress] = weakref.WeakSet()
+PROGRESS_BARS: "weakref.WeakSet[Progress]" = weakref.WeakSet()
 """All progress bars of this process."""
 
 
@@ -67,8 +57,10 @@ class StandardOutput:
 
 
 @lru_cache(maxsize=1)
-def terminal() -> Console:
+def terminal() -> "Console":
     """The rich console on standard output."""
+    from rich.console import Console  # --help needs none
+
     return Console(highlight=False, soft_wrap=True, file=cast(IO[str], StandardOutput()))
 
 
@@ -156,22 +148,26 @@ def command(name: str) -> list[str]:
     return ["python", f"{name}.py"] if called.endswith(".py") else ["nanogpt", name]
 
 
-def progress_bar(unit: str, *, size_in_bytes: bool = False) -> Progress:
+def progress_bar(unit: str, *, size_in_bytes: bool = False) -> "Progress":
     """A progress bar with elapsed and remaining time, on a terminal only.
 
     unit: shown in front of the bar. A task's `detail` field is shown behind it.
     """
-    amount: ProgressColumn = (
-        DownloadColumn() if size_in_bytes else TextColumn("{task.completed:,}/{task.total:,}")
+    from rich import progress
+
+    amount: progress.ProgressColumn = (
+        progress.DownloadColumn()
+        if size_in_bytes
+        else progress.TextColumn("{task.completed:,}/{task.total:,}")
     )
-    bar = Progress(
-        TextColumn(unit),
-        BarColumn(bar_width=24),
+    bar = progress.Progress(
+        progress.TextColumn(unit),
+        progress.BarColumn(bar_width=24),
         amount,
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[detail]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
         console=terminal(),
         refresh_per_second=5,
         disable=not (terminal().is_terminal and is_main_process()),
@@ -192,6 +188,8 @@ def new_figure(width: float, height: float) -> "Figure":
 
     Silences matplotlib's warnings, such as that of a temporary cache where the home folder is read-only.
     """
+    import logging
+
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 

@@ -100,3 +100,11 @@ class DeviceKind(ABC):
     def pin_memory(self, values: Tensor) -> Tensor:
         """The values in pinned memory, if copies to the device need that."""
         return values.pin_memory() if self.uses_pinned_memory else values
+
+    def empty_on_host(self, like: Tensor) -> Tensor:
+        """Allocate main memory for the values of a tensor, pinned if asynchronous copies need that."""
+        return torch.empty_like(like, device="cpu", pin_memory=self.uses_pinned_memory)
+
+    def copy_to_host(self, values: Tensor) -> Tensor:
+        """Begin to copy values to main memory; an asynchronous device has done it by the next event."""
+        return self.empty_on_host(values).copy_(values, non_blocking=self.is_async)

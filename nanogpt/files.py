@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -68,6 +69,12 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, atomically. Raises: UserError as atomic_write does."""
+    with atomic_write(target) as file, open(source, "rb") as original:
+        shutil.copyfileobj(original, file, 1 << 20)
 
 
 def rename(source: Path, target: Path) -> None:

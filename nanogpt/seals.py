@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from nanogpt import pt_files
 from nanogpt.errors import UserError
 from nanogpt.files import atomic_write
 
@@ -134,11 +134,19 @@ def pick_blocks(
         yield names[file], place - firsts[file]
 
 
-class HashingWriter:
-    """A file to write to that computes the SHA-256 of the bytes written."""
+class Hasher(Protocol):
+    """A digest that is fed piece by piece: of hashlib, or a BlockHasher."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
+    def update(self, piece: bytes, /) -> object:
+        """Add the next bytes."""
+        ...
+
+
+class HashingWriter:
+    """A file to write to, that adds the bytes written to a digest."""
+
+    def __init__(self, file: BinaryIO, digest: Hasher) -> None:
+        self.file, self.digest = file, digest
 
     def write(self, piece: bytes) -> int:
         """Write the bytes and add them to the digest."""
@@ -150,19 +158,25 @@ class HashingWriter:
         self.file.flush()
 
 
-def save_with_checksum(path: Path, content: object, mark: bytes = CHECKSUM_MARK) -> None:
-    """Save `content` with torch.save, atomically, followed by `mark` and the SHA-256.
+def save_with_checksum(
+    path: Path,
+    content: object,
+    mark: bytes = CHECKSUM_MARK,
+    save: Callable[[object, Any], object] = pt_files.save,
+) -> None:
+    """Save `content` as a .pt file, atomically, followed by `mark` and the SHA-256.
 
+    save: writes content to an open file; for tensors torch.save.
     Raises: UserError if the folder cannot be written or the disk is full.
     """
     with atomic_write(path) as file:
-        hashing = HashingWriter(file)
-        torch.save(content, cast(BinaryIO, hashing))
-        file.write(mark + hashing.digest.digest())
+        digest = hashlib.sha256()
+        save(content, HashingWriter(file, digest))
+        file.write(mark + digest.digest())
 
 
 def load_with_checksum(path: Path) -> tuple[object, bool]:
-    """Load plain types. Returns them and whether the file has a checksum, which older files lack.
+    """Load plain types and tensors. Returns them and whether the file has a checksum, which older files lack.
 
     Raises: DamageError if the checksum does not match; OSError; the errors of torch.load.
     """
@@ -172,4 +186,6 @@ def load_with_checksum(path: Path) -> tuple[object, bool]:
     sealed = seal.startswith(CHECKSUM_MARK)
     if sealed and seal != CHECKSUM_MARK + hashlib.sha256(body).digest():
         raise DamageError(f"{path} {DAMAGED}")
+    import torch  # writing needs none
+
     return torch.load(path, map_location="cpu", weights_only=True), sealed

@@ -335,6 +335,9 @@ class CudaLike(devices.CUDA):
         assert not isinstance(values, OnDevice), "only memory of the processor is pinned"
         return values
 
+    def empty_on_host(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like, device="cpu")
+
 
 class MpsLike(DeviceKind):
     """Treated as MPS is: it is waited for once a step, and nothing is pinned."""

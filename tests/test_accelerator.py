@@ -30,6 +30,7 @@ from nanogpt.model.kernels import chunked_cross_entropy
 from nanogpt.training import cuda_graph, trainer
 from nanogpt.training.fit import fit
 from nanogpt.training.memory_estimate import Memory
+from nanogpt.training.optimizer_base import UncompiledOptimizer
 from nanogpt.training.recovery import roll_back
 from nanogpt.training.results import read_result
 from nanogpt.training.run import Run
@@ -437,7 +438,7 @@ def test_it_finds_what_a_resume_left_on_the_cpu(there, cuda, monkeypatch, optimi
         for number, values in state["state"].items():
             self.state[parameters[number]] = dict(values)
 
-    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", left_behind)
+    monkeypatch.setattr(UncompiledOptimizer, "load_state_dict", left_behind)
     with pytest.raises(RuntimeError, match="two devices"):
         fit(replace(there, resume=True))
 

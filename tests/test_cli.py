@@ -1,5 +1,6 @@
 """The command line: every command of the description works as written; mistakes end in one line."""
 
+import gc
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from nanogpt.cli import main as cli
 from nanogpt.cli.parse import parse as parse_arguments
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
 from nanogpt.text import tiny_shakespeare
@@ -108,12 +110,64 @@ def test_the_scripts_in_the_root_folder_are_the_commands(project: Path) -> None:
     assert python("-c", code) == "True True\n"
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_imports_nothing_heavy(name: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "nanogpt", name, "--help"]
+HEAVY = {"torch", "numpy", "matplotlib", "requests", "rich", "typeguard", "asyncio", "unittest"}
+"""Packages that take longer to import than a help text to print."""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)]
+)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "nanogpt", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "usage:" in done.stdout
-    assert not re.search(r"\| +(torch|numpy|matplotlib|requests)$", done.stderr, re.MULTILINE)
+    assert re.match("nanogpt [0-9]" if arguments == ["--version"] else "usage:", done.stdout)
+    imported = re.findall(r"\| +(\w+)$", done.stderr, re.MULTILINE)
+    assert not HEAVY & set(imported)
+
+
+@pytest.mark.parametrize("more", [[], ["--tokenizer=byte", "--shard_tokens=700"]])
+def test_a_text_is_prepared_without_pytorch(project: Path, more: list[str]) -> None:
+    code = "import nanogpt.cli.main as m, sys; m.run_command('data', sys.argv[1:], ''); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "--input_file=my_corpus.txt", "--data_dir=folder", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not {"torch", "requests", "pyarrow"} & set(done.stdout.splitlines()[-1].split())
+    assert load_dataset(project / "folder", verify_bytes=None).sealed
+
+
+def test_training_imports_nothing_that_it_does_not_use(config: TrainConfig) -> None:
+    """torch._dynamo compiles, torch.distributed.checkpoint saves shards: each takes a second to import."""
+    arguments = [
+        f"--{name}={value}" for name, value in (("data_dir", config.data_dir), ("out_dir", config.out_dir))
+    ]
+    code = "import nanogpt.cli.main as m, sys; m.run_command('train', sys.argv[1:], ''); print(*sys.modules)"
+    command = [sys.executable, "-c", code, *arguments, *SMALL, "--optimizer=muon", "--compile=off"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unused = {
+        "torch._dynamo",
+        "sympy",
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "tensorboard",
+    }
+    unused |= {
+        "requests",
+        "tokenizers",
+        "gigatoken",
+        "pyarrow",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+    }
+    assert "Finished: 4 steps" in done.stdout
+    assert not unused & set(done.stdout.splitlines()[-1].split())
+
+
+def test_what_was_imported_is_hidden_from_the_garbage_collector(monkeypatch) -> None:
+    before = gc.get_freeze_count()
+    with cli.uncollected_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before
+    gc.unfreeze()
 
 
 def test_usage_lists_the_commands(capsys, monkeypatch) -> None:

@@ -78,6 +78,63 @@ def test_traffic_is_that_of_the_formulae(capsys):
     assert fsdp.startswith(f"Traffic: {2 * 0.75 * a_micro_batch / 1e9:.3g} GB")
 
 
+class Launches:
+    """A clock of a device that takes so long for the launches of a pass and so long for each sequence."""
+
+    def __init__(self, monkeypatch, launches: float, sequence: float) -> None:
+        self.sizes: list[int] = []
+        self.launches, self.sequence = launches, sequence
+        monkeypatch.setattr(plan, "measure_passes", self.measure)
+        monkeypatch.setattr(plan, "seconds_of", lambda *_: 0.0)
+
+    def measure(self, _model, _loss_fn, _target, sequences: int, _least: float) -> float:
+        self.sizes.append(sequences)
+        return self.launches + self.sequence * sequences
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "sizes"), [(256, 1, [32, 64, 128, 256, 256]), (96, 2, [32, 48, 48])]
+)
+def test_a_fast_device_is_measured_on_whole_micro_batches(monkeypatch, batch_size, accumulation, sizes):
+    """A few tokens take as long as many, since launching the kernels takes longer than computing."""
+    config = replace(SMALL, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    clock = Launches(monkeypatch, 5e-3, 1e-5)
+    update = accumulation * 5e-3 + batch_size * 1e-5
+    assert plan.measure_update(config, HERE) == pytest.approx(update)
+    assert clock.sizes == sizes
+
+
+def test_a_slow_device_is_measured_on_a_part_of_a_micro_batch(monkeypatch):
+    clock = Launches(monkeypatch, 0.0, 0.005)
+    assert plan.measure_update(replace(SMALL, batch_size=1024), HERE) == pytest.approx(1024 * 0.005)
+    assert clock.sizes == [32, 64, 64]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_training_would_compile_is_measured_compiled(monkeypatch, capsys, fails):
+    compiled: list[GPT] = []
+
+    def compiled_loss(model: GPT):
+        compiled.append(model)
+
+        def loss(x, y):
+            if fails:
+                raise RuntimeError("no C compiler")
+            return model.loss(x, y)
+
+        return loss
+
+    monkeypatch.setattr(plan, "TRIAL_SECONDS", 0.01)
+    monkeypatch.setattr(plan, "compiled_loss", compiled_loss)
+    assert plan.measure_update(SMALL, HERE)
+    assert not compiled
+    seconds = plan.measure_update(replace(SMALL, compile="on"), HERE)
+    assert seconds is not None
+    assert seconds > 0
+    assert len(compiled) == 1
+    assert ("measured without it: no C compiler" in capsys.readouterr().err) == fails
+
+
 def test_what_does_not_fit_is_not_measured(capsys):
     plan.print_time(SMALL, replace(HERE, free=1000.0), 10**6)
     assert (

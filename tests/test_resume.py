@@ -186,6 +186,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_other(
     last = Path(config.out_dir) / "last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
+    last.unlink()  # not into the file, which is ckpt.pt's too
     last.write_bytes(content)
     longer = {"max_iters": 45, "resume": True}
     assert fit_module.main(replace(config, **longer)) == 0
@@ -228,6 +229,8 @@ def test_a_training_whose_folder_another_has_taken_writes_nothing_there(config: 
 
     def take(step: int, loss: float) -> bool:
         if not taken:
+            while load_checkpoint(out / "last.pt").progress["step"] < step:  # it is written meanwhile
+                time.sleep(0.01)
             shutil.rmtree(out)
             taken.append(lock(out, "busy"))
             taken[0].__enter__()

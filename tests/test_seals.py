@@ -81,7 +81,7 @@ def test_a_look_at_some_blocks_sees_each_of_them_in_the_end_and_no_more_than_it_
 
 def test_every_flip_in_a_sealed_file_is_seen(tmp_path):
     path = tmp_path / "vocab.pt"
-    content = {"format": 2, "tokenizer": {"kind": "char", "chars": "abc"}, "table": torch.arange(3)}
+    content = {"format": 2, "tokenizer": {"kind": "char", "chars": "abc"}, "table": np.arange(3)}
     save_with_checksum(path, content)
     found, whole = load_with_checksum(path)
     assert whole

@@ -120,7 +120,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def write_sealed(path: Path, content: object) -> None:
     """Write a checkpoint's content and its seal. Raises: UserError as in save_checkpoint."""
-    seals.save_with_checksum(path, content, SEAL)
+    seals.save_with_checksum(path, content, SEAL, torch.save)
 
 
 def verify(path: Path) -> None:

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union, cast
 
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
+from nanogpt.settings import union_members
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
 
 TYRO_ERROR_CODE = 2
 """Exit code of tyro for arguments that it refuses."""
@@ -55,11 +59,59 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
                 default=default,
                 use_underscores=True,
                 config=(tyro.conf.UseAppendAction,),
+                registry=plain_types_registry(cls, default),
             )
     except SystemExit as stop:
         if stop.code != TYRO_ERROR_CODE:  # --help, or a signal
             raise
         raise UserError(f"{error_in_one_line(printed.getvalue())}; see {prog} --help") from None
+
+
+class Texts(tuple[str, ...]):
+    """A list of texts, as a class of its own (see plain_types_registry)."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """The texts, as help shows them."""
+        return " ".join(self)
+
+
+def plain_types_registry(cls: type[Any], default: Any) -> "ConstructorRegistry":
+    """The fields of `cls` for tyro, with types whose default values tyro checks by itself.
+
+    For any other type it imports typeguard, and with it asyncio, which takes as long as tyro itself. So
+    `int | None` becomes Union[int, None], and tuple[str, ...] a class.
+    """
+    from tyro.constructors import (
+        ConstructorRegistry,
+        PrimitiveTypeInfo,
+        StructConstructorSpec,
+        StructTypeInfo,
+    )
+
+    find = cast(Any, ConstructorRegistry).get_primitive_spec
+    usual = ConstructorRegistry.get_struct_spec(StructTypeInfo.make(cls, default, in_union_context=False))
+    assert isinstance(usual, StructConstructorSpec)
+    plain = [
+        replace(field, type=Texts, default=Texts(field.default))
+        if field.type == tuple[str, ...]
+        else replace(field, type=Union[union_members(field.type)])  # noqa: UP007 - X | Y is another type
+        for field in usual.fields
+    ]
+
+    def fields_of(info: StructTypeInfo) -> StructConstructorSpec | None:
+        """The fields, if it is `cls` that is asked for."""
+        return replace(usual, fields=tuple(plain)) if info.type is cls else None
+
+    def list_of_texts(info: PrimitiveTypeInfo) -> Any:
+        """How a list of texts is parsed."""
+        return find(PrimitiveTypeInfo.make(tuple[str, ...], info.markers)) if info.type is Texts else None
+
+    registry = ConstructorRegistry()
+    registry.struct_rule(fields_of)
+    registry.primitive_rule(list_of_texts)
+    return registry
 
 
 def parse_base_flags(cls: type[Any], arguments: Sequence[str]) -> BaseFlags:
@@ -69,7 +121,13 @@ def parse_base_flags(cls: type[Any], arguments: Sequence[str]) -> BaseFlags:
     if not {field.name for field in fields(cls)} & {"preset", "resume"}:
         return BaseFlags()
     with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(BaseFlags, args=arguments, return_unknown_args=True, add_help=False)[0]
+        return tyro.cli(
+            BaseFlags,
+            args=arguments,
+            return_unknown_args=True,
+            add_help=False,
+            registry=plain_types_registry(BaseFlags, BaseFlags()),
+        )[0]
     return BaseFlags()
 
 

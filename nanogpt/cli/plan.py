@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from nanogpt.cli.config import PlanConfig
 from nanogpt.config import GPTConfig, GradCheckpoint, model_config
-from nanogpt.console import GIB, MIB, ceil_div, duration, progress_bar, say, terminal
+from nanogpt.console import GIB, MIB, ceil_div, duration, one_line, progress_bar, say, terminal, warn
 from nanogpt.data.dataset import load_dataset
 from nanogpt.device import KINDS, autocast, describe, dtype_of, kind_of, name_of, pick_device, simulated
 from nanogpt.distributed import parallelize
@@ -26,6 +27,7 @@ from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.training import memory_estimate
+from nanogpt.training.compilation import compiled_loss, pick_compile
 from nanogpt.training.memory_estimate import HEADROOM, Memory
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import max_rank_batch, micro_batches_per_rank
@@ -37,7 +39,7 @@ CHECKPOINT_MODES: tuple[GradCheckpoint, ...] = ("off", "selective", "blocks")
 """Modes of activation checkpointing, fastest first."""
 
 TRIAL_SECONDS, TRIAL_TOKENS = 1.0, 2048
-"""Minimum time for which updates are measured, and maximum number of tokens in their micro-batch."""
+"""Seconds for which micro-batches are measured, and number of tokens in the first trial."""
 
 
 @dataclass(frozen=True)
@@ -249,36 +251,64 @@ def print_time(config: PlanConfig, target: Target, flops: int) -> None:
 
 
 def measure_update(config: PlanConfig, target: Target) -> float | None:
-    """Measure the seconds of an update: forward and backward of a few sequences, scaled up, and a step.
+    """Measure the seconds of an update: forward and backward of its micro-batches, and a step.
 
+    The trial doubles until it is a whole micro-batch, or takes long enough for the time to be in proportion
+    to its size. A few tokens would not do on a GPU, which takes as long for many.
     Returns None if not even a few sequences fit: on a CPU, the system would kill the process.
     """
-    device = target.device
-    rank_batch = max_rank_batch(config, World(0, config.processes))
-    sequences = min(rank_batch, max(1, TRIAL_TOKENS // config.block_size))
-    if not target.fits(predict_memory(replace(config, parallel="ddp"), target, sequences)):
+    device, world = target.device, World(0, config.processes)
+    rank_batch = max_rank_batch(config, world)
+    micro_batch = ceil_div(rank_batch, micro_batches_per_rank(config, world))
+    few = min(micro_batch, max(1, TRIAL_TOKENS // config.block_size))
+    sizes = (micro_batch, few)
+    alone = replace(config, parallel="ddp")
+    most = next((size for size in sizes if target.fits(predict_memory(alone, target, size))), None)
+    if most is None:
         return None
     model = GPT(gpt_config(config)).to(device)
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
     optimizers = build_optimizers(model, config, pick_muon_dtype(config.dtype, device).dtype)
-    x, y = torch.randint(model.config.vocab_size, (2, sequences, config.block_size), device=device)
-
-    def compute_gradients() -> None:
-        """Run one forward and backward pass."""
-        with autocast(device, target.dtype):
-            loss = model.loss(x, y)
-        loss.backward()
+    sequences, seconds = few, measure_passes(model, model.loss, target, few, TRIAL_SECONDS / 4)
+    while sequences < most and seconds < TRIAL_SECONDS / 4:
+        sequences = min(2 * sequences, most)
+        seconds = measure_passes(model, model.loss, target, sequences, TRIAL_SECONDS / 4)
+    work = flops_per_token(model) * config.batch_size * config.block_size * config.max_iters
+    compiles = pick_compile(config.compile, device, work)
+    loss_fn = compiled_loss(model) if compiles else model.loss
+    try:
+        seconds = measure_passes(model, loss_fn, target, sequences, TRIAL_SECONDS)
+    except Exception as error:  # the compiler's: the training would go on without it
+        if not compiles:
+            raise
+        warn(f"torch.compile failed, measured without it: {one_line(str(error)):.100}")
 
     def step() -> None:
         """Update the weights."""
         for optimizer in optimizers:
             optimizer.step()
 
-    passes: list[float] = []
-    while len(passes) < 3 or sum(passes) < TRIAL_SECONDS:
-        passes.append(seconds_of(compute_gradients, device))
     steps = [seconds_of(step, device) for _ in range(3)]
-    return min(passes[1:]) * rank_batch / sequences + min(steps[1:])  # the first ones are warm-up
+    return seconds * rank_batch / sequences + min(steps[1:])  # the first one is a warm-up
+
+
+def measure_passes(
+    model: GPT, loss_fn: Callable[[Tensor, Tensor], Tensor], target: Target, sequences: int, least: float
+) -> float:
+    """Measure the seconds of a forward and backward pass of so many sequences, for `least` seconds."""
+    shape = (2, sequences, model.config.block_size)
+    x, y = torch.randint(model.config.vocab_size, shape, device=target.device)
+
+    def compute_gradients() -> None:
+        """Run one forward and backward pass."""
+        with autocast(target.device, target.dtype):
+            loss = loss_fn(x, y)
+        loss.backward()
+
+    passes: list[float] = []
+    while len(passes) < 3 or sum(passes[1:]) < least:
+        passes.append(seconds_of(compute_gradients, target.device))
+    return min(passes[1:])  # the first one is a warm-up
 
 
 def seconds_of(action: Callable[[], None], device: torch.device) -> float:

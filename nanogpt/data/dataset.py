@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nanogpt.console import command
 from nanogpt.data.config import PrepareConfig
@@ -31,6 +30,9 @@ from nanogpt.seals import VERIFY_BYTES, Checksum, DamageError, load_with_checksu
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 2
 """Version of the data folder. Version 1, with characters alone and no count of bytes, is read too."""
@@ -252,7 +254,7 @@ class VocabFile:
                 self.refuse(str(error))
             raise
 
-    def seals_of(self, digests: Mapping[str, str], blocks: Mapping[str, Tensor]) -> dict[str, Checksum]:
+    def seals_of(self, digests: Mapping[str, str], blocks: "Mapping[str, Tensor]") -> dict[str, Checksum]:
         """The checksums of the files, {} if there are none."""
         if digests and (set(digests) != set(self.names) or not set(blocks) <= set(digests)):
             self.refuse("sha256 names other files")
@@ -289,6 +291,8 @@ def is_digests(value: Any) -> bool:
 
 def is_blocks(value: Any) -> bool:
     """Whether a value has tables of SHA-256s by file name, (n, 32) uint8 each."""
+    from torch import Tensor  # the file was read with PyTorch
+
     tables = cast(dict[Any, Any], value) if isinstance(value, dict) else {"": ""}
     return all(
         isinstance(item, Tensor)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from nanogpt.console import ceil_div, plural, progress_bar, say, warn
 from nanogpt.data.config import PrepareConfig
@@ -152,8 +151,7 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
             size = min(shard_size, count - first)
             seals[name] = write_tokens(work.token_path(split), new / name, work.tokenizer.dtype, first, size)
     facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
-    tables = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
-    facts["blocks"] = {name: torch.from_numpy(table.copy()) for name, table in tables.items()}
+    facts["blocks"] = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
     save_with_checksum(new / "vocab.pt", facts)
     replace_dataset(folder, [*seals, "vocab.pt"], set(token_file_names(folder)) - set(seals))
     return facts

@@ -11,26 +11,23 @@ import hashlib
 import json
 import os
 import shutil
-import struct
-import zipfile
 from array import array
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import FORMAT_VERSION, SPLITS
 from nanogpt.data.scan import ScanResult, tokenizer_settings
-from nanogpt.data.token_map import NAME_LENGTH_OFFSET
 from nanogpt.errors import UserError, require
 from nanogpt.files import atomic_write
-from nanogpt.seals import BlockHasher, Checksum, load_with_checksum, save_with_checksum
+from nanogpt.pt_files import Stream, save
+from nanogpt.seals import BlockHasher, Checksum, HashingWriter, load_with_checksum, save_with_checksum
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 
@@ -142,8 +139,8 @@ class EncodingJob:
             "batches": self.batches,
             "stretches": self.ranges,
             "first_val": self.scanned.first_val,
-            "characters": as_tensor(self.scanned.characters),
-            "digests": as_tensor(self.scanned.digests),
+            "characters": as_array(self.scanned.characters),
+            "digests": as_array(self.scanned.digests),
         }
         save_with_checksum(self.folder / "state.pt", state)
 
@@ -152,9 +149,9 @@ class EncodingJob:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def as_tensor(values: "array[int]") -> torch.Tensor:
-    """64-bit numbers as a tensor, for torch.save."""
-    return torch.from_numpy(np.frombuffer(values, np.int64).copy())
+def as_array(values: "array[int]") -> NDArray[np.int64]:
+    """64-bit numbers, (N,), as PyTorch has them: signed."""
+    return np.frombuffer(values, np.int64)
 
 
 def matches_checksums(path: Path, ranges: Sequence[tuple[int, str]]) -> bool:
@@ -176,45 +173,21 @@ def write_tokens(
 ) -> Checksum:
     """Write a .pt file with one tensor, (count,), of the tokens in `raw` from the `first` on.
 
-    torch.save writes the file without the tokens. Then they are copied to their place in it, block by
-    block, so that little is in memory. Returns the file's seal, computed on the way.
+    They are copied block by block, so that little is in memory. Returns the file's seal, computed on the way.
     Raises: UserError if the disk is full.
     """
     width, sealing = np.dtype(dtype).itemsize, BlockHasher()
     with atomic_write(path) as file:
-        with torch.serialization.skip_data():
-            torch.save(torch.from_numpy(placeholder_array(raw, dtype, count)), file)
-        with zipfile.ZipFile(file) as archive:
-            entry = next(item for item in archive.infolist() if item.filename.endswith("/data/0"))
-        file.seek(entry.header_offset + NAME_LENGTH_OFFSET)
-        name, extra = struct.unpack("<HH", file.read(4))
-        head = entry.header_offset + NAME_LENGTH_OFFSET + 4 + name + extra
-        file.seek(0)
-        sealing.update(file.read(head))
-        with open(raw, "rb") as tokens:
-            tokens.seek(width * first)
-            left = width * count
-            file.seek(head)
-            while left and (block := tokens.read(min(left, COPY_BYTES))):
-                file.write(block)
-                sealing.update(block)
-                left -= len(block)
-        require(not left, f"{raw} was cut while it was being read: run the command again")
-        sealing.update(file.read())
+        blocks = read_range(raw, width * first, width * count)
+        save(Stream(np.dtype(dtype), count, blocks), HashingWriter(file, sealing))
     return sealing.checksum()
 
 
-def placeholder_array(raw: Path, dtype: type[np.unsignedinteger[Any]], count: int) -> NDArray[Any]:
-    """An array of any `count` values, (count,), that takes no memory, for torch.save under skip_data.
-
-    torch.save needs a tensor although it skips the values. The array is a memory map of the tokens, which
-    is not written to; or an empty array where files cannot be mapped.
-    """
-    require(
-        raw.stat().st_size >= np.dtype(dtype).itemsize * count,
-        f"{raw} was cut while it was being read: run the command again",
-    )
-    try:
-        return np.asarray(np.memmap(raw, dtype, "r+", shape=(count,)))
-    except (OSError, ValueError):
-        return np.empty(count, dtype)
+def read_range(path: Path, start: int, size: int) -> Iterator[bytes]:
+    """The `size` bytes of a file from `start` on, in blocks. Raises: UserError if they are not all there."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while size and (block := file.read(min(size, COPY_BYTES))):
+            yield block
+            size -= len(block)
+    require(not size, f"{path} was cut while it was being read: run the command again")

@@ -6,6 +6,7 @@ call them at the same place. On ordinary tensors they change nothing.
 """
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -44,19 +45,25 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def full_state(value: Any, *, is_destination: bool = True) -> Any:
+def full_state(
+    value: Any, *, is_destination: bool = True, copy: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Any:
     """Gather the sharded tensors of a state_dict into full tensors on the CPU, one tensor at a time.
 
     is_destination: whether this process gets them; else it gets empty tensors and needs no memory for them.
+    copy: applied to every tensor that is not sharded.
     """
     if is_dtensor(value):
-        full = full_tensor(value)
+        full = full_tensor(value.detach())
         return full.cpu() if is_destination else torch.empty(0)
+    if isinstance(value, Tensor):
+        return copy(value)
     if isinstance(value, dict):
         items = cast(dict[Any, Any], value).items()
-        return {key: full_state(item, is_destination=is_destination) for key, item in items}
+        return {key: full_state(item, is_destination=is_destination, copy=copy) for key, item in items}
     if isinstance(value, list):
-        return [full_state(item, is_destination=is_destination) for item in cast(list[Any], value)]
+        items = cast(list[Any], value)
+        return [full_state(item, is_destination=is_destination, copy=copy) for item in items]
     return value
 
 

@@ -307,7 +307,7 @@ def make_norm(config: GPTConfig, dim: int) -> nn.Module:
 
 def meta_model(config: GPTConfig) -> GPT:
     """A GPT whose tensors have shapes but take no memory (PyTorch's meta device)."""
-    with torch.device("meta"):
+    with torch.device("meta"), kernels.SkipInitialization():
         return GPT(config)
 
 

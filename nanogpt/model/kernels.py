@@ -10,14 +10,14 @@ Shapes: B batch, T queries, S keys, H heads, D head_dim; N positions (B T), C wi
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right  # pyright: ignore[reportUnknownVariableType]
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as checkpointing
 
 from nanogpt.device import kind_of
@@ -57,6 +57,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
         return explicit_attention(q, k, v, dropout)
     if T in (S, 1):  # one query, the last, attends to all keys
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T == S)
+    # Imported here, since it brings the whole of torch._dynamo: 0.7 s.
+    from torch.nn.attention.bias import causal_lower_right  # pyright: ignore[reportUnknownVariableType]
+
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), dropout_p=dropout)
 
 
@@ -268,6 +271,25 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the gradients that the forward pass has computed."""
         scale = grad_outputs[0] / ctx.positions
         return None, None, None, None, None, *[grad * scale for grad in ctx.saved_tensors]
+
+
+# --- initialization ---
+
+
+class SkipInitialization(TorchFunctionMode):
+    """A context in which torch.nn.init leaves tensors as they are: for the meta device, which has no values.
+
+    There PyTorch would draw them in a Python reference, and import torch._dynamo for it: 0.7 s.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function of PyTorch, unless it initializes a tensor, its first argument."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 # --- recomputation ---

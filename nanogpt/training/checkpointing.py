@@ -1,13 +1,18 @@
 """The Checkpointer: when and how a run is written to its folder, and read back.
 
 Example: state.checkpointer.save_last(state); state.checkpointer.restore(state, saved)
-What a checkpoint file is: checkpoint/format.py. With FSDP, last.pt is sharded (checkpoint/sharded.py): every
-process writes its shards in the background, while the training goes on. ckpt.pt is always one file.
+A save is begun and, later, finished. In between a thread hashes and writes a copy of the state, while the
+training goes on; if memory has no room for a copy, the training waits. A checkpoint counts once it is in
+place: a process that is killed before that resumes from the one before.
+A checkpoint file: checkpoint/format.py. With FSDP, last.pt is sharded (checkpoint/sharded.py): every process
+writes its shards. ckpt.pt is always one file. At a best evaluation last.pt is a copy of ckpt.pt.
 """
 
+import math
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,147 +21,243 @@ from nanogpt.checkpoint import sharded
 from nanogpt.checkpoint.format import Checkpoint, Progress, save_checkpoint, shards_folder
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.checkpoint.validation import check_states
-from nanogpt.config import to_dict
 from nanogpt.console import warn
-from nanogpt.device import name_of
 from nanogpt.distributed import parallelize
-from nanogpt.distributed.dtensor import full_state, load_full_state, shard_optimizer_state
+from nanogpt.distributed.dtensor import load_full_state, shard_optimizer_state
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write, fsync_folder
+from nanogpt.files import atomic_write, copy_file, fsync_folder
+from nanogpt.training.snapshot import header, named_tensors, saved_settings, take_snapshot
 from nanogpt.training.state import TrainState
+
+MAX_SAVE_FRACTION = 0.02
+"""Largest fraction of the time for which saves may hold up the training: slow saves become rarer."""
+
+MAX_STRETCH = 10
+"""How many times --save_seconds the interval between saves may become."""
+
+Digests = dict[str, str]
+"""Name of each file that a process has written into a folder of shards -> its SHA-256."""
 
 
 @dataclass(frozen=True)
-class ShardedSave:
-    """A sharded checkpoint that is being written in the background."""
+class PendingSave:
+    """A save that has begun. All processes have one at the same time."""
 
+    state: TrainState
     header: Checkpoint
-    """All but the tensors."""
-    folder: Path
-    digests: "Future[dict[str, str]]"
-    """The SHA-256 of each file that this process has written, or a UserError why it has not."""
+    """The state when the save began, without its tensors."""
+    best: "Future[Digests] | None"
+    """The writing of ckpt.pt, at a best evaluation."""
+    last: "Future[Digests]"
+    """The writing of last.pt or, with FSDP, of this process's shards."""
+    folder: Path | None
+    """Folder of the shards; None without FSDP."""
+
+    @property
+    def futures(self) -> "list[Future[Digests]]":
+        """Everything that this process writes."""
+        return [self.best, self.last] if self.best else [self.last]
 
 
 class Checkpointer:
-    """Saves and restores a state. All processes call its methods together; the first one writes."""
+    """Saves and restores a state. All processes call its methods together. Two saves never overlap."""
 
     def __init__(
         self, folder: RunFolder, world: World, before_save: Callable[[], object] = lambda: None
     ) -> None:
         """before_save: called on the first process before it writes; there the metrics become durable."""
         self.folder, self.world, self.before_save = folder, world, before_save
+        self.thread = ThreadPoolExecutor(1, "save")
+        self.pending: PendingSave | None = None
         self.saved_at = time.perf_counter()
+        """When the newest save began."""
+        self.held_up = 0.0
+        """Seconds for which the newest save has held up the training."""
         self.saved_step: int | None = None
         """Step of the newest checkpoint that this process has written or read."""
+        self.best_val_loss = math.inf
+        """The validation loss of ckpt.pt."""
         self.last_progress: dict[str, Any] | None = None
         """The progress that last.pt holds, if this process knows it."""
         self.shards: Path | None = None
         """Folder of the shards of last.pt, if it is sharded: it must not be written to."""
-        self.pending: ShardedSave | None = None
 
     # --- save ---
 
-    def save_last(self, state: TrainState) -> bool:
-        """Save last.pt. A failure is reported and the training goes on. Returns whether it worked."""
-        return attempt(lambda: self.begin_save(state, self.folder.last))
+    def save_last(self, state: TrainState, *, best: bool = False) -> None:
+        """Begin to save last.pt and, at a best evaluation, ckpt.pt.
 
-    def save_best(self, state: TrainState) -> bool:
-        """Save ckpt.pt. A failure is reported and the training goes on. Returns whether it worked."""
-        return attempt(lambda: self.begin_save(state, self.folder.best))
+        A failure, now or later, is reported and the training goes on, with the best loss that ckpt.pt has.
+        """
+        if not attempt(lambda: self.begin_save(state, best=best)):
+            state.progress.best_val_loss = self.best_val_loss
 
-    def save(self, state: TrainState, path: Path) -> None:
-        """Write a checkpoint, and wait until it is there. Raises: UserError if it cannot be written."""
-        self.begin_save(state, path)
+    def save(self, state: TrainState) -> None:
+        """Write last.pt, and wait until it is there. Raises: UserError if it cannot be written."""
+        self.begin_save(state)
         self.finish_save()
 
     def save_final(self, state: TrainState) -> None:
         """Write last.pt at the end of the training, unless it holds the same already. Raises: as `save`."""
-        self.finish_save()
+        self.try_finish_save()
         if self.last_progress != asdict(state.progress):
-            self.save(state, self.folder.last)
+            self.save(state)
 
-    def begin_save(self, state: TrainState, path: Path) -> None:
-        """Write a checkpoint; a sharded one is only begun: see finish_save.
+    def begin_save(self, state: TrainState, *, best: bool = False) -> None:
+        """Begin to save last.pt, and ckpt.pt too if `best`, after the save before is finished.
 
-        Raises: UserError if it cannot be written, or if the one before could not.
+        Raises: UserError if the folder cannot be written.
         """
-        self.finish_save()
-        self.saved_at = time.perf_counter()
-        with self.world.raise_on_all():
-            if self.world.is_first:
-                self.folder.confirm()
-        if self.world.is_first:
-            self.before_save()
-            if self.world.job and not self.saved_step:
-                with atomic_write(self.folder.job) as file:
-                    file.write(self.world.job.encode())
-        if parallelize.is_sharded(state.model) and path == self.folder.last:
-            self.begin_sharded_save(state)
-            return
-        saved = snapshot(state)
-        with self.world.raise_on_all():
-            if self.world.is_first:
-                save_checkpoint(path, saved)
-        self.saved_step = state.progress.step
-        if path == self.folder.last:
-            self.last_progress, self.shards = saved.progress, None
-            if self.world.is_first:
-                self.folder.delete_shards(keep=None)  # of a run that went on without FSDP
+        self.try_finish_save()
+        self.saved_at, self.held_up = time.perf_counter(), 0.0
+        with self.count_hold_up():
+            with self.world.raise_on_all():
+                if self.world.is_first:
+                    self.prepare_folder()
+            best_file = self.begin_file(state, self.folder.best) if best else None
+            folder = self.new_shards_folder(state) if parallelize.is_sharded(state.model) else None
+            if folder:
+                last = sharded.begin_save(folder, named_tensors(state))
+            elif best_file:
+                last = self.begin_copy(best_file)
+            else:
+                last = self.begin_file(state, self.folder.last)
+            self.pending = PendingSave(state, header(state), best_file, last, folder)
 
-    def begin_sharded_save(self, state: TrainState) -> None:
-        """Copy this process's shards, and let a thread write them."""
-        average = state.ema_model.state_dict() if state.ema_model else {}
-        states = [optimizer.state_dict()["state"] for optimizer in state.optimizers]
-        tensors = sharded.flatten(state.model.state_dict(), average, states)
+    def prepare_folder(self) -> None:
+        """Check that the folder is still this run's, and write what a checkpoint counts on."""
+        self.folder.confirm()
+        self.before_save()
+        if self.world.job and not self.saved_step:
+            with atomic_write(self.folder.job) as file:
+                file.write(self.world.job.encode())
+
+    def begin_file(self, state: TrainState, path: Path) -> "Future[Digests]":
+        """Begin to write a checkpoint in one file, on the first process. With FSDP all gather it there."""
+        if not self.world.is_first and not parallelize.is_sharded(state.model):
+            return self.submit(Digests, in_background=False)
+        snapshot = take_snapshot(state)
+
+        def write() -> Digests:
+            """Write the file once the tensors are copied."""
+            if snapshot.ready:
+                snapshot.ready.synchronize()
+            save_checkpoint(path, snapshot.checkpoint)
+            return {}
+
+        return self.submit(write if self.world.is_first else Digests, in_background=snapshot.is_copied)
+
+    def begin_copy(self, best_file: "Future[Digests]") -> "Future[Digests]":
+        """Make last.pt a copy of ckpt.pt, as soon as that is written, on the first process.
+
+        A second name of one file (a link) would be cheaper, but damage to one would be damage to both.
+        """
+
+        def copy() -> Digests:
+            """Copy the file, unless it could not be written."""
+            best_file.result()
+            copy_file(self.folder.best, self.folder.last)
+            return {}
+
+        return self.submit(copy if self.world.is_first else Digests, in_background=not best_file.done())
+
+    def submit(self, work: Callable[[], Digests], *, in_background: bool) -> "Future[Digests]":
+        """Do the work now or in the thread, one after the other. Its failure is the future's."""
+        if in_background:
+            return self.thread.submit(work)
+        future: Future[Digests] = Future()
+        try:
+            future.set_result(work())
+        except (UserError, OSError) as error:
+            future.set_exception(error)
+        return future
+
+    def new_shards_folder(self, state: TrainState) -> Path:
+        """The folder for the shards of the next last.pt: not the one of the present last.pt."""
         folder = self.folder.shards / str(state.progress.step)
         if folder == self.shards:
             folder = folder.with_name(f"{folder.name}-again")
         if self.world.is_first:
             self.folder.delete_shards(keep=self.shards)  # left by a killed process
-        self.pending = ShardedSave(header(state), folder, sharded.begin_save(folder, tensors))
+        return folder
 
     def finish_save(self) -> None:
-        """Wait for the sharded checkpoint that is being written, if there is one.
+        """Wait for the save that has begun, if there is one, and complete it.
 
-        It counts from the moment at which last.pt, which names its shards, is in place.
-        Raises: UserError if a process could not write its shards, or the first one the file.
+        Raises: UserError if a process could not write. Then the best loss is again that of ckpt.pt, and
+        last.pt, which has to hold it, is due at once.
         """
         pending, self.pending = self.pending, None
         if pending is None:
             return
-        digests = dict[str, str]()
-        try:
+        with self.count_hold_up():
+            wait(pending.futures)
+            try:
+                self.complete(pending)
+            except UserError:
+                if pending.best and pending.state.progress.best_val_loss != self.best_val_loss:
+                    pending.state.progress.best_val_loss, self.saved_at = self.best_val_loss, -math.inf
+                if self.world.is_first and pending.folder:
+                    self.folder.delete_shards(keep=self.shards)
+                raise
+
+    def complete(self, pending: PendingSave) -> None:
+        """Let a save count that all processes have written. Raises: UserError if one of them could not."""
+        progress = pending.header.progress
+        if pending.best:
             with self.world.raise_on_all():
-                digests = pending.digests.result()
-        except UserError:
-            if self.world.is_first:
-                self.folder.delete_shards(keep=self.shards)
-            raise
+                pending.best.result()
+            self.best_val_loss, self.saved_step = progress["best_val_loss"], int(progress["step"])
+        with self.world.raise_on_all():
+            digests = pending.last.result()
+        if pending.folder:
+            self.commit_shards(pending, pending.folder, digests)
+        self.shards, self.last_progress, self.saved_step = pending.folder, progress, int(progress["step"])
+        if self.world.is_first:
+            self.folder.delete_shards(keep=pending.folder)
+
+    def commit_shards(self, pending: PendingSave, folder: Path, digests: Digests) -> None:
+        """Write last.pt, which names the shards of all processes. Raises: UserError if that fails."""
         files = self.world.all_gather(list(digests.items()))
         with self.world.raise_on_all():
             if self.world.is_first:
-                inside = pending.folder.relative_to(self.folder.path)
-                fsync_folder(pending.folder)
+                inside = folder.relative_to(self.folder.path)
+                fsync_folder(folder)
                 fsync_folder(self.folder.shards)
                 named = {(inside / name).as_posix(): digest for name, digest in files}
                 save_checkpoint(self.folder.last, replace(pending.header, shards=named))
-                self.folder.delete_shards(keep=pending.folder)
-        self.shards, self.last_progress = pending.folder, pending.header.progress
-        self.saved_step = int(pending.header.progress["step"])
 
     def try_finish_save(self) -> bool:
         """Like finish_save, but a failure is reported. Returns whether it worked."""
         return attempt(self.finish_save)
 
     def is_due(self, seconds: float) -> bool:
-        """Whether the last save is so many seconds ago."""
-        return time.perf_counter() - self.saved_at >= seconds
+        """Whether the newest save began so many seconds ago, or more if it held up the training for long.
+
+        The first process alone says so, since it writes most.
+        """
+        interval = min(max(seconds, self.held_up / MAX_SAVE_FRACTION), MAX_STRETCH * seconds)
+        is_over = time.perf_counter() - self.saved_at >= interval
+        return self.world.is_first and is_over and not self.is_writing
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process is still writing its shards."""
-        return self.pending is not None and not self.pending.digests.done()
+        """Whether this process is still writing."""
+        return self.pending is not None and not all(future.done() for future in self.pending.futures)
+
+    @contextmanager
+    def count_hold_up(self) -> Generator[None]:
+        """Add the time of a block to `held_up`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.held_up += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Wait for the file that this process is writing, but not for other processes: they may be dead."""
+        self.thread.shutdown()
 
     # --- restore ---
 
@@ -178,7 +279,7 @@ class Checkpointer:
         if saved.scaler and state.scaler.is_enabled():
             state.scaler.load_state_dict(saved.scaler)
         state.progress = Progress(**saved.progress)
-        self.saved_step = state.progress.step
+        self.saved_step, self.best_val_loss = state.progress.step, state.progress.best_val_loss
         if self.folder.resumed == self.folder.last and saved.config == saved_settings(state):
             self.last_progress = saved.progress  # nothing to save before something changes
 
@@ -191,49 +292,6 @@ def attempt(write: Callable[[], None]) -> bool:
         warn(f"{error} (training goes on; what was saved before is whole; the next save tries again)")
         return False
     return True
-
-
-def snapshot(state: TrainState) -> Checkpoint:
-    """The state as a checkpoint. Its tensors are the run's own, not copies.
-
-    With FSDP they are gathered, and the first process alone has them.
-    """
-    is_first = state.world.is_first
-    return replace(
-        header(state),
-        model=full_state(state.model.state_dict(), is_destination=is_first),
-        average=full_state(state.ema_model.state_dict(), is_destination=is_first) if state.ema_model else {},
-        optimizers=[
-            full_state(optimizer.state_dict(), is_destination=is_first) for optimizer in state.optimizers
-        ],
-    )
-
-
-def header(state: TrainState) -> Checkpoint:
-    """The state as a checkpoint, without its tensors."""
-    muon = {"muon_dtype": name_of(state.muon_precision.dtype)} if state.config.optimizer == "muon" else {}
-    return Checkpoint(
-        config=saved_settings(state),
-        vocab_size=state.model.config.vocab_size,
-        progress=asdict(state.progress),
-        model={},
-        average={},
-        optimizers=[optimizer.state_dict() | {"state": {}} for optimizer in state.optimizers],
-        scaler=state.scaler.state_dict(),
-        precision={
-            "device": state.device.type,
-            "dtype": name_of(state.dtype),
-            **muon,
-            "num_micro_batches": state.num_micro_batches * state.world.size,
-        },
-        tokenizer=state.dataset.tokenizer.to_dict(),
-        fingerprint=state.dataset.fingerprint,
-    )
-
-
-def saved_settings(state: TrainState) -> dict[str, Any]:
-    """The settings of the run as a checkpoint holds them."""
-    return to_dict(replace(state.config, resume=False, overwrite=False))
 
 
 def load_tensors(state: TrainState, saved: Checkpoint) -> list[dict[int, Any]]:

@@ -38,14 +38,7 @@ def compile_model(run: Run, forward_backward: Callable[..., Tensor]) -> None:
     With FSDP each block is compiled for itself: between blocks, weights are gathered and freed. Shapes are
     fixed: those of the micro-batches, for which everything is compiled here, before the clock starts.
     """
-    import torch._dynamo as dynamo  # it takes half a second
-
-    say("Compiling the model (about a minute the first time)...")
-    torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
-    # PyTorch's cache ignores vector instructions: code made for another processor gives NaN, or crashes.
-    compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-    if hasattr(dynamo.config, "trace_autograd_ops"):  # else a large vocabulary's loss runs uncompiled
-        dynamo.config.trace_autograd_ops = True
+    set_up_compiler()
     uncompiled = run.loss_fn
     problem = try_compile(run, forward_backward)
     problems = run.world.all_gather([problem] if problem else [])
@@ -58,6 +51,24 @@ def compile_model(run: Run, forward_backward: Callable[..., Tensor]) -> None:
         forward_backward(run)
     parallelize.zero_grad(run.model, run.loss_fn)
     run.kind.release_memory()
+
+
+def set_up_compiler() -> None:
+    """Say that compiling begins, and prepare torch.compile."""
+    import torch._dynamo as dynamo  # it takes half a second
+
+    say("Compiling the model (about a minute the first time)...")
+    torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
+    # PyTorch's cache ignores vector instructions: code made for another processor gives NaN, or crashes.
+    compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    if hasattr(dynamo.config, "trace_autograd_ops"):  # else a large vocabulary's loss runs uncompiled
+        dynamo.config.trace_autograd_ops = True
+
+
+def compiled_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of a model, which the first call compiles as a training on one device does."""
+    set_up_compiler()
+    return torch.compile(model.loss, dynamic=False)
 
 
 def try_compile(run: Run, forward_backward: Callable[..., Tensor]) -> str | None:

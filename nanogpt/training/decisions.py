@@ -20,15 +20,16 @@ class Due(NamedTuple):
 def all_reduce_decisions(run: Run) -> Due:
     """What is due: where processes disagree, what one of them wants, all do, after the same step.
 
-    A sharded save that all processes have written is completed on the way, since only here do all know it.
+    A save that all processes have written is completed on the way, since only here do all know it. Before an
+    evaluation it is waited for: the loss to compare with is that of the ckpt.pt that could be saved.
     """
     reason = stop_reason(run)
     save = run.stop.save_asked or run.checkpointer.is_due(run.config.save_seconds)
     highest, save, writing = run.world.max_over_ranks(reason or 0, save, run.checkpointer.is_writing)
-    if run.checkpointer.pending and not writing:
-        run.checkpointer.try_finish_save()
     reason = StopReason(highest) if highest else None
     evaluation = is_evaluation_due(run, reason)
+    if evaluation or not writing:
+        run.checkpointer.try_finish_save()
     return Due(None if evaluation else reason, evaluation, bool(save) and not run.progress.bad_steps)
 
 

@@ -83,6 +83,7 @@ def fit(config: TrainConfig, keep_going: Callable[[int, float], bool | None] | N
                 start(run)
                 reason = train(run)
         finally:
+            run.checkpointer.close()
             run.metrics.close()
         if world.is_first:
             print_summary(run, reason)
@@ -99,7 +100,7 @@ def start(run: Run) -> None:
     if pick_graph(run):
         run.graph = UpdateGraph(update, next_batch)
     if not run.config.resume:
-        run.checkpointer.save(run, run.folder.last)
+        run.checkpointer.save(run)
 
 
 def result_of(run: Run, reason: StopReason) -> Result:

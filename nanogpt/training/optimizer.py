@@ -20,6 +20,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.console import ceil_div
 from nanogpt.distributed.dtensor import full_tensor, is_dtensor
 from nanogpt.training import foreach
+from nanogpt.training.optimizer_base import AdamW, UncompiledOptimizer
 from nanogpt.training.sparse import RowAdam, table_names
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -97,7 +98,7 @@ def step_optimizers(optimizers: Iterable[torch.optim.Optimizer], *, skip: Tensor
             optimizer.step()
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter, 2019), fused.
 
     For a weight w with gradient g, in step t = 1, 2, ...: m <- beta1 m + (1 - beta1) g, the mean gradient;
@@ -105,7 +106,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.opti
     m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t), since both begin at 0.
     """
     groups = decay_groups(parameters, config)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
@@ -120,7 +121,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> lis
     ]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(UncompiledOptimizer):
     """Momentum, orthogonalized (Jordan et al., 2024).
 
     The momentum of a matrix, U S V^T, is replaced by about U V^T: directions in which the gradient is small

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from nanogpt.config import TrainConfig
 from nanogpt.model.ngram import NgramEmbedding
+from nanogpt.training.optimizer_base import UncompiledOptimizer
 
 
 def sparse_tables(model: nn.Module) -> dict[str, nn.Embedding]:
@@ -63,7 +64,7 @@ def is_sparse(parameter: Tensor) -> bool:
     return parameter.grad is not None and parameter.grad.is_sparse
 
 
-class RowAdam(torch.optim.Optimizer):
+class RowAdam(UncompiledOptimizer):
     """Lazy Adam without momentum: torch.optim.SparseAdam with betas (0, beta2), and decoupled weight decay.
 
     For a touched row w with gradient g, in step t = 1, 2, ...: v <- beta2 v + (1 - beta2) g^2;

@@ -168,7 +168,7 @@ def evaluate_and_save(run: Run) -> None:
         warn(f"step {progress.step}: validation loss {loss}")
         roll_back(run)
         return
-    best_before, best = progress.best_val_loss, loss < progress.best_val_loss
+    best = loss < progress.best_val_loss
     progress.evaluated_at = progress.step
     progress.worse_evaluations = 0 if best else progress.worse_evaluations + 1
     sample = sample_text(run.eval_model, run.dataset, run.device, run.dtype, run.config.seed)
@@ -177,10 +177,8 @@ def evaluate_and_save(run: Run) -> None:
         numbers["val_bits_per_byte"] = bits
     log(run, progress.step, numbers)
     if best:
-        progress.best_val_loss = loss  # saved in ckpt.pt
-        if not run.checkpointer.save_best(run):
-            progress.best_val_loss = best_before  # as the ckpt.pt that is still there says
-    save_last(run)
+        progress.best_val_loss = loss  # if ckpt.pt cannot be saved, it becomes that of the old ckpt.pt again
+    save_last(run, best=best)
     if run.callback is not None:
         go_on = run.callback(progress.step, loss)
         run.stopped_by_callback = go_on is not None and not go_on
@@ -208,10 +206,10 @@ def validation_loss(run: Run) -> float | None:
         )
 
 
-def save_last(run: Run) -> None:
-    """Save last.pt. A failure is reported, and the training goes on."""
+def save_last(run: Run, *, best: bool = False) -> None:
+    """Save last.pt, and ckpt.pt if `best`. A failure is reported, and the training goes on."""
     run.stop.save_asked = False  # first: another signal may come meanwhile
-    run.checkpointer.save_last(run)
+    run.checkpointer.save_last(run, best=best)
 
 
 def save_final(run: Run) -> None:

@@ -1,0 +1,120 @@
+"""The state of a run as a checkpoint: its settings, its progress, its tensors or copies of them.
+
+Example: snapshot = take_snapshot(state); save_checkpoint(path, snapshot.checkpoint)
+Copies let a thread write the file while the training changes the tensors. They take as much main memory as
+the file; where there is too little, the snapshot has the run's own tensors and the training has to wait.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt.checkpoint import sharded
+from nanogpt.checkpoint.format import Checkpoint
+from nanogpt.config import to_dict
+from nanogpt.device import DeviceKind, Event, is_out_of_memory, kind_of, name_of
+from nanogpt.distributed.dtensor import full_state
+from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.training import memory_estimate
+from nanogpt.training.memory_estimate import HEADROOM
+from nanogpt.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint, and whether its tensors are copies that the training does not touch."""
+
+    checkpoint: Checkpoint
+    is_copied: bool
+    ready: Event | None = None
+    """When the device has copied the tensors; None: they are there already."""
+
+
+def take_snapshot(state: TrainState) -> Snapshot:
+    """The state as a checkpoint, its tensors copied if memory allows.
+
+    With FSDP all processes call it together: the tensors are gathered, and the first process alone has them.
+    """
+    gathers = is_sharded(state.model)  # which makes copies in any case
+    if gathers or fits_in_main_memory(state):
+        kind = kind_of(state.device)
+        try:
+            return Snapshot(checkpoint_of(state, copier(kind)), True, kind.record_event(state.device))
+        except (RuntimeError, MemoryError) as error:
+            if gathers or not is_out_of_memory(error):
+                raise
+    return Snapshot(checkpoint_of(state, Tensor.detach), False)
+
+
+def fits_in_main_memory(state: TrainState) -> bool:
+    """Whether main memory has room for copies of the tensors."""
+    shared = kind_of(state.device).shares_memory
+    # Shared: the other part becomes activations again in the next update. Pinned: in powers of two.
+    fraction = 1 - HEADROOM if shared else HEADROOM / 2
+    size = sum(tensor.nbytes for tensor in named_tensors(state).values())
+    return size < fraction * memory_estimate.free(torch.device("cpu"))
+
+
+def copier(kind: DeviceKind) -> Callable[[Tensor], Tensor]:
+    """A function that copies a tensor to main memory, and tied weights, which are one tensor, only once."""
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        """A view of the copy of a tensor."""
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor, kind.copy_to_host(tensor.detach())  # the tensor lives, and so its id
+        return copies[id(tensor)][1].detach()
+
+    return copy
+
+
+def named_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Weights, their average and the optimizers' states by name, as sharded.flatten names them."""
+    average = state.ema_model.state_dict() if state.ema_model else {}
+    states = [optimizer.state_dict()["state"] for optimizer in state.optimizers]
+    return sharded.flatten(state.model.state_dict(), average, states)
+
+
+def checkpoint_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkpoint:
+    """The state as a checkpoint, with what `copy` returns for its tensors. With FSDP: see take_snapshot."""
+
+    def full(values: dict[str, Any]) -> dict[str, Any]:
+        """Gather and copy."""
+        return full_state(values, is_destination=state.world.is_first, copy=copy)
+
+    return replace(
+        header(state),
+        model=full(state.model.state_dict(keep_vars=True)),
+        average=full(state.ema_model.state_dict(keep_vars=True)) if state.ema_model else {},
+        optimizers=[full(optimizer.state_dict()) for optimizer in state.optimizers],
+    )
+
+
+def header(state: TrainState) -> Checkpoint:
+    """The state as a checkpoint, without its tensors."""
+    muon = {"muon_dtype": name_of(state.muon_precision.dtype)} if state.config.optimizer == "muon" else {}
+    return Checkpoint(
+        config=saved_settings(state),
+        vocab_size=state.model.config.vocab_size,
+        progress=asdict(state.progress),
+        model={},
+        average={},
+        optimizers=[optimizer.state_dict() | {"state": {}} for optimizer in state.optimizers],
+        scaler=state.scaler.state_dict(),
+        precision={
+            "device": state.device.type,
+            "dtype": name_of(state.dtype),
+            **muon,
+            "num_micro_batches": state.num_micro_batches * state.world.size,
+        },
+        tokenizer=state.dataset.tokenizer.to_dict(),
+        fingerprint=state.dataset.fingerprint,
+    )
+
+
+def saved_settings(state: TrainState) -> dict[str, Any]:
+    """The settings of the run as a checkpoint holds them."""
+    return to_dict(replace(state.config, resume=False, overwrite=False))
