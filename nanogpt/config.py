@@ -206,6 +206,8 @@ class TrainConfig(Architecture):
     """Data type of matrix products; auto: one that is fast on this device."""
     compile: Switch = "auto"
     """Use torch.compile; auto: for long runs on Linux with CUDA or ROCm."""
+    cuda_graph: Switch = "auto"
+    """Capture the update as a CUDA graph, launched as one; auto: for small models on one NVIDIA GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

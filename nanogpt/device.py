@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanogpt.console import GIB, plural
 from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.errors import UserError, require
+from nanogpt.graphs import CudaGraphs
 from nanogpt.malloc import keep_freed_memory
 
 WINDOWS_MEMORY_FRACTION = 0.95
@@ -67,6 +68,8 @@ class CUDA(DeviceKind):
     uses_pinned_memory = True
     compiles_by_default = sys.platform == "linux"
     logits_per_chunk = 2**27
+    vocab_multiple = 128
+    graphs = CudaGraphs() if torch.version.hip is None else None
     distributed_backend = "nccl"
 
     def __init__(self) -> None:

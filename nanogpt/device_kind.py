@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import require
+from nanogpt.graphs import Graphs
 
 UNLIMITED = float("inf")
 
@@ -42,8 +43,12 @@ class DeviceKind(ABC):
     """Whether updating only the touched rows of an embedding table is faster than updating all."""
     logits_per_chunk = 2**25
     """Logits of a large vocabulary held at a time: enough to keep its matrix products busy."""
+    vocab_multiple = 1
+    """Logits come in multiples of it: other numbers keep matrix products off their fast kernels."""
     trains_float16 = True
     """Whether training in float16, with gradient scaling, works."""
+    graphs: Graphs | None = None
+    """How an update is captured, to be replayed as one launch; None: it cannot be."""
     distributed_backend = "gloo"
     """The torch.distributed backend for its processes."""
 

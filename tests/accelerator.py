@@ -45,15 +45,18 @@ class WaitedError(RuntimeError):
 
 
 class State:
-    """waiting_is_forbidden: while a test says so. waits: how often it happened."""
+    """waiting_is_forbidden: while a test says so. waits: how often it happened. tape: of a capture."""
 
     waiting_is_forbidden = False
     waits = 0
+    tape: "Tape | None" = None
 
 
 def waits(why: str) -> None:
     """The processor waits for the device."""
     State.waits += 1
+    if State.tape is not None:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {why}")
     if State.waiting_is_forbidden:
         raise WaitedError(f"the host waits for the device: {why}")
 
@@ -138,7 +141,7 @@ def execute(function: Any, args: Any, kwargs: Any) -> Any:
     real_args, real_kwargs = tree_map(lambda x: x.held if isinstance(x, OnDevice) else x, (args, kwargs))
     if function is aten._pin_memory.default or function is aten.is_pinned.default:
         raise AssertionError("only memory of the processor is pinned")
-    result = function(*real_args, **real_kwargs)
+    result = (State.tape or Untaped).record(function, real_args, real_kwargs)
     if not function._schema.returns:
         return None
     if function.namespace == "c10d":
@@ -156,7 +159,8 @@ def check_sides(function: Any, args: Any, flat: list[Tensor]) -> None:
     """Errors: RuntimeError, as of a GPU, if tensors of both sides meet; scalars of the CPU may."""
     if function in COPIES or not any(isinstance(x, OnDevice) for x in flat):
         return
-    strangers = [x for x in flat if not isinstance(x, OnDevice) and x.dim() > 0]
+    written = args[0] if function._schema.is_mutable else None
+    strangers = [x for x in flat if not isinstance(x, OnDevice) and (x.dim() > 0 or x is written)]
     if function in FOLLOW and strangers and isinstance(args[0], OnDevice):
         waits(f"{function} with indices of the CPU")
         return
@@ -177,6 +181,72 @@ def check_copy(function: Any, args: Any, kwargs: Any, target: str | None) -> Non
         background = kwargs.get("non_blocking", False)
     if not one_sided and not background:
         waits("a copy that is not in the background")
+
+
+class Tape:
+    """What a CUDA graph is: operations with their numbers, on the same memory in each replay.
+
+    A capture leaves everything as it was. What the host decides or writes is not on the tape.
+    """
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.made: dict[int, Any] = {}
+        """Memory that belongs to the tape."""
+        self.before: dict[int, tuple[Any, Any]] = {}
+        """Memory of others that it writes to, and what was there before the capture."""
+
+    def record(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Do an operation, and note it."""
+        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        if function._schema.is_mutable:
+            for storage in (x.untyped_storage() for x in inputs):
+                if storage.data_ptr() not in self.made | self.before:
+                    self.before[storage.data_ptr()] = storage, storage.clone()
+        result = function(*args, **kwargs)
+        theirs = {x.untyped_storage().data_ptr() for x in inputs}
+        outputs = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+        new = [x for x in outputs if x.untyped_storage().data_ptr() not in theirs]
+        self.made |= {x.untyped_storage().data_ptr(): x.untyped_storage() for x in new}
+        if new or function._schema.is_mutable:  # else it is a view
+            self.operations.append((function, args, kwargs, new))
+        return result
+
+    def replay(self) -> None:
+        """Do all operations once more."""
+        for function, args, kwargs, outputs in self.operations:
+            results = [x for x in tree_flatten(function(*args, **kwargs))[0] if isinstance(x, Tensor)]
+            for output, result in zip(outputs, results if outputs else [], strict=True):
+                output.copy_(result)
+
+
+class Untaped:
+    """No capture is under way."""
+
+    @staticmethod
+    def record(function: Any, args: Any, kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+class Recorder:
+    """Captures work on a tape: nanogpt.graphs.Graphs of the stand-in."""
+
+    def warm_up(self, work: Any) -> Any:
+        """Nothing of the stand-in needs it."""
+        return work()
+
+    def capture(self, work: Any) -> Any:
+        """Record the work, and undo it."""
+        tape, random = Tape(), torch.get_rng_state()
+        State.tape = tape
+        try:
+            result = work()
+        finally:
+            State.tape = None
+            torch.set_rng_state(random)
+            for storage, before in tape.before.values():
+                storage.copy_(before)
+        return tape.replay, result
 
 
 class Module:
@@ -224,6 +294,7 @@ class CudaLike(devices.CUDA):
     type = NAME
     compiles_by_default = False
     logits_per_chunk = 2**10
+    graphs = Recorder()
 
     def is_available(self) -> bool:
         return True

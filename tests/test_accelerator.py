@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerator import CudaLike, MpsLike, OnDevice, WaitedError, forbid_waiting, standing_in_for
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from nanogpt import device, evaluation
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
@@ -26,9 +27,11 @@ from nanogpt.distributed import world
 from nanogpt.distributed.world import World
 from nanogpt.inference.config import SampleConfig
 from nanogpt.model.kernels import chunked_cross_entropy
-from nanogpt.training import trainer
+from nanogpt.training import cuda_graph, trainer
 from nanogpt.training.fit import fit
+from nanogpt.training.memory_estimate import Memory
 from nanogpt.training.optimizer_base import UncompiledOptimizer
+from nanogpt.training.recovery import roll_back
 from nanogpt.training.results import read_result
 from nanogpt.training.run import Run
 from nanogpt.training.setup import set_up
@@ -142,12 +145,188 @@ def running(config: TrainConfig) -> Run:
     return run
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2-adamw", "modern-muon"])
-def test_a_step_waits_for_nothing(there, cuda, settings):
+def test_a_step_waits_for_nothing(there, cuda, settings, captured):
     run = running(replace(there, **settings))
+    if captured:
+        run.graph = cuda_graph.UpdateGraph(trainer.update, trainer.next_batch)
+        for _ in range(cuda_graph.WARM_UP_UPDATES + 1):
+            read_result(run, trainer.train_step(run))
     with forbid_waiting():
         outcomes = [trainer.train_step(run) for _ in range(3)]
     assert all(read_result(run, outcome)["train_loss"] > 0 for outcome in outcomes)
+
+
+# A captured update
+
+
+class Again:
+    """In the place of a capture: the work itself, launch by launch, with the same tensors for numbers."""
+
+    def warm_up(self, work: Any) -> Any:
+        return work()
+
+    def capture(self, work: Any) -> Any:
+        values = torch.zeros(2, device="gpu")
+        return lambda: values.copy_(work()), values
+
+
+CAPTURED = {
+    "gpt2": {"dropout": 0.2},
+    "modern": MODERN,
+    "modern-adamw": MODERN | {"optimizer": "adamw", "attn_dropout": 0.1},
+    "float16": {"dtype": "float16", "optimizer": "muon", "ema_decay": 0.9},
+    "bfloat16": MODERN | {"dtype": "bfloat16"},
+    "uneven": {"gradient_accumulation_steps": 3, "optimizer": "muon", "grad_clip": 0.0, "n_kv_head": 1},
+}
+
+
+@pytest.fixture(params=CAPTURED)
+def captured(request, there) -> TrainConfig:
+    """A run with captured updates, whose learning rate and EMA change in each of them."""
+    return replace(there, **CAPTURED[request.param], cuda_graph="on", max_iters=12, eval_interval=6)
+
+
+def elsewhere(config: TrainConfig, **settings: Any) -> TrainConfig:
+    """The same run in another folder."""
+    return replace(config, out_dir=config.out_dir + "-other", **settings)
+
+
+def test_replaying_one_update_is_doing_each_anew(captured, cuda, monkeypatch):
+    """Bit for bit: nothing in an update depends on a number that the host knows."""
+    replays = 0
+    really = accelerator.Tape.replay
+
+    def count(tape: accelerator.Tape) -> None:
+        nonlocal replays
+        replays += 1
+        with forbid_waiting():
+            really(tape)
+
+    monkeypatch.setattr(accelerator.Tape, "replay", count)
+    fit(captured)
+    assert replays == 12 - cuda_graph.WARM_UP_UPDATES
+    monkeypatch.setattr(CudaLike, "graphs", Again())
+    other = elsewhere(captured)
+    fit(other)
+    assert losses(captured) == losses(other)
+    for saved in ("model", "average", "optimizers", "scaler"):
+        same(getattr(last(captured), saved), getattr(last(other), saved))
+
+
+def same(one: Any, other: Any) -> None:
+    """Assert that nested tensors and numbers are equal, bit for bit."""
+    leaves = [tree_flatten(tree)[0] for tree in (one, other)]
+    assert all(a.equal(b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*leaves, strict=True))
+
+
+def test_a_captured_update_is_the_ordinary_one(captured, cuda):
+    """Up to the rounding of learning rates to float32; a checkpoint does not tell them apart."""
+    fit(captured)
+    ordinary = elsewhere(captured, cuda_graph="off")
+    fit(ordinary)
+    assert losses(captured) == pytest.approx(losses(ordinary), rel=1e-3)
+    one, other = last(captured), last(ordinary)
+    for ours, theirs in zip(one.optimizers, other.optimizers, strict=True):
+        assert ours["param_groups"] == theirs["param_groups"]
+
+
+def test_with_rates_that_float32_holds_it_is_bit_for_bit_the_ordinary_one(there, cuda):
+    rates = {"learning_rate": 2**-7, "muon_lr": 2**-6, "min_lr": 1.0, "warmup_iters": 0, "weight_decay": 0.0}
+    settings = MODERN | {"optimizer": "adamw", "ema_decay": 0.0, "dropout": 0.2}
+    config = replace(there, **settings | rates, cuda_graph="on")
+    fit(config)
+    other = elsewhere(config, cuda_graph="off")
+    fit(other)
+    assert losses(config) == losses(other)
+    same(last(config).model, last(other).model)
+
+
+def test_a_captured_run_goes_on_where_it_stopped(captured, cuda):
+    """Bit for bit: an update of the warm-up computes what a replay does."""
+    fit(captured)
+    other = elsewhere(captured)
+    fit(other, keep_going=lambda step, loss: False)
+    fit(replace(other, resume=True))
+    assert losses(other) == losses(captured)
+    same(last(other).model, last(captured).model)
+
+
+def test_broken_numbers_in_a_replay_change_nothing_and_a_roll_back_captures_anew(there, cuda, monkeypatch):
+    captures = 0
+    really = accelerator.Recorder.capture
+
+    def count(self: accelerator.Recorder, work: Any) -> Any:
+        nonlocal captures
+        captures += 1
+        return really(self, work)
+
+    monkeypatch.setattr(accelerator.Recorder, "capture", count)
+    config = replace(there, **MODERN, cuda_graph="on", max_iters=16, log_interval=1)
+    run = running(config)
+    run.graph = cuda_graph.UpdateGraph(trainer.update, trainer.next_batch)
+    run.checkpointer.save_last(run)
+    for _ in range(5):
+        read_result(run, trainer.train_step(run))
+    before = [p.held.clone() for p in run.model.parameters()]
+    weight = run.model.final_norm.weight
+    good = weight.held.clone()
+    weight.held.fill_(float("nan"))
+    results = [trainer.train_step(run) for _ in range(3)]
+    weight.held.copy_(good)
+    for result in results:
+        read_result(run, result)
+    assert run.progress.bad_steps == 3
+    assert all(torch.equal(p.held, old) for p, old in zip(run.model.parameters(), before, strict=True))
+    roll_back(run)
+    for _ in range(5):
+        assert read_result(run, trainer.train_step(run))["train_loss"] > 0
+    assert captures == 2
+
+
+def test_an_update_that_cannot_be_captured_goes_on_launch_by_launch(there, cuda, monkeypatch, capsys):
+    config = replace(there, **MODERN, dtype="float16", cuda_graph="on")
+    really = trainer.step_optimizers
+
+    def asks(optimizers: list[torch.optim.Optimizer], *, skip: torch.Tensor, is_async: bool) -> None:
+        if not skip:
+            really(optimizers, skip=skip, is_async=is_async)
+
+    monkeypatch.setattr(trainer, "step_optimizers", asks)
+    fit(config)
+    assert (
+        capsys.readouterr().err.count("could not be captured as a CUDA graph, going on without: operation")
+        == 1
+    )
+    other = elsewhere(config, cuda_graph="off")
+    fit(other)
+    assert losses(config) == pytest.approx(losses(other), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flops", "chosen"),
+    [
+        ({}, 1e12, True),
+        ({}, 1e13, False),
+        ({"gradient_accumulation_steps": 8}, 1e13, True),
+        ({"grad_checkpoint": "blocks"}, 1e12, False),
+        ({"room": 900}, 1e12, True),
+        ({"room": 800}, 1e12, False),  # less than 700 + 100 of it are used
+        ({"cuda_graph": "on"}, 1e13, True),
+        ({"cuda_graph": "off"}, 1e12, False),
+        ({"device": "cpu", "cuda_graph": "on"}, 1e12, False),
+    ],
+)
+def test_small_models_are_captured(there, cuda, monkeypatch, capsys, settings, flops, chosen):  # noqa: PLR0917
+    room = settings.get("room", 2**30)
+    settings = {name: value for name, value in settings.items() if name != "room"}
+    run = set_up(replace(there, **settings), RunFolder(Path(there.out_dir)))
+    run.memory = Memory(weights=100, gradients=100, optimizer=200, forward=100, backward=300, step=0)
+    monkeypatch.setattr(CudaLike, "free_memory", lambda self, device: room)
+    monkeypatch.setattr(Run, "flops_per_update", flops)
+    assert cuda_graph.pick_graph(run) == chosen
+    assert ("--cuda_graph" in capsys.readouterr().err) == (there.device != run.config.device)
 
 
 def test_where_a_device_does_not_run_ahead_a_step_waits_once(there):
@@ -225,6 +404,21 @@ def test_it_finds_a_step_that_waits(there, cuda, monkeypatch):
     monkeypatch.setattr(trainer, "step_optimizers", asks)
     with pytest.raises(WaitedError), forbid_waiting():
         trainer.train_step(run)
+
+
+def test_it_finds_a_number_that_a_replay_does_not_see(there, cuda, monkeypatch):
+    """Here the decay of the EMA, asked for within the update."""
+    config = replace(there, ema_decay=0.9, cuda_graph="on")
+    really, steps = trainer.update_ema, iter(range(1000))
+    monkeypatch.setattr(
+        trainer, "update_ema", lambda old, new, step, config, _: really(old, new, next(steps), config)
+    )
+    fit(config)
+    monkeypatch.setattr(CudaLike, "graphs", Again())
+    fit(elsewhere(config))
+    assert losses(config) == losses(elsewhere(config))
+    with pytest.raises(AssertionError):
+        same(last(config).average, last(elsewhere(config)).average)
 
 
 def test_it_finds_a_copy_that_is_not_in_the_background(there, cuda, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from nanogpt import device
 from nanogpt.config import GPTConfig
@@ -73,7 +74,8 @@ def test_float16_does_not_lose_the_gradient_of_unlikely_tokens():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch.compile itself
-def test_it_can_be_compiled(monkeypatch):
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_it_can_be_compiled(monkeypatch, multiple):
     """Whole: fullgraph refuses to fall back to PyTorch as it is."""
     dynamo = pytest.importorskip("torch._dynamo.config")
     if not hasattr(dynamo, "trace_autograd_ops"):
@@ -82,6 +84,9 @@ def test_it_can_be_compiled(monkeypatch):
     torch.manual_seed(1)
     monkeypatch.setattr(kernels, "CHUNKED_LOSS_MIN_VOCAB", 50)
     monkeypatch.setattr(device.CPU, "logits_per_chunk", 10 * 70)
+    monkeypatch.setattr(device.CPU, "vocab_multiple", multiple)
+    monkeypatch.setattr(kernels, "PADDED_MIN_VOCAB", 1)
+    monkeypatch.setattr(kernels, "PADDED_MIN_POSITIONS", 1)
     network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
     x, y = torch.randint(70, (2, 3, 8))
     gradients = []
@@ -188,6 +193,69 @@ def test_a_large_vocabulary_trains_the_same(monkeypatch, tied):
         value = network.loss(x, y)
         gradients.append([value, *torch.autograd.grad(value, list(network.parameters()))])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.fixture
+def padding(monkeypatch):
+    """A device that wants multiples of 16 logits, however few."""
+    monkeypatch.setattr(device.CPU, "vocab_multiple", 16)
+    monkeypatch.setattr(kernels, "PADDED_MIN_VOCAB", 1)
+    monkeypatch.setattr(kernels, "PADDED_MIN_POSITIONS", 2)
+    monkeypatch.setattr(device.CPU, "logits_per_chunk", 10 * 70)
+
+
+class Products(TorchFunctionMode):
+    """Notes the number of columns of each product with a wide weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and len(args[1]) >= 70:
+            self.columns.append(len(args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("cap", [0.0, 4.0])
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_output_layer_is_the_plain_one(monkeypatch, request, tied, cap, chunked, dtype):  # noqa: PLR0917
+    """Logits, loss and all gradients; the weights are the model's own."""
+    torch.manual_seed(1)
+    config = GPTConfig(
+        vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0, tied=tied, logit_cap=cap
+    )
+    network = GPT(config)
+    x, y = torch.randint(70, (2, 3, 8))
+    monkeypatch.setattr(kernels, "CHUNKED_LOSS_MIN_VOCAB", 70 if chunked else 71)
+    results = []
+    for columns in (70, 80):
+        if columns == 80:
+            request.getfixturevalue("padding")
+        with Products() as products, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            value, logits = network.loss(x, y), network(x)[0]
+            first = network(x[:1, :1])[0]
+        assert set(products.columns[:-1]) == {columns}
+        assert products.columns[-1] == 70  # one position, as in sampling
+        assert logits.shape == (3, 8, 70)
+        results.append([value, logits, first, *torch.autograd.grad(value, list(network.parameters()))])
+    close = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 1e-4}
+    torch.testing.assert_close(*results, **close)
+
+
+def test_what_hangs_on_a_padded_head_sees_no_padding(monkeypatch, padding):
+    torch.manual_seed(1)
+    network = GPT(GPTConfig(vocab_size=70, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.0))
+    x, y = torch.randint(70, (2, 3, 8))
+    shift = torch.randn(70)
+    network.head.register_forward_hook(lambda _module, _args, logits: logits + shift)
+    values = []
+    for limit in (71, 70):
+        monkeypatch.setattr(kernels, "CHUNKED_LOSS_MIN_VOCAB", limit)
+        values.append(network.loss(x, y))
+    torch.testing.assert_close(*values)
 
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch):

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 HOUSE = (
     {"errors", "console", "streams", "settings"},
-    {"files", "locking", "config", "cores", "malloc", "pt_files"},
+    {"files", "locking", "config", "cores", "graphs", "malloc", "pt_files"},
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer"},
     {"data", "checkpoint", "inference"},

@@ -114,6 +114,27 @@ def test_a_cpu_that_stands_in_for_a_gpu_counts_without_its_own_ways():
     assert predict(config, dtype=torch.bfloat16) == usual
 
 
+class Unpadded(type(device.KINDS["cuda"])):
+    """A GPU that takes any number of logits."""
+
+    vocab_multiple = 1
+
+
+@pytest.mark.parametrize("vocab_size", [1100, 5000])  # in one, and in chunks
+def test_a_padded_output_layer_is_counted(vocab_size):
+    """Wider logits and one more copy of the weight; in one, a second gradient of the logits too."""
+    config, counted = replace(SMALL, block_size=512, n_layer=2), []
+    for kind in (Unpadded(), device.KINDS["cuda"]):
+        with device.simulated(kind):
+            shape = model_config(config, vocab_size)
+            counted.append(memory_estimate.predict(shape, config, CPU, torch.bfloat16, 4))
+    plain, padded = counted
+    columns = -(-vocab_size // 128) * 128
+    copies = 2 * columns * SMALL.n_embd if vocab_size == 5000 else 2 * 4 * 512 * columns
+    assert plain.held == padded.held
+    assert plain.activations < padded.activations < plain.activations * columns / vocab_size + 1.1 * copies
+
+
 # How much is free
 
 

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt.config import GPTConfig, OptimizerName, TrainConfig
 from nanogpt.errors import UserError
@@ -253,6 +254,72 @@ def test_stacked_updates_are_those_of_each_matrix_alone():
             optimizer.step()
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)  # bfloat16 products inside
+
+
+def plain_muon(matrix, momentum, gradient, config, dtype) -> None:
+    """One update of one matrix, in plain operations."""
+    momentum.lerp_(gradient, 1 - 0.95)
+    direction = gradient.lerp(momentum, 0.95)
+    rows, columns = matrix.shape
+    direction = direction if rows < columns else direction.T
+    direction = orthogonalize(direction[None], dtype)[0]
+    matrix.mul_(1 - config.muon_lr * config.weight_decay)
+    matrix.add_(
+        direction if rows < columns else direction.T, alpha=-config.muon_lr * max(1, rows / columns) ** 0.5
+    )
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_muon_is_the_plain_loop_over_matrices(is_async: bool):
+    """With found_inf too, whose broken steps in between leave no trace."""
+    torch.manual_seed(1)
+    shapes = [(32, 32), (64, 32), (32, 64), (32, 32), (48, 16), (64, 32)]
+    config = replace(CONFIG, optimizer="muon", weight_decay=0.2, muon_lr=0.05)
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    plain = [matrix.detach().clone() for matrix in matrices]
+    momenta = [torch.zeros_like(matrix) for matrix in plain]
+    muon = Muon(matrices, config, torch.float32)
+    for step in range(5):
+        broken = is_async and step in {0, 2}
+        for matrix, other, momentum in zip(matrices, plain, momenta, strict=True):
+            gradient = torch.randn_like(matrix)
+            matrix.grad = torch.full_like(gradient, float("nan")) if broken else gradient.clone()
+            if not broken:
+                plain_muon(other, momentum, gradient, config, torch.float32)
+        before = [matrix.detach().clone() for matrix in matrices]
+        step_optimizers([muon], skip=torch.tensor(broken), is_async=is_async)
+        for matrix, other, momentum, old in zip(matrices, plain, momenta, before, strict=True):
+            assert torch.equal(matrix, old) == broken
+            torch.testing.assert_close(matrix.detach(), other, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(muon.state[matrix]["momentum"], momentum, rtol=1e-6, atol=1e-6)
+
+
+class CountedLaunches(TorchDispatchMode):
+    """Counts the operations that a GPU would be given a kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        without = ("profiler", "aten::empty", "aten::_unsafe_view", "aten::detach")
+        self.number += not (function.is_view or function.name().startswith(without))
+        return function(*args, **(kwargs or {}))
+
+
+def test_muon_launches_as_much_for_a_deep_model_as_for_a_shallow_one():
+    """On a GPU, where its small kernels are bound by their number: for each shape, not for each matrix."""
+    counts = []
+    for n_layer in (6, 12):
+        model = GPT(replace(TINY, n_layer=n_layer))
+        _, muon = build_optimizers(model, replace(CONFIG, optimizer="muon"), torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        step_optimizers([muon], skip=torch.tensor(False), is_async=True)
+        with CountedLaunches() as launches:
+            step_optimizers([muon], skip=torch.tensor(False), is_async=True)
+        counts.append(launches.number)
+    assert counts[0] == counts[1] < 125
 
 
 def test_a_muon_step_has_the_length_and_decay_it_should():

@@ -3,10 +3,12 @@
 Run:    python bench/gpu/throughput.py                        everything, quick ways of compiling first
         python bench/gpu/throughput.py --modes "" default     two ways of compiling, "" being none
         python bench/gpu/throughput.py --small --device cpu   tries the script
-Two kinds of step, on synthetic tokens: "train" is trainer.train_step as the command runs it (batch, guard
+Kinds of step, on synthetic tokens: "train" is trainer.train_step as the command runs it (batch, guard
 against numbers that are not finite, clipping, optimizers, average, the numbers read one step late); "bare"
 is forward, backward, clip and optimizers on one batch that lies on the device. The difference is the host's
-work. GPT-2's vocabulary is measured as it is (50,257) and padded to a multiple of 128 (50,304). MFU is
+work. "graph" is "train" captured as a CUDA graph, whatever the size of the model: where it is faster says
+what MAX_GRAPH_FLOPS (training/cuda_graph.py) should be. GPT-2's vocabulary is measured as it is (50,257,
+padded by kernels.Head) and as a multiple of 128 (50,304). MFU is
 against a large matrix product in the same dtype, measured in the same run.
 Writes gpu-throughput.jsonl row by row; a row that does not fit says so. "bare" needs torch, numpy and psutil,
 "train" also rich and filelock. GPT-2 at 32 x 1024 takes about 40 GiB: give --gpt2_batch 8 to a
@@ -35,12 +37,13 @@ from rows import Results, attempt, fresh, parser_of, place_of, reset_peak
 from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.data.config import PrepareConfig
+from nanogpt.device import kind_of
 from nanogpt.model.gpt import flops_per_token, meta_model
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 """Ways to compile, the quick ones first; "" is not at all."""
 
-KINDS = ("bare", "train")
+KINDS = ("bare", "train", "graph")
 
 PADDED = 50_304
 """GPT-2's 50,257 tokens, rounded up to a multiple of 128, as kernels like them."""
@@ -83,12 +86,15 @@ def bare_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype) 
     return lambda: step(x, y)
 
 
-def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype, folder: Path) -> Update:
+def train_update(  # noqa: PLR0917
+    case: Case, mode: str, place: torch.device, dtype: torch.dtype, folder: Path, captured: bool = False
+) -> Update:
     """An update as the command makes it: its numbers are read when the next one has been queued."""
     from nanogpt.checkpoint.run_dir import RunFolder
+    from nanogpt.training import trainer
+    from nanogpt.training.cuda_graph import UpdateGraph
     from nanogpt.training.results import read_result
     from nanogpt.training.setup import set_up
-    from nanogpt.training.trainer import train_step
 
     config = replace(
         case.config,
@@ -103,11 +109,15 @@ def train_update(case: Case, mode: str, place: torch.device, dtype: torch.dtype,
         run = set_up(config, RunFolder(folder / "out"))
     if mode:
         run.loss_fn = torch.compile(run.loss_fn, mode=mode, dynamic=False)
-    queued = [train_step(run)]
+    if captured:
+        run.graph = UpdateGraph(trainer.update, trainer.next_batch)
+    queued = [trainer.train_step(run)]
 
     def update() -> None:
-        queued.append(train_step(run))
+        queued.append(trainer.train_step(run))
         read_result(run, queued.pop(0))
+        if captured and run.graph is None:
+            raise RuntimeError("the update could not be captured")
 
     return update
 
@@ -178,8 +188,10 @@ def main() -> None:
                 makers = {
                     "bare": partial(bare_update, case, mode, place, dtype),
                     "train": partial(train_update, case, mode, place, dtype, Path(folder)),
+                    "graph": partial(train_update, case, mode, place, dtype, Path(folder), captured=True),
                 }
-                for kind in options.kinds:
+                with_graph = kind_of(place).graphs is not None and mode != "reduce-overhead"
+                for kind in (kind for kind in options.kinds if with_graph or kind != "graph"):
                     row = {
                         "model": case.name,
                         "vocabulary": case.vocab_size,

@@ -27,6 +27,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The shard of a tensor that this process holds, in the same memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Shard a full tensor, which is the same on every process, as `other` is sharded.
 

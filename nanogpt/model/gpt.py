@@ -45,7 +45,7 @@ class GPT(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = make_norm(config, config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = kernels.Head(config.n_embd, config.vocab_size)
         if config.tied:
             self.head.weight = self.token_embedding.weight  # Press & Wolf, 2017
         for name, parameter in self.named_parameters():

@@ -1,8 +1,9 @@
 """The numbers of the textbook formulas of gpt.py, up to rounding, in less time or memory.
 
-Attention, norms, dropout, cross-entropy over a large vocabulary, recomputation of activations. What is fast
-depends on the device: device.py says what each kind prefers, bench/RESULTS.md has the measurements. Each
-function here equals its formula, by test (dropout: in distribution). Knows no configuration and no GPT.
+Attention, norms, dropout, the output layer, cross-entropy over a large vocabulary, recomputation of
+activations. What is fast depends on the device: device.py says what each kind prefers, bench/RESULTS.md has
+the measurements. Each function here equals its formula, by test (dropout: in distribution). Knows no
+configuration and no GPT.
 
 Shapes: B batch, T queries, S keys, H heads, D head_dim; N positions (B T), C width, V vocab_size
 """
@@ -23,6 +24,9 @@ from nanogpt.device import kind_of
 
 CHUNKED_LOSS_MIN_VOCAB = 4096
 """From this vocabulary size on, the loss is computed in chunks to save memory."""
+
+PADDED_MIN_VOCAB, PADDED_MIN_POSITIONS = 1024, 1024
+"""Below these sizes the product of the output layer costs too little for a padded copy of its weight."""
 
 EXPENSIVE_OPS = (
     torch.ops.aten.mm.default,
@@ -152,7 +156,41 @@ class Dropout(nn.Module):
         return x * (keep * (1 / (1 - self.p)))
 
 
-# --- cross-entropy over a large vocabulary ---
+# --- output layer, and cross-entropy over a large vocabulary ---
+
+
+class Head(nn.Linear):
+    """The output layer: nn.Linear without bias, padded in its product to the columns that the device likes.
+
+    Numbers such as GPT-2's 50,257 keep a GPU off its fast kernels. So rows of zeros are added to the weight
+    where autocast copies it anyway. It is trained and saved as it is, and what comes out has V columns.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__(width, vocab_size, bias=False)
+
+    def padding(self, x: Tensor) -> int:
+        """How many rows of zeros the weight should have for a product with x, (..., C)."""
+        if self.out_features < PADDED_MIN_VOCAB or x.numel() < PADDED_MIN_POSITIONS * x.shape[-1]:
+            return 0
+        return -self.out_features % kind_of(x.device).vocab_multiple
+
+    def is_plain(self) -> bool:
+        """Whether it has only its weight: an adapter or a hook is for V logits, not for padded ones."""
+        return list(dict(self.named_parameters())) == ["weight"] and not self._forward_hooks
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
+        """(..., C) -> (..., V). With a weight that is padded already: all of its columns."""
+        padding = self.padding(input) if len(self.weight) == self.out_features else 0
+        if not padding:
+            return super().forward(input)
+        weight = pad_rows(self.weight.to(matmul_dtype(input)), padding)
+        return F.linear(input, weight)[..., : self.out_features]
+
+
+def pad_rows(weight: Tensor, rows: int) -> Tensor:
+    """A weight with so many rows of zeros below it."""
+    return F.pad(weight, (0, 0, 0, rows)) if rows else weight
 
 
 def chunked_cross_entropy(
@@ -163,6 +201,8 @@ def chunked_cross_entropy(
     The logits of GPT-2's 50,257 tokens take 30 times the memory of the activations they come from. So a few
     positions are taken at a time: their logits, their loss and its gradient, then the next ones.
     head: (n, C) -> (n, V); soft_cap: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64.
+    A Head's weight is padded once for all positions, and the logits that this adds are set to -inf. To cut
+    them off instead would cost a copy of all gradients of logits, which the product wants padded as well.
     """
     trained = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
 
@@ -171,7 +211,8 @@ def chunked_cross_entropy(
         return soft_cap(functional_call(head, dict(zip(trained, weights, strict=True)), (x,)))
 
     chunk = max(1, kind_of(x.device).logits_per_chunk // vocab_size)  # positions
-    context = (output, chunk, torch.is_grad_enabled(), targets)
+    padding = head.padding(x) if isinstance(head, Head) and head.is_plain() else 0
+    context = (output, chunk, padding, torch.is_grad_enabled(), targets)
     return cast(Tensor, ChunkedCrossEntropy.apply(*context, x, *trained.values()))
 
 
@@ -183,25 +224,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         output: Callable[..., Tensor],
         chunk: int,
+        padding: int,
         differentiate: bool,
         targets: Tensor,
         x: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        """See chunked_cross_entropy. output: of x and weights; chunk: positions at a time."""
+        """See chunked_cross_entropy. output: of x and weights. chunk: positions at a time.
+
+        padding: rows of zeros to add to the weights, each of which gives a logit that does not count.
+        """
         # Cast once, not for each chunk, to autocast's dtype.
-        narrow = [w.detach().to(matmul_dtype(x)).requires_grad_(differentiate) for w in weights]
+        narrow = [pad_rows(w.detach().to(matmul_dtype(x)), padding) for w in weights]
+        narrow = [weight.requires_grad_(differentiate) for weight in narrow]
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if differentiate else x
         # In float32: a sum of many chunks must not be rounded to bfloat16, FSDP's dtype, after each of them.
-        grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights if differentiate]
+        grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in narrow if differentiate]
         for first in range(0, len(x), chunk):
             x_chunk = x[first : first + chunk].detach().requires_grad_(differentiate)  # (n, C)
             wanted = targets[first : first + chunk]  # (n,)
             with torch.set_grad_enabled(differentiate):
-                # (n, V). A view, since PyTorch's MemTracker (memory_estimate.py) cannot hook a leaf.
-                logits = output(x_chunk.view_as(x_chunk), *narrow)
-            log_probs = F.log_softmax(logits.detach().float(), dim=-1)
+                # A view, since PyTorch's MemTracker (memory_estimate.py) cannot hook a leaf.
+                logits = output(x_chunk.view_as(x_chunk), *narrow)  # (n, V + padding)
+            exact = logits.detach().to(torch.float32, copy=padding > 0)
+            if padding:
+                exact[:, -padding:] = float("-inf")
+            log_probs = F.log_softmax(exact, dim=-1)
             total += F.nll_loss(log_probs, wanted, reduction="sum")
             if not differentiate:
                 continue
@@ -212,7 +261,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             x_grad[first : first + chunk] = chunk_grads[0]
             for grad, more in zip(grads, chunk_grads[1:], strict=True):
                 grad.add_(more)
-        rounded = [grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=differentiate)]
+        rounded = [g[: len(w)].to(w.dtype) for g, w in zip(grads, weights, strict=differentiate)]
         ctx.save_for_backward(x_grad, *rounded)
         ctx.positions = len(x)
         return total / len(x)
@@ -221,7 +270,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale the gradients that the forward pass has computed."""
         scale = grad_outputs[0] / ctx.positions
-        return None, None, None, None, *[grad * scale for grad in ctx.saved_tensors]
+        return None, None, None, None, None, *[grad * scale for grad in ctx.saved_tensors]
 
 
 # --- initialization ---

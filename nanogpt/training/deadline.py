@@ -69,7 +69,5 @@ def keep_to_time(run: Run) -> None:
         deadline.decided_at = step
         run.config = replace(config, max_iters=end, decays=(*config.decays, f"{step}:{end}"))
         run.checkpointer.save(run)
-        say(
-            f"The learning rate falls from step {step:,} on, to its lowest at step {end:,}, when the time is over"
-        )
+        say(f"The learning rate falls from step {step:,} to step {end:,}, when the time is over")
     run.console.set_total(run.config.max_iters)

@@ -4,13 +4,12 @@ Example: update_ema(average, model, step, config)
 """
 
 import math
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nanogpt.config import TrainConfig
+from nanogpt.training import foreach
 from nanogpt.training.sparse import sparse_tables
 
 TABLE_INTERVAL = 8
@@ -18,21 +17,25 @@ TABLE_INTERVAL = 8
 them: an update of the model touches few rows, and passing over all of them would take longer."""
 
 
-def update_ema(average: nn.Module, model: nn.Module, step: int, config: TrainConfig) -> None:
-    """Move the weights of `average` towards those of `model`, after update `step`, counted from 0."""
+def update_ema(
+    average: nn.Module, model: nn.Module, step: int, config: TrainConfig, decay: Tensor | None = None
+) -> None:
+    """Move the weights of `average` towards those of `model`, after update `step`, counted from 0.
+
+    decay: ema_decay(step, config) as a scalar on the device; None: as a number.
+    """
     tables = {id(table.weight) for table in sparse_tables(model).values() if table.sparse}
     pairs = list(zip(average.parameters(), model.parameters(), strict=True))
-    move([pair for pair in pairs if id(pair[1]) not in tables], ema_decay(step, config))
+    rest = [pair for pair in pairs if id(pair[1]) not in tables]
+    move(rest, ema_decay(step, config) if decay is None else decay)
     if tables and step % TABLE_INTERVAL == TABLE_INTERVAL - 1:
         decays = (ema_decay(step - ago, config) for ago in range(TABLE_INTERVAL))
         move([pair for pair in pairs if id(pair[1]) in tables], math.prod(decays))
 
 
-def move(pairs: list[tuple[Tensor, Tensor]], decay: float) -> None:
+def move(pairs: Sequence[tuple[Tensor, Tensor]], decay: float | Tensor) -> None:
     """Move each average by 1 - decay of the way to its weight."""
-    update = cast(Callable[[list[Tensor], list[Tensor], int], None], get_ema_multi_avg_fn(decay))
-    averages, weights = map(list, zip(*pairs, strict=True))
-    update(averages, weights, 0)  # it ignores the number
+    foreach.lerp_([average for average, _ in pairs], [weight for _, weight in pairs], 1 - decay)
 
 
 def ema_decay(step: int, config: TrainConfig) -> float:

@@ -22,13 +22,14 @@ from nanogpt.distributed.world import World, distributed_world, hard_exit, local
 from nanogpt.errors import UserError, require
 from nanogpt.training.autosize import Text, choose_settings
 from nanogpt.training.compilation import compile_model, pick_compile
+from nanogpt.training.cuda_graph import UpdateGraph, pick_graph
 from nanogpt.training.deadline import process_began
 from nanogpt.training.out_of_memory import explain_out_of_memory, fit_to_memory
 from nanogpt.training.report import print_plan, print_summary
 from nanogpt.training.run import Deadline, Run, StopReason
 from nanogpt.training.setup import set_up
 from nanogpt.training.stopping import StopRequest
-from nanogpt.training.trainer import forward_backward, train
+from nanogpt.training.trainer import forward_backward, next_batch, train, update
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def start(run: Run) -> None:
     flops = run.flops_per_update * (run.config.max_iters - run.progress.step)
     if pick_compile(run.config.compile, run.device, flops):
         compile_model(run, forward_backward)
+    if pick_graph(run):
+        run.graph = UpdateGraph(update, next_batch)
     if not run.config.resume:
         run.checkpointer.save(run)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig, decay_spans
 from nanogpt.console import ceil_div
-from nanogpt.distributed.dtensor import full_tensor, is_dtensor, shard_like
+from nanogpt.distributed.dtensor import full_tensor, is_dtensor
+from nanogpt.training import foreach
 from nanogpt.training.optimizer_base import AdamW, UncompiledOptimizer
 from nanogpt.training.sparse import RowAdam, table_names
 
@@ -152,56 +153,56 @@ class Muon(UncompiledOptimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every matrix that has a gradient, unless `found_inf` is 1. Closures are not supported."""
+        """Update every matrix that has a gradient, unless `found_inf` is 1. Overwrites the gradients."""
         for group in self.param_groups:
-            stacks: dict[tuple[int, int], list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shape = (min(parameter.shape), max(parameter.shape))
-                    stacks.setdefault(shape, []).append(parameter)
-            for (rows, columns), matrices in stacks.items():
-                count = MAX_STACKED_ELEMENTS // (rows * columns)
-                count = max(count, self.size)  # at least one matrix for each process
-                for first in range(0, len(matrices), count):
-                    self.update(matrices[first : first + count], group)
+            stacks, decay = dict[tuple[int, ...], list[Tensor]](), group["lr"] * group["weight_decay"]
+            if self.found_inf is not None:  # skip without an if, for which the CPU would have to wait
+                decay = decay * (1 - self.found_inf)
+            trained = (p for p in group["params"] if p.grad is not None)
+            matrices = sorted(trained, key=is_tall)  # wide ones first
+            foreach.mul_(matrices, 1 - decay)
+            for matrix in matrices:
+                stacks.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+            for shape, stack in stacks.items():
+                count = max(MAX_STACKED_ELEMENTS // math.prod(shape), self.size)  # one for each process
+                for first in range(0, len(stack), count):
+                    self.update_momenta(stack[first : first + count], group["momentum"])
+                    self.move(stack[first : first + count], group["lr"])
 
-    def update(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Move matrices of one shape along their orthogonalized momenta."""
-        momentum = group["momentum"]
-        directions = torch.stack([self.nesterov_direction(p, momentum) for p in matrices])  # (N, R, C)
+    def update_momenta(self, matrices: Sequence[Tensor], momentum: float) -> None:
+        """Update the momenta of matrices, and turn their gradients into their Nesterov directions."""
+        for p in matrices:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        gradients = [p.grad for p in matrices if p.grad is not None]
+        averages = [self.state[p]["momentum"] for p in matrices]
+        foreach.lerp_(averages, gradients, 1 - momentum, skip=self.found_inf)
+        foreach.lerp_(gradients, averages, momentum)
+
+    def move(self, matrices: Sequence[Tensor], lr: float | Tensor) -> None:
+        """Move matrices of one shape, wide ones first, along their orthogonalized directions."""
+        directions = torch.stack([self.direction(p) for p in matrices])  # (N, R, C)
         if self.size == 1:
             directions = orthogonalize(directions, self.dtype)
         else:
             directions = self.orthogonalize_distributed(directions)
-        decay = group["lr"] * group["weight_decay"]
-        if self.found_inf is not None:  # skip without an if, for which the CPU would have to wait
-            directions, decay = directions * (1 - self.found_inf), decay * (1 - self.found_inf)
-        for parameter, direction in zip(matrices, directions, strict=True):
-            rows, columns = parameter.shape
-            # A tall matrix makes more outputs than it has inputs: a larger step changes each as much as a
-            # square matrix would.
-            lr = group["lr"] * max(1.0, rows / columns) ** 0.5
-            untransposed = direction if rows < columns else direction.T
-            parameter.mul_(1 - decay)
-            parameter.add_(shard_like(untransposed, parameter), alpha=-lr)
+        if self.found_inf is not None:
+            directions = directions * (1 - self.found_inf)
+        _, R, C = directions.shape
+        wide = sum(not is_tall(p) for p in matrices)
+        foreach.add_(matrices[:wide], directions[:wide], alpha=-lr)
+        # A tall matrix makes more outputs than it has inputs: a larger step changes each as much as a square
+        # matrix would.
+        foreach.add_(matrices[wide:], directions[wide:].mT.contiguous(), alpha=-lr * (C / R) ** 0.5)
 
-    def nesterov_direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Update the momentum of one matrix. Returns its Nesterov direction, transposed unless wide, (R, C).
-
-        A sharded matrix is gathered.
-        """
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(gradient)
-        if self.found_inf is not None:  # to skip, average the momentum with itself, not with a NaN
-            gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
-        average: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
-        direction = gradient.lerp(average, momentum)
+    def direction(self, matrix: Tensor) -> Tensor:
+        """The direction of a matrix, gathered if it is sharded, and transposed unless it is wide, (R, C)."""
+        direction = matrix.grad
+        assert direction is not None
         if self.dtype == torch.bfloat16 and is_dtensor(direction):
             direction = direction.to(self.dtype)  # to be gathered with half the traffic
         direction = full_tensor(direction)
-        return direction if direction.shape[0] < direction.shape[1] else direction.T
+        return direction.T if is_tall(matrix) else direction
 
     def orthogonalize_distributed(self, matrices: Tensor) -> Tensor:
         """Orthogonalize (N, R, C), each process 1 / size of the matrices; gather them in self.dtype."""
@@ -215,6 +216,11 @@ class Muon(UncompiledOptimizer):
         received = [torch.empty_like(sent) for _ in range(self.size)]
         dist.all_gather(received, sent)
         return torch.cat(received)[: len(matrices)].to(matrices.dtype)
+
+
+def is_tall(matrix: Tensor) -> bool:
+    """Whether a matrix has at least as many rows as columns."""
+    return matrix.shape[0] >= matrix.shape[1]
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:

@@ -173,6 +173,10 @@ class Run(TrainState):
     """Updates launched whose numbers have not been read (at most two, the oldest first)."""
     clock: Clock = field(default_factory=Clock)
     core_watch: CoreWatch = field(default_factory=CoreWatch)
+    graph: Callable[["Run"], Tensor] | None = None
+    """The captured update (cuda_graph.py), in place of trainer.update; None: there is none."""
+    captured_batch: tuple[Tensor, Tensor] | None = None
+    """While an update is captured: the tensors that every batch will be copied to, (B, T) each."""
     eta_printed: bool = False
     deadline: Deadline | None = None
     """The clock of --minutes."""

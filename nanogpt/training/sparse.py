@@ -96,6 +96,7 @@ class RowAdam(UncompiledOptimizer):
         if not state:
             state["step"] = torch.zeros((), device=table.device)
             state["exp_avg_sq"] = torch.zeros_like(table)
+        state["step"] = state["step"].to(table.device)  # PyTorch loads it to the CPU
         average, beta2 = state["exp_avg_sq"], group["beta2"]
         keep = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0: change nothing, without an if
         state["step"] += keep

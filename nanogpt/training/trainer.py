@@ -91,19 +91,24 @@ def launch_update(run: Run) -> None:
 
 
 def train_step(run: Run) -> UpdateResult:
-    """One update: learning rate, gradient, clipping, optimizers, EMA.
-
-    If the loss or the gradient is not finite, the weights stay as they are.
-    """
+    """One update, launch by launch or as one CUDA graph (cuda_graph.py)."""
     config, step = run.config, run.progress.step
     set_learning_rate(run.optimizers, lr_multiplier(step, config))
+    values = (run.graph or update)(run)
+    run.progress.step += 1
+    return UpdateResult.of(run.progress.step, learning_rate(step, config), values)
 
-    loss_share = compute_gradient(run)  # forward and backward
+
+def update(run: Run, decay: Tensor | None = None) -> Tensor:
+    """Gradient, clipping, optimizers, EMA. Returns loss and norm of the gradient, (2,).
+
+    If the loss or the gradient is not finite, the weights stay as they are. decay: see update_ema.
+    """
+    loss_share = halve_on_out_of_memory(run, forward_backward)  # fills the gradients
     loss = run.world.all_reduce_sum(loss_share)  # the mean over the batch
-
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)  # float16: from the gradient of the scaled loss to that of the loss
-    norm = full_tensor(clip_grad_norm(run.model, config.grad_clip or math.inf))
+    norm = full_tensor(clip_grad_norm(run.model, run.config.grad_clip or math.inf))
 
     values = torch.stack((loss, norm))  # (2,)
     if not run.kind.is_async:
@@ -112,16 +117,9 @@ def train_step(run: Run) -> UpdateResult:
     if run.scaler.is_enabled():
         run.scaler.update()  # unscale_ has seen whether the gradient overflowed: lower or raise the scale
     if run.ema_model:
-        update_ema(run.ema_model, run.model, step, config)
-
+        update_ema(run.ema_model, run.model, run.progress.step, run.config, decay)
     parallelize.zero_grad(run.model, run.loss_fn)
-    run.progress.step += 1
-    return UpdateResult.of(run.progress.step, learning_rate(step, config), values)
-
-
-def compute_gradient(run: Run) -> Tensor:
-    """Fill the gradients, as forward_backward; if memory runs out, again in smaller micro-batches."""
-    return halve_on_out_of_memory(run, forward_backward)
+    return values
 
 
 def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
@@ -130,7 +128,7 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
     Returns this process's share of that loss: the sum over processes is the mean over the batch.
     sync: average the gradients over all processes.
     """
-    x, y = next_batch(run)  # (B, T) each
+    x, y = run.captured_batch or next_batch(run)  # (B, T) each
     loss_share = torch.zeros((), device=run.device)
     count = run.num_micro_batches
     micro_batches = zip(x.tensor_split(count), y.tensor_split(count), strict=True)

@@ -39,7 +39,7 @@ def gpu_alone(place: torch.device) -> torch.device:
 @pytest.fixture
 def config(config: TrainConfig, place: torch.device) -> TrainConfig:
     """A tiny run on the device, by the name that a user would give: cuda, without a number."""
-    return replace(config, device=NAME, compile="off")
+    return replace(config, device=NAME, compile="off", cuda_graph="off")
 
 
 def numbers(config: TrainConfig, kind: str = "train_loss") -> list[float]:

@@ -7,11 +7,13 @@ import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from nanogpt import device
 from nanogpt.checkpoint.format import load_checkpoint, load_model
@@ -21,8 +23,9 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.batches import BatchLoader
 from nanogpt.inference.config import SampleConfig
 from nanogpt.model.gpt import GPT
-from nanogpt.model.kernels import chunked_cross_entropy
+from nanogpt.model.kernels import Head, chunked_cross_entropy
 from nanogpt.training import trainer
+from nanogpt.training.cuda_graph import WARM_UP_UPDATES, UpdateGraph
 from nanogpt.training.fit import fit
 from nanogpt.training.results import read_result
 from nanogpt.training.setup import set_up
@@ -30,6 +33,12 @@ from nanogpt.training.setup import set_up
 from .conftest import numbers
 
 ROOT = Path(__file__).parents[2]
+
+MODERN: dict[str, Any] = {
+    "optimizer": "muon", "norm": "rmsnorm", "positions": "rope", "mlp": "relu2", "bias": False,
+    "qk_norm": True, "tied": False, "logit_cap": 15.0, "ngram_vocab": 97, "ema_decay": 0.9,
+    "gradient_accumulation_steps": 2,
+}  # fmt: skip
 
 WITHOUT_TYRO = """
 import sys
@@ -162,6 +171,50 @@ def test_a_step_waits_for_nothing(config: TrainConfig, gpu_alone: torch.device, 
     run.metrics.close()
 
 
+@pytest.mark.parametrize("settings", [{}, MODERN, {"dtype": "float16", "ema_decay": 0.9}], ids=str)
+def test_a_captured_update_is_the_plain_one(
+    config: TrainConfig, gpu_alone: torch.device, tmp_path: Path, capsys, settings: dict[str, Any]
+) -> None:
+    """With dropout too, whose masks follow the seed of each step."""
+    config = replace(config, dtype="bfloat16", dropout=0.2)
+    config = replace(config, **settings)
+    fit(config)
+    captured = replace(config, cuda_graph="on", out_dir=str(tmp_path / "captured"))
+    capsys.readouterr()
+    fit(captured)
+    assert "captured" not in capsys.readouterr().err  # that it could not be
+    assert numbers(captured) == pytest.approx(numbers(config), rel=2e-2)
+    assert numbers(captured, "val_loss") == pytest.approx(numbers(config, "val_loss"), rel=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_update_is_captured(config: TrainConfig, gpu_alone, tmp_path: Path, capsys) -> None:
+    config = replace(config, **MODERN, dtype="bfloat16", compile="on", max_iters=8)
+    fit(config)
+    captured = replace(config, cuda_graph="on", out_dir=str(tmp_path / "captured"))
+    capsys.readouterr()
+    fit(captured)
+    assert "captured" not in capsys.readouterr().err
+    assert numbers(captured) == pytest.approx(numbers(config), rel=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+def test_a_replay_waits_for_nothing(config: TrainConfig, gpu_alone: torch.device, tmp_path: Path) -> None:
+    run = set_up(replace(config, **MODERN), RunFolder(tmp_path / "run"))
+    run.graph = UpdateGraph(trainer.update, trainer.next_batch)
+    for _ in range(WARM_UP_UPDATES + 1):
+        read_result(run, trainer.train_step(run))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcomes = [trainer.train_step(run) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    results = [read_result(run, outcome) for outcome in outcomes]
+    assert all(np.isfinite(result["train_loss"]) for result in results)
+    assert run.graph is not None  # else it was not captured
+    run.metrics.close()
+
+
 @pytest.mark.filterwarnings(
     "ignore"
 )  # of the compiler's own; as errors they would end it, unseen: see `failed`
@@ -199,6 +252,22 @@ def test_attention_is_the_fused_kernel_and_equals_the_plain_one(place: torch.dev
     x = torch.randint(65, (4, 64), device=place)
     with device.autocast(place, torch.bfloat16):
         torch.testing.assert_close(fused(x)[0], plain(x)[0], rtol=5e-2, atol=5e-2)
+
+
+def test_a_padded_output_layer_is_that_of_a_cpu(place: torch.device) -> None:
+    """5,001 tokens are 5,120 on the GPU: in one, and in chunks."""
+    torch.manual_seed(1)
+    x, head, targets = torch.randn(1500, 64), Head(64, 5001), torch.randint(5001, (1500,))
+    results = []
+    for where in ("cpu", place):
+        there = deepcopy(head).to(where)
+        logits = there(x.to(where))
+        F.cross_entropy(logits, targets.to(where)).backward()
+        whole = there.weight.grad.cpu().clone()
+        there.zero_grad()
+        chunked_cross_entropy(there, torch.tanh, x.to(where), targets.to(where), 5001).backward()
+        results.append([logits.detach().cpu(), whole, there.weight.grad.cpu()])
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-4)
 
 
 def test_the_chunked_loss_is_that_of_a_cpu(place: torch.device) -> None:
