@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 from nanogpt.checkpoint import sharded
@@ -128,7 +128,10 @@ class RunFolder:
             return False
         if not restarted and not (same_job and step < config.max_iters):
             return False
-        return replace(saved, **PER_COMMAND_SETTINGS) == replace(config, **PER_COMMAND_SETTINGS)
+        names = {item.name for item in fields(config)} - PER_COMMAND_SETTINGS.keys()
+        if config.minutes:  # the others were chosen
+            names &= {"minutes", *config.fixed}
+        return all(getattr(saved, name) == getattr(config, name) for name in names)
 
     def delete_shards(self, *, keep: Path | None) -> None:
         """Delete the shards of all checkpoints, except the folder `keep`."""

@@ -23,10 +23,11 @@ from nanogpt.data.dataset import load_dataset
 from nanogpt.device import KINDS, autocast, describe, dtype_of, kind_of, name_of, pick_device, simulated
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, require
 from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.training import memory_estimate
+from nanogpt.training.autosize import Text, choose_settings
 from nanogpt.training.compilation import compiled_loss, pick_compile
 from nanogpt.training.memory_estimate import HEADROOM, Memory
 from nanogpt.training.optimizer import build_optimizers
@@ -96,6 +97,9 @@ def main(config: PlanConfig) -> int:
     parallelize.check_batch(config.batch_size, world)
     if config.parallel == "fsdp" and config.processes > 1:
         parallelize.check_sharding(target.dtype)
+    if config.minutes:
+        require(not config.on, "--minutes measures this machine, which --on is not: leave one of them out")
+        config = choose_settings(config, describe_text(config), target.device, config.processes)
     config = replace(config, vocab_size=choose_vocab_size(config))
     shape = gpt_config(config)
     model = meta_model(shape)
@@ -150,6 +154,15 @@ def choose_vocab_size(config: PlanConfig) -> int:
         return load_dataset(Path(config.data_dir)).tokenizer.vocab_size
     except UserError:
         return GPTConfig.vocab_size
+
+
+def describe_text(config: PlanConfig) -> Text:
+    """The sizes of the data folder; without one, those of Tiny Shakespeare."""
+    try:
+        return Text.of(load_dataset(Path(config.data_dir)))
+    except UserError:
+        say("No data folder: for Tiny Shakespeare")
+        return Text(1_003_854, 111_540, GPTConfig.vocab_size)
 
 
 def gpt_config(config: PlanConfig) -> GPTConfig:

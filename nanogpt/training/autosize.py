@@ -15,7 +15,7 @@ A setting that differs from its default, or is named in config.fixed, stays as i
 import math
 import time
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from nanogpt.presets import with_modern_blocks
 from nanogpt.training import memory_estimate
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.sparse import clip_grad_norm, use_sparse_gradients
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 SHAPES = (
     (1, 128), (2, 128), (2, 192), (3, 192), (4, 192), (4, 256), (5, 256), (6, 320), (6, 384), (8, 448),
@@ -91,7 +93,7 @@ class Choice:
         return self.tokens * flops_per_token(meta_model(model_config(self.config, self.vocab_size)))
 
 
-def choose_settings(config: TrainConfig, text: Text, device: torch.device, processes: int = 1) -> TrainConfig:
+def choose_settings(config: Config, text: Text, device: torch.device, processes: int = 1) -> Config:
     """Choose what config.minutes leaves open, and say why in three lines.
 
     processes: number of devices that share a batch.
@@ -133,7 +135,7 @@ def changed_settings(config: TrainConfig) -> frozenset[str]:
     )
 
 
-def with_settings(config: TrainConfig, layers: int, width: int, tokens: float, text: Text) -> TrainConfig:
+def with_settings(config: Config, layers: int, width: int, tokens: float, text: Text) -> Config:
     """The configuration of a training of so many tokens with a model of this shape."""
     fixed = fixed_settings(config)
     modern = with_modern_blocks(TrainConfig())
@@ -176,7 +178,7 @@ def heads_and_width(config: TrainConfig, width: int, fixed: frozenset[str]) -> d
     return {"n_embd": width, "n_head": heads}
 
 
-def with_evaluations(config: TrainConfig, choice: Choice, text: Text) -> TrainConfig:
+def with_evaluations(config: Config, choice: Choice, text: Text) -> Config:
     """Add how often to evaluate, and on how much: 2 to 8 times, each in a fiftieth of the time at most."""
     assert config.minutes is not None
     minutes = config.minutes

@@ -22,7 +22,7 @@ from nanogpt.training.run import Deadline, Run
 TOLERANCE = 0.03
 """Share of the whole time by which the end may be off before it is decided anew."""
 
-END_SECONDS = 0.8
+END_SECONDS = 0.4
 """Time that the end takes after the last evaluation: a save, the loss curve, the end of the process."""
 
 
@@ -38,7 +38,8 @@ def updates_left(run: Run, deadline: Deadline) -> int:
     update_s = median(deadline.update_s)
     evaluation_s = deadline.evaluation_s or forecast_evaluation(run, update_s)
     left_s = 60 * config.minutes - END_SECONDS - deadline.last_s - evaluation_s  # that of the end
-    others = max(0, (config.max_iters - 1) // config.eval_interval - step // config.eval_interval)
+    most = step + max(0, math.floor(left_s / update_s))
+    others = most // config.eval_interval - step // config.eval_interval
     return max(0, math.floor((left_s - others * evaluation_s) / update_s))
 
 

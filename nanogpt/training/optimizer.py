@@ -273,7 +273,7 @@ def decayed(step: int, spans: Sequence[tuple[int, int]]) -> float:
     if not spans:
         return 1.0
     start, end = spans[-1]
-    return decayed(start, spans[:-1]) * max(0, end - step) / (end - start)
+    return decayed(start, spans[:-1]) * (max(0, end - step) / (end - start))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

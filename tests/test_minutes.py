@@ -1,0 +1,273 @@
+"""--minutes: the choice of settings, the decision when the rate decays, and the time that is kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt.checkpoint.format import Progress, load_checkpoint
+from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.cli.parse import parse
+from nanogpt.config import TrainConfig, decay_spans, model_config
+from nanogpt.device import pick_device
+from nanogpt.distributed.world import ALONE
+from nanogpt.errors import UserError
+from nanogpt.model.gpt import flops_per_token, meta_model
+from nanogpt.training import autosize, deadline
+from nanogpt.training import run as run_module
+from nanogpt.training.autosize import Text, choose_settings
+from nanogpt.training.fit import fit
+from nanogpt.training.optimizer import lr_multiplier
+from nanogpt.training.run import Deadline
+
+CPU = pick_device("cpu")
+SHAKESPEARE = Text(1_003_854, 111_540, 65)
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """A machine on which a token takes its FLOPs over `speed.flops` seconds, and no time is measured."""
+    machine = SimpleNamespace(flops=2e11, measured=[])
+
+    def seconds_per_token(config, vocab_size, _device):
+        machine.measured.append((config.n_layer, config.n_embd))
+        return flops_per_token(meta_model(model_config(config, vocab_size))) / machine.flops
+
+    monkeypatch.setattr(autosize, "seconds_per_token", seconds_per_token)
+    return machine
+
+
+# --- the choice ---
+
+
+def test_more_time_is_a_larger_model_that_sees_more_tokens(speed, capsys):
+    chosen = [choose_settings(TrainConfig(minutes=m), SHAKESPEARE, CPU) for m in (0.2, 1, 5, 20, 60)]
+    sizes = [meta_model(model_config(config, 65)).num_parameters() for config in chosen]
+    tokens = [config.max_iters * config.batch_size * config.block_size for config in chosen]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 3 * sizes[0]
+    assert tokens[-1] > 3 * tokens[0]
+    assert capsys.readouterr().out.count("\n") == 3 * len(chosen)
+
+
+def test_a_faster_machine_has_a_larger_model(speed):
+    small = choose_settings(TrainConfig(minutes=5), SHAKESPEARE, CPU)
+    speed.flops *= 100
+    large = choose_settings(TrainConfig(minutes=5), SHAKESPEARE, CPU)
+    assert (large.n_embd, large.block_size) > (small.n_embd, small.block_size)
+
+
+def test_a_text_that_is_seen_often_is_regularized(speed):
+    little, much = (
+        choose_settings(TrainConfig(minutes=20), replace(SHAKESPEARE, train_tokens=n), CPU)
+        for n in (100_000, 100_000_000)
+    )
+    assert (little.dropout, little.weight_decay) > (0.0, 0.0)
+    assert (much.dropout, much.weight_decay) == (0.0, 0.0)
+
+
+def test_given_settings_stay(speed):
+    config = TrainConfig(minutes=5, n_layer=3, n_head=6, fixed=("n_head", "dropout"), mlp="swiglu")
+    chosen = choose_settings(config, SHAKESPEARE, CPU)
+    assert (chosen.n_layer, chosen.n_head, chosen.dropout, chosen.mlp) == (
+        3,
+        6,
+        TrainConfig.dropout,
+        "swiglu",
+    )
+    assert chosen.n_embd % 12 == 0
+    chosen = choose_settings(TrainConfig(minutes=5, n_embd=120), SHAKESPEARE, CPU)
+    assert chosen.n_embd == 120
+    assert chosen.n_embd % chosen.n_head == 0
+
+
+def test_flags_that_are_given_are_fixed_even_at_their_default():
+    config = parse(TrainConfig, ["--minutes", "5", "--n-layer=6", "--no-bias"], "train")
+    assert {"minutes", "n_layer", "bias"} <= set(config.fixed)
+    assert not parse(TrainConfig, ["--n-layer=6"], "train").fixed
+
+
+@pytest.mark.parametrize("train_tokens", [10, 300, 5000])
+def test_any_text_gets_settings_that_it_is_long_enough_for(speed, train_tokens):
+    chosen = choose_settings(TrainConfig(minutes=10), Text(train_tokens, 5, 7), CPU)
+    assert chosen.block_size < train_tokens
+
+
+def test_measuring_takes_a_small_part_of_the_time(speed, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def seconds_per_token(_config, _vocab_size, _device):
+        clock.now += 2.0
+        return 1e-9
+
+    monkeypatch.setattr(autosize, "seconds_per_token", seconds_per_token)
+    monkeypatch.setattr(autosize.time, "perf_counter", lambda: clock.now)
+    choose_settings(TrainConfig(minutes=1), SHAKESPEARE, CPU)
+    assert clock.now <= 60 * autosize.MEASURING_SHARE + 2.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"minutes": 0.0}, "--minutes 0.0"),
+        ({"minutes": -1.0}, "--minutes -1.0"),
+        ({"fixed": ("layers",)}, "--fixed layers"),
+        ({"decays": ("10",)}, "--decays 10"),
+        ({"decays": ("10:5",)}, "--decays 10:5"),
+        ({"decays": ("20:50", "10:40")}, "not in the order"),
+    ],
+)
+def test_mistakes_are_named(flags, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**flags)
+
+
+# --- the rate ---
+
+
+def test_a_constant_rate_decays_linearly():
+    config = TrainConfig(schedule="constant", warmup_iters=0, min_lr=0.0, max_iters=100, decays=("60:100",))
+    rates = [lr_multiplier(step, config) for step in range(101)]
+    assert rates[:61] == [1.0] * 61
+    assert rates[80] == pytest.approx(0.5)
+    assert rates[100] == 0.0
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 200)), max_size=4),
+    st.integers(0, 300),
+)
+def test_a_new_decay_begins_where_the_rate_is_and_changes_nothing_before(pairs, step):
+    spans, start = [], 0
+    for gap, length in pairs:
+        start += gap
+        spans.append((start, start + length))
+    decays = tuple(f"{a}:{b}" for a, b in spans)
+    assert decay_spans(decays) == spans
+    config = TrainConfig(schedule="constant", warmup_iters=0, max_iters=10_000, decays=decays)
+    if spans:
+        before = replace(config, decays=decays[:-1])
+        for earlier in range(spans[-1][0] + 1):
+            assert lr_multiplier(earlier, config) == lr_multiplier(earlier, before)
+    assert lr_multiplier(step + 1, config) <= lr_multiplier(step, config)
+
+
+# --- the time ---
+
+
+class FakeRun(SimpleNamespace):
+    """As much of a run as keep_to_time uses, on a machine with a clock of its own."""
+
+    def __init__(self, minutes, clock, update_s):
+        config = TrainConfig(
+            minutes=minutes, schedule="constant", cooldown=0.7, max_iters=10**6, eval_interval=300
+        )
+        super().__init__(config=config, progress=Progress(), world=ALONE, first_step=0, saved=[])
+        self.deadline, self.clock, self.update_s = Deadline(clock.now), clock, update_s
+        self.dataset = SimpleNamespace(val=range(20_000))
+        self.checkpointer = SimpleNamespace(save=lambda run: self.saved.append(run.config.decays))
+        self.console = SimpleNamespace(set_total=lambda _: None)
+
+    def train(self):
+        while self.progress.step < self.config.max_iters:
+            deadline.keep_to_time(self)
+            if self.progress.step % self.config.eval_interval == 0 != self.progress.step:
+                self.evaluate()
+            self.clock.now += self.update_s(self.clock.now)
+            self.progress.step += 1
+        deadline.keep_to_time(self)
+        self.evaluate()
+
+    def evaluate(self):
+        self.clock.now += 10 * self.update_s(self.clock.now)
+        self.progress.evaluated_at = self.progress.step
+        deadline.keep_to_time(self)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now.now))
+    return now
+
+
+@pytest.mark.parametrize(
+    "slowdown",
+    [
+        lambda _: 1.0,
+        lambda t: 3.0 if t > 130 else 1.0,  # another program, before the decay
+        lambda t: 3.0 if t > 180 else 1.0,  # in the decay
+        lambda t: 0.3 if t > 180 else 1.0,
+        lambda t: 3.0 if t % 40 < 20 else 1.0,
+    ],
+    ids=["steady", "slow soon", "slow late", "fast late", "to and fro"],
+)
+def test_the_time_is_kept_whatever_becomes_of_the_machine(clock, slowdown, capsys):
+    run = FakeRun(2.0, clock, lambda t: 0.05 * slowdown(t))
+    run.train()
+    assert clock.now - 100 == pytest.approx(120, rel=0.1)
+    assert run.config.decays == run.saved[-1]  # saved before it is acted on
+    assert len(run.saved) < 15
+    assert lr_multiplier(run.config.max_iters - 1, run.config) < 0.2
+    first = decay_spans(run.config.decays)[0]
+    assert "The learning rate falls from step" in capsys.readouterr().out
+    assert first[0] > 10
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0.2, 5.0), min_size=6, max_size=6))
+def test_the_time_is_kept_on_any_machine(factors):
+    with pytest.MonkeyPatch.context() as patch:
+        now = SimpleNamespace(now=0.0)
+        patch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now.now))
+        run = FakeRun(2.0, now, lambda t: 0.03 * factors[min(5, int(t / 20))])
+        run.train()
+    assert now.now < 1.1 * 120 + 10 * 0.03 * 5  # a late slowdown can stretch the last evaluation
+
+
+# --- whole trainings ---
+
+
+@pytest.fixture
+def short(config: TrainConfig) -> TrainConfig:
+    """A training of a few seconds whose model is given."""
+    return replace(config, minutes=0.06, n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=8)
+
+
+def test_a_repetition_with_the_recorded_numbers_is_the_same_training(short, tmp_path, capsys):
+    result = fit(short)
+    assert result.reason == "finished"
+    folder = RunFolder(Path(short.out_dir))
+    saved = folder.saved_config()
+    assert saved.decays
+    assert saved.max_iters == result.step
+    again = replace(saved, minutes=None, out_dir=str(tmp_path / "again"))
+    fit(again)
+    ours, theirs = (load_checkpoint(Path(c.out_dir) / "last.pt") for c in (saved, again))
+    torch.testing.assert_close(ours.model, theirs.model, rtol=0, atol=0)
+    assert "For 0.06 min: 1 layer of 32" in capsys.readouterr().out
+
+
+def test_a_resumed_run_counts_what_was_used_and_keeps_what_was_decided(short):
+    fit(short)
+    path = Path(short.out_dir) / "last.pt"
+    before = load_checkpoint(path)
+    assert before.progress["used_s"] == pytest.approx(3.6, rel=0.5)
+    result = fit(replace(before.train_config, resume=True, max_iters=before.progress["step"] + 3))
+    assert result.step <= before.progress["step"] + 3
+    assert load_checkpoint(path).train_config.decays[: len(before.train_config.decays)] == (
+        before.train_config.decays
+    )
+
+
+def test_metrics_have_the_rates_of_the_decay(short):
+    fit(replace(short, log_interval=1))
+    rows = [json.loads(line) for line in (Path(short.out_dir) / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert rates[-1] < 0.2 * max(rates)
+    assert max(rates) == short.learning_rate
