@@ -23,6 +23,7 @@ from nanogpt.config import TrainConfig, model_config
 from nanogpt.console import plural, say
 from nanogpt.data.dataset import Dataset
 from nanogpt.device import autocast, kind_of
+from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.presets import with_modern_blocks
@@ -52,6 +53,9 @@ CONTEXTS, MAX_CONTEXT = ((3e5, 64), (2.5e6, 128), (3e7, 256), (3e8, 512)), 1024
 
 TOKENS_PER_BATCH_TOKEN, MIN_BATCH, MAX_BATCH = 1500, 2048, 2**19
 """Updates for which a training's batch is made, and the limits of its tokens."""
+
+ENDING = frozenset(("max_iters", "schedule", "decays"))
+"""Settings of the end, which --minutes decides."""
 
 MEMORY_SHARE, BYTES_PER_PARAMETER = 0.5, 16
 """Share of the free memory that weights, gradients and optimizer state may take, in float32."""
@@ -99,6 +103,10 @@ def choose_settings(config: Config, text: Text, device: torch.device, processes:
     processes: number of devices that share a batch.
     """
     assert config.minutes is not None
+    for name in sorted(ENDING & set(config.fixed)):
+        raise UserError(
+            f"--minutes decides when the training ends, and so does --{name}: leave one of them out"
+        )
     began, seconds = time.perf_counter(), 60 * config.minutes
     training_s = max(seconds / 3, seconds * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
     devices = 1 if kind_of(device).shares_memory else processes
@@ -106,6 +114,8 @@ def choose_settings(config: Config, text: Text, device: torch.device, processes:
     choice: Choice | None = None
     for layers, width in SHAPES:
         candidate = with_settings(config, layers, width, choice.tokens if choice else 0.0, text)
+        if choice and candidate == choice.config:  # the user has given the shape
+            continue
         if choice and meta_model(model_config(candidate, text.vocab_size)).num_parameters() > room:
             break
         cost = seconds_per_token(candidate, text.vocab_size, device) / devices
@@ -123,8 +133,11 @@ def choose_settings(config: Config, text: Text, device: torch.device, processes:
 
 
 def fixed_settings(config: TrainConfig) -> frozenset[str]:
-    """Names of the settings that are not chosen: those in config.fixed, and what differs from its default."""
-    return changed_settings(config) | frozenset(config.fixed)
+    """Names of the settings that are not chosen: those in config.fixed, and what differs from its default.
+
+    When the training ends, and how its rate gets there, is always chosen.
+    """
+    return (changed_settings(config) | frozenset(config.fixed)) - ENDING
 
 
 def changed_settings(config: TrainConfig) -> frozenset[str]:

@@ -56,7 +56,9 @@ def forecast_evaluation(run: Run, update_s: float) -> float:
 def keep_to_time(run: Run) -> None:
     """Decide, after an update, whether the rate begins to decay, or decays to another end."""
     deadline, config, step = run.deadline, run.config, run.progress.step
-    if deadline is None or not deadline.read_lap(run.world, run.progress) or step >= config.max_iters:
+    if config.minutes is None or deadline is None or step >= config.max_iters:
+        return
+    if not deadline.read_lap(run.world, run.progress):
         return
     run.progress.used_s = deadline.last_s
     end = max(step + updates_left(run, deadline), step + 1)
@@ -64,10 +66,11 @@ def keep_to_time(run: Run) -> None:
         run.config = replace(config, max_iters=end)  # a forecast, for the progress bar
         is_new = end - step <= config.cooldown * end
     else:
-        wait = max(3, TOLERANCE * config.max_iters)
-        is_new = step - deadline.decided_at >= wait and abs(end - config.max_iters) >= wait
+        enough_s = TOLERANCE * 60 * config.minutes
+        off_s = abs(end - config.max_iters) * median(deadline.update_s)
+        is_new = off_s > enough_s and deadline.last_s - deadline.decided_s > enough_s
     if is_new:
-        deadline.decided_at = step
+        deadline.decided_s = deadline.last_s
         run.config = replace(config, max_iters=end, decays=(*config.decays, f"{step}:{end}"))
         run.checkpointer.save(run)
         say(f"The learning rate falls from step {step:,} to step {end:,}, when the time is over")

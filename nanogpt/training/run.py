@@ -112,8 +112,8 @@ class Deadline:
     update_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=RECENT_UPDATES))
     evaluation_s: float = 0.0
     """Seconds of the last evaluation."""
-    decided_at: int = 0
-    """Step at which the end was decided last."""
+    decided_s: float = 0.0
+    """`last_s` when the end was decided last."""
 
     def read_lap(self, world: World, progress: Progress) -> bool:
         """Take the time since the last call: of an update or of an evaluation. Whether it was an update's.
