@@ -2,6 +2,8 @@
 
 Run:    python bench/step.py                       the default model, batch 64 x 256, dropout 0.2
         python bench/step.py --small --compile     nanoGPT's laptop model, batch 12 x 64, no dropout
+        python bench/step.py --presets speedrun classic cpu --against ../before
+                                                   whole updates of presets, here and in another checkout
 Ours: bfloat16 on a CPU, our attention, dropout and fused optimizer; with --compile, compiled too.
 Theirs: float32, AdamW, gradient clipping, dropout on the same probability (as nanoGPT's loop has
 it). All in turn, medians; peak memory of each in a process of its own. MFU is against a matrix
@@ -9,11 +11,16 @@ product of bfloat16 measured in the same run. Writes bench/step.json (step-small
 """
 
 import argparse
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import common
 import torch
@@ -26,6 +33,8 @@ from transformers.utils import logging
 
 from nanogpt.config import GPTConfig
 from nanogpt.model.gpt import flops_per_token, meta_model
+
+ROOT = Path(__file__).resolve().parent.parent
 
 DEFAULT = GPTConfig()
 SMALL = replace(DEFAULT, n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0)
@@ -67,14 +76,59 @@ def their_step(config: GPTConfig) -> Step:
     return lambda x, y: their_update(model, optimizer, x, y)
 
 
+def update_times(preset: str, updates: int = 40) -> list[float]:
+    """Milliseconds of updates of a preset on Tiny Shakespeare, as the training loop does them."""
+    from nanogpt import presets
+    from nanogpt.checkpoint.run_dir import RunFolder
+    from nanogpt.training.setup import set_up
+    from nanogpt.training.trainer import train_step
+
+    with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        config = replace(presets.get(preset), data_dir=str(ROOT / "data"), out_dir=folder)
+        run = set_up(config, RunFolder(Path(folder)))
+        times = [common.seconds(lambda: train_step(run), run.device) for _ in range(updates + 5)]
+    return [1000 * seconds for seconds in times[5:]]
+
+
+def compare_presets(names: Sequence[str], other: Path | None, rounds: int) -> None:
+    """Print the updates of presets, of this checkout and another, processes of both in turn."""
+    folders = {"here": ROOT} | ({"before": other.resolve()} if other else {})
+    table = Table("preset", *(f"{name}, ms" for name in folders), "before / here")
+    results = {}
+    for preset in names:
+        medians: dict[str, list[float]] = {name: [] for name in folders}
+        for _ in range(rounds):
+            for name, folder in folders.items():
+                command = [sys.executable, __file__, "--update_of", preset]
+                environment = os.environ | {"PYTHONPATH": str(folder)}
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                medians[name].append(median(json.loads(done.stdout.splitlines()[-1])))
+        ratio = median(
+            b / a for a, b in zip(medians["here"], medians.get("before", medians["here"]), strict=True)
+        )
+        results[preset] = medians | {"ratio": ratio}
+        table.add_row(preset, *(f"{median(column):,.1f}" for column in medians.values()), f"{ratio:.2f} x")
+    Console().print(table)
+    common.write_json("step-presets", results)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--presets", nargs="+", help="measure whole updates of presets")
+    parser.add_argument("--against", type=Path, help="another checkout of the project, for --presets")
+    parser.add_argument("--update_of", help="print the milliseconds of 40 updates of a preset")
     parser.add_argument("--memory_of", help="run one of them twice and print its peak memory")
     options = parser.parse_args()
+    if options.update_of:
+        print(json.dumps(update_times(options.update_of)))
+        return
+    if options.presets:
+        compare_presets(options.presets, options.against, options.rounds or 5)
+        return
     config, batch_size = (SMALL, 12) if options.small else (DEFAULT, 64)
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: common.our_step(config, torch.bfloat16),

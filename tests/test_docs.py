@@ -159,9 +159,10 @@ def reader(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def small(config: TrainConfig) -> TrainConfig:
         if config.resume:
             return replace(config, max_iters=4, data_dir="data", compile="off")
-        return replace(config, **{name: getattr(SMALL, name) for name in SHRUNK})
+        shrunk = {name: getattr(SMALL, name) for name in SHRUNK}
+        return replace(config, **shrunk, minutes=config.minutes and 0.03)
 
-    monkeypatch.setattr(fit_module, "fit", lambda config, *rest: fit(small(config), *rest))
+    monkeypatch.setattr(fit_module, "fit", lambda config, *rest, **named: fit(small(config), *rest, **named))
     monkeypatch.setattr(plan, "main", lambda config: plan_main(small(config)))
 
 

@@ -1,14 +1,12 @@
 """Autosize: choose the model and its training for the time there is (--minutes).
 
 Example: config = choose_settings(TrainConfig(minutes=5), dataset, device)
-The rule is fitted to trainings of seconds to half an hour (bench/minutes.py, bench/RESULTS.md):
-
-    tokens = TOKENS * (FLOPs / FLOPS) ** GROWTH
-
+The rule is fitted to trainings of seconds to minutes (bench/minutes.py, bench/RESULTS.md): `wanted_tokens`
 is the number of training tokens for which a training of so many operations is best; what is left of the
-operations goes into a larger model (as Chinchilla has it, Hoffmann et al., 2022). Shapes are measured on this
-device from the smallest on, until one is too slow to see so many tokens. The other numbers follow from the
-tokens: context, batch, rates, evaluations; and from how often they repeat the text: dropout, decay, EMA.
+operations goes into a larger model (as Chinchilla has it, Hoffmann et al., 2022, for much longer ones).
+Shapes are measured on this device, larger and larger ones, until one is too slow to see so many tokens. The
+other numbers follow from the tokens: context, batch, rates, evaluations; and from how often they repeat the
+text: dropout, weight decay, EMA.
 A setting that differs from its default, or is named in config.fixed, stays as it is.
 """
 
@@ -34,13 +32,22 @@ from nanogpt.training.sparse import clip_grad_norm, use_sparse_gradients
 Config = TypeVar("Config", bound=TrainConfig)
 
 SHAPES = (
-    (1, 128), (2, 128), (2, 192), (3, 192), (4, 192), (4, 256), (5, 256), (6, 320), (6, 384), (8, 448),
-    (8, 512), (10, 640), (12, 768), (16, 1024), (24, 1024), (24, 1536), (32, 2048),
+    (1, 64), (1, 96), (1, 128), (1, 192), (1, 256), (2, 256), (3, 256), (3, 320), (4, 320), (4, 384),
+    (5, 448), (6, 512), (8, 640), (10, 768), (12, 768), (16, 1024), (24, 1024), (24, 1536), (32, 2048),
 )  # fmt: skip
 """Layers and widths, smallest first."""
 
-TOKENS, FLOPS, GROWTH = 1.0e6, 1.2e13, 0.52
-"""The rule above: a training of 1.2e13 operations is best with a million tokens."""
+TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.23, 0.4
+"""A training of so many operations is best with so many characters; how they grow below and above it."""
+
+REPEATS = 2
+"""From a text that is seen more often than that in a training of TOKENS, fewer tokens are wanted."""
+
+USUAL_WIDTH = 256
+"""The width for which the dtype is picked that shapes are measured in."""
+
+FEW_KINDS = 65
+"""Vocabulary of these characters. A token of a larger one says more, by the logarithm: fewer are wanted."""
 
 OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
 """Time that is not training: start, measuring, evaluations, the end."""
@@ -48,11 +55,11 @@ OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
 MEASURING_SHARE, MEASURED_UPDATES = 0.04, 3
 """Share of the time in which shapes are measured at most, and updates measured of each, after a first."""
 
-CONTEXTS, MAX_CONTEXT = ((3e5, 64), (2.5e6, 128), (3e7, 256), (3e8, 512)), 1024
+CONTEXTS, MAX_CONTEXT = ((3e5, 64), (5e6, 128), (3e7, 256), (3e8, 512)), 1024
 """Context for trainings of fewer than so many tokens, and of more."""
 
-TOKENS_PER_BATCH_TOKEN, MIN_BATCH, MAX_BATCH = 1500, 2048, 2**19
-"""Updates for which a training's batch is made, and the limits of its tokens."""
+BATCH, MIN_BATCH, MAX_BATCH = 8192, 2048, 2**19
+"""Tokens of a batch in a training of TOKENS (it grows with the square root of the tokens), and its limits."""
 
 ENDING = frozenset(("max_iters", "schedule", "decays"))
 """Settings of the end, which --minutes decides."""
@@ -84,17 +91,39 @@ class Choice:
     """Measured: an update over the tokens of its batch."""
     tokens: float
     """Tokens of the whole training."""
-    vocab_size: int
+    text: Text
+
+    def at_same_speed(self, other: "Choice") -> "Choice":
+        """The tokens and their time if this shape does as many FLOPs a second as another, measured one."""
+        slower = self.flops_per_token / other.flops_per_token
+        return replace(self, seconds_per_token=other.seconds_per_token * slower, tokens=other.tokens / slower)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return meta_model(model_config(self.config, self.text.vocab_size)).num_parameters()
+
+    @property
+    def flops_per_token(self) -> int:
+        """Operations of an update for each token."""
+        return flops_per_token(meta_model(model_config(self.config, self.text.vocab_size)))
 
     @property
     def is_affordable(self) -> bool:
         """Whether it sees as many tokens as the rule asks for its operations."""
-        return self.tokens >= TOKENS * (self.flops / FLOPS) ** GROWTH
+        return self.tokens >= wanted_tokens(self.flops, self.text)
 
     @property
     def flops(self) -> float:
         """Operations of the whole training."""
-        return self.tokens * flops_per_token(meta_model(model_config(self.config, self.vocab_size)))
+        return self.tokens * self.flops_per_token
+
+
+def wanted_tokens(flops: float, text: Text) -> float:
+    """The number of training tokens for which a training of so many operations is best."""
+    scarce = min(1.0, REPEATS * text.train_tokens / TOKENS) ** 0.5
+    characters = scarce * TOKENS * (flops / FLOPS) ** (GROWTH_BELOW if flops < FLOPS else GROWTH_ABOVE)
+    return characters * math.log(FEW_KINDS) / math.log(max(text.vocab_size, FEW_KINDS))
 
 
 def choose_settings(config: Config, text: Text, device: torch.device, processes: int = 1) -> Config:
@@ -107,29 +136,44 @@ def choose_settings(config: Config, text: Text, device: torch.device, processes:
         raise UserError(
             f"--minutes decides when the training ends, and so does --{name}: leave one of them out"
         )
-    began, seconds = time.perf_counter(), 60 * config.minutes
-    training_s = max(seconds / 3, seconds * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
-    devices = 1 if kind_of(device).shares_memory else processes
-    room = MEMORY_SHARE * memory_estimate.free(device) / BYTES_PER_PARAMETER  # parameters
-    choice: Choice | None = None
-    for layers, width in SHAPES:
-        candidate = with_settings(config, layers, width, choice.tokens if choice else 0.0, text)
-        if choice and candidate == choice.config:  # the user has given the shape
-            continue
-        if choice and meta_model(model_config(candidate, text.vocab_size)).num_parameters() > room:
-            break
-        cost = seconds_per_token(candidate, text.vocab_size, device) / devices
-        larger = Choice(candidate, cost, training_s / cost, text.vocab_size)
-        if choice and not larger.is_affordable:
-            break
-        choice = larger
-        if time.perf_counter() - began > MEASURING_SHARE * seconds:
-            break
-    assert choice is not None
+    choice = choose_shape(config, text, device, processes)
     config = with_settings(config, choice.config.n_layer, choice.config.n_embd, choice.tokens, text)
     config = with_evaluations(config, choice, text)
     explain(config, choice, text)
     return config
+
+
+def choose_shape(config: TrainConfig, text: Text, device: torch.device, processes: int) -> Choice:
+    """Measure shapes, larger and larger ones, until one is too slow to see enough tokens."""
+    assert config.minutes is not None
+    began, seconds = time.perf_counter(), 60 * config.minutes
+    training_s = max(seconds / 3, seconds * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
+    devices = 1 if kind_of(device).shares_memory else processes
+    room = MEMORY_SHARE * memory_estimate.free(device) / BYTES_PER_PARAMETER  # parameters
+    dtype = pick_dtype(config.dtype, device, USUAL_WIDTH).dtype
+
+    def try_shape(number: int, tokens: float) -> Choice:
+        """Measure a shape, with the batch of a training of so many tokens."""
+        candidate = with_settings(config, *SHAPES[number], tokens, text)
+        cost = seconds_per_token(candidate, text.vocab_size, device, dtype) / devices
+        return Choice(candidate, cost, training_s / cost, text)
+
+    number, choice = 0, try_shape(0, 0.0)
+    while time.perf_counter() - began < MEASURING_SHARE * seconds:
+        larger = [
+            replace(choice, config=with_settings(config, *shape, choice.tokens, text)).at_same_speed(choice)
+            for shape in SHAPES[number + 1 :]
+        ]
+        larger = [there for there in larger if there.parameters < room]
+        if not larger or larger[-1].config == choice.config:  # the user has given the shape
+            break
+        # Larger products run faster: the next shape may be affordable even if it does not look so.
+        number += max(1, sum(there.is_affordable for there in larger))
+        tried = try_shape(number, choice.tokens)
+        if not tried.is_affordable:
+            break
+        choice = tried
+    return choice
 
 
 def fixed_settings(config: TrainConfig) -> frozenset[str]:
@@ -156,7 +200,8 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
     context = next((length for most, length in CONTEXTS if tokens < most), MAX_CONTEXT)
     context = min(context, max(2, text.train_tokens // 2 - 1), max(2, text.val_tokens - 1))
     context = config.block_size if "block_size" in fixed else context
-    batch_tokens = 2 ** round(math.log2(min(max(tokens / TOKENS_PER_BATCH_TOKEN, MIN_BATCH), MAX_BATCH)))
+    wanted_batch = BATCH * math.sqrt(max(tokens, 1.0) / TOKENS)
+    batch_tokens = 2 ** round(math.log2(min(max(wanted_batch, MIN_BATCH), MAX_BATCH)))
     updates = max(1.0, tokens / batch_tokens)
     early = min(1.0, max(0.0, math.log(300 / updates) / math.log(5)))  # 1 up to 60 updates, 0 from 300 on
     chosen = {name: getattr(modern, name) for name in changed_settings(modern)} | {
@@ -173,7 +218,7 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
         "schedule": "constant",
         "cooldown": 0.7 + 0.2 * early,
         "warmup_iters": int(updates / 100) if updates > 2000 else 0,
-        "learning_rate": 0.03 * (5 / 3) ** early * min(1.0, math.sqrt(256 / width)),
+        "learning_rate": 0.03 * (5 / 3) ** early * min(1.0, math.sqrt(USUAL_WIDTH / width)),
         "beta1": 0.6 - 0.1 * early,
         "beta2": 0.95 - 0.05 * early,
     }
@@ -192,22 +237,23 @@ def heads_and_width(config: TrainConfig, width: int, fixed: frozenset[str]) -> d
 
 
 def with_evaluations(config: Config, choice: Choice, text: Text) -> Config:
-    """Add how often to evaluate, and on how much: 2 to 8 times, each in a fiftieth of the time at most."""
+    """Add how often to evaluate, and on how much: 1 to 8 times, each in a fiftieth of the time at most."""
     assert config.minutes is not None
     minutes = config.minutes
-    evaluations = 2 if minutes < 1 else 4 if minutes < 5 else 8
+    evaluations = 0.5 if minutes < 0.5 else 4 if minutes < 5 else 8  # a half: at the end alone
     affordable = 60 * minutes / 50 / (choice.seconds_per_token / 3)  # tokens: a forward pass is a third
-    chosen: dict[str, Any] = {"eval_interval": max(1, config.max_iters // evaluations)}
+    chosen: dict[str, Any] = {"eval_interval": max(1, int(config.max_iters / evaluations))}
     if affordable < text.val_tokens:
         chosen["eval_iters"] = max(1, int(affordable / (config.batch_size * config.block_size)))
     fixed = fixed_settings(config)
     return replace(config, **{name: value for name, value in chosen.items() if name not in fixed})
 
 
-def seconds_per_token(config: TrainConfig, vocab_size: int, device: torch.device) -> float:
+def seconds_per_token(
+    config: TrainConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> float:
     """Measure updates of a training: their shortest time, over the tokens of a batch."""
     kind = kind_of(device)
-    dtype = pick_dtype(config.dtype, device, config.n_embd).dtype
     kind.set_up(device, dtype)
     model = GPT(model_config(config, vocab_size)).to(device)
     if kind.sparse_gradients:

@@ -38,8 +38,8 @@ def updates_left(run: Run, deadline: Deadline) -> int:
     update_s = median(deadline.update_s)
     evaluation_s = deadline.evaluation_s or forecast_evaluation(run, update_s)
     left_s = 60 * config.minutes - END_SECONDS - deadline.last_s - evaluation_s  # that of the end
-    most = step + max(0, math.floor(left_s / update_s))
-    others = most // config.eval_interval - step // config.eval_interval
+    about = step + max(0, math.floor(left_s / (update_s + evaluation_s / config.eval_interval)))
+    others = about // config.eval_interval - step // config.eval_interval
     return max(0, math.floor((left_s - others * evaluation_s) / update_s))
 
 
