@@ -93,7 +93,7 @@ def test_lists_become_tuples_of_texts():
 WRONG = [
     (TrainConfig, "optimizer", "sgd", "--optimizer sgd is unknown: use adamw or muon"),
     (TrainConfig, "norm", "batchnorm", "--norm batchnorm is unknown: use layernorm or rmsnorm"),
-    (TrainConfig, "schedule", "linear", "--schedule linear is unknown: use cosine or trapezoid"),
+    (TrainConfig, "schedule", "linear", "--schedule linear is unknown: use cosine, trapezoid or constant"),
     (TrainConfig, "dtype", "bf16", "--dtype bf16 is unknown: use auto, float32, bfloat16 or float16"),
     (TrainConfig, "dtype", torch.bfloat16, "--dtype torch.bfloat16 is unknown: use auto"),
     (TrainConfig, "compile", "maybe", "--compile maybe is unknown: use auto, on or off"),

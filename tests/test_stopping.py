@@ -374,7 +374,7 @@ def test_what_a_signal_asks_of_one_process_all_do(here: bool) -> None:
     run = SimpleNamespace(
         world=SimpleNamespace(max_over_ranks=agree), stop=StopRequest(), stopped_by_callback=False,
         checkpointer=Checkpointer(RunFolder(Path("out")), ALONE), config=TrainConfig(save_seconds=1e6),
-        progress=Progress(),
+        progress=Progress(), deadline=None,
     )  # fmt: skip
     with run.stop:
         if here:
