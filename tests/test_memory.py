@@ -135,6 +135,16 @@ def test_a_padded_output_layer_is_counted(vocab_size):
     assert plain.activations < padded.activations < plain.activations * columns / vocab_size + 1.1 * copies
 
 
+def test_a_loss_in_many_chunks_is_counted(monkeypatch):
+    """Of all logits only those of a chunk exist at once."""
+    shape, config = model_config(SMALL, 5000), replace(SMALL, block_size=64)
+    whole = memory_estimate.predict(shape, config, CPU, torch.bfloat16, 8)
+    monkeypatch.setattr(device.CPU, "logits_per_chunk", 5000 * 64)
+    chunked = memory_estimate.predict(shape, config, CPU, torch.bfloat16, 8)
+    assert chunked.held == whole.held
+    assert chunked.activations < whole.activations - 5000 * 64 * 4
+
+
 # How much is free
 
 
