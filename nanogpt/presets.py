@@ -226,14 +226,14 @@ PRESETS = {
     "speedrun": Preset(
         speedrun,
         "nanoGPT's laptop loss in seconds",
-        Measurement("2026-11-23, second part", (1.8572, 1.8380, 1.8606), 1.86),
+        Measurement("2026-11-26", (1.8481, 1.8436, 1.8493), 0.79),
     ),
     "classic": Preset(
         classic,
         "nanoGPT's laptop model, with GPT-2's blocks",
-        Measurement("2026-11-23, second part", (1.8566, 1.8651, 1.8553), 18.8),
+        Measurement("2026-11-26", (1.8566, 1.8651, 1.8553), 8.8),
     ),
-    "cpu": Preset(cpu, "a good model in two minutes on a laptop", Measurement("2026-11-23", (1.5443,), 95)),
+    "cpu": Preset(cpu, "a good model in two minutes on a laptop", Measurement("2026-11-26", (1.5635, 1.5604, 1.5523), 42)),
     "qwen3": Preset(
         qwen3,
         "Qwen3's blocks, which other programs can run",
