@@ -233,7 +233,11 @@ PRESETS = {
         "nanoGPT's laptop model, with GPT-2's blocks",
         Measurement("2026-11-26", (1.8566, 1.8651, 1.8553), 8.8),
     ),
-    "cpu": Preset(cpu, "a good model in two minutes on a laptop", Measurement("2026-11-26", (1.5635, 1.5604, 1.5523), 42)),
+    "cpu": Preset(
+        cpu,
+        "a good model in two minutes on a laptop",
+        Measurement("2026-11-26", (1.5635, 1.5604, 1.5523), 42),
+    ),
     "qwen3": Preset(
         qwen3,
         "Qwen3's blocks, which other programs can run",

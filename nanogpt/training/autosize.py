@@ -37,7 +37,7 @@ SHAPES = (
 )  # fmt: skip
 """Layers and widths, smallest first."""
 
-TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.23, 0.4
+TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.5, 0.4
 """A training of so many operations is best with so many characters; how they grow below and above it."""
 
 REPEATS = 2
@@ -46,8 +46,8 @@ REPEATS = 2
 USUAL_WIDTH = 256
 """The width for which the dtype is picked that shapes are measured in."""
 
-FEW_KINDS = 65
-"""Vocabulary of these characters. A token of a larger one says more, by the logarithm: fewer are wanted."""
+FEW_KINDS = 256
+"""Vocabulary of bytes. A token of a larger one says more, by its logarithm: fewer are wanted."""
 
 OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
 """Time that is not training: start, measuring, evaluations, the end."""

@@ -56,4 +56,8 @@ def is_evaluation_due(run: Run, reason: StopReason | None) -> bool:
     step = run.progress.step
     if run.progress.evaluated_at == step or (reason and reason.is_signal):
         return False
-    return step % run.config.eval_interval == 0 or reason in (StopReason.FINISHED, StopReason.TIME)
+    if reason in (StopReason.FINISHED, StopReason.TIME):
+        return True
+    # With --minutes, the last evaluation is soon enough for what is left.
+    soon = run.deadline is not None and run.config.max_iters - step < run.config.eval_interval / 4
+    return step % run.config.eval_interval == 0 and not soon
