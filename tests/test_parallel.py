@@ -299,7 +299,8 @@ def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_s
     assert code == 0, err
     assert last_step(hit) == 30
     assert not (Path(hit.out_dir) / "previous").exists()
-    assert err.count("lost the connection to another process") == 2
+    # Of two kills: torchrun may end the survivor before it notices, and then it says nothing.
+    assert 1 <= err.count("lost the connection to another process") <= 2
     assert "Traceback" not in err.split("torch.distributed.elastic")[0]
     assert re.search("from step 1[0-2]", out)  # 12, or what was in place while that was written
     same_course(calm, hit)
