@@ -8,7 +8,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,6 @@ EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 Step = Callable[[Tensor, Tensor], None]
 
 
-def seconds(action: Callable[[], object], place: torch.device = CPU) -> float:
-    """How long an action takes, until the device has done it."""
-    devices.kind_of(place).synchronize(place)
-    start = time.perf_counter()
-    action()
-    devices.kind_of(place).synchronize(place)
-    return time.perf_counter() - start
-
-
 def in_turn(
     actions: dict[str, Callable[[], object]], rounds: int, place: torch.device = CPU
 ) -> dict[str, Any]:
@@ -50,7 +40,7 @@ def in_turn(
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
-            times[name].append(seconds(action, place))
+            times[name].append(devices.seconds_of(action, place))
     return times
 
 
@@ -60,7 +50,7 @@ def ceiling(dtype: torch.dtype, place: torch.device = CPU, size: int | None = No
     a, b = (torch.randn(size, size, dtype=dtype, device=place) for _ in range(2))
     for _ in range(3):
         a @ b
-    return 2 * size**3 / statistics.median(seconds(lambda: a @ b, place) for _ in range(9))
+    return 2 * size**3 / statistics.median(devices.seconds_of(lambda: a @ b, place) for _ in range(9))
 
 
 def our_step(  # noqa: PLR0917

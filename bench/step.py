@@ -32,6 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from nanogpt.config import GPTConfig
+from nanogpt.device import seconds_of
 from nanogpt.model.gpt import flops_per_token, meta_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +87,7 @@ def update_times(preset: str, updates: int = 40) -> list[float]:
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         config = replace(presets.get(preset), data_dir=str(ROOT / "data"), out_dir=folder)
         run = set_up(config, RunFolder(Path(folder)))
-        times = [common.seconds(lambda: train_step(run), run.device) for _ in range(updates + 5)]
+        times = [seconds_of(lambda: train_step(run), run.device) for _ in range(updates + 5)]
     return [1000 * seconds for seconds in times[5:]]
 
 

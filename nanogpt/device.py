@@ -7,8 +7,9 @@ tests register one of their own). precision.py chooses a dtype by its speed. Pri
 
 import re
 import sys
+import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
@@ -316,3 +317,13 @@ def is_out_of_memory(error: BaseException) -> bool:
         "|_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|(hip|cuda)ErrorOutOfMemory|bad_alloc"
     )
     return isinstance(error, RuntimeError) and bool(re.search(said, str(error)))
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Measure how many seconds an action takes on a device."""
+    kind = kind_of(device)
+    kind.synchronize(device)
+    start = time.perf_counter()
+    action()
+    kind.synchronize(device)
+    return time.perf_counter() - start

@@ -6,7 +6,6 @@ Memory is counted, not estimated (training/memory_estimate.py). The time of an u
 device or, for a named device, computed from its published peak FLOP/s and UTILIZATION.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +19,17 @@ from nanogpt.cli.config import PlanConfig
 from nanogpt.config import GPTConfig, GradCheckpoint, model_config
 from nanogpt.console import GIB, MIB, ceil_div, duration, one_line, progress_bar, say, terminal, warn
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import KINDS, autocast, describe, dtype_of, kind_of, name_of, pick_device, simulated
+from nanogpt.device import (
+    KINDS,
+    autocast,
+    describe,
+    dtype_of,
+    kind_of,
+    name_of,
+    pick_device,
+    seconds_of,
+    simulated,
+)
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, require
@@ -38,6 +47,9 @@ UTILIZATION = 0.4
 
 CHECKPOINT_MODES: tuple[GradCheckpoint, ...] = ("off", "selective", "blocks")
 """Modes of activation checkpointing, fastest first."""
+
+TINY_SHAKESPEARE = Text(train_tokens=1_003_854, val_tokens=111_540, vocab_size=GPTConfig.vocab_size)
+"""The text of a plan if there is no data folder."""
 
 TRIAL_SECONDS, TRIAL_TOKENS = 1.0, 2048
 """Seconds for which micro-batches are measured, and number of tokens in the first trial."""
@@ -100,7 +112,7 @@ def main(config: PlanConfig) -> int:
     if config.minutes:
         require(not config.on, "--minutes measures this machine, which --on is not: leave one of them out")
         config = choose_settings(config, describe_text(config), target.device, config.processes)
-    config = replace(config, vocab_size=choose_vocab_size(config))
+    config = replace(config, vocab_size=config.vocab_size or describe_text(config).vocab_size)
     shape = gpt_config(config)
     model = meta_model(shape)
     rank_batch = max_rank_batch(config, world)
@@ -146,23 +158,13 @@ def pick_target(config: PlanConfig) -> Target:
     return Target(device, dtype, sheet.memory, sheet.peak, simulated=not is_here)
 
 
-def choose_vocab_size(config: PlanConfig) -> int:
-    """Choose the vocabulary size: that of the flag, else of the data folder, else of Tiny Shakespeare."""
-    if config.vocab_size:
-        return config.vocab_size
-    try:
-        return load_dataset(Path(config.data_dir)).tokenizer.vocab_size
-    except UserError:
-        return GPTConfig.vocab_size
-
-
 def describe_text(config: PlanConfig) -> Text:
-    """The sizes of the data folder; without one, those of Tiny Shakespeare."""
+    """The sizes of the data folder; without one, those of Tiny Shakespeare. --vocab_size overrules theirs."""
     try:
-        return Text.of(load_dataset(Path(config.data_dir)))
+        text = Text.of(load_dataset(Path(config.data_dir)))
     except UserError:
-        say("No data folder: for Tiny Shakespeare")
-        return Text(1_003_854, 111_540, GPTConfig.vocab_size)
+        text = TINY_SHAKESPEARE
+    return replace(text, vocab_size=config.vocab_size or text.vocab_size)
 
 
 def gpt_config(config: PlanConfig) -> GPTConfig:
@@ -322,11 +324,3 @@ def measure_passes(
     while len(passes) < 3 or sum(passes[1:]) < least:
         passes.append(seconds_of(compute_gradients, target.device))
     return min(passes[1:])  # the first one is a warm-up
-
-
-def seconds_of(action: Callable[[], None], device: torch.device) -> float:
-    """Measure how many seconds an action takes on a device."""
-    start = time.perf_counter()
-    action()
-    kind_of(device).synchronize(device)
-    return time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 Example: x = token_embedding(idx) + NgramEmbedding(config)(idx)
 They give the first layer the statistics of pairs and triples at the price of a look-up. Most rows are rare:
-training/row_adam.py updates those alone that a batch touches.
+training/sparse.py updates those alone that a batch touches.
 
 Shapes: B batch, T tokens, C n_embd, V vocab_size
 """

@@ -1,6 +1,6 @@
 """Autosize: choose the model and its training for the time there is (--minutes).
 
-Example: config = choose_settings(TrainConfig(minutes=5), dataset, device)
+Example: config = choose_settings(TrainConfig(minutes=5), Text.of(dataset), device)
 The rule is fitted to trainings of seconds to minutes (bench/minutes.py, bench/RESULTS.md): `wanted_tokens`
 is the number of training tokens for which a training of so many operations is best; what is left of the
 operations goes into a larger model (as Chinchilla has it, Hoffmann et al., 2022, for much longer ones).
@@ -10,6 +10,7 @@ text: dropout, weight decay, EMA.
 A setting that differs from its default, or is named in config.fixed, stays as it is.
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass, fields, replace
@@ -17,10 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanogpt.config import TrainConfig, model_config
+from nanogpt.config import GPTConfig, TrainConfig, model_config
 from nanogpt.console import plural, say
 from nanogpt.data.dataset import Dataset
-from nanogpt.device import autocast, kind_of
+from nanogpt.device import autocast, kind_of, seconds_of
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
@@ -93,30 +94,27 @@ class Choice:
     """Tokens of the whole training."""
     text: Text
 
-    def at_same_speed(self, other: "Choice") -> "Choice":
-        """The tokens and their time if this shape does as many FLOPs a second as another, measured one."""
-        slower = self.flops_per_token / other.flops_per_token
-        return replace(self, seconds_per_token=other.seconds_per_token * slower, tokens=other.tokens / slower)
-
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return meta_model(model_config(self.config, self.text.vocab_size)).num_parameters()
+        return size_of(model_config(self.config, self.text.vocab_size))[0]
 
     @property
     def flops_per_token(self) -> int:
         """Operations of an update for each token."""
-        return flops_per_token(meta_model(model_config(self.config, self.text.vocab_size)))
+        return size_of(model_config(self.config, self.text.vocab_size))[1]
 
     @property
     def is_affordable(self) -> bool:
         """Whether it sees as many tokens as the rule asks for its operations."""
-        return self.tokens >= wanted_tokens(self.flops, self.text)
+        return self.tokens >= wanted_tokens(self.tokens * self.flops_per_token, self.text)
 
-    @property
-    def flops(self) -> float:
-        """Operations of the whole training."""
-        return self.tokens * self.flops_per_token
+
+@functools.cache
+def size_of(model: GPTConfig) -> tuple[int, int]:
+    """Parameters of a model, and operations of an update for each token. Making it takes milliseconds."""
+    network = meta_model(model)
+    return network.num_parameters(), flops_per_token(network)
 
 
 def wanted_tokens(flops: float, text: Text) -> float:
@@ -150,27 +148,40 @@ def choose_shape(config: TrainConfig, text: Text, device: torch.device, processe
     training_s = max(seconds / 3, seconds * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
     devices = 1 if kind_of(device).shares_memory else processes
     room = MEMORY_SHARE * memory_estimate.free(device) / BYTES_PER_PARAMETER  # parameters
-    dtype = pick_dtype(config.dtype, device, USUAL_WIDTH).dtype
+    dtype, fixed = pick_dtype(config.dtype, device, USUAL_WIDTH).dtype, fixed_settings(config)
+    shapes = list(
+        dict.fromkeys(
+            (config.n_layer if "n_layer" in fixed else layers, config.n_embd if "n_embd" in fixed else width)
+            for layers, width in SHAPES
+        )
+    )
 
     def try_shape(number: int, tokens: float) -> Choice:
         """Measure a shape, with the batch of a training of so many tokens."""
-        candidate = with_settings(config, *SHAPES[number], tokens, text)
+        candidate = with_settings(config, *shapes[number], tokens, text)
         cost = seconds_per_token(candidate, text.vocab_size, device, dtype) / devices
         return Choice(candidate, cost, training_s / cost, text)
 
+    def next_number(number: int, choice: Choice) -> int | None:
+        """The largest shape that is affordable at the FLOPs a second of `choice`, or else the one after it.
+
+        Larger products run faster: that one may be affordable even if it does not look so. None: none fits.
+        """
+        found: int | None = None
+        for larger in range(number + 1, len(shapes)):
+            there = replace(choice, config=with_settings(config, *shapes[larger], choice.tokens, text))
+            there = replace(there, tokens=choice.tokens * choice.flops_per_token / there.flops_per_token)
+            if there.parameters >= room or (found is not None and not there.is_affordable):
+                break
+            found = larger
+        return found
+
     number, choice = 0, try_shape(0, 0.0)
+    if len(shapes) == 1:  # now with the batch of so many tokens
+        return try_shape(0, choice.tokens)
     while time.perf_counter() - began < MEASURING_SHARE * seconds:
-        larger = [
-            replace(choice, config=with_settings(config, *shape, choice.tokens, text)).at_same_speed(choice)
-            for shape in SHAPES[number + 1 :]
-        ]
-        larger = [there for there in larger if there.parameters < room]
-        if not larger or larger[-1].config == choice.config:  # the user has given the shape
-            break
-        # Larger products run faster: the next shape may be affordable even if it does not look so.
-        number += max(1, sum(there.is_affordable for there in larger))
-        tried = try_shape(number, choice.tokens)
-        if not tried.is_affordable:
+        number = next_number(number, choice)
+        if number is None or not (tried := try_shape(number, choice.tokens)).is_affordable:
             break
         choice = tried
     return choice
@@ -226,10 +237,9 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
 
 
 def heads_and_width(config: TrainConfig, width: int, fixed: frozenset[str]) -> dict[str, int]:
-    """Heads that divide the width, which may be the user's; or a width for the user's heads."""
+    """Heads that divide the width; or a width for the user's heads."""
     if "n_head" in fixed:
         return {"n_embd": max(2, 2 * round(width / config.n_head / 2)) * config.n_head}
-    width = config.n_embd if "n_embd" in fixed else width
     heads = next(
         heads for heads in range(max(4, width // 64), 0, -1) if width % (2 * heads) == 0 or heads == 1
     )
@@ -260,9 +270,9 @@ def seconds_per_token(
         use_sparse_gradients(model)
     optimizers = build_optimizers(model, config, pick_muon_dtype(config.dtype, device).dtype)
     x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=device)
-    times: list[float] = []
-    for _ in range(1 + MEASURED_UPDATES):
-        start = time.perf_counter()
+
+    def update() -> None:
+        """Make one update."""
         with autocast(device, dtype):
             loss = model.loss(x, y)
         loss.backward()
@@ -270,8 +280,8 @@ def seconds_per_token(
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        kind.synchronize(device)
-        times.append(time.perf_counter() - start)
+
+    times = [seconds_of(update, device) for _ in range(1 + MEASURED_UPDATES)]
     return min(times[1:]) / x.numel()  # the first one is a warm-up
 
 

@@ -1,6 +1,6 @@
 """Deadline: end a training when its time is over (--minutes), whatever becomes of the machine's speed.
 
-Example: keep_to_time(run, used_s)      # after each update
+Example: keep_to_time(run)      # after each update
 The rate is constant until the time left is what the cool-down takes. Then the updates that still fit are
 counted, and the rate falls linearly to its minimum over them. If they turn out faster or slower, the rest of
 the decay gets another end. Each decision is written into the settings (`--decays START:END`) and saved before

@@ -16,7 +16,7 @@ from typing import Any
 
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig, from_dict, to_dict
-from nanogpt.data.dataset import load_dataset
+from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import pick_device
 from nanogpt.distributed.world import World, distributed_world, hard_exit, local_device
 from nanogpt.errors import UserError, require
@@ -69,8 +69,9 @@ def fit(
     """
     began = time.perf_counter() if began is None else began
     folder = RunFolder(Path(config.out_dir))
+    dataset: Dataset | None = None
     if not config.resume:
-        load_dataset(Path(config.data_dir))  # checked before a folder is made for a run that cannot begin
+        dataset = load_dataset(Path(config.data_dir))  # checked before a folder is made in vain
     elif not folder.path.is_dir():
         raise UserError(
             f"no checkpoint to resume in {folder.path}: start without --resume, or check --out_dir"
@@ -86,8 +87,8 @@ def fit(
         if world.broadcast_bool(lambda: folder.is_restart_of(config, world.job, restarted=world.restarted)):
             config = replace(config, resume=True, overwrite=False)
         with explain_out_of_memory(config, world):
-            if config.minutes and not config.resume:
-                config = settings_for_minutes(config, world)
+            if config.minutes and dataset and not config.resume:
+                config = settings_for_minutes(config, dataset, world)
             run = set_up(config, folder, world)
         if config.minutes:
             run.deadline = Deadline(began - run.progress.used_s)
@@ -104,13 +105,12 @@ def fit(
     return result_of(run, reason)
 
 
-def settings_for_minutes(config: TrainConfig, world: World) -> TrainConfig:
+def settings_for_minutes(config: TrainConfig, dataset: Dataset, world: World) -> TrainConfig:
     """Choose the settings that --minutes leaves open: the first process measures, all take what it chose."""
     chosen: list[dict[str, Any]] = []
     if world.is_first:
-        text = Text.of(load_dataset(Path(config.data_dir), verify_bytes=0))
         device = pick_device(local_device(config.device, world))
-        chosen = [to_dict(choose_settings(config, text, device, world.size))]
+        chosen = [to_dict(choose_settings(config, Text.of(dataset), device, world.size))]
     return from_dict(TrainConfig, world.all_gather(chosen)[0])
 
 

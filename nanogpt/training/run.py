@@ -120,7 +120,7 @@ class Deadline:
 
         All processes take the time of the slowest.
         """
-        now_s = world.max_over_ranks(round(1000 * (time.perf_counter() - self.began)))[0] / 1000
+        now_s = world.max_over_ranks(round(1e6 * (time.perf_counter() - self.began)))[0] / 1e6
         lap_s, (step, evaluated_at) = now_s - self.last_s, self.at
         self.last_s, self.at = now_s, (progress.step, progress.evaluated_at)
         if progress.evaluated_at != evaluated_at:

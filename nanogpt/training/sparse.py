@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from nanogpt.config import TrainConfig
 from nanogpt.model.ngram import NgramEmbedding
+from nanogpt.training import foreach
 from nanogpt.training.optimizer_base import UncompiledOptimizer
 
 
@@ -53,9 +54,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     gradients = [p.grad.values() if is_sparse(p) else p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(gradients)
     if math.isfinite(max_norm):
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
+        foreach.mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
