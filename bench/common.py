@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 Step = Callable[[Tensor, Tensor], None]
 
 
+def seconds(action: Callable[[], object], place: torch.device = CPU) -> float:
+    """How long an action takes, until the device has done it.
+
+    Not device.seconds_of, which earlier checkouts do not have: bench/step.py --against measures those too.
+    """
+    devices.kind_of(place).synchronize(place)
+    start = time.perf_counter()
+    action()
+    devices.kind_of(place).synchronize(place)
+    return time.perf_counter() - start
+
+
 def in_turn(
     actions: dict[str, Callable[[], object]], rounds: int, place: torch.device = CPU
 ) -> dict[str, Any]:
@@ -40,7 +53,7 @@ def in_turn(
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():
-            times[name].append(devices.seconds_of(action, place))
+            times[name].append(seconds(action, place))
     return times
 
 
@@ -50,7 +63,7 @@ def ceiling(dtype: torch.dtype, place: torch.device = CPU, size: int | None = No
     a, b = (torch.randn(size, size, dtype=dtype, device=place) for _ in range(2))
     for _ in range(3):
         a @ b
-    return 2 * size**3 / statistics.median(devices.seconds_of(lambda: a @ b, place) for _ in range(9))
+    return 2 * size**3 / statistics.median(seconds(lambda: a @ b, place) for _ in range(9))
 
 
 def our_step(  # noqa: PLR0917

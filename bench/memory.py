@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> None:
         loss.backward()
 
     for _ in sys.stdin:
-        print(1000 * device.seconds_of(step, place), flush=True)
+        print(1000 * common.seconds(step, place), flush=True)
     most = common.peak_memory(place) - before
     with device.autocast(place, dtype):
         print(json.dumps({"peak": most, "kept": kept(model, x, y)}))

@@ -32,7 +32,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from nanogpt.config import GPTConfig
-from nanogpt.device import seconds_of
 from nanogpt.model.gpt import flops_per_token, meta_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +86,7 @@ def update_times(preset: str, updates: int = 40) -> list[float]:
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         config = replace(presets.get(preset), data_dir=str(ROOT / "data"), out_dir=folder)
         run = set_up(config, RunFolder(Path(folder)))
-        times = [seconds_of(lambda: train_step(run), run.device) for _ in range(updates + 5)]
+        times = [common.seconds(lambda: train_step(run), run.device) for _ in range(updates + 5)]
     return [1000 * seconds for seconds in times[5:]]
 
 
@@ -114,7 +113,7 @@ def compare_presets(names: Sequence[str], other: Path | None, rounds: int) -> No
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure what the flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--compile", action="store_true", help="measure ours compiled, too")
@@ -130,6 +129,11 @@ def main() -> None:
     if options.presets:
         compare_presets(options.presets, options.against, options.rounds or 5)
         return
+    compare_steps(options)
+
+
+def compare_steps(options: argparse.Namespace) -> None:
+    """Measure and print our step and that of transformers."""
     config, batch_size = (SMALL, 12) if options.small else (DEFAULT, 64)
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: common.our_step(config, torch.bfloat16),

@@ -22,7 +22,7 @@ from nanogpt.training import autosize, deadline
 from nanogpt.training import run as run_module
 from nanogpt.training.autosize import Text, choose_settings
 from nanogpt.training.fit import fit
-from nanogpt.training.optimizer import lr_multiplier
+from nanogpt.training.optimizer import learning_rate, lr_multiplier
 from nanogpt.training.run import Deadline
 
 CPU = pick_device("cpu")
@@ -267,17 +267,18 @@ def test_a_resumed_run_counts_what_was_used_and_keeps_what_was_decided(short):
     fit(short)
     path = Path(short.out_dir) / "last.pt"
     before = load_checkpoint(path)
-    assert before.progress["used_s"] == pytest.approx(3.6, rel=0.5)
+    assert before.progress["used_s"] > 0
     result = fit(replace(before.train_config, resume=True, max_iters=before.progress["step"] + 3))
     assert result.step <= before.progress["step"] + 3
-    assert load_checkpoint(path).train_config.decays[: len(before.train_config.decays)] == (
-        before.train_config.decays
-    )
+    after = load_checkpoint(path)
+    assert after.progress["used_s"] >= before.progress["used_s"]
+    assert after.train_config.decays[: len(before.train_config.decays)] == before.train_config.decays
 
 
 def test_metrics_have_the_rates_of_the_decay(short):
     fit(replace(short, log_interval=1))
     rows = [json.loads(line) for line in (Path(short.out_dir) / "metrics.jsonl").read_text().splitlines()]
-    rates = [row["lr"] for row in rows if "lr" in row]
-    assert rates[-1] < 0.2 * max(rates)
-    assert max(rates) == short.learning_rate
+    saved = RunFolder(Path(short.out_dir)).saved_config()
+    rates = {row["step"]: row["lr"] for row in rows if "lr" in row}
+    assert rates == {step: learning_rate(step - 1, saved) for step in range(1, saved.max_iters + 1)}
+    assert rates[saved.max_iters] < max(rates.values()) == short.learning_rate

@@ -128,9 +128,7 @@ def test_what_a_training_would_compile_is_measured_compiled(monkeypatch, capsys,
     monkeypatch.setattr(plan, "compiled_loss", compiled_loss)
     assert plan.measure_update(SMALL, HERE)
     assert not compiled
-    seconds = plan.measure_update(replace(SMALL, compile="on"), HERE)
-    assert seconds is not None
-    assert seconds > 0
+    assert plan.measure_update(replace(SMALL, compile="on"), HERE)
     assert len(compiled) == 1
     assert ("measured without it: no C compiler" in capsys.readouterr().err) == fails
 

@@ -23,7 +23,6 @@ from rows import Results, attempt, fresh, parser_of, place_of, reset_peak
 
 from nanogpt import presets
 from nanogpt.config import GPTConfig, GradCheckpoint, TrainConfig, model_config
-from nanogpt.device import seconds_of
 
 GPT2 = model_config(presets.get("gpt2"), vocab_size=50_304)
 
@@ -48,7 +47,7 @@ def measure(
 
     many()  # compiles
     reset_peak(place)
-    pace = median(seconds_of(many, place) for _ in range(options.rounds)) / options.updates
+    pace = median(common.seconds(many, place) for _ in range(options.rounds)) / options.updates
     return {
         "ms": 1000 * pace,
         "tokens_per_s": x.numel() / pace,

@@ -37,7 +37,7 @@ from rows import Results, attempt, fresh, parser_of, place_of, reset_peak
 from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.data.config import PrepareConfig
-from nanogpt.device import kind_of, seconds_of
+from nanogpt.device import kind_of
 from nanogpt.model.gpt import flops_per_token, meta_model
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -152,7 +152,7 @@ def measure(
 
     many()  # compiles
     reset_peak(place)
-    pace = median(seconds_of(many, place) for _ in range(options.rounds)) / options.updates
+    pace = median(common.seconds(many, place) for _ in range(options.rounds)) / options.updates
     return {
         "ms": 1000 * pace,
         "tokens_per_s": case.config.batch_size * case.config.block_size / pace,

@@ -28,6 +28,7 @@ from nanogpt.training import trainer
 from nanogpt.training.cuda_graph import WARM_UP_UPDATES, UpdateGraph
 from nanogpt.training.fit import fit
 from nanogpt.training.results import read_result
+from nanogpt.training.run import Run, UpdateResult
 from nanogpt.training.setup import set_up
 
 from .conftest import numbers
@@ -157,16 +158,21 @@ def test_broken_updates_leave_no_trace(config: TrainConfig, monkeypatch, dtype: 
     assert len(numbers(config)) == config.max_iters - 2
 
 
+def steps_without_waiting(run: Run) -> list[UpdateResult]:
+    """Three updates; PyTorch raises at whatever makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return [trainer.train_step(run) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_step_waits_for_nothing(config: TrainConfig, gpu_alone: torch.device, tmp_path: Path) -> None:
     """PyTorch raises at whatever makes the host wait for the device."""
     run = set_up(replace(config, dtype="bfloat16", optimizer="muon"), RunFolder(tmp_path / "run"))
     read_result(run, trainer.train_step(run))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        outcomes = [trainer.train_step(run) for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    outcomes = steps_without_waiting(run)
     assert all(np.isfinite(read_result(run, outcome)["train_loss"]) for outcome in outcomes)
     run.metrics.close()
 
@@ -204,11 +210,7 @@ def test_a_replay_waits_for_nothing(config: TrainConfig, gpu_alone: torch.device
     run.graph = UpdateGraph(trainer.update, trainer.next_batch)
     for _ in range(WARM_UP_UPDATES + 1):
         read_result(run, trainer.train_step(run))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        outcomes = [trainer.train_step(run) for _ in range(3)]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    outcomes = steps_without_waiting(run)
     results = [read_result(run, outcome) for outcome in outcomes]
     assert all(np.isfinite(result["train_loss"]) for result in results)
     assert run.graph is not None  # else it was not captured
