@@ -98,6 +98,13 @@ def test_any_text_gets_settings_that_it_is_long_enough_for(speed, train_tokens):
     assert chosen.block_size < train_tokens
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_model_is_counted_as_it_is(positions):
+    shape = model_config(TrainConfig(positions=positions, n_layer=2), 65)
+    network = meta_model(shape)
+    assert autosize.size_of(shape) == (network.num_parameters(), flops_per_token(network))
+
+
 def test_measuring_takes_a_small_part_of_the_time(speed, monkeypatch):
     clock = SimpleNamespace(now=0.0)
 
