@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,6 +29,11 @@ from nanogpt.model.kernels import CHUNKED_LOSS_MIN_VOCAB, Recomputed
 
 if TYPE_CHECKING:  # does not exist in a PyTorch without torch.distributed, as for AMD on Windows
     from torch.distributed.fsdp import FSDPModule
+
+
+# PyTorch 2.13 has a new name for it, and warns of the old one.
+RENAMED = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+NO_BUFFER_SYNC: Any = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
 
 
 class Loss(nn.Module):
@@ -53,7 +59,7 @@ def distributed_loss(model: GPT, world: World, device: torch.device) -> Callable
         Loss(model),
         device_ids=[device] if kind_of(device).is_async else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # buffers are constants
+        **NO_BUFFER_SYNC,  # buffers are constants
     )
 
 

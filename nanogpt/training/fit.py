@@ -78,8 +78,8 @@ def fit(
         )
     with (
         one_at_a_time(),
+        StopRequest() as stop,  # around the world: torchrun's SIGTERM must not overtake its message
         distributed_world(config.device) as world,
-        StopRequest() as stop,
         ExitStack() as stack,
     ):
         if world.is_first:
