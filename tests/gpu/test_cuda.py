@@ -124,7 +124,7 @@ def test_it_writes_what_the_cpu_writes(config: TrainConfig, capsys) -> None:
     logits = {}
     for name in (config.device, "cpu"):
         model, tokens = load_model(best, name)
-        ids = sample.encode_prompt(tokens, "From fairest", skip=False)
+        ids = sample.encode_prompt(tokens, "From fairest")
         with torch.no_grad():
             logits[name] = model(ids.to(next(model.parameters()).device))[0].float().cpu()
     torch.testing.assert_close(logits[config.device], logits["cpu"], rtol=1e-2, atol=1e-2)
