@@ -27,7 +27,7 @@ from nanogpt.distributed import world
 from nanogpt.distributed.world import World
 from nanogpt.inference.config import SampleConfig
 from nanogpt.model.kernels import chunked_cross_entropy
-from nanogpt.training import cuda_graph, trainer
+from nanogpt.training import autosize, cuda_graph, trainer
 from nanogpt.training.fit import fit
 from nanogpt.training.memory_estimate import Memory
 from nanogpt.training.optimizer_base import UncompiledOptimizer
@@ -241,6 +241,21 @@ def test_with_rates_that_float32_holds_it_is_bit_for_bit_the_ordinary_one(there,
     fit(other)
     assert losses(config) == losses(other)
     same(last(config).model, last(other).model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone", "captures"),
+    [({}, True, 1), (MODERN, True, 1), ({}, False, 0), ({"cuda_graph": "off"}, True, 0)],
+)
+def test_minutes_measures_updates_as_they_will_be(there, monkeypatch, settings, alone, captures):
+    """A small model's update, launch by launch, says nothing about what a capture of it takes."""
+    kind, captured = CudaLike(), []
+    real = kind.graphs.capture
+    monkeypatch.setattr(accelerator.Recorder, "capture", lambda self, work: captured.append(1) or real(work))
+    with standing_in_for(kind):
+        config, place = replace(there, **settings), torch.device("gpu", 0)
+        assert autosize.seconds_per_token(config, 40, place, torch.bfloat16, alone=alone) > 0
+    assert len(captured) == captures
 
 
 def test_a_captured_run_goes_on_where_it_stopped(captured, cuda):

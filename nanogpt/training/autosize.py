@@ -13,20 +13,24 @@ A setting that differs from its default, or is named in config.fixed, stays as i
 import functools
 import math
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from nanogpt.config import GPTConfig, TrainConfig, model_config
 from nanogpt.console import plural, say
 from nanogpt.data.dataset import Dataset
 from nanogpt.device import autocast, kind_of, seconds_of
 from nanogpt.errors import UserError
+from nanogpt.graphs import Graphs
 from nanogpt.model.gpt import GPT, flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.presets import with_modern_blocks
 from nanogpt.training import memory_estimate
+from nanogpt.training.cuda_graph import MAX_GRAPH_FLOPS, WARM_UP_UPDATES
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.sparse import clip_grad_norm, use_sparse_gradients
 
@@ -146,7 +150,7 @@ def choose_settings(config: Config, text: Text, device: torch.device, processes:
 def choose_shape(config: TrainConfig, text: Text, device: torch.device, processes: int) -> Choice:
     """Measure shapes, larger and larger ones, until one is too slow to see enough tokens."""
     assert config.minutes is not None
-    began, seconds = time.perf_counter(), 60 * config.minutes
+    seconds = 60 * config.minutes
     training_s = max(seconds / 3, seconds * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
     devices = 1 if kind_of(device).shares_memory else processes
     room = MEMORY_SHARE * memory_estimate.free(device) / BYTES_PER_PARAMETER  # parameters
@@ -161,7 +165,7 @@ def choose_shape(config: TrainConfig, text: Text, device: torch.device, processe
     def try_shape(number: int, tokens: float) -> Choice:
         """Measure a shape, with the batch of a training of so many tokens."""
         candidate = with_settings(config, *shapes[number], tokens, text)
-        cost = seconds_per_token(candidate, text.vocab_size, device, dtype) / devices
+        cost = seconds_per_token(candidate, text.vocab_size, device, dtype, alone=processes == 1) / devices
         return Choice(candidate, cost, training_s / cost, text)
 
     def next_number(number: int, choice: Choice) -> int | None:
@@ -179,6 +183,7 @@ def choose_shape(config: TrainConfig, text: Text, device: torch.device, processe
         return found
 
     number, choice = 0, try_shape(0, 0.0)
+    began = time.perf_counter()  # not before: the first shape pays for what a training pays anyway
     if len(shapes) == 1:  # now with the batch of so many tokens
         return try_shape(0, choice.tokens)
     while time.perf_counter() - began < MEASURING_SHARE * seconds:
@@ -262,9 +267,12 @@ def with_evaluations(config: Config, choice: Choice, text: Text) -> Config:
 
 
 def seconds_per_token(
-    config: TrainConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, vocab_size: int, device: torch.device, dtype: torch.dtype, *, alone: bool
 ) -> float:
-    """Measure updates of a training: their shortest time, over the tokens of a batch."""
+    """Measure updates of a training: their shortest time, over the tokens of a batch.
+
+    alone: in one process, whose updates may be captured.
+    """
     kind = kind_of(device)
     kind.set_up(device, dtype)
     model = GPT(model_config(config, vocab_size)).to(device)
@@ -273,7 +281,7 @@ def seconds_per_token(
     optimizers = build_optimizers(model, config, pick_muon_dtype(config.dtype, device).dtype)
     x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=device)
 
-    def update() -> None:
+    def update() -> Tensor:
         """Make one update."""
         with autocast(device, dtype):
             loss = model.loss(x, y)
@@ -282,9 +290,29 @@ def seconds_per_token(
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
+        return loss.detach()
 
-    times = [seconds_of(update, device) for _ in range(1 + MEASURED_UPDATES)]
+    action: Callable[[], object] = update
+    small = flops_per_token(model) * x.numel() < MAX_GRAPH_FLOPS
+    if kind.graphs is not None and alone and small and config.cuda_graph != "off":
+        action = captured(update, optimizers, kind.graphs)
+    times = [seconds_of(action, device) for _ in range(1 + MEASURED_UPDATES)]
     return min(times[1:]) / x.numel()  # the first one is a warm-up
+
+
+def captured(
+    update: Callable[[], Tensor], optimizers: Iterable[torch.optim.Optimizer], graphs: Graphs
+) -> Callable[[], object]:
+    """The update as a CUDA graph, as cuda_graph.py will capture it; as it is, if it cannot be captured."""
+    for _ in range(WARM_UP_UPDATES):
+        graphs.warm_up(update)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if "capturable" in group:
+            group["capturable"] = True
+    try:
+        return graphs.capture(update)[0]
+    except RuntimeError:
+        return update
 
 
 def explain(config: TrainConfig, choice: Choice, text: Text) -> None:
