@@ -91,14 +91,22 @@ def evaluate(
     return math.fsum(world.all_gather(sums)) / tokens
 
 
-def sample_text(model: GPT, dataset: Dataset, device: torch.device, dtype: torch.dtype, seed: int) -> str:
+def sample_text(
+    model: GPT,
+    dataset: Dataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    num_tokens: int = SAMPLE_TOKENS,
+) -> str:
     """Sample a short text from the model, as a continuation of the validation split's first token."""
     generator = kind_of(device).generator(device, seed)
     prompt = torch.from_numpy(dataset.val[:1][None].astype(np.int64)).to(device)  # (1, 1)
     was_training = model.training
     model.eval()
     with unsharded(model), eager_mode(), autocast(device, dtype):
-        tokens = generate(model, prompt, num_tokens=SAMPLE_TOKENS, temperature=0.8, generator=generator)
+        tokens = generate(model, prompt, num_tokens=num_tokens, temperature=0.8, generator=generator)
         text = dataset.tokenizer.decode(int(token) for token in tokens)
     model.train(was_training)
     return text

@@ -177,6 +177,11 @@ def test_a_new_decay_begins_where_the_rate_is_and_changes_nothing_before(pairs, 
 # --- the time ---
 
 
+def big(run):
+    """The tensors of a run that takes a second to save."""
+    return {"weight": torch.empty(int(deadline.BYTES_SAVED_PER_SECOND) // 4, device="meta")}
+
+
 class FakeRun(SimpleNamespace):
     """As much of a run as keep_to_time uses, on a machine with a clock of its own."""
 
@@ -186,13 +191,27 @@ class FakeRun(SimpleNamespace):
         )
         super().__init__(config=config, progress=Progress(), world=ALONE, first_step=0, saved=[])
         self.deadline, self.clock, self.update_s = Deadline(clock.now), clock, update_s
-        self.dataset = SimpleNamespace(val=range(20_000))
-        self.checkpointer = SimpleNamespace(save=lambda run: self.saved.append(run.config.decays))
+        self.deadline.evaluation_s = 10 * update_s(0.0)
+        self.checkpointer = SimpleNamespace(
+            begin_save=self.begin_save, finish_save=self.finish_save, saved_step=0, pending=None
+        )
         self.console = SimpleNamespace(set_total=lambda _: None)
+
+    def begin_save(self, run):
+        self.checkpointer.pending = run.progress.step, run.config.decays
+
+    def finish_save(self):
+        """The newest decisions are durable from here on."""
+        if self.checkpointer.pending:
+            self.checkpointer.saved_step, decays = self.checkpointer.pending
+            self.saved.append(decays)
+            self.checkpointer.pending = None
 
     def train(self):
         while self.progress.step < self.config.max_iters:
             deadline.keep_to_time(self)
+            for start, end in decay_spans(self.config.decays):  # saved before it is acted on
+                assert self.progress.step < start or f"{start}:{end}" in self.saved[-1]
             if self.progress.step % self.config.eval_interval == 0 != self.progress.step:
                 self.evaluate()
             self.clock.now += self.update_s(self.clock.now)
@@ -210,6 +229,7 @@ class FakeRun(SimpleNamespace):
 def clock(monkeypatch):
     now = SimpleNamespace(now=100.0)
     monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now.now))
+    monkeypatch.setattr(deadline, "named_tensors", big)
     return now
 
 
@@ -228,7 +248,7 @@ def test_the_time_is_kept_whatever_becomes_of_the_machine(clock, slowdown, capsy
     run = FakeRun(2.0, clock, lambda t: 0.05 * slowdown(t))
     run.train()
     assert clock.now - 100 == pytest.approx(120, rel=0.1)
-    assert run.config.decays == run.saved[-1]  # saved before it is acted on
+    assert run.config.decays == run.saved[-1]
     assert len(run.saved) < 15
     assert lr_multiplier(run.config.max_iters - 1, run.config) < 0.2
     first = decay_spans(run.config.decays)[0]
@@ -242,6 +262,7 @@ def test_the_time_is_kept_on_any_machine(factors):
     with pytest.MonkeyPatch.context() as patch:
         now = SimpleNamespace(now=0.0)
         patch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now.now))
+        patch.setattr(deadline, "named_tensors", big)
         run = FakeRun(2.0, now, lambda t: 0.03 * factors[min(5, int(t / 20))])
         run.train()
     # A machine that becomes many times faster at the very end is done early: the rate is near 0 by then.

@@ -18,8 +18,8 @@ from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.model.gpt import GPT
 from nanogpt.training.run import Run
 
-MIN_COMPILE_OPERATIONS = 1e15
-"""FLOPs of a training from which torch.compile saves more than the minute that it takes."""
+MIN_COMPILE_OPERATIONS = 1e16
+"""FLOPs of a training from which torch.compile saves more time than it takes (bench/RESULTS.md)."""
 
 
 def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:

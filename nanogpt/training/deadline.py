@@ -4,8 +4,8 @@ Example: keep_to_time(run)      # after each update
 The rate is constant until the time left is what the cool-down takes. Then the updates that still fit are
 counted, and the rate falls linearly to its minimum over them. If they turn out faster or slower, the rest of
 the decay gets another end. Each decision is written into the settings (`--decays START:END`) and saved before
-it is acted on: the rate stays a function of the step, a resumed run goes on in the same way, and the same
-settings without --minutes give the same training.
+it is acted on, while the training goes on: the rate stays a function of the step, a resumed run goes on in
+the same way, and the same settings without --minutes give the same training.
 """
 
 import math
@@ -15,15 +15,21 @@ from statistics import median
 
 import psutil
 
-from nanogpt.console import say
-from nanogpt.evaluation import SAMPLE_TOKENS
+from nanogpt.config import decay_spans
+from nanogpt.console import ceil_div, say
+from nanogpt.device import seconds_of
+from nanogpt.evaluation import SAMPLE_TOKENS, evaluate, evaluation_windows, sample_text
 from nanogpt.training.run import Deadline, Run
+from nanogpt.training.snapshot import named_tensors
 
 TOLERANCE = 0.03
 """Share of the whole time by which the end may be off before it is decided anew."""
 
 END_SECONDS = 0.4
 """Time that the end takes after the last evaluation: a save, the loss curve, the end of the process."""
+
+BYTES_SAVED_PER_SECOND = 3e8
+"""Of a checkpoint on an ordinary disk, while the training goes on."""
 
 
 def process_began() -> float:
@@ -36,21 +42,42 @@ def updates_left(run: Run, deadline: Deadline) -> int:
     config, step = run.config, run.progress.step
     assert config.minutes is not None
     update_s = median(deadline.update_s)
-    evaluation_s = deadline.evaluation_s or forecast_evaluation(run, update_s)
+    evaluation_s = deadline.evaluation_s
     left_s = 60 * config.minutes - END_SECONDS - deadline.last_s - evaluation_s  # that of the end
     about = step + max(0, math.floor(left_s / (update_s + evaluation_s / config.eval_interval)))
     others = about // config.eval_interval - step // config.eval_interval
     return max(0, math.floor((left_s - others * evaluation_s) / update_s))
 
 
-def forecast_evaluation(run: Run, update_s: float) -> float:
-    """Forecast the seconds of an evaluation from those of an update, of which a forward pass is a third."""
-    config = run.config
-    tokens = len(run.dataset.val)
-    if config.eval_iters:
-        tokens = min(tokens, config.eval_iters * config.batch_size * config.block_size)
-    sample_s = SAMPLE_TOKENS * update_s / 3 / config.batch_size
-    return tokens / (config.batch_size * config.block_size) * update_s / 3 + sample_s
+def measure_evaluation(run: Run) -> float:
+    """Forecast the seconds of an evaluation from those of one batch and of a few tokens of the sample.
+
+    All processes call it together, and take what the slowest one measures.
+    """
+    config, val, few = run.config, run.dataset.val, SAMPLE_TOKENS // 15
+    windows = evaluation_windows(
+        val,
+        block_size=config.block_size,
+        batch_size=config.batch_size,
+        micro_batch=ceil_div(config.batch_size, run.num_micro_batches * run.world.size),
+        max_batches=1,
+    )
+    batch = config.batch_size * config.block_size
+    batches = min(len(val) / batch, config.eval_iters or math.inf)
+
+    def validate() -> None:
+        """Validate on one batch."""
+        evaluate(run.eval_model, run.val_loader, windows, dtype=run.dtype, world=run.world)
+
+    def sample() -> None:
+        """Sample a few tokens."""
+        sample_text(run.eval_model, run.dataset, run.device, run.dtype, config.seed, num_tokens=few)
+
+    for action in (validate, sample):
+        action()  # the first time takes longer
+    seconds = seconds_of(validate, run.device) * max(1.0, batches)
+    seconds += seconds_of(sample, run.device) * SAMPLE_TOKENS / few
+    return run.world.max_over_ranks(round(1e6 * seconds))[0] / 1e6
 
 
 def keep_to_time(run: Run) -> None:
@@ -58,6 +85,7 @@ def keep_to_time(run: Run) -> None:
     deadline, config, step = run.deadline, run.config, run.progress.step
     if config.minutes is None or deadline is None or step >= config.max_iters:
         return
+    wait_for_record(run, deadline)
     if not deadline.read_lap(run.world, run.progress):
         return
     run.progress.used_s = deadline.last_s
@@ -69,9 +97,33 @@ def keep_to_time(run: Run) -> None:
         enough_s = TOLERANCE * 60 * config.minutes
         off_s = abs(end - config.max_iters) * median(deadline.update_s)
         is_new = off_s > enough_s and deadline.last_s - deadline.decided_s > enough_s
+        is_new = is_new and deadline.unrecorded is None
     if is_new:
-        deadline.decided_s = deadline.last_s
-        run.config = replace(config, max_iters=end, decays=(*config.decays, f"{step}:{end}"))
-        run.checkpointer.save(run)
-        say(f"The learning rate falls from step {step:,} to step {end:,}, when the time is over")
+        start = step + min(updates_of_a_save(run, deadline), (end - step) // 4)
+        end = max(end, start + 1)
+        deadline.decided_s, deadline.unrecorded = deadline.last_s, step
+        run.config = replace(config, max_iters=end, decays=(*config.decays, f"{start}:{end}"))
+        run.checkpointer.begin_save(run)
+        say(f"The learning rate falls from step {start:,} to step {end:,}, when the time is over")
+        wait_for_record(run, deadline)
     run.console.set_total(run.config.max_iters)
+
+
+def updates_of_a_save(run: Run, deadline: Deadline) -> int:
+    """About how many updates are made while the run is saved."""
+    size = sum(tensor.nbytes for tensor in named_tensors(run).values())
+    return math.ceil(size / BYTES_SAVED_PER_SECOND / median(deadline.update_s))
+
+
+def wait_for_record(run: Run, deadline: Deadline) -> None:
+    """Before the newest decision is acted on, see to it that a checkpoint has it.
+
+    Raises: UserError if none can be written.
+    """
+    start, _ = decay_spans(run.config.decays)[-1] if run.config.decays else (0, 0)
+    if deadline.unrecorded is None or run.progress.step < start:
+        return
+    run.checkpointer.finish_save()
+    if (run.checkpointer.saved_step or 0) < deadline.unrecorded:  # that save had failed
+        run.checkpointer.save(run)
+    deadline.unrecorded = None

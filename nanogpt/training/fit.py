@@ -23,7 +23,7 @@ from nanogpt.errors import UserError, require
 from nanogpt.training.autosize import Text, choose_settings
 from nanogpt.training.compilation import compile_model, pick_compile
 from nanogpt.training.cuda_graph import UpdateGraph, pick_graph
-from nanogpt.training.deadline import process_began
+from nanogpt.training.deadline import measure_evaluation, process_began
 from nanogpt.training.out_of_memory import explain_out_of_memory, fit_to_memory
 from nanogpt.training.report import print_plan, print_summary
 from nanogpt.training.run import Deadline, Run, StopReason
@@ -123,6 +123,8 @@ def start(run: Run) -> None:
         compile_model(run, forward_backward)
     if pick_graph(run):
         run.graph = UpdateGraph(update, next_batch)
+    if run.deadline is not None:
+        run.deadline.evaluation_s = measure_evaluation(run)
     if not run.config.resume:
         run.checkpointer.save(run)
 

@@ -111,9 +111,11 @@ class Deadline:
     """Step, and step of the last evaluation, at that call."""
     update_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=RECENT_UPDATES))
     evaluation_s: float = 0.0
-    """Seconds of the last evaluation."""
+    """Seconds of the last evaluation, or what they were forecast to be."""
     decided_s: float = 0.0
     """`last_s` when the end was decided last."""
+    unrecorded: int | None = None
+    """The step of a decision that may not be in a checkpoint yet."""
 
     def read_lap(self, world: World, progress: Progress) -> bool:
         """Take the time since the last call: of an update or of an evaluation. Whether it was an update's.
@@ -124,7 +126,7 @@ class Deadline:
         lap_s, (step, evaluated_at) = now_s - self.last_s, self.at
         self.last_s, self.at = now_s, (progress.step, progress.evaluated_at)
         if progress.evaluated_at != evaluated_at:
-            self.evaluation_s = lap_s if step >= 0 else 0.0
+            self.evaluation_s = lap_s if step >= 0 else self.evaluation_s
             return False
         if progress.step != step + 1:  # the first call, or nothing has happened
             return False

@@ -74,7 +74,8 @@ def test_the_script_trains_in_a_process_of_its_own(config: TrainConfig) -> None:
         command = [sys.executable, str(ROOT / "train.py"), *flags]
     else:
         command = [sys.executable, "-c", WITHOUT_TYRO.format(settings=values)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "Finished: 30 steps done" in done.stdout
@@ -258,6 +259,7 @@ def test_attention_is_the_fused_kernel_and_equals_the_plain_one(place: torch.dev
 
 def test_a_padded_output_layer_is_that_of_a_cpu(place: torch.device) -> None:
     """5,001 tokens are 5,120 on the GPU: in one, and in chunks."""
+    device.kind_of(place).set_up(place, torch.float32)  # without TF32
     torch.manual_seed(1)
     x, head, targets = torch.randn(1500, 64), Head(64, 5001), torch.randint(5001, (1500,))
     results = []
@@ -273,6 +275,7 @@ def test_a_padded_output_layer_is_that_of_a_cpu(place: torch.device) -> None:
 
 
 def test_the_chunked_loss_is_that_of_a_cpu(place: torch.device) -> None:
+    device.kind_of(place).set_up(place, torch.float32)  # without TF32
     torch.manual_seed(1)
     x, head = torch.randn(300, 64, requires_grad=True), nn.Linear(64, 5000, bias=False)
     x_gpu, head_gpu = x.detach().to(place).requires_grad_(), deepcopy(head).to(place)
