@@ -11,7 +11,14 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.model.gpt import GPT
 from nanogpt.training.ema import TABLE_INTERVAL, ema_decay, update_ema
 from nanogpt.training.optimizer import build_optimizers, step_optimizers
-from nanogpt.training.sparse import RowAdam, clip_grad_norm, sparse_tables, use_sparse_gradients
+from nanogpt.training.sparse import (
+    DECAY_INTERVAL,
+    TABLE_RATE,
+    RowAdam,
+    clip_grad_norm,
+    sparse_tables,
+    use_sparse_gradients,
+)
 
 SETTINGS = TrainConfig(
     learning_rate=0.1, beta2=0.9, weight_decay=0.0, grad_clip=0.5, optimizer="muon", ema_decay=0.9
@@ -51,7 +58,8 @@ def test_touched_rows_alone_give_the_numbers_of_the_dense_update(weight_decay, m
     settings = TrainConfig(**{**vars(SETTINGS), "weight_decay": weight_decay})
     dense, sparse = make_model(), make_model()
     use_sparse_gradients(sparse)
-    norms = [train(model, settings, micro_batches=micro_batches) for model in (dense, sparse)]
+    steps = 2 * DECAY_INTERVAL + 2
+    norms = [train(model, settings, steps, micro_batches) for model in (dense, sparse)]
     torch.testing.assert_close(*norms)
     torch.testing.assert_close(dense.state_dict(), sparse.state_dict(), rtol=1e-4, atol=1e-5)
 
@@ -63,7 +71,7 @@ def test_the_oracle_is_sparse_adam_without_momentum(is_sparse):
     theirs.load_state_dict(ours.state_dict())
     optimizers = [
         RowAdam(ours.parameters(), SETTINGS),
-        torch.optim.SparseAdam(theirs.parameters(), lr=0.1, betas=(0.0, 0.9)),
+        torch.optim.SparseAdam(theirs.parameters(), lr=0.1 * TABLE_RATE, betas=(0.0, 0.9)),
     ]
     ours.sparse = is_sparse
     for step in range(5):
@@ -73,6 +81,20 @@ def test_the_oracle_is_sparse_adam_without_momentum(is_sparse):
             table(idx).cos().square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_all_rows_decay_once_in_several_updates_by_as_much_as_in_all(is_sparse):
+    torch.manual_seed(1)
+    table = nn.Embedding(5, 3, sparse=is_sparse)
+    before = table.weight.detach().clone()
+    optimizer = RowAdam(table.parameters(), TrainConfig(learning_rate=0.01, weight_decay=0.5))
+    for step in range(2 * DECAY_INTERVAL):
+        optimizer.zero_grad()
+        table(torch.tensor([2, 3])).sum().backward()
+        optimizer.step()
+        kept = (1 - 0.01 * TABLE_RATE * 0.5) ** ((step + 1) // DECAY_INTERVAL * DECAY_INTERVAL)
+        torch.testing.assert_close(table.weight[[0, 1, 4]], kept * before[[0, 1, 4]])
 
 
 def test_untouched_rows_stay_and_are_not_even_averaged():
