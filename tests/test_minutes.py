@@ -47,7 +47,7 @@ def speed(monkeypatch):
 
 def test_more_time_is_a_larger_model_that_sees_more_tokens(speed, capsys):
     chosen = [choose_settings(TrainConfig(minutes=m), SHAKESPEARE, CPU) for m in (0.2, 1, 5, 20, 60)]
-    sizes = [meta_model(model_config(config, 65)).num_parameters() for config in chosen]
+    sizes = [flops_per_token(meta_model(model_config(config, 65))) for config in chosen]
     tokens = [config.max_iters * config.batch_size * config.block_size for config in chosen]
     assert sizes == sorted(sizes)
     assert sizes[-1] > 3 * sizes[0]
@@ -69,6 +69,22 @@ def test_a_text_that_is_seen_often_is_regularized(speed):
     )
     assert (little.dropout, little.weight_decay) > (0.0, 0.0)
     assert (much.dropout, much.weight_decay) == (0.0, 0.0)
+
+
+def test_a_text_too_short_for_the_time_ends_early_with_a_small_model_and_small_batches(speed, capsys):
+    speed.flops = 1e14
+    config = choose_settings(TrainConfig(minutes=5), SHAKESPEARE, CPU)
+    batch = config.batch_size * config.block_size
+    assert config.max_iters == SHAKESPEARE.useful_tokens // batch
+    assert batch == autosize.SPARE_BATCH
+    assert (config.ngram_vocab, config.dropout) == (0, 0.2)
+    size = flops_per_token(meta_model(model_config(config, 65)))
+    assert size <= autosize.FLOPS_PER_CHARACTER * SHAKESPEARE.train_tokens
+    assert "the text is too short" in (said := capsys.readouterr().out)
+    assert "16.0 times the text, and it ends early" in said
+    longer = replace(SHAKESPEARE, train_tokens=10**9)
+    assert choose_settings(TrainConfig(minutes=5), longer, CPU).ngram_vocab > 0
+    assert "early" not in capsys.readouterr().out
 
 
 def test_given_settings_stay(speed):
@@ -192,6 +208,9 @@ class FakeRun(SimpleNamespace):
         super().__init__(config=config, progress=Progress(), world=ALONE, first_step=0, saved=[])
         self.deadline, self.clock, self.update_s = Deadline(clock.now), clock, update_s
         self.deadline.evaluation_s = 10 * update_s(0.0)
+        self.dataset = SimpleNamespace(
+            train=range(10**9), val=range(20_000), tokenizer=SimpleNamespace(vocab_size=65)
+        )
         self.checkpointer = SimpleNamespace(
             begin_save=self.begin_save, finish_save=self.finish_save, saved_step=0, pending=None
         )
@@ -254,6 +273,15 @@ def test_the_time_is_kept_whatever_becomes_of_the_machine(clock, slowdown, capsy
     first = decay_spans(run.config.decays)[0]
     assert "The learning rate falls from step" in capsys.readouterr().out
     assert first[0] > 10
+
+
+def test_a_training_ends_when_the_text_has_no_more_to_teach(clock):
+    run = FakeRun(2.0, clock, lambda _: 0.05)
+    run.dataset.train = range(64 * 256 * 50)
+    run.train()
+    assert run.progress.step == autosize.MAX_REPEATS * 50
+    assert clock.now - 100 < 60
+    assert lr_multiplier(run.config.max_iters - 1, run.config) < 0.2
 
 
 @settings(max_examples=30, deadline=None)

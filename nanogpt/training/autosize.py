@@ -54,6 +54,12 @@ USUAL_WIDTH = 256
 FEW_KINDS = 256
 """Vocabulary of bytes. A token of a larger one says more, by its logarithm: fewer are wanted."""
 
+MAX_REPEATS, TABLE_REPEATS = 16, 8
+"""From so many repetitions on, a text teaches nothing more; from the second on, not even n-gram tables."""
+
+FLOPS_PER_CHARACTER = 35
+"""Operations for each token, over the characters of the text, above which a model learns it by heart."""
+
 OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
 """Time that is not training: start, measuring, evaluations, the end."""
 
@@ -63,8 +69,10 @@ MEASURING_SHARE, MEASURED_UPDATES = 0.04, 3
 CONTEXTS, MAX_CONTEXT = ((3e5, 64), (5e6, 128), (3e7, 256), (3e8, 512)), 1024
 """Context for trainings of fewer than so many tokens, and of more."""
 
-BATCH, MIN_BATCH, MAX_BATCH = 8192, 2048, 2**19
-"""Tokens of a batch in a training of TOKENS (it grows with the square root of the tokens), and its limits."""
+BATCH, MIN_BATCH, MAX_BATCH, SPARE_BATCH = 8192, 2048, 2**19, 4096
+"""Tokens of a batch in a training of TOKENS (it grows with the square root of the tokens), and its limits.
+
+Small batches learn more from a text and take longer: with time to spare, they become as small as the last."""
 
 ENDING = frozenset(("max_iters", "schedule", "decays"))
 """Settings of the end, which --minutes decides."""
@@ -81,6 +89,16 @@ class Text:
     val_tokens: int
     vocab_size: int
 
+    @property
+    def information(self) -> float:
+        """How much more a token says than a byte."""
+        return math.log(max(self.vocab_size, FEW_KINDS)) / math.log(FEW_KINDS)
+
+    @property
+    def useful_tokens(self) -> int:
+        """The number of training tokens after which more do not help."""
+        return MAX_REPEATS * self.train_tokens
+
     @classmethod
     def of(cls, dataset: Dataset) -> "Text":
         """The sizes of a prepared data set."""
@@ -95,7 +113,7 @@ class Choice:
     seconds_per_token: float
     """Measured: an update over the tokens of its batch."""
     tokens: float
-    """Tokens of the whole training."""
+    """Tokens that the time allows."""
     text: Text
 
     @property
@@ -110,8 +128,10 @@ class Choice:
 
     @property
     def is_affordable(self) -> bool:
-        """Whether it sees as many tokens as the rule asks for its operations."""
-        return self.tokens >= wanted_tokens(self.tokens * self.flops_per_token, self.text)
+        """Whether it sees as many tokens as the rule asks for its operations, and the text is long enough."""
+        most = FLOPS_PER_CHARACTER * self.text.train_tokens * self.text.information
+        wanted = wanted_tokens(self.tokens * self.flops_per_token, self.text)
+        return self.tokens >= wanted and self.flops_per_token <= most
 
 
 @functools.cache
@@ -127,7 +147,7 @@ def wanted_tokens(flops: float, text: Text) -> float:
     """The number of training tokens for which a training of so many operations is best."""
     scarce = min(1.0, REPEATS * text.train_tokens / TOKENS) ** 0.5
     characters = scarce * TOKENS * (flops / FLOPS) ** (GROWTH_BELOW if flops < FLOPS else GROWTH_ABOVE)
-    return characters * math.log(FEW_KINDS) / math.log(max(text.vocab_size, FEW_KINDS))
+    return characters / text.information
 
 
 def choose_settings(config: Config, text: Text, device: torch.device, processes: int = 1) -> Config:
@@ -211,15 +231,17 @@ def changed_settings(config: TrainConfig) -> frozenset[str]:
 
 
 def with_settings(config: Config, layers: int, width: int, tokens: float, text: Text) -> Config:
-    """The configuration of a training of so many tokens with a model of this shape."""
+    """The configuration of a training with a model of this shape. tokens: that the time allows."""
     fixed = fixed_settings(config)
     modern = with_modern_blocks(TrainConfig())
+    spare, tokens = max(1.0, tokens / text.useful_tokens), min(tokens, text.useful_tokens)
     repeats = tokens / text.train_tokens
     context = next((length for most, length in CONTEXTS if tokens < most), MAX_CONTEXT)
     context = min(context, max(2, text.train_tokens // 2 - 1), max(2, text.val_tokens - 1))
     context = config.block_size if "block_size" in fixed else context
     wanted_batch = BATCH * math.sqrt(max(tokens, 1.0) / TOKENS)
     batch_tokens = 2 ** round(math.log2(min(max(wanted_batch, MIN_BATCH), MAX_BATCH)))
+    batch_tokens = max(batch_tokens // 2 ** int(math.log2(spare)), min(batch_tokens, SPARE_BATCH))
     updates = max(1.0, tokens / batch_tokens)
     early = min(1.0, max(0.0, math.log(300 / updates) / math.log(5)))  # 1 up to 60 updates, 0 from 300 on
     chosen = {name: getattr(modern, name) for name in changed_settings(modern)} | {
@@ -229,7 +251,7 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
         "block_size": context,
         "batch_size": max(1, batch_tokens // context),
         "max_iters": max(1, int(updates)),
-        "ngram_vocab": 32_768 if tokens < 5e6 else 65_536,
+        "ngram_vocab": 0 if repeats > TABLE_REPEATS else 32_768 if tokens < 5e6 else 65_536,
         "dropout": 0.0 if repeats < 2 else 0.1 if repeats < 5 else 0.2,
         "weight_decay": 0.0 if repeats < 2 else 0.1,
         "ema_decay": 0.0 if updates < 1000 else 0.99,
@@ -318,18 +340,23 @@ def captured(
 def explain(config: TrainConfig, choice: Choice, text: Text) -> None:
     """Say in three lines what was chosen, and why."""
     batch = config.batch_size * config.block_size
-    tokens, repeats = config.max_iters * batch, choice.tokens / text.train_tokens
+    tokens, is_short = config.max_iters * batch, choice.tokens > text.useful_tokens
+    repeats = tokens / text.train_tokens
     seen = f"{repeats:.1f} times the text" if repeats >= 1 else f"{repeats:.0%} of the text"
     say(
         f"For {config.minutes:g} min: {plural(config.n_layer, 'layer')} of {config.n_embd}, "
         f"context {config.block_size}, about {config.max_iters:,} updates of {batch:,} tokens"
     )
+    why = "a larger model would see too few, a smaller one would not need so many"
+    if is_short:
+        why = "the text is too short to use all of it, or a larger model: that would learn it by heart"
     say(
-        f"Why: this device trains {1 / choice.seconds_per_token:,.0f} tokens/s of that shape, {tokens:,} in "
-        "the time; a larger model would see too few, a smaller one would not need so many"
+        f"Why: this device trains {1 / choice.seconds_per_token:,.0f} tokens/s of that shape, "
+        f"{choice.tokens:,.0f} in the time; {why}"
     )
+    tables = f"n-gram tables of {config.ngram_vocab:,} rows" if config.ngram_vocab else "no n-gram tables"
+    average = "an average of the weights" if config.ema_decay else "no average of the weights"
     say(
-        f"That is {seen}: dropout {config.dropout:g}, weight decay {config.weight_decay:g}, "
-        f"{'an average of the weights' if config.ema_decay else 'no average of the weights'}; "
-        f"n-gram tables of {config.ngram_vocab:,} rows for {text.vocab_size:,} different tokens"
+        f"That is {seen}{', and it ends early' if is_short else ''}: dropout {config.dropout:g}, "
+        f"weight decay {config.weight_decay:g}, {average}; {tables} for {text.vocab_size:,} different tokens"
     )

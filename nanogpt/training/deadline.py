@@ -19,6 +19,7 @@ from nanogpt.config import decay_spans
 from nanogpt.console import ceil_div, say
 from nanogpt.device import seconds_of
 from nanogpt.evaluation import SAMPLE_TOKENS, evaluate, evaluation_windows, sample_text
+from nanogpt.training.autosize import Text
 from nanogpt.training.run import Deadline, Run
 from nanogpt.training.snapshot import named_tensors
 
@@ -38,15 +39,19 @@ def process_began() -> float:
 
 
 def updates_left(run: Run, deadline: Deadline) -> int:
-    """The number of updates that fit into the time left, besides the evaluations that are due."""
+    """The number of updates that fit into the time left, besides the evaluations that are due.
+
+    No more than the text is good for.
+    """
     config, step = run.config, run.progress.step
+    useful = Text.of(run.dataset).useful_tokens // (config.batch_size * config.block_size) - step
     assert config.minutes is not None
     update_s = median(deadline.update_s)
     evaluation_s = deadline.evaluation_s
     left_s = 60 * config.minutes - END_SECONDS - deadline.last_s - evaluation_s  # that of the end
     about = step + max(0, math.floor(left_s / (update_s + evaluation_s / config.eval_interval)))
     others = about // config.eval_interval - step // config.eval_interval
-    return max(0, math.floor((left_s - others * evaluation_s) / update_s))
+    return max(0, min(useful, math.floor((left_s - others * evaluation_s) / update_s)))
 
 
 def measure_evaluation(run: Run) -> float:

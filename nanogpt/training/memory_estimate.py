@@ -167,7 +167,8 @@ def count_update(
     with FakeTensorMode():
         with device:
             model = GPT(shape)
-        optimizers = build_optimizers(model, config, muon_dtype)
+        no_decay = replace(config, weight_decay=0.0)  # which takes no memory, and RowAdam's reads a number
+        optimizers = build_optimizers(model, no_decay, muon_dtype)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in optimizers:  # the first step creates the state
