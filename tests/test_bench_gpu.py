@@ -53,6 +53,24 @@ def test_throughput_measures_the_bare_step_and_the_trained_one(call):
     assert all(row["compiled"] == "no" and row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in steps)
 
 
+def test_kernels_are_listed_longest_first(call):
+    _, *rows = call("kernels", "--small", "--most", "2")
+    assert [row["optimizer"] for row in rows] == ["adamw", "muon"]
+    for row in rows:
+        times = [kernel["ms"] for kernel in row["kernels"]]
+        assert times == sorted(times, reverse=True)
+        assert row["in kernels, ms"] == pytest.approx(sum(times))
+
+
+def test_repeats_trains_its_variants(call, tmp_path: Path, text: str):
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    names = ("no tables, 14 epochs", "4,096 rows")
+    _, *runs = call("repeats", "--text", str(path), "--max_iters", "1", "--runs", *names)
+    assert [run["variant"] for run in runs] == [*names]
+    assert all(run["steps"] == 1 and run["best loss"] > 0 for run in runs)
+
+
 def test_memory_measures_each_way_of_checkpointing(call):
     _, *steps = call("memory", "--small", "--rounds", "1", "--updates", "1", "--batch", "2")
     assert [row["checkpoint"] for row in steps] == ["off", "selective", "blocks"]

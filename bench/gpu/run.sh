@@ -55,9 +55,11 @@ if [ -z "$small" ]; then
 fi
 bench 400 throughput throughput.py "${sizes[@]}" --modes "${quick_modes[@]}"
 bench 300 race race.py --seeds 1 "${races[@]}"
+bench 200 kernels kernels.py "${sizes[@]:0:1}"
 if [ -z "$quick" ]; then
     bench 400 memory memory.py "${sizes[@]}"
     if [ -z "$small" ]; then
+        bench 400 repeats repeats.py ${text:+--text "$text"}
         bench 900 race-again race.py --seeds 2 3 "${races[@]}"
         bench 1200 throughput-long throughput.py --modes reduce-overhead max-autotune-no-cudagraphs
     fi
