@@ -32,7 +32,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from nanogpt.config import GPTConfig
-from nanogpt.model.gpt import flops_per_token, meta_model
+
+try:
+    from nanogpt.model.size import flops_per_token, meta_model
+except ModuleNotFoundError:  # in an earlier checkout, with --against
+    from nanogpt.model.gpt import flops_per_token, meta_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ from nanogpt.config import TrainConfig, decay_spans, model_config
 from nanogpt.device import pick_device
 from nanogpt.distributed.world import ALONE
 from nanogpt.errors import UserError
-from nanogpt.model.gpt import flops_per_token, meta_model
+from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training import autosize, deadline
 from nanogpt.training import run as run_module
 from nanogpt.training.autosize import Text, choose_settings

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 import nanogpt.model
 from nanogpt.config import GPTConfig, MLPKind, Norm
 from nanogpt.model import kernels
-from nanogpt.model.gpt import ACTIVATIONS, GPT, NORMS, attention, flops_per_token, meta_model
+from nanogpt.model.gpt import ACTIVATIONS, GPT, NORMS, attention
 from nanogpt.model.kernels import Dropout
+from nanogpt.model.size import flops_per_token, meta_model
 
 TINY = GPTConfig(block_size=16, n_layer=3, n_head=4, n_embd=32, dropout=0.0, vocab_size=50)
 GPT2 = GPTConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, vocab_size=50257)

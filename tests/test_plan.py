@@ -15,7 +15,8 @@ from nanogpt.cli.plan import Target, main
 from nanogpt.config import model_config
 from nanogpt.console import MIB
 from nanogpt.errors import UserError
-from nanogpt.model.gpt import GPT, flops_per_token, meta_model
+from nanogpt.model.gpt import GPT
+from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training.memory_estimate import HEADROOM
 
 SMALL = PlanConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, vocab_size=65, device="cpu")

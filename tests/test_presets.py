@@ -11,7 +11,7 @@ from nanogpt.cli import presets as show_presets
 from nanogpt.cli.config import PresetsConfig
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.errors import UserError
-from nanogpt.model.gpt import meta_model
+from nanogpt.model.size import meta_model
 from nanogpt.presets import PRESETS
 from nanogpt.training.fit import fit
 

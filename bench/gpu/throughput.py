@@ -38,7 +38,7 @@ from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.data.config import PrepareConfig
 from nanogpt.device import kind_of
-from nanogpt.model.gpt import flops_per_token, meta_model
+from nanogpt.model.size import flops_per_token, meta_model
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")
 """Ways to compile, the quick ones first; "" is not at all."""

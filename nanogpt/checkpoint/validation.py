@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nanogpt.config import TrainConfig, from_dict, model_config
 from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.errors import UserError, require
-from nanogpt.model.gpt import meta_model
+from nanogpt.model.size import meta_model
 from nanogpt.settings import show_value
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 

@@ -11,7 +11,8 @@ from nanogpt import presets
 from nanogpt.cli.config import ModelSummaryConfig
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.console import MIB, say, terminal
-from nanogpt.model.gpt import GPT, flops_per_token, meta_model
+from nanogpt.model.gpt import GPT
+from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training.memory_estimate import count_update
 
 COMPONENTS = {

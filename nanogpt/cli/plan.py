@@ -33,7 +33,8 @@ from nanogpt.device import (
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, require
-from nanogpt.model.gpt import GPT, flops_per_token, meta_model
+from nanogpt.model.gpt import GPT
+from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.training import memory_estimate
 from nanogpt.training.autosize import Text, choose_settings

@@ -8,7 +8,7 @@ from rich.table import Table
 from nanogpt.cli.config import PresetsConfig
 from nanogpt.config import model_config
 from nanogpt.console import say, terminal
-from nanogpt.model.gpt import meta_model
+from nanogpt.model.size import meta_model
 from nanogpt.presets import MEASURED_ON, PRESETS
 
 

@@ -20,7 +20,7 @@ from nanogpt.console import escape_control_characters, warn
 from nanogpt.device import autocast, eager_mode, is_out_of_memory, kind_of, pick_device
 from nanogpt.errors import UserError, require
 from nanogpt.inference.config import SampleConfig
-from nanogpt.inference.generate import generate_text
+from nanogpt.inference.text import generate_text
 from nanogpt.precision import pick_sampling_dtype
 from nanogpt.text.encoding import decode_file
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer

@@ -24,8 +24,9 @@ from nanogpt.device import kind_of
 from nanogpt.distributed.dtensor import shard_like
 from nanogpt.distributed.world import World
 from nanogpt.errors import require
-from nanogpt.model.gpt import GPT, meta_model, rotation_table
+from nanogpt.model.gpt import GPT, rotation_table
 from nanogpt.model.kernels import CHUNKED_LOSS_MIN_VOCAB, Recomputed
+from nanogpt.model.size import meta_model
 
 if TYPE_CHECKING:  # does not exist in a PyTorch without torch.distributed, as for AMD on Windows
     from torch.distributed.fsdp import FSDPModule

@@ -28,6 +28,8 @@ class SamplingParams(Settings):
     """Choose among the k likeliest tokens only."""
     top_p: float | None = None
     """Choose among the likeliest tokens that together reach probability p."""
+    context_overlap: int | None = None
+    """Tokens that a full context leaves to the next; None: half of it. All of it: a sliding window, slow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +38,7 @@ class SamplingParams(Settings):
             f"--temperature {self.temperature} is not 0 or a positive number: try 0.8",
         )
         at_least(self, "top_k", 1)
+        at_least(self, "context_overlap", 1)
         at_most(self, "top_k", MAX_COUNT)
         require(
             self.top_p is None or 0 < self.top_p <= 1,

@@ -1,15 +1,15 @@
-"""Generation: from a prompt to one token after another, or to text as it is made.
+"""Generation: from prompts to one token after another.
 
 Example: for token in generate(model, prompt, num_tokens=100, temperature=0.8): ...
-         for text in generate_text(model, tokenizer, prompt, num_tokens=100, stop=["JULIET:"]): ...
-How a token is chosen is in sampling.py. Knows nothing of files or of printing.
+The prompt is computed once (prefill), then each token alone: a cache has the keys and values of those before
+it (model/kv_cache.py). sampling.py chooses the tokens, text.py makes text of them.
 
-Shapes: B batch, T tokens, V vocab_size
+Shapes: R rows (texts), T tokens, V vocab_size
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,99 +17,92 @@ from torch import Tensor
 
 from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams
-from nanogpt.inference.sampling import sample
+from nanogpt.inference.sampling import Randomness, sample
 from nanogpt.model.gpt import GPT
-from nanogpt.tokenizer.base import Tokenizer
+from nanogpt.model.kv_cache import KVCache
 
 DEFAULT_PARAMS = SamplingParams()
 
 
 def generate(
     model: GPT,
-    prompt: Tensor,
+    prompts: Tensor | Sequence[Tensor],
     params: SamplingParams = DEFAULT_PARAMS,
     *,
     num_tokens: int,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     **changes: Any,
 ) -> Iterator[Tensor]:
-    """Continue `prompt` (B, T) int64: an iterator over the new tokens, (B,) each, one for each row.
+    """Continue prompts, (R, T) or R of (T,) int64: an iterator over the new tokens, (R,) each, one a row.
 
     model: in evaluation mode, else dropout acts. changes: fields of `params` by their names, as
-    temperature=0.8, top_k=40, top_p=0.9. generator: source of randomness, on the device of `prompt`; None:
-    PyTorch's global one.
+    temperature=0.8, top_k=40, top_p=0.9. generator: see `sample`; with one for each row, what becomes of a
+    row does not depend on the others.
     Raises: UserError for an impossible value; TypeError for an unknown name. Both at the call, not at the
     first token.
     """
-    return decode(model, prompt, replace(params, **changes), num_tokens, generator)
+    params = replace(params, **changes)
+    overlap, most = params.context_overlap, model.config.block_size
+    fits = overlap is None or overlap <= most
+    require(fits, f"--context_overlap {overlap} is more than the context, {most}")
+    require(all(len(prompt) for prompt in prompts), "a prompt has no tokens: give at least one")
+    return decode(model, list(prompts), params, num_tokens, generator)
 
 
 @torch.no_grad()
 def decode(
-    model: GPT, tokens: Tensor, params: SamplingParams, num_tokens: int, generator: torch.Generator | None
+    model: GPT, prompts: list[Tensor], params: SamplingParams, num_tokens: int, generator: Randomness
 ) -> Iterator[Tensor]:
-    """Yield each new token (B,) as soon as it is sampled.
+    """Yield each new token (R,) as soon as it is sampled.
 
-    There is no KV cache: for every token the model computes all T positions of the context anew, even their
-    logits, though only those of the last position are used.
+    A text that outgrows the model's context goes on in a new one, which begins with its last tokens
+    (params.context_overlap; as many as fit: a sliding window). What was before them is forgotten.
     """
+    size = model.config.block_size
+    overlap = params.context_overlap or max(1, size // 2)
+    contexts = [prompt[-size:] for prompt in prompts]
+    cache = KVCache(model.config, len(prompts), min(size, max(map(len, contexts)) + num_tokens))
+    new: deque[Tensor] = deque(maxlen=size)  # tokens, (R,) each
     for _ in range(num_tokens):
-        context = tokens[:, -model.config.block_size :]  # (B, T): the model sees no further back
-        logits, _ = model(context)  # (B, T, V)
-        token = sample(logits[:, -1], params, generator)  # (B,), drawn from the softmax of the last logits
-        yield token
-        tokens = torch.cat((context, token[:, None]), dim=1)
+        if not new:
+            logits = prefill(model, cache, range(len(contexts)), contexts)  # (R, V)
+        else:
+            full = [row for row, length in enumerate(cache.lengths) if length == size]
+            logits = decode_one(model, cache, new[-1], skip=full)  # (R, V)
+            if full:
+                texts = torch.stack(list(new), dim=1)  # (R, T)
+                ends = [torch.cat((contexts[row], texts[row]))[-overlap:] for row in full]
+                logits[full] = prefill(model, cache, full, ends).float()
+        new.append(sample(logits, params, generator))  # (R,), drawn from the softmax of the last logits
+        yield new[-1]
 
 
-def generate_text(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: Tensor,
-    params: SamplingParams = DEFAULT_PARAMS,
-    *,
-    num_tokens: int,
-    stop: Sequence[str] = (),
-    generator: torch.Generator | None = None,
-    **changes: Any,
-) -> Iterator[str]:
-    """Continue one prompt (1, T) int64: an iterator over the new text, in chunks, as it is made.
+def prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
+    """Fill rows of the cache with texts, (T,) each. Returns the logits after each, (R, V)."""
+    cache.clear(rows)
+    idx = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)  # (R, T)
+    return feed(model, cache, rows, idx, [len(text) for text in texts])
 
-    It ends after num_tokens tokens, before a string of `stop`, or where the model ends the text.
-    params, generator, changes: as for `generate`.
-    Raises: UserError as `generate`, and for an empty stop string.
+
+def decode_one(model: GPT, cache: KVCache, tokens: Tensor, skip: Sequence[int] = ()) -> Tensor:
+    """Add a token, (R,), to each row of the cache but those of `skip`. Returns the logits after it, (R, V).
+
+    Those of skipped rows are undefined.
     """
-    require(not isinstance(stop, str), f"stop={stop!r} is a text: give a list of texts")
-    require("" not in stop, 'stop has an empty text, "", which would stop at once: leave it out')
-    require(len(prompt) == 1, f"{len(prompt)} prompts: generate_text continues one, generate any number")
-    tokens = map(int, generate(model, prompt, params, num_tokens=num_tokens, generator=generator, **changes))
-    until_end = takewhile(lambda token: token != tokenizer.end_of_text, tokens)
-    return stop_at(tokenizer.stream(until_end), stop)
+    rows = [row for row in range(len(tokens)) if row not in skip]
+    if len(rows) == len(tokens):
+        return feed(model, cache, rows, tokens[:, None])
+    logits = torch.empty(len(tokens), model.config.vocab_size, device=tokens.device)
+    if rows:
+        logits[rows] = feed(model, cache, rows, tokens[rows, None]).float()
+    return logits
 
 
-def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass text on up to the first stop string, which is left out.
-
-    The end of the text is held back as long as it may be the beginning of a stop string: with the stop string
-    "END", the chunks "THE E" and "ND." become "THE ".
-    """
-    pending = ""
-    for chunk in chunks:
-        pending += chunk
-        found = [position for string in stop if (position := pending.find(string)) >= 0]
-        if found:
-            pending = pending[: min(found)]
-            break
-        held_back = max((partial_match(pending, string) for string in stop), default=0)
-        if len(pending) > held_back:
-            yield pending[: len(pending) - held_back]
-            pending = pending[len(pending) - held_back :]
-    if pending:
-        yield pending
-
-
-def partial_match(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a prefix of `stop`, without being all of it."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+def feed(
+    model: GPT, cache: KVCache, rows: Sequence[int], idx: Tensor, counts: Sequence[int] | None = None
+) -> Tensor:
+    """Compute tokens, (R, T), that follow those in the cache. Returns the logits after each row, (R, V)."""
+    step = cache.step(rows, idx, counts)
+    logits, _ = model(idx, cache=step)  # (R, 1, V)
+    cache.advance(step, idx)
+    return logits[:, -1]

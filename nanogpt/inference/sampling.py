@@ -7,6 +7,8 @@ function that rules tokens out, and call it in `sample` if its parameter is give
 Shapes: B batch, V vocab_size
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,14 @@ NO_CHANCE = float("-inf")
 """The logit of a token that is ruled out: its probability is 0."""
 
 
-def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | None = None) -> Tensor:
+Randomness = torch.Generator | Sequence[torch.Generator] | None
+"""One generator, or one for each row, on the device of the logits; None: PyTorch's global one."""
+
+
+def sample(logits: Tensor, params: SamplingParams, generator: Randomness = None) -> Tensor:
     """Sample a token for each row of logits: (B, V) -> (B,) int64.
 
     Temperature 0 is greedy decoding: the likeliest token, the first of equals.
-    generator: source of randomness, on the device of the logits; None: PyTorch's global one.
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
@@ -32,7 +37,15 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator | 
         logits = keep_top_k(logits, params.top_k)
     if params.top_p is not None:
         logits = keep_top_p(logits, params.top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    return draw(logits.softmax(dim=-1), generator)
+
+
+def draw(probabilities: Tensor, generator: Randomness) -> Tensor:
+    """Draw a token for each row of probabilities: (B, V) -> (B,) int64."""
+    if not isinstance(generator, Sequence):
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    rows = zip(probabilities, generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:

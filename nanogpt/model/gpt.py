@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from nanogpt.config import GPTConfig
 from nanogpt.model import kernels
 from nanogpt.model.kernels import Dropout
+from nanogpt.model.kv_cache import CacheStep
 from nanogpt.model.ngram import NgramEmbedding
 
 
@@ -57,38 +58,50 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        cache: CacheStep | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits for the token after each position, (B, T, V), and the mean loss if targets are given.
 
         idx, targets: (B, T) int64. The loss is the cross-entropy in nats per token, a scalar.
-        positions, mask: see `trunk`. Raises: ValueError if T > block_size.
+        positions, mask: see `trunk`. cache: where idx goes on; the logits are those after it, (B, 1, V).
+        Raises: ValueError if T > block_size.
         """
-        logits = self.logits(self.trunk(idx, positions, mask))  # (B, T, V)
+        x = self.trunk(idx, positions, mask, cache)  # (B, T, C)
+        logits = self.logits(cache.last(x) if cache else x)  # (B, T, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    def trunk(self, idx: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def trunk(
+        self,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: CacheStep | None = None,
+    ) -> Tensor:
         """Embeddings, blocks and final norm: (B, T) -> (B, T, C).
 
-        positions: (T,) int64, below block_size; None: 0, 1, 2, ... mask: see `attention`; None: causal.
-        N-gram tables take idx for the beginning of a text, since they need the two tokens before each.
+        positions: (T,) or (B, T) int64, below block_size; None: 0, 1, 2, ... mask: see `attention`; None:
+        causal. cache: has both, and what stands before idx; without it, idx is the beginning of a text.
         """
         T = idx.shape[1]
         if T > self.config.block_size:  # noqa: SIM300
             raise ValueError(f"{T} tokens are more than the model's block_size {self.config.block_size}")
-        if positions is None:
+        if cache is not None:
+            positions, mask = cache.positions, cache.mask
+        elif positions is None:
             positions = torch.arange(T, device=idx.device)
         x = self.token_embedding(idx)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         if self.ngram_embedding is not None:
-            x = x + self.ngram_embedding(idx)
+            x = x + self.ngram_embedding(idx, cache.before if cache else None)
         x = self.dropout(x)
         rotation = None
         if self.rotation is not None:  # in autocast's dtype: float32 would turn bfloat16 queries into float32
             rotation = self.rotation[:, positions].to(kernels.matmul_dtype(x))  # (2, T, D / 2)
-        context = Context(positions, rotation, mask)
+            rotation = rotation.unsqueeze(2) if positions.dim() == 2 else rotation  # (2, B, 1, T, D / 2)
+        context = Context(positions, rotation, mask, cache)
         for block in self.blocks:
             x = block(x, context)
         return self.final_norm(x)
@@ -132,11 +145,13 @@ class Context(NamedTuple):
     """What a block is told about the tokens besides x: the same for all blocks."""
 
     positions: Tensor
-    """Where in the text they are, (T,) int64."""
+    """Where in the text they are, (T,) or (B, T) int64."""
     rotation: Tensor | None = None
     """RoPE's cosines and sines at these positions, (2, T, D / 2), in the dtype of queries; None: no RoPE."""
     mask: Tensor | None = None
     """Which keys a query attends to: see `attention`. None: causal."""
+    cache: CacheStep | None = None
+    """Keeps keys and values, and has those of the tokens before."""
 
 
 class Block(nn.Module):
@@ -183,7 +198,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer  # the place of its keys and values, once there is a cache
+        self.layer = layer  # the place of its keys and values in a cache
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
         self.qkv_dims = [config.head_dim * heads for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
@@ -204,6 +219,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, K, T, D)
         if context.rotation is not None:
             q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)  # (B, K, S, D): of the tokens before, too
         if self.n_kv_head < self.n_head:  # H / K query heads share one of k and v (GQA, Ainslie et al., 2023)
             k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, T, D)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
@@ -220,7 +237,7 @@ def rotation_table(length: int, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (i, i + D / 2) of x (B, H, T, D) by its position's angle: rotation is (2, T, D / 2)."""
+    """Turn each pair (i, i + D / 2) of x (B, H, T, D) by its position's angle, rotation[0], rotation[1]."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -300,23 +317,3 @@ NORMS: dict[str, Callable[[int, bool], nn.Module]] = {"layernorm": layer_norm, "
 def make_norm(config: GPTConfig, dim: int) -> nn.Module:
     """A norm of the last dimension, of the kind that the configuration names."""
     return NORMS[config.norm](dim, config.bias)
-
-
-# --- size and cost ---
-
-
-def meta_model(config: GPTConfig) -> GPT:
-    """A GPT whose tensors have shapes but take no memory (PyTorch's meta device)."""
-    with torch.device("meta"), kernels.SkipInitialization():
-        return GPT(config)
-
-
-def flops_per_token(model: GPT) -> int:
-    """Floating-point operations of one training step, forward and backward, for each token.
-
-    6 for each weight of a linear layer, plus 12 * layers * width * context for the attention (Chowdhery et
-    al., PaLM, 2022, appendix B). Tables that are only looked up cost nothing.
-    """
-    config = model.config
-    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size

@@ -36,9 +36,10 @@ class NgramEmbedding(nn.Module):
         self.triples = nn.Embedding(rows, config.n_embd)
         self.pairs_fit = self.exact and all_pairs <= rows
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """(B, T) -> (B, T, C)."""
-        ids = F.pad(idx + 1, (2, 0))  # (B, T + 2): 0 stands for "before the text"
+    def forward(self, idx: Tensor, before: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, C). before: the two tokens before each row, (B, 2); None: it begins a text."""
+        # (B, T + 2): 0 stands for "before the text"
+        ids = F.pad(idx + 1, (2, 0)) if before is None else torch.cat((before, idx), dim=1) + 1
         before_last, last, current = ids[:, :-2], ids[:, 1:-1], ids[:, 2:]  # (B, T) each
         if self.exact:
             pair = last * self.vocab_size + current - 1  # below (V + 1) V

@@ -26,7 +26,8 @@ from nanogpt.data.dataset import Dataset
 from nanogpt.device import autocast, kind_of, seconds_of
 from nanogpt.errors import UserError
 from nanogpt.graphs import Graphs
-from nanogpt.model.gpt import GPT, flops_per_token, meta_model
+from nanogpt.model.gpt import GPT
+from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.presets import with_modern_blocks
 from nanogpt.training import memory_estimate

@@ -22,7 +22,8 @@ from nanogpt.console import ceil_div
 from nanogpt.cores import cgroup_folders
 from nanogpt.device import autocast, kind_of
 from nanogpt.distributed import parallelize
-from nanogpt.model.gpt import GPT, meta_model
+from nanogpt.model.gpt import GPT
+from nanogpt.model.size import meta_model
 from nanogpt.training.optimizer import build_optimizers
 
 HEADROOM = 0.9

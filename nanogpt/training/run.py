@@ -19,7 +19,8 @@ from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.device import kind_of
 from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.distributed.world import World
-from nanogpt.model.gpt import GPT, flops_per_token
+from nanogpt.model.gpt import GPT
+from nanogpt.model.size import flops_per_token
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.memory_estimate import Memory
 from nanogpt.training.metrics import ConsoleSink, Metrics

@@ -20,7 +20,8 @@ from nanogpt.device import describe, dtype_of, kind_of, name_of, pick_device
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
-from nanogpt.model.gpt import GPT, meta_model
+from nanogpt.model.gpt import GPT
+from nanogpt.model.size import meta_model
 from nanogpt.precision import DtypeChoice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.seals import VERIFY_BYTES
 from nanogpt.training.checkpointing import Checkpointer

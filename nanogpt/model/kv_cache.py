@@ -1,0 +1,142 @@
+"""KV cache: keys and values of the tokens so far, of all layers, so that a new token is computed alone.
+
+Example: cache = KVCache(model.config, rows=1, length=256)
+         step = cache.step([0], idx); logits, _ = model(idx, cache=step); cache.advance(step, idx)
+A row is a text. Rows have lengths of their own, so texts of different lengths share a batch. What a model
+computes with a cache equals what it computes without one, up to rounding. Knows nothing of sampling.
+
+Shapes: L layers, R rows of the cache, B rows of a step, T tokens of a step, K n_kv_head, S keys, D head_dim
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanogpt.config import GPTConfig
+
+BEFORE_TEXT = -1
+"""In the place of a token that would stand before a text."""
+
+NGRAM_TOKENS = 2
+"""Tokens before each one that n-gram tables look at."""
+
+
+class KVCache:
+    """Keys and values, (L, R, K, S, D) each, for `rows` texts of up to `length` tokens."""
+
+    def __init__(self, config: GPTConfig, rows: int, length: int) -> None:
+        self.config, self.length = config, length
+        self.lengths = [0] * rows
+        """Number of tokens of each row that are in the cache."""
+        self.keys_values: Tensor | None = None
+        """(2, L, R, K, S, D). Allocated with the first keys, whose dtype and device it has."""
+        self.last_tokens: Tensor | None = None
+        """The last NGRAM_TOKENS tokens of each row, (R, NGRAM_TOKENS), if the model has n-gram tables."""
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Let these rows begin again, with a text of no tokens."""
+        for row in rows:
+            self.lengths[row] = 0
+        if self.last_tokens is not None:
+            self.last_tokens[list(rows)] = BEFORE_TEXT
+
+    def step(self, rows: Sequence[int], idx: Tensor, counts: Sequence[int] | None = None) -> "CacheStep":
+        """Prepare to compute T more tokens of each of these rows, all of them new or none.
+
+        idx: (B, T) int64. counts: how many of the T are tokens of the row, the rest being padding; None: all.
+        The logits are those after the last token of each row.
+        """
+        B, T = idx.shape
+        starts, counts = [self.lengths[row] for row in rows], counts or [T] * B
+        assert max(starts) + T <= self.length, "the cache is full"
+        assert not any(starts) or all(starts), "new rows and others in one step"
+        offsets, is_uniform = torch.arange(T, device=idx.device), len(set(starts)) == 1
+        mask = None
+        if is_uniform:
+            positions = starts[0] + offsets  # (T,)
+            if starts[0] and T > 1:
+                mask = torch.arange(starts[0] + T, device=idx.device) <= positions[:, None]  # (T, S)
+        else:
+            positions = torch.tensor(starts, device=idx.device)[:, None] + offsets  # (B, T)
+            keys = torch.arange(max(starts) + T, device=idx.device)
+            mask = keys <= positions[:, None, :, None]  # (B, 1, T, S)
+        is_padded = min(counts) < T
+        ends = torch.tensor(counts, device=idx.device) - 1 if is_padded else None  # (B,)
+        return CacheStep(
+            self, list(rows), starts, list(counts), positions, mask, ends, self.before(rows, idx)
+        )
+
+    def before(self, rows: Sequence[int], idx: Tensor) -> Tensor | None:
+        """The tokens before those of a step, (B, NGRAM_TOKENS), if the model has n-gram tables."""
+        if not self.config.ngram_vocab:
+            return None
+        if self.last_tokens is None:
+            shape = (len(self.lengths), NGRAM_TOKENS)
+            self.last_tokens = torch.full(shape, BEFORE_TEXT, dtype=idx.dtype, device=idx.device)
+        return self.last_tokens[list(rows)]
+
+    def advance(self, step: "CacheStep", idx: Tensor) -> None:
+        """Count the tokens of a step, once the model has computed it."""
+        for row, start, count in zip(step.rows, step.starts, step.counts, strict=True):
+            self.lengths[row] = start + count
+        if self.last_tokens is not None and step.before is not None:
+            tokens = torch.cat((step.before, idx), dim=1)  # (B, NGRAM_TOKENS + T)
+            counts = torch.tensor(step.counts, device=idx.device)[:, None]  # (B, 1)
+            last = counts + torch.arange(NGRAM_TOKENS, device=idx.device)  # (B, NGRAM_TOKENS)
+            self.last_tokens[step.rows] = tokens.gather(1, last)
+
+    def allocated(self, like: Tensor) -> Tensor:
+        """The memory of the cache, (2, L, R, K, S, D). like: keys, (B, K, T, D)."""
+        if self.keys_values is None:
+            _, K, _, D = like.shape
+            shape = (2, self.config.n_layer, len(self.lengths), K, self.length, D)
+            self.keys_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self.keys_values
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Tokens that are computed together: where they stand, and what they see."""
+
+    cache: KVCache
+    rows: list[int]
+    """Rows of the cache, B of them."""
+    starts: list[int]
+    """Tokens of each row before this step."""
+    counts: list[int]
+    """Tokens of each row in this step."""
+    positions: Tensor
+    """(T,) or, if the rows differ, (B, T)."""
+    mask: Tensor | None
+    """Which keys a query attends to: see gpt.attention."""
+    ends: Tensor | None
+    """The place in the step of each row's last token, (B,); None: T - 1 for all."""
+    before: Tensor | None
+    """The tokens before those of the step, (B, NGRAM_TOKENS), for n-gram tables."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a layer's keys and values, (B, K, T, D) each. Returns those of all tokens, (B, K, S, D)."""
+        memory = self.cache.allocated(k)[:, layer]  # (2, R, K, S, D)
+        first, T = self.starts[0], k.shape[2]
+        all_rows = self.rows == list(range(memory.shape[1]))
+        if self.positions.dim() == 1:
+            for whole, new in zip(memory, (k, v), strict=True):
+                rows = slice(None) if all_rows else self.rows
+                whole[rows, :, first : first + T] = new
+            if first == 0:
+                return k, v
+        else:
+            rows = torch.tensor(self.rows, device=k.device)[:, None]  # (B, 1)
+            for whole, new in zip(memory, (k, v), strict=True):
+                whole[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, K, D)
+        memory = memory[..., : max(self.starts) + T, :]
+        keys, values = memory if all_rows else memory[:, self.rows]
+        return keys, values
+
+    def last(self, x: Tensor) -> Tensor:
+        """What belongs to the last token of each row: (B, T, C) -> (B, 1, C)."""
+        if self.ends is None:
+            return x[:, -1:]
+        return x[torch.arange(len(x), device=x.device), self.ends][:, None]

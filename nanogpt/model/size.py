@@ -1,0 +1,28 @@
+"""The size and the cost of a model, without making one.
+
+Example: network = meta_model(GPTConfig(vocab_size=65)); network.num_parameters(); flops_per_token(network)
+"""
+
+import torch
+from torch import nn
+
+from nanogpt.config import GPTConfig
+from nanogpt.model import kernels
+from nanogpt.model.gpt import GPT
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """A GPT whose tensors have shapes but take no memory (PyTorch's meta device)."""
+    with torch.device("meta"), kernels.SkipInitialization():
+        return GPT(config)
+
+
+def flops_per_token(model: GPT) -> int:
+    """Floating-point operations of one training step, forward and backward, for each token.
+
+    6 for each weight of a linear layer, plus 12 * layers * width * context for the attention (Chowdhery et
+    al., PaLM, 2022, appendix B). Tables that are only looked up cost nothing.
+    """
+    config = model.config
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size
