@@ -9,7 +9,7 @@ Shapes: L layers, R rows of the cache, B rows of a step, T tokens of a step, K n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -116,23 +116,29 @@ class CacheStep:
     before: Tensor | None
     """The tokens before those of the step, (B, NGRAM_TOKENS), for n-gram tables."""
 
+    views: list[tuple[Tensor, ...]] = field(default_factory=list[tuple[Tensor, ...]])
+    """Of each layer: memory for the new keys and values, and all that a query sees. See `append`."""
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values, (B, K, T, D) each. Returns those of all tokens, (B, K, S, D)."""
-        memory = self.cache.allocated(k)[:, layer]  # (2, R, K, S, D)
-        first, T = self.starts[0], k.shape[2]
-        all_rows = self.rows == list(range(memory.shape[1]))
-        if self.positions.dim() == 1:
-            for whole, new in zip(memory, (k, v), strict=True):
-                rows = slice(None) if all_rows else self.rows
-                whole[rows, :, first : first + T] = new
-            if first == 0:
-                return k, v
-        else:
-            rows = torch.tensor(self.rows, device=k.device)[:, None]  # (B, 1)
-            for whole, new in zip(memory, (k, v), strict=True):
-                whole[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, K, D)
-        memory = memory[..., : max(self.starts) + T, :]
-        keys, values = memory if all_rows else memory[:, self.rows]
+        memory, T = self.cache.allocated(k), k.shape[2]  # (2, L, R, K, S, D)
+        all_rows, is_uniform = self.rows == list(range(memory.shape[2])), self.positions.dim() == 1
+        if all_rows and is_uniform:  # the usual case, for which all layers are cut out at once
+            first = self.starts[0]
+            if not self.views:
+                new, seen = memory[..., first : first + T, :], memory[..., : first + T, :]
+                parts = [part.unbind() for half in (new, seen) for part in half.unbind()]
+                self.views.extend(zip(*parts, strict=True))
+            new_keys, new_values, keys, values = self.views[layer]
+            new_keys.copy_(k)
+            new_values.copy_(v)
+            return (keys, values) if first else (k, v)
+        rows = torch.tensor(self.rows, device=k.device)[:, None]  # (B, 1)
+        for whole, new in zip(memory[:, layer], (k, v), strict=True):  # (R, K, S, D)
+            whole[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, K, D)
+        if not any(self.starts):
+            return k, v
+        keys, values = memory[:, layer, self.rows, :, : max(self.starts) + T]
         return keys, values
 
     def last(self, x: Tensor) -> Tensor:
