@@ -2,10 +2,10 @@
 
 Run:    python bench/decode.py                       the default model, batch 1 and 64; some minutes
         python bench/decode.py --small               tries the script
-The same shape and the same (random) weights in transformers' GPT-2, greedy, the same number of new tokens,
-with its usual cache and its static one. All take turns, and the table shows medians. Also: time to the
-first token; the part of the memory's bandwidth that reading the weights takes (measured in the same run, with
-a sum over a tensor that fits no cache); and the cost of a token late in the context over that of an early one.
+The same shape and (random) weights in transformers' GPT-2, greedy, the same number of new tokens, with its
+usual cache and its static one. All take turns; the table shows medians. Also: the time to the first token;
+the part of the memory's bandwidth that reading the weights takes (measured in the same run, with a sum over a
+tensor that fits no cache); and the cost of a token late in the context over that of an early one.
 """
 
 import argparse
