@@ -154,6 +154,8 @@ def test_kernels_equal_the_formula_of_attention(T, S, masked):
     calls = [lambda: attention(*inputs, mask), lambda: kernels.attention(*inputs, mask)]
     if not masked:
         calls.append(lambda: kernels.explicit_attention(*inputs, 0.0))
+    if T == 1:
+        calls.append(lambda: kernels.one_query_attention(*inputs, mask))
     expected, *others = ((y := call(), *torch.autograd.grad((y * weight).sum(), inputs)) for call in calls)
     for other in others:
         for one, another in zip(expected, other, strict=True):

@@ -25,6 +25,9 @@ from nanogpt.device import kind_of
 CHUNKED_LOSS_MIN_VOCAB = 4096
 """From this vocabulary size on, the loss is computed in chunks to save memory."""
 
+MANY_HEADS, LONG_CONTEXT = 64, 256
+"""Heads of a batch, and keys, from which one query attends faster in plain products (bench/RESULTS.md)."""
+
 PADDED_MIN_VOCAB, PADDED_MIN_POSITIONS = 1024, 1024
 """Below these sizes the product of the output layer costs too little for a padded copy of its weight."""
 
@@ -51,9 +54,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
     a key; None: causal, the queries being the last T of S positions. Returns (B, H, T, D).
     """
     T, S = q.shape[-2], k.shape[-2]
+    if T == 1 and not dropout and one_query_is_explicit(q, S):
+        return one_query_attention(q, k, v, mask)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    if q.dtype == torch.bfloat16 and kind_of(q.device).explicit_attention_max_length >= S:
+    if T > 1 and q.dtype == torch.bfloat16 and kind_of(q.device).explicit_attention_max_length >= S:
         return explicit_attention(q, k, v, dropout)
     if T in (S, 1):  # one query, the last, attends to all keys
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T == S)
@@ -75,6 +80,25 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tenso
     scores = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(D))  # (B H, T, S)
     weights = F.dropout(scores.softmax(dim=-1), dropout)  # float32 under autocast
     return torch.bmm(weights.to(v.dtype), v).view(B, H, T, D)
+
+
+def one_query_is_explicit(q: Tensor, keys: int) -> bool:
+    """Whether plain products are faster for one query of each head: on a CPU for many heads, or in bfloat16."""
+    narrow = q.dtype == torch.bfloat16 and keys >= LONG_CONTEXT
+    many = q.shape[0] * q.shape[1] >= MANY_HEADS
+    return (narrow or many) and kind_of(q.device).explicit_attention_max_length > 0
+
+
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query to all keys in two batched products. Shapes as in `attention`, T = 1."""
+    B, H, _, D = q.shape
+    S = k.shape[-2]
+    scores = torch.bmm(q.reshape(B * H, 1, D), k.reshape(B * H, S, D).mT) / math.sqrt(D)
+    scores = scores.view(B, H, 1, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1).to(v.dtype)  # float32 under autocast
+    return torch.bmm(weights.view(B * H, 1, S), v.reshape(B * H, S, D)).view(B, H, 1, D)
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
