@@ -83,7 +83,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tenso
 
 
 def one_query_is_explicit(q: Tensor, keys: int) -> bool:
-    """Whether plain products are faster for one query of each head: on a CPU for many heads, or in bfloat16."""
+    """Whether plain products are faster for one query: on a CPU for many heads, or in bfloat16."""
     narrow = q.dtype == torch.bfloat16 and keys >= LONG_CONTEXT
     many = q.shape[0] * q.shape[1] >= MANY_HEADS
     return (narrow or many) and kind_of(q.device).explicit_attention_max_length > 0
