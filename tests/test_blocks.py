@@ -146,7 +146,7 @@ def test_the_summary_counts_every_parameter(option) -> None:
 def test_rotation_sees_distances_alone() -> None:
     """The product of two rotated vectors depends on how far apart they are, not on where."""
     torch.manual_seed(1)
-    table = rotation_table(32, 8)
+    table = rotation_table(32, 8, torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 32, 8)
     scores = (rotate(q, table) @ rotate(k, table).mT)[0, 0]
     for distance in (0, 1, 5):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.checkpoint.format import Progress, load_checkpoint
+from nanogpt.checkpoint.format import Progress, load_checkpoint, save_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig, decay_spans, model_config
@@ -112,13 +112,6 @@ def test_flags_that_are_given_are_fixed_even_at_their_default():
 def test_any_text_gets_settings_that_it_is_long_enough_for(speed, train_tokens):
     chosen = choose_settings(TrainConfig(minutes=10), Text(train_tokens, 5, 7), CPU)
     assert chosen.block_size < train_tokens
-
-
-@pytest.mark.parametrize("positions", ["rope", "learned"])
-def test_a_model_is_counted_as_it_is(positions):
-    shape = model_config(TrainConfig(positions=positions, n_layer=2), 65)
-    network = meta_model(shape)
-    assert autosize.size_of(shape) == (network.num_parameters(), flops_per_token(network))
 
 
 def test_measuring_takes_a_small_part_of_the_time(speed, monkeypatch):
@@ -325,6 +318,8 @@ def test_a_resumed_run_counts_what_was_used_and_keeps_what_was_decided(short):
     path = Path(short.out_dir) / "last.pt"
     before = load_checkpoint(path)
     assert before.progress["used_s"] > 0
+    before = replace(before, progress=before.progress | {"used_s": 60 * short.minutes})
+    save_checkpoint(path, before)
     result = fit(replace(before.train_config, resume=True, max_iters=before.progress["step"] + 3))
     assert result.step <= before.progress["step"] + 3
     after = load_checkpoint(path)

@@ -5,6 +5,7 @@ The oracle is transformers' GPT2LMHeadModel with the same random weights (nothin
 
 import importlib
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -402,3 +403,14 @@ def test_the_root_model_file_exports_the_same_classes(monkeypatch):
     sys.modules.pop("model")
     assert root.GPT is nanogpt.model.gpt.GPT
     assert root.GPTConfig is nanogpt.model.gpt.GPTConfig is GPTConfig
+
+
+def test_a_model_without_memory_costs_no_import():
+    """PyTorch would import sympy and its compiler for an operation on the meta device."""
+    code = (
+        "import sys; from nanogpt.config import GPTConfig; from nanogpt.model.size import meta_model;"
+        " meta_model(GPTConfig(positions='rope', ngram_vocab=9, vocab_size=9));"
+        " print([name for name in ('sympy', 'torch._dynamo') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.sampling import Randomness, sample
 from nanogpt.model.gpt import GPT
-from nanogpt.model.kv_cache import KVCache
+from nanogpt.model.kv_cache import KVCache, integers
 
 DEFAULT_PARAMS = SamplingParams()
 
@@ -42,9 +43,8 @@ def generate(
     first token.
     """
     params = replace(params, **changes)
-    overlap, most = params.context_overlap, model.config.block_size
-    fits = overlap is None or overlap <= most
-    require(fits, f"--context_overlap {overlap} is more than the context, {most}")
+    overlap, size = params.context_overlap or 1, model.config.block_size
+    require(overlap <= size, f"--context_overlap {overlap} is more than the context, {size}")
     require(all(len(prompt) for prompt in prompts), "a prompt has no tokens: give at least one")
     return decode(model, list(prompts), params, num_tokens, generator)
 
@@ -66,13 +66,19 @@ def decode(
     for _ in range(num_tokens):
         if not new:
             logits = prefill(model, cache, range(len(contexts)), contexts)  # (R, V)
+        elif max(cache.lengths) < size:
+            logits = decode_one(model, cache, range(len(contexts)), new[-1])  # (R, V)
         else:
+            texts = torch.stack((*new,), dim=1)  # (R, T)
             full = [row for row, length in enumerate(cache.lengths) if length == size]
-            logits = decode_one(model, cache, new[-1], skip=full)  # (R, V)
-            if full:
-                texts = torch.stack(list(new), dim=1)  # (R, T)
-                ends = [torch.cat((contexts[row], texts[row]))[-overlap:] for row in full]
-                logits[full] = prefill(model, cache, full, ends).float()
+            rest = [row for row, length in enumerate(cache.lengths) if length < size]
+            ends = [torch.cat((contexts[row], texts[row]))[-overlap:] for row in full]
+            parts = [prefill(model, cache, full, ends)]
+            if rest:
+                tokens = new[-1][integers(rest, texts.device)]
+                parts.append(decode_one(model, cache, rest, tokens))
+            order = sorted(range(len(contexts)), key=(full + rest).__getitem__)
+            logits = torch.cat(parts)[integers(order, texts.device)]  # (R, V)
         new.append(sample(logits, params, generator))  # (R,), drawn from the softmax of the last logits
         yield new[-1]
 
@@ -80,22 +86,14 @@ def decode(
 def prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
     """Fill rows of the cache with texts, (T,) each. Returns the logits after each, (R, V)."""
     cache.clear(rows)
-    idx = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)  # (R, T)
-    return feed(model, cache, rows, idx, [len(text) for text in texts])
+    counts = list(map(len, texts))
+    idx = torch.stack([F.pad(text, (0, max(counts) - len(text))) for text in texts])  # (R, T)
+    return feed(model, cache, rows, idx, counts)
 
 
-def decode_one(model: GPT, cache: KVCache, tokens: Tensor, skip: Sequence[int] = ()) -> Tensor:
-    """Add a token, (R,), to each row of the cache but those of `skip`. Returns the logits after it, (R, V).
-
-    Those of skipped rows are undefined.
-    """
-    rows = [row for row in range(len(tokens)) if row not in skip]
-    if len(rows) == len(tokens):
-        return feed(model, cache, rows, tokens[:, None])
-    logits = torch.empty(len(tokens), model.config.vocab_size, device=tokens.device)
-    if rows:
-        logits[rows] = feed(model, cache, rows, tokens[rows, None]).float()
-    return logits
+def decode_one(model: GPT, cache: KVCache, rows: Sequence[int], tokens: Tensor) -> Tensor:
+    """Add a token, (R,), to each of these rows of the cache. Returns the logits after it, (R, V)."""
+    return feed(model, cache, rows, tokens[:, None])
 
 
 def feed(

@@ -40,7 +40,7 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         else:
-            rotation = rotation_table(config.block_size, config.head_dim)
+            rotation = rotation_table(config.block_size, config.head_dim, self.token_embedding.weight.device)
         self.register_buffer("rotation", rotation, persistent=False)
         self.ngram_embedding = NgramEmbedding(config) if config.ngram_vocab else None
         self.dropout = Dropout(config.dropout)
@@ -229,11 +229,12 @@ class CausalSelfAttention(nn.Module):
         return self.proj_dropout(self.proj(y))
 
 
-def rotation_table(length: int, head_dim: int) -> Tensor:
+def rotation_table(length: int, head_dim: int, device: torch.device) -> Tensor:
     """Cosines and sines of RoPE (Su et al., 2021) for each position, (2, length, D / 2)."""
-    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)  # (D / 2,)
-    angle = torch.arange(length)[:, None] * frequency  # (length, D / 2)
-    return torch.stack((angle.cos(), angle.sin()))
+    cpu = torch.device("cpu")  # on the meta device PyTorch would import sympy for it: 0.8 s
+    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=cpu) / head_dim)  # (D / 2,)
+    angle = torch.arange(length, device=cpu)[:, None] * frequency  # (length, D / 2)
+    return torch.stack((angle.cos(), angle.sin())).to(device)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

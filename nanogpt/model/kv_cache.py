@@ -40,7 +40,7 @@ class KVCache:
         for row in rows:
             self.lengths[row] = 0
         if self.last_tokens is not None:
-            self.last_tokens[list(rows)] = BEFORE_TEXT
+            self.last_tokens.index_fill_(0, integers(rows, self.last_tokens.device), BEFORE_TEXT)
 
     def step(self, rows: Sequence[int], idx: Tensor, counts: Sequence[int] | None = None) -> "CacheStep":
         """Prepare to compute T more tokens of each of these rows, all of them new or none.
@@ -59,23 +59,23 @@ class KVCache:
             if starts[0] and T > 1:
                 mask = torch.arange(starts[0] + T, device=idx.device) <= positions[:, None]  # (T, S)
         else:
-            positions = torch.tensor(starts, device=idx.device)[:, None] + offsets  # (B, T)
+            positions = integers(starts, idx.device)[:, None] + offsets  # (B, T)
             keys = torch.arange(max(starts) + T, device=idx.device)
             mask = keys <= positions[:, None, :, None]  # (B, 1, T, S)
         is_padded = min(counts) < T
-        ends = torch.tensor(counts, device=idx.device) - 1 if is_padded else None  # (B,)
-        return CacheStep(
-            self, list(rows), starts, list(counts), positions, mask, ends, self.before(rows, idx)
-        )
+        ends = integers(counts, idx.device) - 1 if is_padded else None  # (B,)
+        index = integers(rows, idx.device)  # (B,)
+        before = self.before(index, idx)
+        return CacheStep(self, list(rows), index, starts, list(counts), positions, mask, ends, before)
 
-    def before(self, rows: Sequence[int], idx: Tensor) -> Tensor | None:
+    def before(self, index: Tensor, idx: Tensor) -> Tensor | None:
         """The tokens before those of a step, (B, NGRAM_TOKENS), if the model has n-gram tables."""
         if not self.config.ngram_vocab:
             return None
         if self.last_tokens is None:
             shape = (len(self.lengths), NGRAM_TOKENS)
             self.last_tokens = torch.full(shape, BEFORE_TEXT, dtype=idx.dtype, device=idx.device)
-        return self.last_tokens[list(rows)]
+        return self.last_tokens[index]
 
     def advance(self, step: "CacheStep", idx: Tensor) -> None:
         """Count the tokens of a step, once the model has computed it."""
@@ -83,9 +83,9 @@ class KVCache:
             self.lengths[row] = start + count
         if self.last_tokens is not None and step.before is not None:
             tokens = torch.cat((step.before, idx), dim=1)  # (B, NGRAM_TOKENS + T)
-            counts = torch.tensor(step.counts, device=idx.device)[:, None]  # (B, 1)
+            counts = integers(step.counts, idx.device)[:, None]  # (B, 1)
             last = counts + torch.arange(NGRAM_TOKENS, device=idx.device)  # (B, NGRAM_TOKENS)
-            self.last_tokens[step.rows] = tokens.gather(1, last)
+            self.last_tokens[step.index] = tokens.gather(1, last)
 
     def allocated(self, like: Tensor) -> Tensor:
         """The memory of the cache, (2, L, R, K, S, D). like: keys, (B, K, T, D)."""
@@ -103,6 +103,8 @@ class CacheStep:
     cache: KVCache
     rows: list[int]
     """Rows of the cache, B of them."""
+    index: Tensor
+    """The same, on the device, (B,)."""
     starts: list[int]
     """Tokens of each row before this step."""
     counts: list[int]
@@ -133,16 +135,22 @@ class CacheStep:
             new_keys.copy_(k)
             new_values.copy_(v)
             return (keys, values) if first else (k, v)
-        rows = torch.tensor(self.rows, device=k.device)[:, None]  # (B, 1)
         for whole, new in zip(memory[:, layer], (k, v), strict=True):  # (R, K, S, D)
-            whole[rows, :, self.positions] = new.transpose(1, 2)  # (B, T, K, D)
+            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2)  # (B, T, K, D)
         if not any(self.starts):
             return k, v
-        keys, values = memory[:, layer, self.rows, :, : max(self.starts) + T]
-        return keys, values
+        keys, values = memory[:, layer, :, :, : max(self.starts) + T]  # (R, K, S, D)
+        return keys[self.index], values[self.index]
 
     def last(self, x: Tensor) -> Tensor:
         """What belongs to the last token of each row: (B, T, C) -> (B, 1, C)."""
         if self.ends is None:
             return x[:, -1:]
         return x[torch.arange(len(x), device=x.device), self.ends][:, None]
+
+
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers on the device, (N,) int64: those of a range are made there, others copied."""
+    if list(values) == list(range(len(values))):
+        return torch.arange(len(values), device=device)
+    return torch.tensor(values).to(device, non_blocking=True)

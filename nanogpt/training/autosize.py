@@ -138,10 +138,8 @@ class Choice:
 @functools.cache
 def size_of(model: GPTConfig) -> tuple[int, int]:
     """Parameters of a model, and operations of an update for each token. Making it takes milliseconds."""
-    # With learned positions: RoPE's table on the meta device would import sympy, which takes 0.8 s.
-    network = meta_model(replace(model, positions="learned"))
-    positions = model.block_size * model.n_embd if model.positions == "rope" else 0
-    return network.num_parameters() - positions, flops_per_token(network)
+    network = meta_model(model)
+    return network.num_parameters(), flops_per_token(network)
 
 
 def wanted_tokens(flops: float, text: Text) -> float:
