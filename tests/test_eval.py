@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from conftest import TINY, prepared
 from hypothesis import given, settings
@@ -166,11 +167,11 @@ def test_windows_that_would_miss_tokens_are_refused(model: GPT, sizes, message: 
 # --- bits a byte ---
 
 
-def tokenizers() -> list[Tokenizer]:
+def three_tokenizers() -> list[Tokenizer]:
     return [CharTokenizer.train(TEXT), ByteTokenizer(), train_bpe(TEXT.encode(), 280)]
 
 
-@pytest.mark.parametrize("tokenizer", tokenizers(), ids=KINDS)
+@pytest.mark.parametrize("tokenizer", three_tokenizers(), ids=KINDS)
 def test_bits_a_byte_are_what_they_are_defined_to_be(tokenizer: Tokenizer) -> None:
     """Of a model to which every token is as likely as any other."""
     uniform = GPT(
@@ -190,7 +191,7 @@ def test_bits_a_byte_are_what_they_are_defined_to_be(tokenizer: Tokenizer) -> No
     assert scored.bits_per_byte == pytest.approx(bits / (len(text.encode()) - first))
 
 
-@pytest.mark.parametrize("tokenizer", [*tokenizers(), CharTokenizer.train(TEXT, end_of_text=True)])
+@pytest.mark.parametrize("tokenizer", [*three_tokenizers(), CharTokenizer.train(TEXT, end_of_text=True)])
 def test_the_documents_of_a_split_come_back(tokenizer: Tokenizer) -> None:
     chunks = [Chunk("Ä From".encode(), True), Chunk(b"fairest", True), Chunk(b" we", False)]
     encoded = encode_documents(tokenizer, chunks)
@@ -332,6 +333,27 @@ def test_another_tokenizers_split_is_evaluated_by_its_text(run: Run) -> None:
     own = result(run, "--checkpoint", "out-byte", "--data_dir", "data-byte")
     other = result(run, "--checkpoint", "out-byte", "--data_dir", "data-bpe")
     assert {**own, "checkpoint": ""} == {**other, "checkpoint": ""}
+
+
+def test_a_tokenizer_that_changes_the_text(run: Run, tmp_path: Path) -> None:
+    """All bytes of the text count, but of its split no other model can have the text."""
+    words = ["[UNK]", "from", "fairest", "creatures", "we", "desire", "increase", ","]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.normalizer = tokenizers.normalizers.BertNormalizer()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.save("tokenizer.json")
+    data = prepared(tmp_path / "words", TEXT, tokenizer="tokenizer.json")
+    fit(TrainConfig(**TINY, data_dir=str(tmp_path / "words"), out_dir="out-words"))
+    split = ("--data_dir", str(tmp_path / "words"))
+    found = result(run, "--checkpoint", "out-words", *split)
+    assert (found["tokens"], found["bytes"]) == (len(data.val) - 1, data.val_bytes)
+    both = ("--checkpoint", "out-words", "--against", "out-byte")
+    assert "has tokens of a tokenizer.json, which may change the text" in failure(run, *both, *split)
+    Path("lines.jsonl").write_text("".join(json.dumps(LINE) + "\n" for _ in range(200)))
+    difference = result(run, *both, "--input_file", "lines.jsonl")["difference"]
+    assert difference["segments"] == math.ceil(199 * len(LINE.encode()) / 512)
 
 
 def test_several_files_and_standard_input_are_one_text(run: Run, monkeypatch) -> None:

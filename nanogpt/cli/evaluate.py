@@ -51,6 +51,7 @@ from nanogpt.text.corpus import find_corpus
 from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.records import Source
 from nanogpt.tokenizer.base import Tokenizer, describe_character
+from nanogpt.tokenizer.bpe import ForeignTokenizer
 
 MAX_SHOWN = 5
 """Notes, broken records and unknown characters that are shown."""
@@ -160,6 +161,9 @@ def encode_text(
         text, of = open_split(dataset, split), dataset.tokenizer.to_dict()
         prepared = {i: text for i, tokenizer in enumerate(tokenizers) if tokenizer.to_dict() == of}
         if len(prepared) < len(tokenizers):
+            keeps = dataset.tokenizer.kind != ForeignTokenizer.kind
+            advice = "which may change the text: give the text itself, by --input_file"
+            require(keeps, f"--data_dir {config.data_dir} has tokens of a tokenizer.json, {advice}")
             chunks = decode_documents(dataset.tokenizer, text.ids)
     chunks, unknown = leave_out_unknown(chunks, tokenizers)
     if unknown:
