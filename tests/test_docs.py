@@ -25,6 +25,7 @@ from conftest import prepared
 import nanogpt.training.fit as fit_module
 from nanogpt.cli import main as cli
 from nanogpt.cli import plan
+from nanogpt.cli.config import EvaluateConfig
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
@@ -222,6 +223,7 @@ def test_the_readme_shows_every_command() -> None:
         "data",
         "data info",
         "plan",
+        "eval",
         "train",
         "sample",
         "presets",
@@ -243,6 +245,11 @@ def test_every_training_flag_is_documented() -> None:
 def test_every_sampling_flag_is_documented() -> None:
     text = (ROOT / "docs" / "sampling.md").read_text("utf-8")
     assert not [field.name for field in fields(SampleConfig) if f"| `--{field.name}` |" not in text]
+
+
+def test_every_evaluation_flag_is_documented() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    assert not [field.name for field in fields(EvaluateConfig) if f"| `--{field.name}` |" not in text]
 
 
 def test_every_preset_is_documented() -> None:

@@ -16,7 +16,7 @@ HOUSE = (
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer"},
     {"data", "checkpoint", "inference"},
-    {"evaluation"},
+    {"evaluation", "scoring"},
     {"training"},
     {"train", "cli"},
     {"__main__"},

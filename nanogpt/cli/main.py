@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from nanogpt import __version__, streams
-from nanogpt.cli.config import ModelSummaryConfig, PlanConfig, PresetsConfig
+from nanogpt.cli.config import EvaluateConfig, ModelSummaryConfig, PlanConfig, PresetsConfig
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import InspectConfig, PrepareConfig
@@ -47,6 +47,7 @@ COMMANDS = {
     "plan": Command(PlanConfig, "nanogpt.cli.plan"),
     "train": Command(TrainConfig, "nanogpt.training.fit", "train.py", writes=True),
     "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py"),
+    "eval": Command(EvaluateConfig, "nanogpt.cli.evaluate"),
     "presets": Command(PresetsConfig, "nanogpt.cli.presets"),
 }
 

@@ -88,19 +88,20 @@ def explain_out_of_memory() -> Generator[None]:
         ) from error
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, flag: str = "--checkpoint", action: str = "Sampling from") -> Path:
     """Find the checkpoint at a path: the file itself; in a run folder ckpt.pt (the best), else last.pt.
 
+    flag, action: the flag that gave the path, and what is done with the checkpoint, for messages.
     Raises: UserError if the folder has none.
     """
     if not path.is_dir():
         return path
     for name in ("ckpt.pt", "last.pt"):
         if (path / name).is_file():
-            warn(f"Sampling from {path / name}")
+            warn(f"{action} {path / name}")
             return path / name
     raise UserError(
-        f"--checkpoint {path} is a folder without a checkpoint (ckpt.pt, last.pt): give a run's --out_dir"
+        f"{flag} {path} is a folder without a checkpoint (ckpt.pt, last.pt): give a run's --out_dir"
     )
 
 

@@ -1,0 +1,333 @@
+"""Scoring: the loss of each token of any text, its mean in bits a byte, and the difference of two models.
+
+Example: losses = score(model, tokenizer.encode(text), context=256, stride=64)
+         print(losses.mean(), "nats a token")
+evaluation.py computes the same mean over a split in training, on several processes. Knows nothing of files.
+
+Shapes: N tokens of the text, B windows of a batch, T tokens of a window, C n_embd, V vocab_size, S segments
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanogpt.console import ceil_div
+from nanogpt.data.batches import BatchLoader
+from nanogpt.data.shards import Tokens
+from nanogpt.device import autocast, eager_mode, kind_of
+from nanogpt.errors import require
+from nanogpt.model.gpt import GPT
+from nanogpt.text.documents import Chunk
+from nanogpt.text.encoding import utf8
+from nanogpt.tokenizer.base import Tokenizer
+
+TOKENS_PER_BATCH = 2**14
+"""Tokens to compute at a time."""
+
+SEGMENT_BYTES, MIN_SEGMENTS, MAX_SEGMENTS = 512, 10, 4096
+"""Least length of a segment; below so few segments, no interval is computed; most segments of a text."""
+
+RESAMPLES, INDICES_PER_BLOCK = 10_000, 2**22
+"""Number of bootstrap resamples, and of segments drawn at a time."""
+
+
+# --- tokens ---
+
+
+class Window(NamedTuple):
+    """A part of a text that the model sees at once. Its last `counted` predictions count."""
+
+    start: int
+    length: int
+    counted: int
+
+
+def cut_windows(predictions: int, context: int, stride: int) -> Iterator[Window]:
+    """Windows of `context` tokens, each `stride` further on, that count each of the predictions once.
+
+    All predictions of the first window count, and of any other those that the one before has not made.
+    """
+    start = done = 0
+    while done < predictions:
+        length = min(context, predictions - start)
+        yield Window(start, length, start + length - done)
+        done = start + length
+        start += stride
+
+
+def window_sizes(model: GPT, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Context and stride, None being the model's block_size and the context. Raises: UserError."""
+    most = model.config.block_size
+    context = most if context is None else context
+    stride = context if stride is None else stride
+    require(1 <= context <= most, f"--context {context} is not between 1 and the model's block_size {most}")
+    require(1 <= stride <= context, f"--stride {stride} is not between 1 and the context of {context} tokens")
+    return context, stride
+
+
+def score(
+    model: GPT,
+    ids: Tokens,
+    context: int | None = None,
+    stride: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
+    advance: Callable[[int], object] = int,
+) -> NDArray[np.float64]:
+    """The loss of each token of a text but the first, (N - 1,), in nats. ids: (N,).
+
+    A token is predicted from at least context - stride tokens before it, if there are so many, and from
+    at most `context`. context: None: the model's block_size. stride: None: context, so that windows do not
+    overlap. dtype: dtype of the matrix products. batch_size: windows of a batch, which changes no loss.
+    advance: called with the number of tokens scored since the last call.
+    Raises: UserError if stride > context or context > block_size.
+    """
+    context, stride = window_sizes(model, context, stride)
+    device = next(model.parameters()).device
+    load, losses = BatchLoader(ids, device), [torch.zeros(0)]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), eager_mode(), autocast(device, dtype):
+        windows = cut_windows(len(ids) - 1, context, stride)
+        for batch in alike(windows, batch_size or max(1, TOKENS_PER_BATCH // context)):
+            starts = np.array([window.start for window in batch])
+            x, y = load(starts, batch[0].length)  # (B, T) each
+            losses.append(token_losses(model, x, y[:, -batch[0].counted :]).cpu())
+            advance(len(losses[-1]))
+    model.train(was_training)
+    return torch.cat(losses).double().numpy()
+
+
+def alike(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Group windows into batches of the same length and count, in order."""
+    for _, group in groupby(windows, lambda window: window[1:]):
+        same = list(group)
+        for first in range(0, len(same), batch_size):
+            yield same[first : first + batch_size]
+
+
+def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target, (B n,) float32, in nats. idx: (B, T); targets: (B, n), of the last n.
+
+    Logits are computed of a part at a time: of a large vocabulary they take more memory than all else.
+    """
+    x = model.trunk(idx)[:, -targets.shape[1] :].flatten(0, 1)  # (B n, C)
+    wanted = targets.flatten()  # (B n,)
+    size = max(1, kind_of(x.device).logits_per_chunk // model.config.vocab_size)
+    losses: list[Tensor] = []
+    for first in range(0, len(x), size):
+        logits = model.logits(x[first : first + size]).float()  # (size, V)
+        losses.append(F.cross_entropy(logits, wanted[first : first + size], reduction="none"))
+    return torch.cat(losses)
+
+
+# --- text ---
+
+
+class EncodedText(NamedTuple):
+    """The tokens of a text. ids: (N,). sizes: bytes of text in each, (N,), in sum those of the text."""
+
+    ids: NDArray[np.integer[Any]]
+    sizes: NDArray[np.int64]
+
+
+def encode_documents(tokenizer: Tokenizer, chunks: Iterable[Chunk]) -> EncodedText:
+    """Encode documents as the `data` command does: the end-of-text token, if there is one, ends each.
+
+    Raises: UserError naming characters that have no id.
+    """
+    ids, sizes = [np.zeros(0, tokenizer.dtype)], [np.zeros(0, np.int64)]
+    lengths = token_lengths(tokenizer)
+    for chunk in chunks:
+        ids.append(tokenizer.encode_batch([chunk.raw])[0])
+        sizes.append(token_sizes(lengths, ids[-1], len(chunk.raw)))
+        if chunk.ends and tokenizer.end_of_text is not None:
+            ids.append(np.array([tokenizer.end_of_text], tokenizer.dtype))
+            sizes.append(np.zeros(1, np.int64))
+    return EncodedText(np.concatenate(ids), np.concatenate(sizes))
+
+
+def token_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Bytes of text in each token of the vocabulary, (V,): none in the one that ends a document."""
+    lengths = np.array([len(token) for token in tokenizer.tokens], np.int64)
+    if tokenizer.end_of_text is not None:
+        lengths[tokenizer.end_of_text] = 0
+    return lengths
+
+
+def token_sizes(
+    lengths: NDArray[np.int64], ids: NDArray[np.integer[Any]], total: int | None
+) -> NDArray[np.int64]:
+    """Bytes of text in each token, (N,). lengths: (V,). total: bytes of the text; None: not known.
+
+    The lengths of a tokenizer that changes the text have another sum. Then the last token has all bytes.
+    """
+    sizes = lengths[ids]
+    if total is not None and sizes.sum() != total:
+        sizes = np.zeros(len(ids), np.int64)
+        sizes[-1:] = total
+    return sizes
+
+
+def decode_documents(tokenizer: Tokenizer, ids: NDArray[np.integer[Any]]) -> list[Chunk]:
+    """The documents in the tokens of a split, the inverse of encode_documents. The last may not end."""
+    documents: list[Chunk] = []
+    end = -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
+    for part in np.split(ids, np.flatnonzero(ids == end) + 1):
+        ended = len(part) > 0 and int(part[-1]) == end
+        text = tokenizer.decode(part[: len(part) - ended].tolist())
+        if ended or text:
+            documents.append(Chunk(utf8(text), ended))
+    return documents
+
+
+def leave_out_unknown(
+    chunks: Iterable[Chunk], tokenizers: Sequence[Tokenizer]
+) -> tuple[list[Chunk], Counter[str]]:
+    """Leave out the characters that one of the tokenizers does not know; and count each of them."""
+    kept: list[Chunk] = []
+    counts: Counter[str] = Counter()
+    for chunk in chunks:
+        text = chunk.raw.decode()
+        unknown = {char for tokenizer in tokenizers for char in tokenizer.unknown_characters(text)}
+        counts.update({char: text.count(char) for char in unknown})
+        without = text.translate(dict.fromkeys(map(ord, unknown))).encode() if unknown else chunk.raw
+        kept.append(Chunk(without, chunk.ends))
+    return kept, counts
+
+
+# --- results ---
+
+
+@dataclass(frozen=True)
+class Score:
+    """The losses of a model on a text.
+
+    losses: of each token but the first, (N - 1,), in nats. sizes: bytes of text in each token, (N,).
+    context, stride: the windows.
+    """
+
+    losses: NDArray[np.float64]
+    sizes: NDArray[np.int64]
+    context: int
+    stride: int
+
+    @property
+    def loss(self) -> float:
+        """Mean loss, in nats a token."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.loss))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of UTF-8 in the predicted tokens: all but the first."""
+        return int(self.sizes[1:].sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Mean loss in bits a byte: the one unit in which different tokenizers can be compared."""
+        return math.fsum(self.losses) / math.log(2) / self.bytes
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """From how many tokens each token was predicted, (N - 1,): 1 .. context."""
+        windows = cut_windows(len(self.losses), self.context, self.stride)
+        return np.concatenate([np.arange(w.length - w.counted, w.length) for w in windows]) + 1
+
+    def loss_by_position(self) -> NDArray[np.float64]:
+        """Mean loss of tokens predicted from 1, 2, ... tokens, (context,), in nats; NaN if there are none."""
+        sums, counts = self.sums_and_counts(self.positions - 1, self.context)
+        return np.divide(sums, counts, where=counts > 0, out=np.full(self.context, np.nan))
+
+    def loss_by_octave(self) -> dict[tuple[int, int], float]:
+        """Mean loss of the tokens predicted from 1, 2, 3-4, 5-8, ... tokens, by first and last of these."""
+        octaves = np.frexp(self.positions - 1)[1].astype(np.int64)  # log2 of the position, rounded up
+        sums, counts = self.sums_and_counts(octaves)
+        return {
+            (2**k // 2 + 1, min(2**k, self.context)): float(sums[k] / counts[k])
+            for k in range(len(counts))
+            if counts[k]
+        }
+
+    def sums_and_counts(
+        self, groups: NDArray[np.int64], least: int = 0
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Sum of the losses in each group, and their number. groups: of each token, (N - 1,)."""
+        sums = np.bincount(groups, self.losses, least).astype(np.float64)  # of no losses: integers
+        return sums, np.bincount(groups, minlength=least).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much worse A is than B, in bits a byte, with a 95 % interval (NaN if segments are too few)."""
+
+    mean: float
+    low: float
+    high: float
+    segments: int
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(a: Score, b: Score, seed: int = 0) -> Difference:
+    """The difference of two models on the same text, paired by segments of it (see common_segments)."""
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        nats_a, nats_b, sizes = common_segments(a, b)
+        bits = (nats_a - nats_b) / math.log(2)
+    mean = float(bits.sum() / sizes.sum()) if len(sizes) else math.nan
+    if len(sizes) < MIN_SEGMENTS:
+        return Difference(mean, math.nan, math.nan, len(sizes))
+    low, high = np.percentile(bootstrap(bits, sizes, seed=seed), [2.5, 97.5]).tolist()
+    return Difference(mean, low, high, len(sizes))
+
+
+def common_segments(a: Score, b: Score) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Cut a text where a token ends for both models: nats of A, nats of B, bytes, (S,) each.
+
+    A segment ends at the first such place after SEGMENT_BYTES (more for a long text: MAX_SEGMENTS). What
+    both predict is covered, but not the beginning of the text, up to the first such place.
+    """
+    ends_a, ends_b = np.cumsum(a.sizes), np.cumsum(b.sizes)  # (N,) each
+    cuts = np.intersect1d(ends_a, ends_b)
+    cuts = cuts[cuts >= max(ends_a[0], ends_b[0])]
+    if not len(cuts):
+        return np.zeros(0), np.zeros(0), np.zeros(0, np.int64)
+    length = max(SEGMENT_BYTES, ceil_div(int(cuts[-1] - cuts[0]), MAX_SEGMENTS))
+    multiples = np.arange(int(cuts[0]), int(cuts[-1]), length)
+    cuts = np.union1d(cuts[np.searchsorted(cuts, multiples)], cuts[-1:])  # (S + 1,)
+    nats: list[NDArray[np.float64]] = []
+    for losses, ends in ((a.losses, ends_a), (b.losses, ends_b)):
+        total = np.append(0, np.cumsum(losses))  # of the tokens so far, (N,)
+        nats.append(np.diff(total[np.searchsorted(ends, cuts, side="right") - 1]))
+    return nats[0], nats[1], np.diff(cuts)
+
+
+def bootstrap(
+    values: NDArray[np.float64], sizes: NDArray[np.int64], *, seed: int = 0, resamples: int = RESAMPLES
+) -> NDArray[np.float64]:
+    """sum(values) / sum(sizes) of segments drawn with replacement, (resamples,) (Efron, 1979)."""
+    random, count = np.random.default_rng(seed), len(values)
+    ratios: list[NDArray[np.float64]] = []
+    block = max(1, INDICES_PER_BLOCK // count)
+    for first in range(0, resamples, block):
+        drawn = random.integers(count, size=(min(block, resamples - first), count))
+        ratios.append(values[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(ratios)
