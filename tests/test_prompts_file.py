@@ -164,3 +164,16 @@ def test_a_file_without_prompts(sampling: SampleConfig) -> None:
         main(sampling)
     with pytest.raises(UserError, match=r"--prompts_file nowhere\.jsonl cannot be read: No such file"):
         main(replace(sampling, prompts_file="nowhere.jsonl"))
+
+
+def test_a_progress_bar_on_standard_error_leaves_the_output_clean(
+    sampling: SampleConfig, capsys, monkeypatch
+) -> None:
+    write(*({"prompt": "From", "top_k": 1 + number} for number in range(3)))
+    expected = answers(sampling, capsys)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    main(sampling)
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == expected
+    assert "Prompts" in err
+    assert "3/3" in err

@@ -135,7 +135,9 @@ def run(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     dialogue = Dialogue(model, tokenizer, config)
     commands = [f"/{name}" for name in (*dialogue.commands, *SETTABLE)]
     completer = WordCompleter(commands, sentence=True)
-    session: PromptSession[str] = PromptSession("> ", history=open_history(), completer=completer)
+    session: PromptSession[str] = PromptSession(
+        "> ", history=open_history(), completer=completer, complete_while_typing=False
+    )
     print_text(f"{GREETING}\n")
     with interruptible(), suppress(EOFError):
         while True:

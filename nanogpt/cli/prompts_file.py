@@ -6,7 +6,9 @@ Prompts whose settings agree are computed in batches. All lines are checked befo
 
 import json
 import secrets
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -20,7 +22,7 @@ from nanogpt.cli.prompts import (
     print_text,
     read_text,
 )
-from nanogpt.console import plural
+from nanogpt.console import plural, progress_bar
 from nanogpt.errors import UserError, require
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.text import TextStream, resolve_logit_bias
@@ -60,11 +62,16 @@ def run(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     requests = read_requests(tokenizer, config)
     done: dict[int, str] = {}
     batch_of = {number: batch for batch in plan_batches(requests) for number in batch}
-    for number in range(len(requests)):
-        if number not in done:
-            batch = batch_of[number]
-            done |= zip(batch, complete(model, tokenizer, [requests[i] for i in batch]), strict=True)
-        print_text(f"{done.pop(number)}\n")
+    lines_show_progress = sys.stdout.isatty()
+    with nullcontext() if lines_show_progress else progress_bar("Prompts", on_stderr=True) as bar:
+        task = bar.add_task("", total=len(requests), detail="") if bar else None
+        for number in range(len(requests)):
+            if number not in done:
+                batch = batch_of[number]
+                done |= zip(batch, complete(model, tokenizer, [requests[i] for i in batch]), strict=True)
+                if bar and task is not None:
+                    bar.advance(task, len(batch))
+            print_text(f"{done.pop(number)}\n")
 
 
 def plan_batches(requests: list[Request]) -> Iterator[list[int]]:

@@ -38,6 +38,9 @@ from nanogpt.tokenizer.base import Tokenizer
 SEPARATOR = "\n" + "-" * 40 + "\n"
 """Printed between two samples."""
 
+DIGITS = 6
+"""Decimal places of a log-probability."""
+
 
 def main(config: SampleConfig) -> int:
     """Generate and print texts, in the mode that the flags choose. Returns the exit code."""
@@ -99,9 +102,10 @@ def print_tokens(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None
 
 
 def describe_token(tokenizer: Tokenizer, token: Token, text: str, sample: int) -> dict[str, object]:
-    """A token as a JSON object."""
-    top = [[tokenizer.decode([i]), i, logprob] for i, logprob in token.top]
-    return {"sample": sample, "text": text, "token": token.id, "logprob": token.logprob, "top": top}
+    """A token as a JSON object. Log-probabilities are rounded to DIGITS."""
+    top = [[tokenizer.decode([i]), i, round(logprob, DIGITS)] for i, logprob in token.top]
+    logprob = round(token.logprob or 0.0, DIGITS)
+    return {"sample": sample, "text": text, "token": token.id, "logprob": logprob, "top": top}
 
 
 MODES: dict[str, Callable[[GPT, Tokenizer, SampleConfig], None]] = {

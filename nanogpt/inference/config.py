@@ -1,7 +1,8 @@
 """The settings of sampling: how a token is chosen, and all flags of the `sample` command.
 
 Example: params = SamplingParams(temperature=0.8, top_k=40)
-To add a sampling parameter, add a field to SamplingParams: that makes the flag and the keyword of `generate`.
+To add a sampling parameter, add a field to SamplingParams, which makes the flag and the keyword of
+`generate`, and a row in inference/processors.py.
 Knows nothing of torch.
 """
 
@@ -26,7 +27,7 @@ EXCLUSIVE = ("prompt", "prompt_file", "prompts_file", "interactive", "num_sample
 
 @dataclass(frozen=True)
 class SamplingParams(Settings):
-    """How the next token is chosen from the model's logits (inference/sampling.py applies them)."""
+    """How the next token is chosen from the model's logits (see inference/processors.py)."""
 
     temperature: float = 1.0
     """Higher is more random; 0 always takes the likeliest token."""
