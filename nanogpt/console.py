@@ -148,12 +148,16 @@ def command(name: str) -> list[str]:
     return ["python", f"{name}.py"] if called.endswith(".py") else ["nanogpt", name]
 
 
-def progress_bar(unit: str, *, size_in_bytes: bool = False) -> "Progress":
+def progress_bar(unit: str, *, size_in_bytes: bool = False, on_stderr: bool = False) -> "Progress":
     """A progress bar with elapsed and remaining time, on a terminal only.
 
     unit: shown in front of the bar. A task's `detail` field is shown behind it.
+    on_stderr: show it on standard error, for a command whose standard output is its result.
     """
     from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False) if on_stderr else terminal()
 
     amount: progress.ProgressColumn = (
         progress.DownloadColumn()
@@ -168,9 +172,10 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False) -> "Progress":
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
-        console=terminal(),
+        console=console,
         refresh_per_second=5,
-        disable=not (terminal().is_terminal and is_main_process()),
+        redirect_stdout=not on_stderr,
+        disable=not (console.is_terminal and is_main_process()),
     )
     PROGRESS_BARS.add(bar)
     return bar

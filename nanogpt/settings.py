@@ -28,7 +28,7 @@ MAX_INTEGER = 2**63
 MAX_SHOWN = 60
 """Maximum number of characters of a wrong value that a message shows."""
 
-FREE_TEXTS = ("prompt", "stop")
+FREE_TEXTS = ("prompt", "stop", "logit_bias")
 """Fields that may hold any character. Others may not hold NUL, since they can be file names."""
 
 NO_MATCH = object()

@@ -135,6 +135,8 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, "utf-8")
+    records = [{"prompt": "First"}, {"prompt": "JULIET:", "id": "second", "num_tokens": 20, "stop": "\n\n"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "books").mkdir()
     (folder / "books" / "one.txt").write_text(random_text(80_000))
     record = json.dumps({"text": "Well.", "review": {"body": random_text(80_000)}}) + "\n"

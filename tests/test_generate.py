@@ -13,7 +13,7 @@ from nanogpt.errors import UserError
 from nanogpt.inference import sampling
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import generate
-from nanogpt.inference.sampling import keep_top_k, keep_top_p
+from nanogpt.inference.processors import keep_top_k, keep_top_p
 from nanogpt.inference.text import generate_text, stop_at
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import CharTokenizer

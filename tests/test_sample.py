@@ -1,5 +1,6 @@
 """Sampling needs the checkpoint alone, stops where told, and names what it cannot do."""
 
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
+from nanogpt.model.gpt import GPT
 from nanogpt.training.fit import fit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -306,7 +308,7 @@ def test_a_folder_without_a_name_is_a_folder(path: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
-@pytest.mark.parametrize("place", ["build_model", "generate_text"])
+@pytest.mark.parametrize("place", ["build_model", "generate_texts"])
 def test_too_little_memory_is_one_line(sampling: SampleConfig, monkeypatch, error, place: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -320,7 +322,7 @@ def test_another_error_is_no_lack_of_memory(sampling: SampleConfig, monkeypatch)
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("nanogpt.cli.sample.generate_text", fail)
+    monkeypatch.setattr("nanogpt.cli.sample.generate_texts", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(sampling)
 
@@ -331,3 +333,86 @@ def test_no_terminal_obeys_what_a_model_writes(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     print_text("\x1b[31mred\x07\n\tä\r\n")
     assert capsys.readouterr().out == "\\x1b[31mred\\x07\n\tä\r\n"
+
+
+# --- many texts, tokens ---
+
+
+def test_the_text_of_a_seed_is_the_one_it_has_alone(sampling: SampleConfig, capsys) -> None:
+    def texts(**settings: object) -> list[str]:
+        main(replace(sampling, prompt="From", temperature=2.0, **settings))
+        return re.split(r"\n-{40}\n", capsys.readouterr().out)
+
+    stop = texts()[0][20:22]
+    alone = [texts(seed=1 + number, stop=(stop,))[0] for number in range(5)]
+    assert texts(num_samples=5, stop=(stop,)) == alone
+    assert len(set(map(len, alone))) > 1
+
+
+def test_more_texts_than_a_batch_has_rows(sampling: SampleConfig, capsys, monkeypatch) -> None:
+    main(replace(sampling, num_samples=5, num_tokens=9))
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("nanogpt.cli.sample.MAX_ROWS", 2)
+    main(replace(sampling, num_samples=5, num_tokens=9))
+    assert capsys.readouterr().out == expected
+
+
+def test_with_too_little_memory_texts_are_made_one_after_the_other(
+    sampling: SampleConfig, capsys, monkeypatch
+) -> None:
+    main(replace(sampling, num_samples=3))
+    expected = capsys.readouterr().out
+    forward = GPT.forward
+
+    def small(self: GPT, idx: torch.Tensor, **named: object) -> object:
+        if len(idx) > 1:
+            raise RuntimeError("CUDA out of memory. Tried ...")
+        return forward(self, idx, **named)
+
+    monkeypatch.setattr(GPT, "forward", small)
+    main(replace(sampling, num_samples=3))
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert err == "Too little memory for all texts at once: they are made one after the other\n"
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_log_probabilities_as_json_lines(sampling: SampleConfig, capsys, count: int) -> None:
+    main(replace(sampling, prompt="From", num_samples=2))
+    texts = re.split(r"\n\n-{40}\n", capsys.readouterr().out.removesuffix("\n"))
+    main(replace(sampling, prompt="From", num_samples=2, logprobs=count))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["sample"] for line in lines] == [0] * 40 + [1] * 40
+    for number, text in enumerate(texts):
+        assert "From" + "".join(line["text"] for line in lines if line["sample"] == number) == text
+    for line in lines:
+        assert set(line) == {"sample", "text", "token", "logprob", "top"}
+        assert line["logprob"] <= 0
+        assert len(line["top"]) == count
+        for text, token, logprob in line["top"]:
+            assert (text == line["text"]) == (token == line["token"])
+            assert logprob >= line["logprob"] or token != line["top"][0][1]
+
+
+def test_a_bias_by_text_or_id(sampling: SampleConfig, capsys) -> None:
+    main(replace(sampling, prompt="From", logit_bias=("f=1000",), num_tokens=5))
+    assert capsys.readouterr().out == "Fromfffff\n"
+    main(replace(sampling, prompt="From", logit_bias=(r"\n=1000",), num_tokens=3))
+    assert capsys.readouterr().out == "From\n\n\n\n"
+    with pytest.raises(UserError, match="--logit_bias 'fr' is 2 tokens"):
+        main(replace(sampling, logit_bias=("fr=1",)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"logprobs": -1}, "--logprobs -1"),
+        ({"prompts_file": "x", "prompt": "a"}, "--prompts_file and --prompt exclude each other"),
+        ({"prompts_file": "x", "interactive": True}, "--prompts_file and --interactive exclude"),
+        ({"interactive": True, "num_samples": 2}, "--interactive and --num_samples exclude"),
+        ({"interactive": True, "logprobs": 2}, "--interactive and --logprobs exclude"),
+    ],
+)
+def test_flags_that_exclude_each_other(values, message) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        SampleConfig(**values)

@@ -1,78 +1,137 @@
-"""The `sample` command: load a checkpoint, continue a prompt, print the text as it is generated.
+"""The `sample` command: load a checkpoint, continue prompts, print the text as it is generated.
 
 Run:    python sample.py --prompt "ROMEO:" --temperature 0.8
 The text goes to standard output, everything else to standard error. The checkpoint is the only file that is
 needed, since it contains the tokenizer.
 """
 
-import io
+import json
 import secrets
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from nanogpt.checkpoint.format import build_model, load_checkpoint
-from nanogpt.console import escape_control_characters, warn
-from nanogpt.device import autocast, eager_mode, is_out_of_memory, kind_of, pick_device
-from nanogpt.errors import UserError, require
+from nanogpt.cli import interactive, prompts_file
+from nanogpt.cli.prompts import (
+    device_of,
+    encode_prompt,
+    generators_for,
+    one_after_the_other,
+    print_text,
+    read_prompt,
+    unescape,
+)
+from nanogpt.console import warn
+from nanogpt.device import autocast, eager_mode, is_out_of_memory, pick_device
+from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
-from nanogpt.inference.text import generate_text
+from nanogpt.inference.text import generate_texts, resolve_logit_bias, token_texts
+from nanogpt.inference.tokens import MAX_ROWS, Token, generate_rows
+from nanogpt.model.gpt import GPT
 from nanogpt.precision import pick_sampling_dtype
-from nanogpt.text.encoding import decode_file
-from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
-
-ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
-"""Escape sequence, as typed in a shell -> the character that it stands for."""
-
-MAX_PROMPT_BYTES = 1 << 24
-"""Maximum size of a prompt file, in bytes: far more than any model sees."""
+from nanogpt.tokenizer.base import Tokenizer
 
 SEPARATOR = "\n" + "-" * 40 + "\n"
 """Printed between two samples."""
 
+DIGITS = 6
+"""Decimal places of a log-probability."""
+
 
 def main(config: SampleConfig) -> int:
-    """Generate and print config.num_samples texts. Returns the exit code."""
+    """Generate and print texts, in the mode that the flags choose. Returns the exit code."""
     path = find_checkpoint(Path(config.checkpoint))
-    prompt = unescape(config.prompt) if config.prompt_file is None else read_prompt(config.prompt_file)
-    flag = "--prompt" if config.prompt_file is None else "--prompt_file"
-    stop = [unescape(string) for string in config.stop]
-    seed = secrets.randbits(32) if config.seed is None else config.seed
+    if config.interactive:
+        interactive.check()
+    typed = {name: tuple(map(unescape, getattr(config, name))) for name in ("stop", "logit_bias")}
+    given = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    run = next((run for flag, run in MODES.items() if flag in given), print_texts)
     with explain_out_of_memory():
         device = pick_device(config.device)
         saved = load_checkpoint(path)
         model, tokenizer = build_model(saved, device)
         dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
-        ids = encode_prompt(tokenizer, prompt, skip_unknown=config.unknown == "skip", flag=flag).to(device)
         with eager_mode(), autocast(device, dtype):
-            for number in range(config.num_samples):
-                if number:
-                    print_text(SEPARATOR)
-                print_text(prompt)
-                generator = kind_of(device).generator(ids.device, seed + number)
-                for text in generate_text(
-                    model,
-                    tokenizer,
-                    ids,
-                    config,
-                    num_tokens=config.num_tokens,
-                    stop=stop,
-                    generator=generator,
-                ):
-                    print_text(text)
-                print_text("\n")
+            run(model, tokenizer, resolve_logit_bias(replace(config, **typed), tokenizer))
     return 0
 
 
-def print_text(text: str) -> None:
-    """Print generated text: unchanged, except that on a terminal its control characters are escaped."""
-    if sys.stdout.isatty():
-        text = "\r".join(map(escape_control_characters, text.split("\r")))
-    print(text, end="", flush=True)
+def print_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Print config.num_samples texts, one after the other; the first of a batch while it is made."""
+    prompt, ids = read_and_encode(model, tokenizer, config)
+    for numbers, generators in batches(model, config):
+        texts = generate_texts(
+            model,
+            tokenizer,
+            [ids] * len(numbers),
+            config,
+            num_tokens=config.num_tokens,
+            generators=generators,
+            stop=config.stop,
+            on_short_memory=one_after_the_other,
+        )
+        for number, text in zip(numbers, texts, strict=True):
+            print_text(SEPARATOR if number else "")
+            print_text(prompt)
+            for chunk in text:
+                print_text(chunk)
+            print_text("\n")
+
+
+def print_tokens(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Print a JSON object for each token of config.num_samples texts, with its log-probability."""
+    _, ids = read_and_encode(model, tokenizer, config)
+    for numbers, generators in batches(model, config):
+        rows = generate_rows(
+            model,
+            [ids] * len(numbers),
+            config,
+            num_tokens=config.num_tokens,
+            generators=generators,
+            logprobs=config.logprobs,
+            on_short_memory=one_after_the_other,
+        )
+        for number, row in zip(numbers, rows, strict=True):
+            for token, text in token_texts(tokenizer, row, config.stop):
+                line = json.dumps(describe_token(tokenizer, token, text, number), ensure_ascii=False)
+                print_text(f"{line}\n")
+
+
+def describe_token(tokenizer: Tokenizer, token: Token, text: str, sample: int) -> dict[str, object]:
+    """A token as a JSON object. Log-probabilities are rounded to DIGITS."""
+    top = [[tokenizer.decode([i]), i, round(logprob, DIGITS)] for i, logprob in token.top]
+    logprob = round(token.logprob or 0.0, DIGITS)
+    return {"sample": sample, "text": text, "token": token.id, "logprob": logprob, "top": top}
+
+
+MODES: dict[str, Callable[[GPT, Tokenizer, SampleConfig], None]] = {
+    "interactive": interactive.run,
+    "prompts_file": prompts_file.run,
+    "logprobs": print_tokens,
+}
+"""Flag -> what the command does if it is given, instead of print_texts."""
+
+
+def read_and_encode(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> tuple[str, torch.Tensor]:
+    """The prompt that the flags give, and its ids, (T,)."""
+    if config.prompt_file is None:
+        prompt, flag = unescape(config.prompt), "--prompt"
+    else:
+        prompt, flag = read_prompt(config.prompt_file), "--prompt_file"
+    ids = encode_prompt(tokenizer, prompt, skip_unknown=config.unknown == "skip", flag=flag)
+    return prompt, ids[0].to(device_of(model))
+
+
+def batches(model: GPT, config: SampleConfig) -> Iterator[tuple[Sequence[int], list[torch.Generator]]]:
+    """The numbers of the samples, a batch at a time, with a generator for each: seed, seed + 1, ..."""
+    seed = secrets.randbits(32) if config.seed is None else config.seed
+    for start in range(0, config.num_samples, MAX_ROWS):
+        numbers = range(start, min(start + MAX_ROWS, config.num_samples))
+        yield numbers, generators_for(model, [seed + number for number in numbers])
 
 
 @contextmanager
@@ -103,66 +162,3 @@ def find_checkpoint(path: Path, flag: str = "--checkpoint", action: str = "Sampl
     raise UserError(
         f"{flag} {path} is a folder without a checkpoint (ckpt.pt, last.pt): give a run's --out_dir"
     )
-
-
-def read_prompt(name: str) -> str:
-    """Read the prompt from a file (standard input for "-"), without one line break at its end.
-
-    Raises: UserError if the file cannot be read, is empty, is not text, or is too large.
-    """
-    if name == "-" and sys.stdin.isatty():
-        warn("Type the prompt, then press Ctrl-D on a new line")
-    try:
-        with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
-            raw = file.read(MAX_PROMPT_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"--prompt_file {name} cannot be read: {error.strerror}") from error
-    require(bool(raw), f"--prompt_file {name} is empty: give at least one character")
-    require(len(raw) <= MAX_PROMPT_BYTES, f"--prompt_file {name} is larger than {MAX_PROMPT_BYTES >> 20} MiB")
-    try:
-        blocks, notes = decode_file(io.BytesIO(raw))
-        text = b"".join(blocks).decode("utf-8")
-    except UserError as error:
-        raise UserError(f"--prompt_file {name} {error}") from error
-    for note in notes:
-        warn(f"{name}: {note}")
-    return text.removesuffix("\n").removesuffix("\r") or text
-
-
-def unescape(text: str) -> str:
-    """Replace the escape sequences in ESCAPES, as typed in a shell, with the characters they stand for."""
-    result, i = "", 0
-    while i < len(text):
-        pair = text[i : i + 2]
-        result += ESCAPES.get(pair, text[i])
-        i += 2 if pair in ESCAPES else 1
-    return result
-
-
-def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, *, skip_unknown: bool = False, flag: str = "--prompt"
-) -> torch.Tensor:
-    """Encode a prompt as token ids, (1, T) int64.
-
-    skip_unknown: leave out characters that the model has never seen.
-    flag: the flag that gave the prompt, for messages.
-    The default prompt, a line feed, always works: if the vocabulary has none, end-of-text replaces it.
-    Raises: UserError naming unknown characters, unless they are skipped; or if no token is left.
-    """
-    is_default = prompt == unescape(SampleConfig.prompt)
-    if skip_unknown and isinstance(tokenizer, CharTokenizer):
-        unknown = set(tokenizer.unknown_characters(prompt))
-        prompt = "".join(char for char in prompt if char not in unknown)
-        if not prompt and not is_default:
-            raise UserError(f"{flag}: the model has seen none of its characters: give another")
-    try:
-        ids = tokenizer.encode(prompt)
-        problem = "" if len(ids) else f"this tokenizer makes no token of {prompt!r}: give another one"
-    except UserError as error:
-        ids, problem = np.zeros(0), str(error)
-    if not problem:
-        return torch.from_numpy(ids.astype(np.int64))[None]
-    if is_default:
-        return torch.tensor([[tokenizer.end_of_text or 0]])
-    advice = ", or give --unknown skip" if isinstance(tokenizer, CharTokenizer) else ""
-    raise UserError(f"{flag}: {problem}{advice}")

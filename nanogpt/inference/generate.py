@@ -8,7 +8,7 @@ Shapes: R rows (texts), T tokens, V vocab_size
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,15 @@ from torch.nn import functional as F
 
 from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams
+from nanogpt.inference.processors import History, check_logit_bias, needs_history
 from nanogpt.inference.sampling import Randomness, sample
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache, integers
 
 DEFAULT_PARAMS = SamplingParams()
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Is called at each step with the model's own logits (R, V) and the tokens chosen from them (R,)."""
 
 
 def generate(
@@ -32,13 +36,14 @@ def generate(
     *,
     num_tokens: int,
     generator: Randomness = None,
+    observe: Observer | None = None,
     **changes: Any,
 ) -> Iterator[Tensor]:
     """Continue prompts, (R, T) or R of (T,) int64: an iterator over the new tokens, (R,) each, one a row.
 
     model: in evaluation mode, else dropout acts. changes: fields of `params` by their names, as
     temperature=0.8, top_k=40, top_p=0.9. generator: see `sample`; with one for each row, what becomes of a
-    row does not depend on the others.
+    row does not depend on the others. observe: see Observer.
     Raises: UserError for an impossible value; TypeError for an unknown name. Both at the call, not at the
     first token.
     """
@@ -46,12 +51,19 @@ def generate(
     overlap, size = params.context_overlap or 1, model.config.block_size
     require(overlap <= size, f"--context_overlap {overlap} is more than the context, {size}")
     require(all(len(prompt) for prompt in prompts), "a prompt has no tokens: give at least one")
-    return decode(model, list(prompts), params, num_tokens, generator)
+    check_logit_bias(params, model.config.vocab_size)
+    return decode(model, list(prompts), params, num_tokens, generator, observe=observe)
 
 
 @torch.no_grad()
 def decode(
-    model: GPT, prompts: list[Tensor], params: SamplingParams, num_tokens: int, generator: Randomness
+    model: GPT,
+    prompts: list[Tensor],
+    params: SamplingParams,
+    num_tokens: int,
+    generator: Randomness,
+    *,
+    observe: Observer | None,
 ) -> Iterator[Tensor]:
     """Yield each new token (R,) as soon as it is sampled.
 
@@ -62,6 +74,7 @@ def decode(
     overlap = params.context_overlap or max(1, size // 2)
     contexts = [prompt[-size:] for prompt in prompts]
     cache = KVCache(model.config, len(prompts), min(size, max(map(len, contexts)) + num_tokens))
+    history = History.of(prompts, model.config.vocab_size) if needs_history(params) else None
     new: deque[Tensor] = deque(maxlen=size)  # tokens, (R,) each
     for _ in range(num_tokens):
         if not new:
@@ -79,7 +92,11 @@ def decode(
                 parts.append(decode_one(model, cache, rest, tokens))
             order = sorted(range(len(contexts)), key=(full + rest).__getitem__)
             logits = torch.cat(parts)[integers(order, texts.device)]  # (R, V)
-        new.append(sample(logits, params, generator))  # (R,), drawn from the softmax of the last logits
+        new.append(sample(logits, params, generator, history))  # (R,)
+        if history is not None:
+            history.add(new[-1])
+        if observe is not None:
+            observe(logits, new[-1])
         yield new[-1]
 
 
