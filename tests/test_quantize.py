@@ -1,16 +1,24 @@
 """Weights of 8 bits: what they lose is bounded, and both kernels give the same numbers."""
 
+import json
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nanogpt.cli import evaluate, sample
+from nanogpt.cli.config import EvaluateConfig
 from nanogpt.config import GPTConfig
+from nanogpt.inference.config import Quantization, SampleConfig
 from nanogpt.inference.generate import generate
 from nanogpt.model import quantize as quantization
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import Int8Linear, linear_bytes, narrow_weights, quantize, quantize_rows
+from nanogpt.training.fit import fit
 
 SHAPE = GPTConfig(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=64, dropout=0.0)
 
@@ -94,3 +102,23 @@ def test_narrow_weights_are_those_of_autocast(model):
     assert torch.equal(found, wanted)
     assert torch.equal(model.token_embedding.weight, embedding)
     assert model.head.weight.dtype == torch.bfloat16
+
+
+def test_every_kind_is_a_flag():
+    assert get_args(Quantization) == ("none", *quantization.QUANTIZERS)
+
+
+def test_the_commands_sample_and_measure_with_8_bits(tmp_path, config, capsys):
+    fit(replace(config, max_iters=5))
+    capsys.readouterr()
+    best = f"{config.out_dir}/ckpt.pt"
+    settings = {"checkpoint": best, "num_tokens": 12, "seed": 1, "prompt": "From", "device": "cpu"}
+    assert sample.main(SampleConfig(**settings, quantize="int8")) == 0
+    assert len(capsys.readouterr().out) == len("From") + 12 + 1
+    losses = {}
+    for kind in ("none", "int8"):
+        evaluate.main(
+            EvaluateConfig(checkpoint=best, data_dir=config.data_dir, device="cpu", quantize=kind, json=True)
+        )
+        losses[kind] = json.loads(capsys.readouterr().out)
+    assert losses["none"] != losses["int8"]

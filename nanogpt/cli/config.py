@@ -8,7 +8,7 @@ from typing import Literal
 
 from nanogpt.config import Dtype, GPTConfig, TrainConfig, at_least
 from nanogpt.errors import require
-from nanogpt.inference.config import UnknownCharacters
+from nanogpt.inference.config import Quantization, UnknownCharacters
 from nanogpt.settings import Settings
 from nanogpt.text.documents import DEFAULT_TEXT_FIELD
 
@@ -73,6 +73,8 @@ class EvaluateConfig(Settings):
     """auto, cpu, cuda, cuda:1 or mps."""
     dtype: Dtype = "auto"
     """float32, bfloat16 or float16; auto: as in the training, where the device multiplies that fast."""
+    quantize: Quantization = "none"
+    """int8: weights of 8 bits, as sample --quantize has them. Those of --against stay as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

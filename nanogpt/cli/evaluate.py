@@ -31,6 +31,7 @@ from nanogpt.device import pick_device
 from nanogpt.errors import UserError, require
 from nanogpt.files import atomic_write
 from nanogpt.model.gpt import GPT
+from nanogpt.model.quantize import quantize
 from nanogpt.precision import pick_sampling_dtype
 from nanogpt.scoring import (
     MIN_SEGMENTS,
@@ -106,6 +107,8 @@ def load_subject(config: EvaluateConfig, flag: str, name: str) -> Subject:
     device, saved = pick_device(config.device), load_checkpoint(path)
     model, tokenizer = build_model(saved, device)
     dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
+    if config.quantize != "none" and flag == "--checkpoint":
+        quantize(model, config.quantize)
     return Subject(path, model, tokenizer, dtype, *window_sizes(model, config.context, config.stride))
 
 

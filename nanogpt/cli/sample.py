@@ -32,6 +32,7 @@ from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.text import generate_texts, resolve_logit_bias, token_texts
 from nanogpt.inference.tokens import MAX_ROWS, Token, generate_rows
 from nanogpt.model.gpt import GPT
+from nanogpt.model.quantize import prepare_for_sampling
 from nanogpt.precision import pick_sampling_dtype
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -55,6 +56,7 @@ def main(config: SampleConfig) -> int:
         saved = load_checkpoint(path)
         model, tokenizer = build_model(saved, device)
         dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
+        prepare_for_sampling(model, dtype, config.quantize)
         with eager_mode(), autocast(device, dtype):
             run(model, tokenizer, resolve_logit_bias(replace(config, **typed), tokenizer))
     return 0
