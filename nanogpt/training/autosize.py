@@ -43,7 +43,7 @@ SHAPES = (
 )  # fmt: skip
 """Layers and widths, smallest first."""
 
-TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.5, 0.4
+TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.3, 0.4
 """A training of so many operations is best with so many characters; how they grow below and above it."""
 
 REPEATS = 2
