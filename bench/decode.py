@@ -26,7 +26,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.device import autocast, eager_mode
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
-from nanogpt.model.quantize import linear_bytes, narrow_weights, quantize
+from nanogpt.model.quantize import linear_bytes, prepare_for_sampling
 
 CPU = torch.device("cpu")
 PROMPT = 8
@@ -49,12 +49,8 @@ def ours(config: GPTConfig, kind: str) -> Way:
     """Our model, with weights of a kind."""
     torch.manual_seed(1)
     model = GPT(config).eval()
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    if kind == "int8":
-        quantize(model, "int8")
-        dtype = torch.float32
-    elif kind == "bfloat16":
-        narrow_weights(model, torch.bfloat16)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    prepare_for_sampling(model, dtype, kind if kind == "int8" else "none")
 
     def run(prompts: Tensor, count: int) -> list[float]:
         start, times = time.perf_counter(), list[float]()

@@ -17,7 +17,14 @@ from nanogpt.inference.config import Quantization, SampleConfig
 from nanogpt.inference.generate import generate
 from nanogpt.model import quantize as quantization
 from nanogpt.model.gpt import GPT
-from nanogpt.model.quantize import Int8Linear, linear_bytes, narrow_weights, quantize, quantize_rows
+from nanogpt.model.quantize import (
+    Int8Linear,
+    linear_bytes,
+    narrow_weights,
+    prepare_for_sampling,
+    quantize,
+    quantize_rows,
+)
 from nanogpt.training.fit import fit
 
 SHAPE = GPTConfig(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=64, dropout=0.0)
@@ -102,6 +109,17 @@ def test_narrow_weights_are_those_of_autocast(model):
     assert torch.equal(found, wanted)
     assert torch.equal(model.token_embedding.weight, embedding)
     assert model.head.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_weights_stored_by_columns_are_the_same_weights(model):
+    idx = torch.randint(40, (4, 16))
+    wanted, _ = model(idx)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepare_for_sampling(model, torch.float32, "none")
+    assert model.blocks[0].mlp.fc.weight.stride() == (1, 4 * 64)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    torch.testing.assert_close(model(idx)[0], wanted)
 
 
 def test_every_kind_is_a_flag():

@@ -126,12 +126,25 @@ def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
             module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
 
 
+def store_by_columns(model: nn.Module) -> None:
+    """Store the weights of linear layers, in place, column by column: as they were, but for their strides.
+
+    Then a product with one vector adds up columns, which a CPU does 1.3 times as fast (bench/decode.py).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight.detach().T.contiguous().T
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+
 def prepare_for_sampling(model: nn.Module, dtype: torch.dtype, quantization: str) -> None:
     """Give the weights the form in which they are read fastest. dtype: of the products; "none": no 8 bits."""
     if quantization != "none":
         quantize(model, quantization)
     elif dtype != torch.float32:
         narrow_weights(model, dtype)
+    else:
+        store_by_columns(model)
 
 
 def linear_bytes(model: nn.Module) -> int:
