@@ -25,8 +25,11 @@ import sources
 from rich.console import Console
 from rich.table import Table
 
+from nanogpt.checkpoint.format import load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
+from nanogpt.data.dataset import load_dataset
+from nanogpt.scoring import score
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = common.FOLDER / "minutes.jsonl"
@@ -38,6 +41,9 @@ CORPORA = {
     "packages": ["--tokenizer", "bpe", "--vocab_size", "4096"],
 }
 """Flags of data.py for each corpus."""
+
+SCORED_TOKENS = 1_000_000
+"""Tokens of the validation split that a training is judged by."""
 
 MEGABYTES = {"python": 10, "packages": 100}
 
@@ -103,13 +109,11 @@ def train(
         call(["train.py", *common_flags, *flags])
         seconds = time.perf_counter() - start
         config = RunFolder(Path(out)).saved_config()
-        best = str(Path(out) / "ckpt.pt")
-        # The whole split: in a short training an evaluation sees a part of it, which depends on the batch.
-        scored = json.loads(
-            call(["-m", "nanogpt", "eval", "--checkpoint", best, "--data_dir", str(data), "--json"])
-        )
+        # Always the same tokens: in a short training an evaluation sees a part that depends on the batch.
+        model, _ = load_model(Path(out) / "ckpt.pt")
+        loss = float(score(model, load_dataset(data).val[:SCORED_TOKENS]).mean())
     assert config is not None
-    return {"loss": scored["loss"], "seconds": round(seconds, 1), "updates": config.max_iters}, config
+    return {"loss": loss, "seconds": round(seconds, 1), "updates": config.max_iters}, config
 
 
 def flag(name: str, value: Any) -> list[str]:
