@@ -126,13 +126,21 @@ def test_a_checkpoint_moves_between_the_devices(there, kind):
     assert last(there).progress["step"] == 15
 
 
-def test_it_samples_what_a_cpu_samples(there, kind, capsys):
+EVERY_PARAMETER = {
+    "min_p": 0.01, "repetition_penalty": 1.2, "frequency_penalty": 0.1, "presence_penalty": 0.1,
+    "logit_bias": ("id:3=0.5", "id:7=-1.0"), "num_samples": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, EVERY_PARAMETER], ids=["some", "all"])
+def test_it_samples_what_a_cpu_samples(there, kind, capsys, settings):
     fit(there)
     texts = []
     for place in ("gpu", "cpu"):
         capsys.readouterr()
         path = str(Path(there.out_dir) / "ckpt.pt")
-        sample.main(SampleConfig(checkpoint=path, device=place, seed=1, num_tokens=40, top_k=10, top_p=0.9))
+        usual = {"seed": 1, "num_tokens": 40, "top_k": 10, "top_p": 0.9}
+        sample.main(SampleConfig(checkpoint=path, device=place, **usual | settings))
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 

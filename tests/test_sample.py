@@ -308,7 +308,7 @@ def test_a_folder_without_a_name_is_a_folder(path: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
-@pytest.mark.parametrize("place", ["build_model", "generate_texts"])
+@pytest.mark.parametrize("place", ["build_model", "generate_rows"])
 def test_too_little_memory_is_one_line(sampling: SampleConfig, monkeypatch, error, place: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -322,7 +322,7 @@ def test_another_error_is_no_lack_of_memory(sampling: SampleConfig, monkeypatch)
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("nanogpt.cli.sample.generate_texts", fail)
+    monkeypatch.setattr("nanogpt.cli.sample.generate_rows", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(sampling)
 

@@ -7,7 +7,7 @@ needed, since it contains the tokenizer.
 
 import json
 import secrets
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from nanogpt.console import warn
 from nanogpt.device import autocast, eager_mode, is_out_of_memory, pick_device
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
-from nanogpt.inference.text import generate_texts, resolve_logit_bias, token_texts
+from nanogpt.inference.text import TextStream, resolve_logit_bias, token_texts
 from nanogpt.inference.tokens import MAX_ROWS, Token, generate_rows
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import prepare_for_sampling
@@ -65,42 +65,21 @@ def main(config: SampleConfig) -> int:
 def print_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Print config.num_samples texts, one after the other; the first of a batch while it is made."""
     prompt, ids = read_and_encode(model, tokenizer, config)
-    for numbers, generators in batches(model, config):
-        texts = generate_texts(
-            model,
-            tokenizer,
-            [ids] * len(numbers),
-            config,
-            num_tokens=config.num_tokens,
-            generators=generators,
-            stop=config.stop,
-            on_short_memory=one_after_the_other,
-        )
-        for number, text in zip(numbers, texts, strict=True):
-            print_text(SEPARATOR if number else "")
-            print_text(prompt)
-            for chunk in text:
-                print_text(chunk)
-            print_text("\n")
+    for number, row in enumerate(sampled_rows(model, ids, config)):
+        print_text(SEPARATOR if number else "")
+        print_text(prompt)
+        for chunk in TextStream(tokenizer, row, config.stop):
+            print_text(chunk)
+        print_text("\n")
 
 
 def print_tokens(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Print a JSON object for each token of config.num_samples texts, with its log-probability."""
     _, ids = read_and_encode(model, tokenizer, config)
-    for numbers, generators in batches(model, config):
-        rows = generate_rows(
-            model,
-            [ids] * len(numbers),
-            config,
-            num_tokens=config.num_tokens,
-            generators=generators,
-            logprobs=config.logprobs,
-            on_short_memory=one_after_the_other,
-        )
-        for number, row in zip(numbers, rows, strict=True):
-            for token, text in token_texts(tokenizer, row, config.stop):
-                line = json.dumps(describe_token(tokenizer, token, text, number), ensure_ascii=False)
-                print_text(f"{line}\n")
+    for number, row in enumerate(sampled_rows(model, ids, config)):
+        for token, text in token_texts(tokenizer, row, config.stop):
+            line = json.dumps(describe_token(tokenizer, token, text, number), ensure_ascii=False)
+            print_text(f"{line}\n")
 
 
 def describe_token(tokenizer: Tokenizer, token: Token, text: str, sample: int) -> dict[str, object]:
@@ -128,12 +107,20 @@ def read_and_encode(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> t
     return prompt, ids[0].to(device_of(model))
 
 
-def batches(model: GPT, config: SampleConfig) -> Iterator[tuple[Sequence[int], list[torch.Generator]]]:
-    """The numbers of the samples, a batch at a time, with a generator for each: seed, seed + 1, ..."""
+def sampled_rows(model: GPT, ids: torch.Tensor, config: SampleConfig) -> Iterator[Iterator[Token]]:
+    """The tokens of each sample, which are made in batches. Their seeds: seed, seed + 1, ... ids: (T,)."""
     seed = secrets.randbits(32) if config.seed is None else config.seed
     for start in range(0, config.num_samples, MAX_ROWS):
         numbers = range(start, min(start + MAX_ROWS, config.num_samples))
-        yield numbers, generators_for(model, [seed + number for number in numbers])
+        yield from generate_rows(
+            model,
+            [ids] * len(numbers),
+            config,
+            num_tokens=config.num_tokens,
+            generators=generators_for(model, [seed + number for number in numbers]),
+            logprobs=config.logprobs,
+            on_short_memory=one_after_the_other,
+        )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams, token_bias
+from nanogpt.model.kv_cache import integers
 
 MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 """Lower temperatures count as this one: dividing by them would overflow. 0 itself is greedy decoding."""
@@ -119,7 +120,7 @@ def add_logit_bias(logits: Tensor, entries: tuple[str, ...]) -> Tensor:
 def bias_tensors(entries: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The ids, (N,) int64, and the biases, (N,), of the entries of logit_bias."""
     ids, biases = zip(*map(token_bias, entries), strict=True)
-    return torch.tensor(ids, device=device), torch.tensor(biases, dtype=torch.float32, device=device)
+    return integers(ids, device), torch.tensor(biases, dtype=torch.float32).to(device)
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:

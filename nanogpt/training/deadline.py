@@ -16,9 +16,9 @@ from statistics import median
 import psutil
 
 from nanogpt.config import decay_spans
-from nanogpt.console import ceil_div, say
+from nanogpt.console import say
 from nanogpt.device import seconds_of
-from nanogpt.evaluation import SAMPLE_TOKENS, evaluate, evaluation_windows, sample_text
+from nanogpt.evaluation import SAMPLE_TOKENS, evaluate, sample_text
 from nanogpt.training.autosize import Text
 from nanogpt.training.run import Deadline, Run
 from nanogpt.training.snapshot import named_tensors
@@ -60,13 +60,7 @@ def measure_evaluation(run: Run) -> float:
     All processes call it together, and take what the slowest one measures.
     """
     config, val, few = run.config, run.dataset.val, SAMPLE_TOKENS // 15
-    windows = evaluation_windows(
-        val,
-        block_size=config.block_size,
-        batch_size=config.batch_size,
-        micro_batch=ceil_div(config.batch_size, run.num_micro_batches * run.world.size),
-        max_batches=1,
-    )
+    windows = run.validation_windows(1)
     batch = config.batch_size * config.block_size
     batches = min(len(val) / batch, config.eval_iters or math.inf)
 

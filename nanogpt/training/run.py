@@ -14,11 +14,13 @@ from torch import Tensor
 
 from nanogpt.checkpoint.format import Progress
 from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.console import ceil_div
 from nanogpt.cores import CoreWatch
 from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.device import kind_of
 from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.distributed.world import World
+from nanogpt.evaluation import Windows, evaluation_windows
 from nanogpt.model.gpt import GPT
 from nanogpt.model.size import flops_per_token
 from nanogpt.training.checkpointing import Checkpointer
@@ -198,6 +200,16 @@ class Run(TrainState):
         """Floating-point operations of an update, of all processes together."""
         tokens = self.config.batch_size * self.config.block_size
         return flops_per_token(self.model) * tokens
+
+    def validation_windows(self, max_batches: int | None) -> list[Windows]:
+        """The validation split in micro-batches; see evaluation_windows."""
+        return evaluation_windows(
+            self.dataset.val,
+            block_size=self.config.block_size,
+            batch_size=self.config.batch_size,
+            micro_batch=ceil_div(self.config.batch_size, self.num_micro_batches * self.world.size),
+            max_batches=max_batches,
+        )
 
     @property
     def eval_model(self) -> GPT:

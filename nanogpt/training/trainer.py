@@ -35,7 +35,7 @@ from nanogpt.device import autocast
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_tensor
 from nanogpt.errors import UserError
-from nanogpt.evaluation import evaluate, evaluation_windows, sample_text
+from nanogpt.evaluation import evaluate, sample_text
 from nanogpt.training.decisions import Due, all_reduce_decisions
 from nanogpt.training.ema import update_ema
 from nanogpt.training.optimizer import learning_rate, lr_multiplier, set_learning_rate, step_optimizers
@@ -187,13 +187,7 @@ def evaluate_and_save(run: Run) -> None:
 def validation_loss(run: Run) -> float | None:
     """Mean loss over the validation split, in nats per token; None if a signal interrupts it."""
     config, world = run.config, run.world
-    windows = evaluation_windows(
-        run.dataset.val,
-        block_size=config.block_size,
-        batch_size=config.batch_size,
-        micro_batch=ceil_div(config.batch_size, run.num_micro_batches * world.size),
-        max_batches=config.eval_iters,
-    )
+    windows = run.validation_windows(config.eval_iters)
     with run.console.evaluating(ceil_div(len(windows), world.size)) as advance:
         return evaluate(
             run.eval_model,
