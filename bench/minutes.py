@@ -1,12 +1,15 @@
 """The ladder of --minutes: whether what it chooses is better than its neighbors.
 
-Run:    python bench/minutes.py                     hours: three corpora x 0.2, 1 and 5 minutes x 9 runs
-        python bench/minutes.py --corpora python --minutes 0.2
-        python bench/minutes.py --picture                  only draw what has been measured
-For each corpus and time: the choice, then half and twice its width, depth, batch and rates, each for the same
-time. Every run is a process of its own; its row is added to bench/minutes.jsonl as soon as it ends, and a run
-that has a row is not made again. Corpora: Tiny Shakespeare by characters (data/, as `python data.py` makes
-it); 10 MB of Python's sources by bytes; 100 MB of the sources of installed packages by byte-pair tokens.
+Run:    python bench/minutes.py --plan              minutes, on a machine that does nothing else
+        python bench/minutes.py                     hours: three corpora x 0.2, 1 and 5 minutes x 9 trainings
+        python bench/minutes.py --corpora python --minutes 20 --trainings choice "twice the depth"
+        python bench/minutes.py --picture           only draw what has been measured
+For each corpus and time: the choice, then half and twice its width, depth, batch and rates. First their
+updates are timed, in turn, which gives each the number of updates that it makes in the time; then each is
+trained for so many, whatever else the machine does meanwhile. Every training is a process of its own; its row
+is added to bench/minutes.jsonl as soon as it ends, and one that has a row is not made again.
+Corpora: Tiny Shakespeare by characters (data/, as `python data.py` makes it); 10 MB of Python's sources by
+bytes; 100 MB of the sources of installed packages by byte-pair tokens.
 """
 
 import argparse
@@ -14,9 +17,12 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,9 +36,12 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.scoring import score
+from nanogpt.training.autosize import Text, choose_settings, training_seconds
+from nanogpt.training.setup import set_up
+from nanogpt.training.trainer import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = common.FOLDER / "minutes.jsonl"
+ROWS, PLANS = common.FOLDER / "minutes.jsonl", common.FOLDER / "minutes-plans.jsonl"
 PICTURE = common.FOLDER / "minutes.png"
 
 CORPORA = {
@@ -44,6 +53,9 @@ CORPORA = {
 
 SCORED_TOKENS = 1_000_000
 """Tokens of the validation split that a training is judged by."""
+
+ROUNDS = 5
+"""Updates that are timed of each training, after a first."""
 
 MEGABYTES = {"python": 10, "packages": 100}
 
@@ -89,31 +101,50 @@ def call(words: list[str]) -> str:
     return done.stdout
 
 
-def train(
-    data: Path, minutes: float, seed: int, settings: dict[str, Any]
-) -> tuple[dict[str, Any], TrainConfig]:
-    """Train for so many minutes. Returns loss, seconds and updates, and the settings of the run."""
+def plan(data: Path, minutes: float) -> dict[str, Any]:
+    """The choice for so many minutes, and how many updates it and its neighbors make in that time.
+
+    They are timed in turn, in a process of their own: the machine must have nothing else to do.
+    """
+    return json.loads(call([__file__, "--plan_of", str(data), "--minutes", str(minutes)]).splitlines()[-1])
+
+
+def print_plan(data: Path, minutes: float) -> None:
+    """Print what `plan` returns."""
+    with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
+        config = TrainConfig(minutes=minutes, data_dir=str(data), out_dir=folder)
+        config = choose_settings(config, Text.of(load_dataset(data)), common.CPU)
+        settings = {name: value for name in CHOSEN if (value := getattr(config, name)) is not None}
+        trainings = {"choice": settings} | {
+            what: settings | changed for what, changed in neighbors(replace(config, **settings))
+        }
+        actions: dict[str, Callable[[], object]] = {}
+        for number, (what, changed) in enumerate(trainings.items()):
+            folder_of_its_own = Path(folder) / str(number)
+            own = replace(TrainConfig(), data_dir=str(data), out_dir=str(folder_of_its_own), **changed)
+            folder_of_its_own.mkdir()
+            actions[what] = partial(train_step, set_up(own, RunFolder(folder_of_its_own)))
+        common.in_turn(actions, 1)
+        paces = common.in_turn(actions, ROUNDS)
+    seconds = training_seconds(minutes)
+    updates = {what: max(2, round(seconds / median(pace))) for what, pace in paces.items()}
+    print(json.dumps({what: (trainings[what], updates[what]) for what in trainings}))
+
+
+def train(data: Path, seed: int, settings: dict[str, Any], updates: int) -> dict[str, Any]:
+    """Train for so many updates, the last of them with a falling rate. Returns loss, seconds and updates."""
     flags = [word for name, value in settings.items() for word in flag(name, value)]
+    first = updates - round(settings["cooldown"] * updates)
     with TemporaryDirectory() as out:
-        common_flags = [
-            "--data_dir",
-            str(data),
-            "--out_dir",
-            out,
-            "--minutes",
-            str(minutes),
-            "--seed",
-            str(seed),
-        ]
+        flags += ["--data_dir", str(data), "--out_dir", out, "--seed", str(seed)]
+        flags += ["--max_iters", str(updates), "--eval_interval", str(updates), "--eval_iters", "1"]
         start = time.perf_counter()
-        call(["train.py", *common_flags, *flags])
+        call(["train.py", *flags, "--schedule", "constant", "--decays", f"{first}:{updates}"])
         seconds = time.perf_counter() - start
-        config = RunFolder(Path(out)).saved_config()
         # Always the same tokens: in a short training an evaluation sees a part that depends on the batch.
         model, _ = load_model(Path(out) / "ckpt.pt")
         loss = float(score(model, load_dataset(data).val[:SCORED_TOKENS]).mean())
-    assert config is not None
-    return {"loss": loss, "seconds": round(seconds, 1), "updates": config.max_iters}, config
+    return {"loss": loss, "seconds": round(seconds, 1), "updates": updates}
 
 
 def flag(name: str, value: Any) -> list[str]:
@@ -130,41 +161,43 @@ CHOSEN = (
 """Settings that the neighbors keep, but for the one that they change."""
 
 
-def measure(corpus: str, minutes: float, seed: int, folder: Path) -> None:
-    """Measure the choice and its neighbors, as far as they have no row yet."""
-    done = {(row["corpus"], row["minutes"], row["seed"], row["what"]): row for row in read_rows()}
-    data = prepare(corpus, folder)
-    key = (corpus, minutes, seed)
-    choice = (*key, "choice")
-    if choice not in done:
-        found, config = train(data, minutes, seed, {})
-        shape = {name: getattr(config, name) for name in CHOSEN}
-        write_row(*key, "choice", found | {"settings": shape})
-        done[choice] = {"settings": shape}
-    chosen = replace(TrainConfig(), **done[choice]["settings"])
-    kept = {name: value for name in CHOSEN if (value := getattr(chosen, name)) is not None}
-    for what, changed in neighbors(chosen):
-        if (*key, what) not in done:
-            found, _ = train(data, minutes, seed, kept | changed)
-            write_row(*key, what, found)
+def measure(corpus: str, minutes: float, options: argparse.Namespace) -> None:
+    """Plan the choice and its neighbors, and train them as far as they have no row yet."""
+    data = prepare(corpus, options.folder)
+    plans, seed = planned(corpus, minutes, data), options.seed
+    for what, (settings, updates) in plans.items():
+        if options.plan or (options.trainings and what not in options.trainings):
+            continue
+        key = {"corpus": corpus, "minutes": minutes, "seed": seed, "what": what}
+        if not any(key.items() <= row.items() for row in read_rows(ROWS)):
+            add_row(ROWS, key | train(data, seed, settings, updates) | {"settings": settings})
 
 
-def read_rows() -> list[dict[str, Any]]:
-    """The rows so far."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+def planned(corpus: str, minutes: float, data: Path) -> dict[str, tuple[dict[str, Any], int]]:
+    """Settings and number of updates of the choice and its neighbors, measured once."""
+    key = {"corpus": corpus, "minutes": minutes}
+    for row in read_rows(PLANS):
+        if key.items() <= row.items():
+            return row["plan"]
+    add_row(PLANS, key | {"plan": (found := plan(data, minutes))})
+    return found
 
 
-def write_row(corpus: str, minutes: float, seed: int, what: str, found: dict[str, Any]) -> None:
-    """Add a row."""
-    row = {"corpus": corpus, "minutes": minutes, "seed": seed, "what": what, **found}
-    with open(ROWS, "a", encoding="utf-8") as file:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file."""
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{corpus}, {minutes:g} min, {what}: {found['loss']}, {found['seconds']} s", flush=True)
+    print({name: value for name, value in row.items() if name not in {"plan", "settings"}}, flush=True)
 
 
 def show() -> None:
     """Print a table, losses over that of the choice, and draw loss against minutes."""
-    rows = [row for row in read_rows() if row["loss"] is not None]
+    rows = [row for row in read_rows(ROWS) if row["loss"] is not None]
     groups = sorted({(row["corpus"], row["minutes"]) for row in rows})
     table = Table(
         "corpus", "minutes", "seconds", "choice", "loss", "best neighbor", "its loss", "choice / best"
@@ -221,13 +254,20 @@ def main() -> None:
     parser.add_argument("--minutes", nargs="+", type=float, default=[0.2, 1.0, 5.0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=common.FOLDER / "corpora", help="for texts and data")
+    parser.add_argument("--plan", action="store_true", help="time updates, train nothing")
+    parser.add_argument("--trainings", nargs="+", help='only these, such as choice "twice the depth"')
+    parser.add_argument("--plan_of", type=Path, help="print the plan of a data folder")
     parser.add_argument("--picture", action="store_true", help="measure nothing")
     options = parser.parse_args()
+    if options.plan_of:
+        print_plan(options.plan_of, options.minutes[0])
+        return
     if not options.picture:
         for minutes in options.minutes:
             for corpus in options.corpora:
-                measure(corpus, minutes, options.seed, options.folder)
-    show()
+                measure(corpus, minutes, options)
+    if read_rows(ROWS):
+        show()
 
 
 if __name__ == "__main__":

@@ -169,8 +169,7 @@ def choose_settings(config: Config, text: Text, device: torch.device, processes:
 def choose_shape(config: TrainConfig, text: Text, device: torch.device, processes: int) -> Choice:
     """Measure shapes, larger and larger ones, until one is too slow to see enough tokens."""
     assert config.minutes is not None
-    seconds = 60 * config.minutes
-    training_s = max(seconds / 3, seconds * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
+    seconds, training_s = 60 * config.minutes, training_seconds(config.minutes)
     devices = 1 if kind_of(device).shares_memory else processes
     room = MEMORY_SHARE * memory_estimate.free(device) / BYTES_PER_PARAMETER  # parameters
     dtype, fixed = pick_dtype(config.dtype, device, USUAL_WIDTH).dtype, fixed_settings(config)
@@ -211,6 +210,11 @@ def choose_shape(config: TrainConfig, text: Text, device: torch.device, processe
             break
         choice = tried
     return choice
+
+
+def training_seconds(minutes: float) -> float:
+    """Seconds of updates in a training of so many minutes."""
+    return max(20 * minutes, 60 * minutes * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
 
 
 def fixed_settings(config: TrainConfig) -> frozenset[str]:
