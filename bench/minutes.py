@@ -36,7 +36,7 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.scoring import score
-from nanogpt.training.autosize import Text, choose_settings, training_seconds
+from nanogpt.training.autosize import Text, changed_settings, choose_settings, training_seconds
 from nanogpt.training.setup import set_up
 from nanogpt.training.trainer import train_step
 
@@ -54,8 +54,8 @@ CORPORA = {
 SCORED_TOKENS = 1_000_000
 """Tokens of the validation split that a training is judged by."""
 
-ROUNDS = 5
-"""Updates that are timed of each training, after a first."""
+ROUNDS, UPDATES = 3, 4
+"""Times that each training has its turn, and updates of a turn. The first of them finds the caches cold."""
 
 MEGABYTES = {"python": 10, "packages": 100}
 
@@ -114,7 +114,7 @@ def print_plan(data: Path, minutes: float) -> None:
     with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
         config = TrainConfig(minutes=minutes, data_dir=str(data), out_dir=folder)
         config = choose_settings(config, Text.of(load_dataset(data)), common.CPU)
-        settings = {name: value for name in CHOSEN if (value := getattr(config, name)) is not None}
+        settings = {name: getattr(config, name) for name in sorted(changed_settings(config) - NOT_KEPT)}
         trainings = {"choice": settings} | {
             what: settings | changed for what, changed in neighbors(replace(config, **settings))
         }
@@ -124,8 +124,10 @@ def print_plan(data: Path, minutes: float) -> None:
             own = replace(TrainConfig(), data_dir=str(data), out_dir=str(folder_of_its_own), **changed)
             folder_of_its_own.mkdir()
             actions[what] = partial(train_step, set_up(own, RunFolder(folder_of_its_own)))
-        common.in_turn(actions, 1)
-        paces = common.in_turn(actions, ROUNDS)
+        paces: dict[str, list[float]] = {what: [] for what in trainings}
+        for _ in range(ROUNDS):
+            for what, action in actions.items():
+                paces[what] += [common.seconds(action) for _ in range(UPDATES)][1:]
     seconds = training_seconds(minutes)
     updates = {what: max(2, round(seconds / median(pace))) for what, pace in paces.items()}
     print(json.dumps({what: (trainings[what], updates[what]) for what in trainings}))
@@ -154,11 +156,10 @@ def flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-CHOSEN = (
-    "n_layer", "n_head", "n_embd", "mlp_width", "block_size", "batch_size", "dropout", "weight_decay",
-    "ema_decay", "ngram_vocab", "learning_rate", "muon_lr", "cooldown", "warmup_iters", "beta1", "beta2",
-)  # fmt: skip
-"""Settings that the neighbors keep, but for the one that they change."""
+NOT_KEPT = {
+    "minutes", "data_dir", "out_dir", "max_iters", "schedule", "decays", "eval_interval", "eval_iters",
+}  # fmt: skip
+"""Settings of a choice that its trainings do not take over: where they are, when they end."""
 
 
 def measure(corpus: str, minutes: float, options: argparse.Namespace) -> None:

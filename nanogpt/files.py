@@ -1,4 +1,4 @@
-"""Atomic and durable writes of files, their SHA-256, and downloads.
+"""Atomic and durable writes of files, their SHA-256, downloads, and the user's own folders.
 
 Example:    with atomic_write(path) as file: file.write(data)
 The bytes go to a temporary file beside `path`, which is synced to the disk and then renamed to `path`: until
@@ -11,10 +11,11 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from nanogpt.console import progress_bar, warn
 from nanogpt.errors import UserError
@@ -161,3 +162,10 @@ def download(url: str) -> bytes:
                 body += block
                 bar.advance(task, len(block))
     return bytes(body)
+
+
+def user_folder(kind: Literal["state", "cache"]) -> Path:
+    """The user's folder for what this program remembers (XDG Base Directory Specification)."""
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else f"XDG_{kind.upper()}_HOME", "")
+    usual = Path.home() / {"state": ".local/state", "cache": ".cache"}[kind]
+    return (Path(base) if Path(base).is_absolute() else usual) / "nanogpt"

@@ -15,6 +15,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.data.prepare import main as prepare
+from nanogpt.native.build import BuildError
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport
 
@@ -45,6 +46,12 @@ def called_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()  # as train.compile_model says
+
+
+@pytest.fixture
+def pytorch_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No steps in C: a test watches what PyTorch computes."""
+    monkeypatch.setattr("nanogpt.native.step.library", lambda: BuildError("a test switches them off"))
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from nanogpt.cli.interactive import GREETING, parse_value
 from nanogpt.cli.sample import main
 from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError
+from nanogpt.files import user_folder
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.text import generate_text
 from nanogpt.model.gpt import GPT
@@ -175,9 +176,9 @@ def test_without_a_place_for_the_history_there_is_none(model: GPT, talk: Talk, t
 def test_the_state_folder_is_the_users(monkeypatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "relative")  # which the specification says to ignore
     monkeypatch.setenv("HOME", "/home/me")
-    assert interactive.state_folder() == Path("/home/me/.local/state/nanogpt")
+    assert user_folder("state") == Path("/home/me/.local/state/nanogpt")
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
-    assert interactive.state_folder() == Path("/state/nanogpt")
+    assert user_folder("state") == Path("/state/nanogpt")
 
 
 def test_it_needs_a_terminal_and_prompt_toolkit(monkeypatch) -> None:

@@ -14,6 +14,8 @@ from nanogpt.errors import UserError
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache
+from nanogpt.native import step
+from nanogpt.native.build import BuildError
 
 W = 12
 """Tokens of a context."""
@@ -42,8 +44,19 @@ def make(config: GPTConfig) -> GPT:
     return model
 
 
+@pytest.fixture(scope="module", params=["PyTorch", "native"])
+def engine(request: pytest.FixtureRequest):
+    """What computes the steps: PyTorch, or C where there is a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "PyTorch":
+            patch.setattr(step, "library", lambda: BuildError("a test"))
+        elif isinstance(step.library(), BuildError):
+            pytest.skip(str(step.library()))
+        yield request.param
+
+
 @pytest.fixture(scope="module", params=[*SHAPES, *(f"preset {name}" for name in presets.PRESETS)])
-def model(request: pytest.FixtureRequest) -> GPT:
+def model(request: pytest.FixtureRequest, engine: str) -> GPT:
     """A small model of each kind, and one with the blocks of each preset."""
     if request.param in SHAPES:
         return make(GPTConfig(vocab_size=20, **SMALL | SHAPES[request.param]))
@@ -61,9 +74,9 @@ def modern() -> GPT:
 @torch.no_grad()
 def fed(model: GPT, cache: KVCache, rows: list[int], idx: torch.Tensor, counts=None) -> torch.Tensor:
     """The logits after the last token of each row, (R, V)."""
-    step = cache.step(rows, idx, counts)
-    logits, _ = model(idx, cache=step)
-    cache.advance(step, idx)
+    tokens = cache.step(rows, idx, counts)
+    logits, _ = step.with_native_steps(model)(idx, cache=tokens)
+    cache.advance(tokens, idx)
     assert logits.shape[1] == 1  # the output layer has seen the last token alone
     return logits[:, 0]
 

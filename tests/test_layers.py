@@ -14,7 +14,7 @@ HOUSE = (
     {"errors", "console", "streams", "settings"},
     {"files", "locking", "config", "cores", "graphs", "malloc", "pt_files"},
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
-    {"distributed", "tokenizer"},
+    {"distributed", "tokenizer", "native"},
     {"data", "checkpoint", "inference"},
     {"evaluation", "scoring"},
     {"training"},

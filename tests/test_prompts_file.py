@@ -4,19 +4,19 @@ import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nanogpt.cli import prompts_file
 from nanogpt.cli.sample import main
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
-from nanogpt.model.gpt import GPT
+from nanogpt.model.kv_cache import KVCache
 from nanogpt.training.fit import fit
 
 
@@ -74,15 +74,15 @@ def test_each_answer_is_that_of_the_prompt_alone(sampling: SampleConfig, capsys)
 
 def test_prompts_whose_settings_agree_share_batches(sampling: SampleConfig, capsys, monkeypatch) -> None:
     sizes: list[int] = []
-    forward = GPT.forward
+    step = KVCache.step
 
-    def counted(self: GPT, idx: torch.Tensor, **named: object) -> object:
-        sizes.append(len(idx))
-        return forward(self, idx, **named)
+    def counted(self: KVCache, rows: Sequence[int], *rest: Any) -> object:
+        sizes.append(len(rows))
+        return step(self, rows, *rest)
 
     write(*({"prompt": "From", "temperature": 1 + number % 2} for number in range(8)))
     expected = answers(sampling, capsys)
-    monkeypatch.setattr(GPT, "forward", counted)
+    monkeypatch.setattr(KVCache, "step", counted)
     monkeypatch.setattr(prompts_file, "MAX_ROWS", 3)
     assert answers(sampling, capsys) == expected
     assert sizes == [3] * 24 + [1] * 24  # four of each temperature: three and one

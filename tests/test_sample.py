@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -21,7 +23,7 @@ from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
-from nanogpt.model.gpt import GPT
+from nanogpt.model.kv_cache import KVCache
 from nanogpt.training.fit import fit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +69,7 @@ def dtypes_of_products(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
     return seen
 
 
+@pytest.mark.usefixtures("pytorch_steps")
 @pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
 def test_sampling_computes_as_the_training_did_where_that_is_fast(
@@ -357,19 +360,20 @@ def test_more_texts_than_a_batch_has_rows(sampling: SampleConfig, capsys, monkey
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.parametrize("first", [0, 2])
 def test_with_too_little_memory_texts_are_made_one_after_the_other(
-    sampling: SampleConfig, capsys, monkeypatch
+    sampling: SampleConfig, capsys, monkeypatch, first: int
 ) -> None:
     main(replace(sampling, num_samples=3))
     expected = capsys.readouterr().out
-    forward = GPT.forward
+    step = KVCache.step
 
-    def small(self: GPT, idx: torch.Tensor, **named: object) -> object:
-        if len(idx) > 1:
+    def small(self: KVCache, rows: Sequence[int], idx: torch.Tensor, *rest: Any) -> object:
+        if len(idx) > 1 and self.lengths[0] >= first:
             raise RuntimeError("CUDA out of memory. Tried ...")
-        return forward(self, idx, **named)
+        return step(self, rows, idx, *rest)
 
-    monkeypatch.setattr(GPT, "forward", small)
+    monkeypatch.setattr(KVCache, "step", small)
     main(replace(sampling, num_samples=3))
     out, err = capsys.readouterr()
     assert out == expected

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin
 
 from nanogpt.cli.prompts import device_of, encode_prompt, generators_for, print_text, unescape
 from nanogpt.console import warn
 from nanogpt.device import is_out_of_memory
 from nanogpt.errors import UserError, require
+from nanogpt.files import user_folder
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.text import generate_text, resolve_logit_bias
 from nanogpt.model.gpt import GPT
@@ -189,20 +189,10 @@ def open_history() -> "History":
     """The history of typed lines: a file that only its owner reads, or memory if none can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    path = state_folder() / "history"
+    path = user_folder("state") / "history"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600))
     except OSError:
         return InMemoryHistory()
     return FileHistory(path)
-
-
-def state_folder() -> Path:
-    """The user's folder for the state of this program (XDG Base Directory Specification)."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA", "")
-    else:
-        base = os.environ.get("XDG_STATE_HOME", "")
-    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".local" / "state"
-    return folder / "nanogpt"

@@ -23,6 +23,9 @@ Quantization = Literal["none", "int8"]
 MAX_COUNT = 10**9
 """Upper limit of a number of tokens or texts: two weeks of the fastest sampling."""
 
+MAX_SPECULATED = 64
+"""Upper limit of the tokens that are guessed: most guesses after the first few are wrong."""
+
 EXCLUSIVE = ("prompt", "prompt_file", "prompts_file", "interactive", "num_samples", "logprobs")
 """Flags of which none stands beside --prompts_file or --interactive."""
 
@@ -49,6 +52,8 @@ class SamplingParams(Settings):
     """TEXT=BIAS or id:TOKEN=BIAS, as "e=-100": added to the logit of a token; may be given several times."""
     context_overlap: int | None = None
     """Tokens that a full context leaves to the next; None: half of it. All of it: a sliding window, slow."""
+    speculate: int = 0
+    """Tokens to guess and compute along with each one: the same text, faster where weights are large."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logit_bias", bias_entries(self.logit_bias))
@@ -59,6 +64,8 @@ class SamplingParams(Settings):
         )
         at_least(self, "top_k", 1)
         at_least(self, "context_overlap", 1)
+        at_least(self, "speculate", 0)
+        at_most(self, "speculate", MAX_SPECULATED)
         at_most(self, "top_k", MAX_COUNT)
         for name, example in (("top_p", 0.9), ("min_p", 0.05)):
             value = getattr(self, name)

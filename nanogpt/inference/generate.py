@@ -2,7 +2,8 @@
 
 Example: for token in generate(model, prompt, num_tokens=100, temperature=0.8): ...
 The prompt is computed once (prefill), then each token alone: a cache has the keys and values of those before
-it (model/kv_cache.py). sampling.py chooses the tokens, text.py makes text of them.
+it (model/kv_cache.py). On a CPU that is done in C, where it can be (native/step.c). sampling.py chooses the
+tokens, text.py makes text of them.
 
 Shapes: R rows (texts), T tokens, V vocab_size
 """
@@ -20,10 +21,15 @@ from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.processors import History, check_logit_bias, needs_history
 from nanogpt.inference.sampling import Randomness, sample
+from nanogpt.inference.speculation import NgramGuesses, Speculator
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache, integers
+from nanogpt.native.step import NativeGPT, with_native_steps
 
 DEFAULT_PARAMS = SamplingParams()
+
+StepModel = GPT | NativeGPT | Speculator
+"""What computes tokens with a cache."""
 
 Observer = Callable[[Tensor, Tensor], None]
 """Is called at each step with the model's own logits (R, V) and the tokens chosen from them (R,)."""
@@ -37,13 +43,14 @@ def generate(
     num_tokens: int,
     generator: Randomness = None,
     observe: Observer | None = None,
+    guesses: NgramGuesses | None = None,
     **changes: Any,
 ) -> Iterator[Tensor]:
     """Continue prompts, (R, T) or R of (T,) int64: an iterator over the new tokens, (R,) each, one a row.
 
     model: in evaluation mode, else dropout acts. changes: fields of `params` by their names, as
     temperature=0.8, top_k=40, top_p=0.9. generator: see `sample`; with one for each row, what becomes of a
-    row does not depend on the others. observe: see Observer.
+    row does not depend on the others. observe: see Observer. guesses: for params.speculate.
     Raises: UserError for an impossible value; TypeError for an unknown name. Both at the call, not at the
     first token.
     """
@@ -52,12 +59,15 @@ def generate(
     require(overlap <= size, f"--context_overlap {overlap} is more than the context, {size}")
     require(all(len(prompt) for prompt in prompts), "a prompt has no tokens: give at least one")
     check_logit_bias(params, model.config.vocab_size)
-    return decode(model, list(prompts), params, num_tokens, generator, observe=observe)
+    stepped = with_native_steps(model)
+    if params.speculate:
+        stepped = Speculator(stepped, guesses or NgramGuesses(), params.speculate)
+    return decode(stepped, list(prompts), params, num_tokens, generator, observe=observe)
 
 
 @torch.no_grad()
 def decode(
-    model: GPT,
+    model: StepModel,
     prompts: list[Tensor],
     params: SamplingParams,
     num_tokens: int,
@@ -100,7 +110,7 @@ def decode(
         yield new[-1]
 
 
-def prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
+def prefill(model: StepModel, cache: KVCache, rows: Sequence[int], texts: Sequence[Tensor]) -> Tensor:
     """Fill rows of the cache with texts, (T,) each. Returns the logits after each, (R, V)."""
     cache.clear(rows)
     counts = list(map(len, texts))
@@ -108,13 +118,13 @@ def prefill(model: GPT, cache: KVCache, rows: Sequence[int], texts: Sequence[Ten
     return feed(model, cache, rows, idx, counts)
 
 
-def decode_one(model: GPT, cache: KVCache, rows: Sequence[int], tokens: Tensor) -> Tensor:
+def decode_one(model: StepModel, cache: KVCache, rows: Sequence[int], tokens: Tensor) -> Tensor:
     """Add a token, (R,), to each of these rows of the cache. Returns the logits after it, (R, V)."""
     return feed(model, cache, rows, tokens[:, None])
 
 
 def feed(
-    model: GPT, cache: KVCache, rows: Sequence[int], idx: Tensor, counts: Sequence[int] | None = None
+    model: StepModel, cache: KVCache, rows: Sequence[int], idx: Tensor, counts: Sequence[int] | None = None
 ) -> Tensor:
     """Compute tokens, (R, T), that follow those in the cache. Returns the logits after each row, (R, V)."""
     step = cache.step(rows, idx, counts)

@@ -88,11 +88,20 @@ class KVCache:
             self.last_tokens[step.index] = tokens.gather(1, last)
 
     def allocated(self, like: Tensor) -> Tensor:
-        """The memory of the cache, (2, L, R, K, S, D). like: keys, (B, K, T, D)."""
+        """The memory of the cache, (2, L, R, K, S, D), made in the dtype of `like`: keys, (B, K, T, D)."""
         if self.keys_values is None:
             _, K, _, D = like.shape
             shape = (2, self.config.n_layer, len(self.lengths), K, self.length, D)
             self.keys_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self.keys_values
+
+    def in_float32(self) -> Tensor:
+        """The memory of the cache, (2, L, R, K, S, D), which is float32 from now on."""
+        if self.keys_values is None:
+            K = self.config.n_kv_head or self.config.n_head
+            self.allocated(torch.empty(0, K, 0, self.config.head_dim))
+        assert self.keys_values is not None
+        self.keys_values = self.keys_values.float()
         return self.keys_values
 
 
@@ -134,13 +143,15 @@ class CacheStep:
             new_keys, new_values, keys, values = self.views[layer]
             new_keys.copy_(k)
             new_values.copy_(v)
-            return (keys, values) if first else (k, v)
+            return (keys.to(k.dtype), values.to(k.dtype)) if first else (k, v)
         for whole, new in zip(memory[:, layer], (k, v), strict=True):  # (R, K, S, D)
-            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2)  # (B, T, K, D)
+            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2).to(
+                whole.dtype
+            )  # (B, T, K, D)
         if not any(self.starts):
             return k, v
         keys, values = memory[:, layer, :, :, : max(self.starts) + T]  # (R, K, S, D)
-        return keys[self.index], values[self.index]
+        return keys[self.index].to(k.dtype), values[self.index].to(k.dtype)
 
     def last(self, x: Tensor) -> Tensor:
         """What belongs to the last token of each row: (B, T, C) -> (B, 1, C)."""

@@ -137,13 +137,19 @@ def store_by_columns(model: nn.Module) -> None:
             module.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def prepare_for_sampling(model: nn.Module, dtype: torch.dtype, quantization: str) -> None:
-    """Give the weights the form in which they are read fastest. dtype: of the products; "none": no 8 bits."""
+def prepare_for_sampling(
+    model: nn.Module, dtype: torch.dtype, quantization: str, *, by_columns: bool = True
+) -> None:
+    """Give the weights the form in which they are read fastest.
+
+    dtype: of the products. quantization: "none": no 8 bits. by_columns: whether to store weights of float32
+    by columns, as PyTorch reads them fastest; native steps read rows.
+    """
     if quantization != "none":
         quantize(model, quantization)
     elif dtype != torch.float32:
         narrow_weights(model, dtype)
-    else:
+    elif by_columns:
         store_by_columns(model)
 
 

@@ -1,0 +1,382 @@
+/* A few tokens through a GPT: what model/gpt.py computes with a KV cache, in one call and without PyTorch.
+
+   A token of a small model takes PyTorch some hundred operations, each of which costs more to begin than to
+   compute. Here all threads go through the layers together and wait for each other five times in each; the
+   time is that in which the weights are read. step.py fills the structs and has the checks; each function is
+   a formula of gpt.py, which explains it. Weights are float32, bfloat16 or int8, numbers between them float32.
+
+   Shapes: N tokens of B rows, C width, V vocab_size, H heads, K heads of keys and values, D head_dim = C / H,
+           R rows and S length of the cache */
+
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+enum Dtype { FLOAT32, BFLOAT16, INT8 };
+enum Activation { GELU, GELU_TANH, RELU2, SWIGLU };
+
+typedef struct {
+    const void *weight;  /* (outputs, inputs) */
+    const float *scale;  /* (outputs,) of int8, else NULL */
+    const float *bias;   /* (outputs,) or NULL */
+    int64_t outputs, inputs, dtype;
+} Linear;
+
+typedef struct {
+    const float *gain;  /* NULL: there is no norm */
+    const float *bias;  /* NULL: none */
+    int64_t centered;   /* whether it subtracts the mean: LayerNorm does, RMSNorm does not */
+    double eps;
+} Norm;
+
+typedef struct {
+    Norm norm_1, q_norm, k_norm, norm_2;
+    Linear qkv, attn_proj, fc, mlp_proj;
+} Block;
+
+typedef struct {
+    int64_t width, vocab_size, heads, kv_heads, head_dim, hidden, layers, activation;
+    int64_t pair_rows, triple_rows, exact_pairs, pairs_fit; /* of the n-gram tables */
+    int64_t rotation_length;
+    double logit_cap;
+    const float *tokens, *positions, *pairs, *triples; /* embeddings, (rows, C); NULL where there is none */
+    const float *rotation;                             /* of RoPE, (2, rotation_length, D / 2), or NULL */
+    const Block *blocks;
+    Norm final_norm;
+    Linear head;
+} Model;
+
+typedef struct {
+    int64_t rows_of_step, tokens_of_row; /* B, T; N = B T */
+    const int64_t *tokens;               /* (B, 2 + T): after the two before them, -1 where a text begins */
+    const int64_t *rows;                 /* (B,): the row of the cache that each belongs to */
+    const int64_t *positions;            /* (B, T): their places in the text */
+    float *keys, *values;                /* the cache, (layers, R, K, S, D) each */
+    int64_t cache_rows, length;          /* R, S */
+    float *logits;                       /* out: (B, T, V) */
+} Step;
+
+/* --- threads --- */
+
+typedef struct {
+    atomic_int arrived, round;
+    int threads;
+} Barrier;
+
+/* Waits until all threads are here. Short waits are the rule, so it looks for them before it yields. */
+static void wait_for_all(Barrier *barrier) {
+    int round = atomic_load(&barrier->round);
+    if (atomic_fetch_add(&barrier->arrived, 1) + 1 == barrier->threads) {
+        atomic_store(&barrier->arrived, 0);
+        atomic_fetch_add(&barrier->round, 1);
+        return;
+    }
+    for (int looks = 0; atomic_load(&barrier->round) == round; looks++)
+        if (looks > 20000) sched_yield();
+}
+
+typedef struct {
+    int number, threads;
+    float *normed, *scores, *sums, *gates, *wide; /* its own room: (N, C), (S,), (N, 4) twice, (4, inputs) */
+} Thread;
+
+typedef struct {
+    int64_t first, end;
+} Range;
+
+/* The part of `count` things that is a thread's. */
+static Range part(int64_t count, const Thread *thread) {
+    return (Range){count * thread->number / thread->threads, count * (thread->number + 1) / thread->threads};
+}
+
+/* --- formulas --- */
+
+static inline float wide_float(float x) { return x; }
+static inline float wide_int8(int8_t x) { return (float)x; }
+static inline float wide_bfloat16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+/* Four rows of a weight times a vector: four sums at a time hide the time that an addition takes. */
+#define FOUR_DOTS(NAME, TYPE, WIDE)                                                                  \
+    static void NAME(const TYPE *w[4], const float *x, int64_t inputs, float sums[4]) {              \
+        const TYPE *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];                                   \
+        float a = 0, b = 0, c = 0, d = 0;                                                            \
+        for (int64_t i = 0; i < inputs; i++) {                                                       \
+            a += WIDE(w0[i]) * x[i];                                                                 \
+            b += WIDE(w1[i]) * x[i];                                                                 \
+            c += WIDE(w2[i]) * x[i];                                                                 \
+            d += WIDE(w3[i]) * x[i];                                                                 \
+        }                                                                                            \
+        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;                                          \
+    }
+FOUR_DOTS(dots_float32, float, wide_float)
+FOUR_DOTS(dots_bfloat16, uint16_t, wide_bfloat16)
+FOUR_DOTS(dots_int8, int8_t, wide_int8)
+
+/* Four rows of a weight times four vectors x (4, inputs). sums: (4 vectors, 4 rows). */
+static void sixteen_dots(const float *w[4], const float *x, int64_t inputs, float sums[16]) {
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const float *x0 = x, *x1 = x0 + inputs, *x2 = x1 + inputs, *x3 = x2 + inputs;
+    float s[16] = {0};
+    for (int64_t i = 0; i < inputs; i++) {
+        s[0] += w0[i] * x0[i], s[1] += w1[i] * x0[i], s[2] += w2[i] * x0[i], s[3] += w3[i] * x0[i];
+        s[4] += w0[i] * x1[i], s[5] += w1[i] * x1[i], s[6] += w2[i] * x1[i], s[7] += w3[i] * x1[i];
+        s[8] += w0[i] * x2[i], s[9] += w1[i] * x2[i], s[10] += w2[i] * x2[i], s[11] += w3[i] * x2[i];
+        s[12] += w0[i] * x3[i], s[13] += w1[i] * x3[i], s[14] += w2[i] * x3[i], s[15] += w3[i] * x3[i];
+    }
+    memcpy(sums, s, sizeof s);
+}
+
+/* Four outputs of a linear layer from o on (the last again, where there are fewer): x (N, inputs) -> y (N, 4).
+   wide: room for four rows of the weight. */
+static void four_outputs(const Linear *l, int64_t o, const float *x, int64_t N, float *y, float *wide) {
+    int64_t inputs = l->inputs, row[4];
+    const float *w[4];
+    for (int j = 0; j < 4; j++) {
+        row[j] = o + j < l->outputs ? o + j : l->outputs - 1;
+        w[j] = l->dtype == FLOAT32 ? (const float *)l->weight + row[j] * inputs : wide + j * inputs;
+    }
+    if (l->dtype == BFLOAT16) {
+        const uint16_t *all = l->weight, *narrow[4];
+        for (int j = 0; j < 4; j++) narrow[j] = all + row[j] * inputs;
+        if (N == 1) dots_bfloat16(narrow, x, inputs, y);
+        for (int j = 0; j < 4 && N > 1; j++)
+            for (int64_t i = 0; i < inputs; i++) wide[j * inputs + i] = wide_bfloat16(narrow[j][i]);
+    }
+    if (l->dtype == INT8) {
+        const int8_t *all = l->weight, *narrow[4];
+        for (int j = 0; j < 4; j++) narrow[j] = all + row[j] * inputs;
+        if (N == 1) dots_int8(narrow, x, inputs, y);
+        for (int j = 0; j < 4 && N > 1; j++)
+            for (int64_t i = 0; i < inputs; i++) wide[j * inputs + i] = wide_int8(narrow[j][i]);
+    }
+    int64_t n = l->dtype == FLOAT32 || N > 1 ? 0 : N;
+    for (; n + 4 <= N; n += 4) sixteen_dots(w, x + n * inputs, inputs, y + 4 * n);
+    for (; n < N; n++) dots_float32(w, x + n * inputs, inputs, y + 4 * n);
+    for (n = 0; n < N; n++)
+        for (int j = 0; j < 4; j++) {
+            if (l->scale) y[4 * n + j] *= l->scale[row[j]];
+            if (l->bias) y[4 * n + j] += l->bias[row[j]];
+        }
+}
+
+/* A thread's part of a linear layer: x (N, inputs) -> y (N, outputs); added to y if `add`. */
+static void linear(const Linear *l, const float *x, float *y, int64_t N, int add, const Thread *thread) {
+    Range mine = part((l->outputs + 3) / 4, thread);
+    for (int64_t o = 4 * mine.first; o < 4 * mine.end; o += 4) {
+        four_outputs(l, o, x, N, thread->sums, thread->wide);
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t j = 0; j < 4 && o + j < l->outputs; j++) {
+                float *out = y + n * l->outputs + o + j, sum = thread->sums[4 * n + j];
+                *out = add ? *out + sum : sum;
+            }
+    }
+}
+
+/* Normalizes `count` vectors x (count, width) into y, which may be x. */
+static void normalize(const Norm *norm, const float *x, float *y, int64_t count, int64_t width) {
+    for (int64_t n = 0; n < count; n++, x += width, y += width) {
+        float mean = 0, square = 0;
+        if (norm->centered) {
+            for (int64_t i = 0; i < width; i++) mean += x[i];
+            mean /= width;
+        }
+        for (int64_t i = 0; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
+        float scale = 1 / sqrtf(square / width + (float)norm->eps);
+        for (int64_t i = 0; i < width; i++)
+            y[i] = (x[i] - mean) * scale * norm->gain[i] + (norm->bias ? norm->bias[i] : 0);
+    }
+}
+
+static void rotate(const Model *m, float *x, int64_t position) {
+    int64_t half = m->head_dim / 2;
+    const float *cosine = m->rotation + position * half, *sine = cosine + m->rotation_length * half;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i] + a * sine[i];
+    }
+}
+
+static float activate(int64_t activation, float x) {
+    switch (activation) {
+        case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
+        case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+        case RELU2: return x > 0 ? x * x : 0;
+        default: return x / (1 + expf(-x)); /* SWIGLU */
+    }
+}
+
+static int64_t hashed(int64_t key) { return (int64_t)((uint64_t)key * 0x9E3779B97F4A7C1u) >> 24; }
+
+static int64_t row_of(int64_t key, int64_t rows) { return (key % rows + rows) % rows; }
+
+/* Adds the rows of the n-gram tables (model/ngram.py) for a token and the two before it. */
+static void add_ngrams(const Model *m, const int64_t ids[3], float *x) {
+    int64_t oldest = ids[0] + 1, last = ids[1] + 1, current = ids[2] + 1, pair, triple, V = m->vocab_size;
+    if (m->exact_pairs) {
+        pair = last * V + current - 1;
+        triple = hashed(oldest * (V + 1) * V + pair);
+        pair = m->pairs_fit ? pair : hashed(pair);
+    } else {
+        pair = 48271 * last + 69621 * current;
+        triple = 39373 * oldest + 40692 * pair;
+    }
+    const float *a = m->pairs + row_of(pair, m->pair_rows) * m->width;
+    const float *b = m->triples + row_of(triple, m->triple_rows) * m->width;
+    for (int64_t i = 0; i < m->width; i++) x[i] += a[i] + b[i];
+}
+
+static void embed(const Model *m, const Step *step, int64_t n, float *x) {
+    int64_t T = step->tokens_of_row;
+    const int64_t *ids = step->tokens + n / T * (2 + T) + n % T; /* the token is the third */
+    memcpy(x, m->tokens + ids[2] * m->width, m->width * sizeof(float));
+    if (m->positions)
+        for (int64_t i = 0; i < m->width; i++) x[i] += m->positions[step->positions[n] * m->width + i];
+    if (m->pairs) add_ngrams(m, ids, x);
+}
+
+/* Keys and values of a token for one of the K heads, into the cache. */
+static void store(const Model *m, const Block *block, const Step *step, int64_t n, int64_t head, float *qkv,
+                  float *keys, float *values) {
+    int64_t D = m->head_dim;
+    float *k = qkv + (m->heads + head) * D, *v = k + m->kv_heads * D;
+    if (block->k_norm.gain) normalize(&block->k_norm, k, k, 1, D);
+    if (m->rotation) rotate(m, k, step->positions[n]);
+    memcpy(keys + step->positions[n] * D, k, D * sizeof(float));
+    memcpy(values + step->positions[n] * D, v, D * sizeof(float));
+}
+
+/* What a query gathers from the tokens up to its own. scores: room for as many. */
+static void attend(const Model *m, const float *q, int64_t position, const float *keys, const float *values,
+                   float *scores, float *y) {
+    int64_t D = m->head_dim;
+    float highest = -INFINITY, total = 0, scale = 1 / sqrtf((float)D);
+    for (int64_t s = 0; s <= position; s++) {
+        float sum = 0;
+        for (int64_t i = 0; i < D; i++) sum += q[i] * keys[s * D + i];
+        scores[s] = sum * scale;
+        highest = scores[s] > highest ? scores[s] : highest;
+    }
+    for (int64_t s = 0; s <= position; s++) total += scores[s] = expf(scores[s] - highest);
+    memset(y, 0, D * sizeof(float));
+    for (int64_t s = 0; s <= position; s++)
+        for (int64_t i = 0; i < D; i++) y[i] += scores[s] / total * values[s * D + i];
+}
+
+/* A thread's part of the attention of all tokens: it has some of the K heads, and the queries that use them. */
+static void attention(const Model *m, const Block *block, const Step *step, int64_t layer, float *qkv, float *y,
+                      const Thread *thread) {
+    int64_t D = m->head_dim, group = m->heads / m->kv_heads, width = (m->heads + 2 * m->kv_heads) * D;
+    int64_t N = step->rows_of_step * step->tokens_of_row;
+    Range mine = part(m->kv_heads, thread);
+    for (int64_t head = mine.first; head < mine.end; head++)
+        for (int pass = 0; pass < 2; pass++) /* first all keys: a token may look at those of the same step */
+            for (int64_t n = 0; n < N; n++) {
+                int64_t row = (layer * step->cache_rows + step->rows[n / step->tokens_of_row]) * m->kv_heads + head;
+                float *keys = step->keys + row * step->length * D, *values = step->values + row * step->length * D;
+                if (pass == 0) {
+                    store(m, block, step, n, head, qkv + n * width, keys, values);
+                    continue;
+                }
+                for (int64_t h = head * group; h < (head + 1) * group; h++) {
+                    float *q = qkv + n * width + h * D;
+                    if (block->q_norm.gain) normalize(&block->q_norm, q, q, 1, D);
+                    if (m->rotation) rotate(m, q, step->positions[n]);
+                    attend(m, q, step->positions[n], keys, values, thread->scores, y + n * m->width + h * D);
+                }
+            }
+}
+
+/* A thread's part of the MLP's first half: x (N, C) -> hidden (N, hidden). */
+static void expand(const Model *m, const Linear *fc, const float *x, float *hidden, int64_t N,
+                   const Thread *thread) {
+    Range mine = part((m->hidden + 3) / 4, thread);
+    for (int64_t o = 4 * mine.first; o < 4 * mine.end; o += 4) {
+        four_outputs(fc, o, x, N, thread->gates, thread->wide);
+        if (m->activation == SWIGLU) four_outputs(fc, o + m->hidden, x, N, thread->sums, thread->wide);
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t j = 0; j < 4 && o + j < m->hidden; j++) {
+                float y = activate(m->activation, thread->gates[4 * n + j]);
+                hidden[n * m->hidden + o + j] = m->activation == SWIGLU ? y * thread->sums[4 * n + j] : y;
+            }
+    }
+}
+
+/* --- the step --- */
+
+typedef struct {
+    float *x, *qkv, *attended, *hidden; /* of all threads: (N, C), (N, (H + 2 K) D), (N, C), (N, hidden) */
+} Shared;
+
+/* What each thread does. Where it waits, the next line needs what the others have computed. */
+static void run(const Model *m, const Step *step, const Shared *s, const Thread *thread, Barrier *barrier) {
+    int64_t N = step->rows_of_step * step->tokens_of_row, C = m->width;
+    Range mine = part(N, thread);
+    for (int64_t n = mine.first; n < mine.end; n++) embed(m, step, n, s->x + n * C);
+    wait_for_all(barrier);
+    for (int64_t layer = 0; layer < m->layers; layer++) {
+        const Block *block = m->blocks + layer;
+        normalize(&block->norm_1, s->x, thread->normed, N, C);
+        linear(&block->qkv, thread->normed, s->qkv, N, 0, thread);
+        wait_for_all(barrier);
+        attention(m, block, step, layer, s->qkv, s->attended, thread);
+        wait_for_all(barrier);
+        linear(&block->attn_proj, s->attended, s->x, N, 1, thread);
+        wait_for_all(barrier);
+        normalize(&block->norm_2, s->x, thread->normed, N, C);
+        expand(m, &block->fc, thread->normed, s->hidden, N, thread);
+        wait_for_all(barrier);
+        linear(&block->mlp_proj, s->hidden, s->x, N, 1, thread);
+        wait_for_all(barrier);
+    }
+    normalize(&m->final_norm, s->x, thread->normed, N, C);
+    linear(&m->head, thread->normed, step->logits, N, 0, thread);
+    wait_for_all(barrier);
+    if (m->logit_cap == 0) return;
+    mine = part(N * m->vocab_size, thread);
+    for (int64_t i = mine.first; i < mine.end; i++)
+        step->logits[i] = (float)m->logit_cap * tanhf(step->logits[i] / (float)m->logit_cap);
+}
+
+/* Computes a step. Returns 0, or 1 if there is no memory. */
+int decode_step(const Model *m, const Step *step, int threads) {
+    int64_t N = step->rows_of_step * step->tokens_of_row, C = m->width;
+    int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim, widest = m->hidden > C ? m->hidden : C;
+    int64_t own = N * C + step->length + 8 * N + 4 * widest + 16; /* 16: 64 bytes between two threads */
+    float *memory = malloc((N * (2 * C + qkv + m->hidden) + threads * own) * sizeof(float));
+    if (!memory) return 1;
+    float *attended = memory + N * C, *hidden = attended + N * C;
+    Shared shared = {.x = memory, .attended = attended, .hidden = hidden, .qkv = hidden + N * m->hidden};
+    Barrier barrier = {.threads = 1};
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+#endif
+    {
+        Thread thread = {.threads = 1};
+#ifdef _OPENMP
+#pragma omp single
+        barrier.threads = omp_get_num_threads();
+        thread.number = omp_get_thread_num();
+        thread.threads = barrier.threads;
+#endif
+        thread.normed = shared.qkv + N * qkv + thread.number * own;
+        thread.scores = thread.normed + N * C;
+        thread.sums = thread.scores + step->length;
+        thread.gates = thread.sums + 4 * N;
+        thread.wide = thread.gates + 4 * N;
+        run(m, step, &shared, &thread, &barrier);
+    }
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,264 @@
+"""Native steps: a few tokens through a GPT in one call of C (step.c), on a CPU.
+
+Example: logits, _ = with_native_steps(model)(idx, cache=step)
+Its numbers are those of the model, up to rounding: weights as they are (float32, bfloat16 or int8), all else
+float32. On a machine without a C compiler, on another device, or with foreign layers, the model is used as it
+is.
+
+Shapes: B rows of a step, T tokens of each, V vocab_size
+"""
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanogpt.model.gpt import GPT, MLP, Block, CausalSelfAttention
+from nanogpt.model.kernels import Head, LayerNorm, RMSNorm
+from nanogpt.model.kv_cache import BEFORE_TEXT, NGRAM_TOKENS, CacheStep
+from nanogpt.model.ngram import NgramEmbedding
+from nanogpt.model.quantize import Int8Linear
+from nanogpt.native.build import BuildError, load
+
+MAX_TOKENS = 64
+"""Tokens of a step, rows times T, from which on PyTorch's matrix products are faster (bench/RESULTS.md)."""
+
+SWITCH = "NANOGPT_NATIVE"
+"""Environment variable: 0 switches native steps off."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu": 3}
+
+
+# --- the structs of step.c, field by field ---
+
+
+class CLinear(Structure):
+    """A linear layer."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, c_int64) for name in ("outputs", "inputs", "dtype")),
+    ]
+
+
+class CNorm(Structure):
+    """A norm; with a gain of None there is none."""
+
+    _fields_: ClassVar[Any] = [
+        ("gain", c_void_p), ("bias", c_void_p), ("centered", c_int64), ("eps", c_double),
+    ]  # fmt: skip
+
+
+class CBlock(Structure):
+    """A block."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, CNorm) for name in ("norm_1", "q_norm", "k_norm", "norm_2")),
+        *((name, CLinear) for name in ("qkv", "attn_proj", "fc", "mlp_proj")),
+    ]
+
+
+class CModel(Structure):
+    """A GPT."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_int64) for name in (
+            "width", "vocab_size", "heads", "kv_heads", "head_dim", "hidden", "layers", "activation",
+            "pair_rows", "triple_rows", "exact_pairs", "pairs_fit", "rotation_length",
+        )),
+        ("logit_cap", c_double),
+        *((name, c_void_p) for name in ("tokens", "positions", "pairs", "triples", "rotation")),
+        ("blocks", POINTER(CBlock)), ("final_norm", CNorm), ("head", CLinear),
+    ]  # fmt: skip
+
+
+class CStep(Structure):
+    """The tokens of a step, the cache, and where the logits go."""
+
+    _fields_: ClassVar[Any] = [
+        ("rows_of_step", c_int64), ("tokens_of_row", c_int64),
+        *((name, c_void_p) for name in ("tokens", "rows", "positions", "keys", "values")),
+        ("cache_rows", c_int64), ("length", c_int64), ("logits", c_void_p),
+    ]  # fmt: skip
+
+
+# --- the model ---
+
+
+PLAIN = (
+    GPT,
+    Block,
+    CausalSelfAttention,
+    MLP,
+    nn.Linear,
+    Head,
+    Int8Linear,
+    LayerNorm,
+    RMSNorm,
+    nn.Embedding,
+    nn.ModuleList,
+    NgramEmbedding,
+)
+"""Modules that step.c computes; those without weights do nothing in evaluation mode."""
+
+
+def with_native_steps(model: GPT) -> "GPT | NativeGPT":
+    """The model with native steps, if it has them here; else the model.
+
+    For as long as nobody exchanges or moves its weights. To change them in place is allowed.
+    """
+    return model if why_no_native_steps(model) else NativeGPT(model)
+
+
+def why_no_native_steps(model: GPT) -> str:
+    """Why a model has no native steps here; "" if it has them."""
+    compiled = library()
+    if model.training or not is_plain(model):
+        return "the model is not on a CPU, is in training mode, or has foreign layers"
+    return str(compiled) if isinstance(compiled, BuildError) else ""
+
+
+@cache
+def library() -> ctypes.CDLL | BuildError:
+    """The compiled step.c, or why there is none."""
+    if os.environ.get(SWITCH) == "0":
+        return BuildError(f"{SWITCH}=0 switches native steps off")
+    try:
+        return load("step.c")
+    except BuildError as error:
+        return error
+
+
+class NativeGPT:
+    """A GPT of which small steps with a cache are computed by step.c, all others by the model itself."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model, self.config = model, model.config
+        self.kept: list[Any] = []
+        """What the structs point to."""
+        self.described = self.describe()
+
+    def __call__(self, idx: Tensor, *, cache: CacheStep) -> tuple[Tensor, None]:
+        """What the model returns for idx (B, T): the logits after the last token of each row, (B, 1, V)."""
+        if cache.ends is None and idx.numel() <= MAX_TOKENS:
+            return self.compute(idx, cache)[:, -1:], None
+        return self.model(idx, cache=cache)
+
+    def compute(self, idx: Tensor, step: CacheStep) -> Tensor:
+        """The logits after all tokens, (B, T, V), which the cache gets. Raises: MemoryError."""
+        B, T = idx.shape
+        logits = torch.empty(B, T, self.config.vocab_size)
+        if step.before is None:
+            ids = F.pad(idx, (NGRAM_TOKENS, 0), value=BEFORE_TEXT)
+        else:
+            ids = torch.cat((step.before, idx), dim=1)  # (B, NGRAM_TOKENS + T)
+        positions = step.positions.expand(B, T).contiguous()
+        keys, values = step.cache.in_float32()  # (L, R, K, S, D) each
+        described = CStep(
+            B, T, ids.data_ptr(), step.index.data_ptr(), positions.data_ptr(), keys.data_ptr(),
+            values.data_ptr(), keys.shape[1], keys.shape[3], logits.data_ptr(),
+        )  # fmt: skip
+        compiled = library()
+        assert isinstance(compiled, ctypes.CDLL)
+        threads = torch.get_num_threads()
+        if compiled.decode_step(ctypes.byref(self.described), ctypes.byref(described), threads):
+            raise MemoryError("no memory for a step")
+        return logits
+
+    def describe(self) -> "CModel":
+        """The model as step.c reads it."""
+        model, config = self.model, self.config
+        ngrams, rotation, places = model.ngram_embedding, model.rotation, model.position_embedding
+        blocks = (CBlock * config.n_layer)(*map(self.describe_block, model.blocks))
+        self.kept.append(blocks)
+        first = model.blocks[0]
+        assert isinstance(first, Block)
+        return CModel(
+            width=config.n_embd,
+            vocab_size=config.vocab_size,
+            heads=config.n_head,
+            kv_heads=config.n_kv_head or config.n_head,
+            head_dim=config.head_dim,
+            hidden=first.mlp.proj.in_features,
+            layers=config.n_layer,
+            activation=ACTIVATIONS[config.mlp],
+            logit_cap=config.logit_cap,
+            tokens=self.floats(model.token_embedding.weight),
+            positions=self.floats(places.weight) if places else None,
+            pairs=self.floats(ngrams.pairs.weight) if ngrams else None,
+            triples=self.floats(ngrams.triples.weight) if ngrams else None,
+            pair_rows=ngrams.pairs.num_embeddings if ngrams else 0,
+            triple_rows=ngrams.triples.num_embeddings if ngrams else 0,
+            exact_pairs=ngrams is not None and ngrams.exact,
+            pairs_fit=ngrams is not None and ngrams.pairs_fit,
+            rotation=self.floats(rotation),
+            rotation_length=0 if rotation is None else rotation.shape[1],
+            blocks=blocks,
+            final_norm=self.describe_norm(model.final_norm),
+            head=self.describe_linear(model.head),
+        )
+
+    def describe_block(self, block: nn.Module) -> "CBlock":
+        """A block as step.c reads it."""
+        assert isinstance(block, Block)
+        attn, mlp = block.attn, block.mlp
+        return CBlock(
+            norm_1=self.describe_norm(block.norm_1),
+            q_norm=self.describe_norm(attn.q_norm),
+            k_norm=self.describe_norm(attn.k_norm),
+            norm_2=self.describe_norm(block.norm_2),
+            qkv=self.describe_linear(attn.qkv),
+            attn_proj=self.describe_linear(attn.proj),
+            fc=self.describe_linear(mlp.fc),
+            mlp_proj=self.describe_linear(mlp.proj),
+        )
+
+    def describe_linear(self, layer: nn.Module) -> "CLinear":
+        """A linear layer as step.c reads it."""
+        assert isinstance(layer, (nn.Linear, Int8Linear))
+        return CLinear(
+            weight=self.pointer(layer.weight),
+            scale=self.floats(layer.scale) if isinstance(layer, Int8Linear) else None,
+            bias=self.floats(layer.bias),
+            outputs=layer.weight.shape[0],
+            inputs=layer.weight.shape[1],
+            dtype=DTYPES[layer.weight.dtype],
+        )
+
+    def describe_norm(self, norm: nn.Module) -> "CNorm":
+        """A norm as step.c reads it."""
+        if isinstance(norm, LayerNorm):
+            return CNorm(self.floats(norm.weight), self.floats(norm.bias), True, norm.eps)
+        if isinstance(norm, RMSNorm):
+            return CNorm(self.floats(norm.weight), None, False, norm.eps)
+        return CNorm()
+
+    def floats(self, tensor: Tensor | None) -> int | None:
+        """Where a tensor begins in memory, in float32."""
+        return self.pointer(None if tensor is None else tensor.float())
+
+    def pointer(self, tensor: Tensor | None) -> int | None:
+        """Where a tensor begins in memory, with its rows one after the other."""
+        if tensor is None:
+            return None
+        self.kept.append(tensor.detach().contiguous())
+        return self.kept[-1].data_ptr()
+
+
+def is_plain(model: GPT) -> bool:
+    """Whether step.c computes what the model does: no foreign layers, no hooks, all of it on a CPU."""
+    weights = (*model.parameters(), *model.buffers())
+    on_cpu = all(type(w) in {Tensor, nn.Parameter} and w.device.type == "cpu" for w in weights)
+    return on_cpu and all(map(is_plain_module, model.modules()))
+
+
+def is_plain_module(module: nn.Module) -> bool:
+    """Whether a module is one of ours, with nothing that runs along with it, or has no weights."""
+    hooks = module._forward_hooks, module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
+    return not any(hooks) and (type(module) in PLAIN or not list(module.parameters()))  # pyright: ignore[reportUnknownArgumentType]

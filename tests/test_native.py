@@ -1,0 +1,185 @@
+"""Steps in C are those of PyTorch, for weights of all dtypes and odd sizes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kv_cache import SHAPES, make
+
+from nanogpt.config import GPTConfig
+from nanogpt.inference.generate import generate
+from nanogpt.model.gpt import GPT
+from nanogpt.model.kv_cache import KVCache
+from nanogpt.model.quantize import Int8Linear, prepare_for_sampling
+from nanogpt.native import build, step
+from nanogpt.native.build import BuildError
+from nanogpt.native.step import NativeGPT, with_native_steps
+
+needs_compiler = pytest.mark.skipif(isinstance(step.library(), BuildError), reason=str(step.library()))
+
+ODD = {"n_embd": 36, "n_head": 3, "mlp_width": 50, "block_size": 16, "n_layer": 2, "dropout": 0.0}
+"""Sizes of which none is a multiple of four or eight, as far as they may be odd."""
+
+
+def widened(model: GPT) -> GPT:
+    """A model in float32 whose weights are those of another, however they are stored."""
+    copy = GPT(model.config).eval()
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, module in copy.named_modules():
+            if isinstance(other := model.get_submodule(name), Int8Linear):
+                module.weight = torch.nn.Parameter(other.dequantized())  # not copied: it may be tied
+                if other.bias is not None:
+                    module.bias.copy_(other.bias)
+            elif isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(other.weight.float())
+        for name, parameter in copy.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    return copy
+
+
+@torch.no_grad()
+def steps(model, text: torch.Tensor, *lengths: int) -> torch.Tensor:
+    """The logits after each piece of a text (B, N), of so many tokens each, (B, pieces, V)."""
+    cache, found = KVCache(model.config, len(text), text.shape[1]), []
+    for piece in text.split(list(lengths), dim=1):
+        cache_step = cache.step(range(len(text)), piece)
+        found.append(model(piece, cache=cache_step)[0])
+        cache.advance(cache_step, piece)
+    return torch.cat(found, dim=1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_numbers_are_those_of_pytorch_with_these_weights(shape, kind, threads):
+    model = make(
+        GPTConfig(vocab_size=21, **SHAPES[shape] | ODD | {"n_kv_head": SHAPES[shape].get("n_kv_head") and 1})
+    )
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    prepare_for_sampling(model, dtype, kind if kind == "int8" else "none")
+    reference, text = widened(model), torch.randint(21, (2, 16), generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        native = with_native_steps(model)
+        assert isinstance(native, NativeGPT)
+        found = steps(native, text, 1, 1, 3, 6, 1, 4)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, steps(reference, text, 1, 1, 3, 6, 1, 4), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_the_weights_may_change_in_place():
+    model = make(GPTConfig(vocab_size=20, **ODD))
+    native, text = NativeGPT(model), torch.tensor([[3, 1, 4]])
+    before = steps(native, text, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    torch.testing.assert_close(steps(native, text, 3), steps(model, text, 3), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(steps(native, text, 3), before)
+
+
+@needs_compiler
+def test_it_generates_with_them(monkeypatch):
+    model, prompt = make(GPTConfig(vocab_size=20, **ODD)), torch.tensor([[3, 1, 4]])
+    computed, compute = [], NativeGPT.compute
+    monkeypatch.setattr(NativeGPT, "compute", lambda *args: computed.append(1) or compute(*args))
+    native = [int(token) for token in generate(model, prompt, num_tokens=40, temperature=0)]
+    assert len(computed) == 40
+    monkeypatch.setattr(step, "library", lambda: BuildError("off"))
+    assert native == [int(token) for token in generate(model, prompt, num_tokens=40, temperature=0)]
+    assert len(computed) == 40
+
+
+@needs_compiler
+def test_what_it_does_not_know_is_left_to_the_model():
+    class Other(torch.nn.Linear):
+        """A layer with something of its own."""
+
+    def changed() -> GPT:
+        return make(GPTConfig(vocab_size=20, **ODD))
+
+    foreign, hooked, other_device = changed(), changed(), changed().to("meta")
+    foreign.blocks[1].mlp.fc = Other(36, 50)
+    hooked.blocks[0].attn.register_forward_hook(lambda *_: None)
+    for model in (foreign, hooked, other_device, changed().train()):
+        assert with_native_steps(model) is model
+    assert isinstance(with_native_steps(changed()), NativeGPT)
+
+
+@needs_compiler
+def test_padding_and_many_tokens_are_left_to_the_model(monkeypatch):
+    model = make(GPTConfig(vocab_size=20, **ODD))
+    native = NativeGPT(model)
+    monkeypatch.setattr(NativeGPT, "compute", None)
+    monkeypatch.setattr(step, "MAX_TOKENS", 16)
+    text = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5]] * 2)  # 18 tokens
+    torch.testing.assert_close(steps(native, text, 9), steps(model, text, 9), rtol=0, atol=0)
+    cache = KVCache(model.config, 2, 16)
+    with torch.no_grad():
+        native(text[:, :3], cache=cache.step([0, 1], text[:, :3], [3, 2]))
+
+
+# Building
+
+
+def test_without_a_compiler_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(BuildError, match="no C compiler"):
+        build.load("step.c")
+
+
+def compiler(path: Path, script: str) -> None:
+    """A compiler that is a shell script."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'step.c:1: it is broken' >&2; exit 1", "it is broken"),
+        ("exit 3", "exit code 3"),
+        ("true", "wrote nothing"),
+        ('while [ "$1" != -o ]; do shift; done; echo rubbish > "$2"', "rubbish|invalid|header|too short"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_path, script, message):
+    compiler(tmp_path / "mycc", script)
+    monkeypatch.setenv("CC", str(tmp_path / "mycc"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(BuildError, match=message):
+        build.load("step.c")
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_compiler
+def test_it_is_compiled_once_even_by_several_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = [sys.executable, "-c", "from nanogpt.native import build; build.load('step.c').decode_step"]
+    running = [subprocess.Popen(command, env=os.environ) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    (library,) = tmp_path.rglob("*.so")
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    library.write_bytes(b"damaged")
+    assert build.load("step.c").decode_step  # compiled again
+    monkeypatch.setattr(subprocess, "run", None)
+    assert build.load("step.c").decode_step
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match="file"):
+        build.load("step.c")
