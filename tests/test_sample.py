@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from conftest import prepared
 
 from nanogpt import precision
 from nanogpt.cli.sample import main, print_text, read_prompt, unescape
@@ -420,3 +421,22 @@ def test_a_bias_by_text_or_id(sampling: SampleConfig, capsys) -> None:
 def test_flags_that_exclude_each_other(values, message) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         SampleConfig(**values)
+
+
+def test_guesses_learned_from_the_training_change_no_text(config: TrainConfig, tmp_path, capsys) -> None:
+    fit(config)
+    sampling = SampleConfig(
+        checkpoint=str(Path(config.out_dir) / "ckpt.pt"), num_tokens=40, seed=1, device="cpu"
+    )
+    capsys.readouterr()
+    main(sampling)
+    expected = capsys.readouterr().out
+    main(replace(sampling, speculate=3))
+    assert capsys.readouterr() == (expected, f"Guesses are learned from {config.data_dir}\n")
+    prepared(Path(config.data_dir), "another text " * 100, overwrite=True)
+    capsys.readouterr()
+    main(replace(sampling, speculate=3))  # of no use, and not used
+    assert capsys.readouterr() == (expected, "")
+    shutil.rmtree(config.data_dir)
+    main(replace(sampling, speculate=3))
+    assert capsys.readouterr() == (expected, "")

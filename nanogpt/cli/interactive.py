@@ -22,6 +22,7 @@ from nanogpt.device import is_out_of_memory
 from nanogpt.errors import UserError, require
 from nanogpt.files import user_folder
 from nanogpt.inference.config import SampleConfig, SamplingParams
+from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.text import generate_text, resolve_logit_bias
 from nanogpt.model.gpt import GPT
 from nanogpt.settings import field_types, show_value
@@ -47,8 +48,10 @@ TEXT             continue the text; \\n is a line break, \\t a tab; if it begins
 class Dialogue:
     """The state between two lines: the model, and the settings of the moment."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, config: SampleConfig, guesses: NgramGuesses | None
+    ) -> None:
+        self.model, self.tokenizer, self.config, self.guesses = model, tokenizer, config, guesses
         self.commands: dict[str, Callable[[], None]] = {
             "help": lambda: print_text(HELP),
             "settings": lambda: self.show(*SETTABLE),
@@ -107,6 +110,7 @@ class Dialogue:
             num_tokens=config.num_tokens,
             stop=config.stop,
             generator=generators_for(self.model, [seed]),
+            guesses=self.guesses,
         )
         print_text(prompt)
         for chunk in text:
@@ -127,12 +131,12 @@ def check() -> None:
     )
 
 
-def run(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+def run(model: GPT, tokenizer: Tokenizer, config: SampleConfig, guesses: NgramGuesses | None = None) -> None:
     """Answer line after line until Ctrl-D or /quit."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
 
-    dialogue = Dialogue(model, tokenizer, config)
+    dialogue = Dialogue(model, tokenizer, config, guesses)
     commands = [f"/{name}" for name in (*dialogue.commands, *SETTABLE)]
     completer = WordCompleter(commands, sentence=True)
     session: PromptSession[str] = PromptSession(

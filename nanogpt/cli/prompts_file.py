@@ -25,6 +25,7 @@ from nanogpt.cli.prompts import (
 from nanogpt.console import plural, progress_bar
 from nanogpt.errors import UserError, require
 from nanogpt.inference.config import SampleConfig, SamplingParams
+from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.text import TextStream, resolve_logit_bias
 from nanogpt.inference.tokens import MAX_ROWS, generate_rows
 from nanogpt.model.gpt import GPT
@@ -57,8 +58,8 @@ class Request:
         return tuple(getattr(self.config, name) for name in BATCHED)
 
 
-def run(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """Print a JSON object for each prompt of config.prompts_file."""
+def run(model: GPT, tokenizer: Tokenizer, config: SampleConfig, guesses: NgramGuesses | None = None) -> None:
+    """Print a JSON object for each prompt of config.prompts_file. guesses: not for texts in batches."""
     requests = read_requests(tokenizer, config)
     done: dict[int, str] = {}
     batch_of = {number: batch for batch in plan_batches(requests) for number in batch}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt.checkpoint.format import build_model, load_checkpoint
+from nanogpt.checkpoint.format import Checkpoint, build_model, load_checkpoint
 from nanogpt.cli import interactive, prompts_file
 from nanogpt.cli.prompts import (
     device_of,
@@ -26,9 +26,11 @@ from nanogpt.cli.prompts import (
     unescape,
 )
 from nanogpt.console import warn
+from nanogpt.data.dataset import load_dataset
 from nanogpt.device import autocast, eager_mode, is_out_of_memory, pick_device
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
+from nanogpt.inference.speculation import MAX_LEARNED, NgramGuesses
 from nanogpt.inference.text import TextStream, resolve_logit_bias, token_texts
 from nanogpt.inference.tokens import MAX_ROWS, Token, generate_rows
 from nanogpt.model.gpt import GPT
@@ -61,15 +63,17 @@ def main(config: SampleConfig) -> int:
         prepare_for_sampling(model, dtype, config.quantize, by_columns=bool(no_steps))
         if no_steps and device.type == "cpu":
             warn(f"Sampling is several times slower than it could be: {no_steps}")
+        config = resolve_logit_bias(replace(config, **typed), tokenizer)
+        guesses = learn_guesses(saved) if config.speculate else None
         with eager_mode(), autocast(device, dtype):
-            run(model, tokenizer, resolve_logit_bias(replace(config, **typed), tokenizer))
+            run(model, tokenizer, config, guesses)
     return 0
 
 
-def print_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+def print_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, guesses: NgramGuesses | None) -> None:
     """Print config.num_samples texts, one after the other; the first of a batch while it is made."""
     prompt, ids = read_and_encode(model, tokenizer, config)
-    for number, row in enumerate(sampled_rows(model, ids, config)):
+    for number, row in enumerate(sampled_rows(model, ids, config, guesses)):
         print_text(SEPARATOR if number else "")
         print_text(prompt)
         for chunk in TextStream(tokenizer, row, config.stop):
@@ -77,10 +81,12 @@ def print_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         print_text("\n")
 
 
-def print_tokens(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+def print_tokens(
+    model: GPT, tokenizer: Tokenizer, config: SampleConfig, guesses: NgramGuesses | None
+) -> None:
     """Print a JSON object for each token of config.num_samples texts, with its log-probability."""
     _, ids = read_and_encode(model, tokenizer, config)
-    for number, row in enumerate(sampled_rows(model, ids, config)):
+    for number, row in enumerate(sampled_rows(model, ids, config, guesses)):
         for token, text in token_texts(tokenizer, row, config.stop):
             line = json.dumps(describe_token(tokenizer, token, text, number), ensure_ascii=False)
             print_text(f"{line}\n")
@@ -93,7 +99,7 @@ def describe_token(tokenizer: Tokenizer, token: Token, text: str, sample: int) -
     return {"sample": sample, "text": text, "token": token.id, "logprob": logprob, "top": top}
 
 
-MODES: dict[str, Callable[[GPT, Tokenizer, SampleConfig], None]] = {
+MODES: dict[str, Callable[[GPT, Tokenizer, SampleConfig, NgramGuesses | None], None]] = {
     "interactive": interactive.run,
     "prompts_file": prompts_file.run,
     "logprobs": print_tokens,
@@ -111,7 +117,22 @@ def read_and_encode(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> t
     return prompt, ids[0].to(device_of(model))
 
 
-def sampled_rows(model: GPT, ids: torch.Tensor, config: SampleConfig) -> Iterator[Iterator[Token]]:
+def learn_guesses(saved: Checkpoint) -> NgramGuesses:
+    """Guesses that know the text of the training, if it is where it was then."""
+    folder = Path(saved.train_config.data_dir)
+    try:
+        dataset = load_dataset(folder, verify_bytes=0)
+    except UserError:
+        return NgramGuesses()
+    if dataset.fingerprint != saved.fingerprint:
+        return NgramGuesses()
+    warn(f"Guesses are learned from {folder}")
+    return NgramGuesses(dataset.train[:MAX_LEARNED])
+
+
+def sampled_rows(
+    model: GPT, ids: torch.Tensor, config: SampleConfig, guesses: NgramGuesses | None
+) -> Iterator[Iterator[Token]]:
     """The tokens of each sample, which are made in batches. Their seeds: seed, seed + 1, ... ids: (T,)."""
     seed = secrets.randbits(32) if config.seed is None else config.seed
     for start in range(0, config.num_samples, MAX_ROWS):
@@ -123,6 +144,7 @@ def sampled_rows(model: GPT, ids: torch.Tensor, config: SampleConfig) -> Iterato
             num_tokens=config.num_tokens,
             generators=generators_for(model, [seed + number for number in numbers]),
             logprobs=config.logprobs,
+            guesses=guesses,
             on_short_memory=one_after_the_other,
         )
 

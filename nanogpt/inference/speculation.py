@@ -28,8 +28,8 @@ from nanogpt.native.step import NativeGPT
 ORDERS = (8, 5, 3, 2)
 """Numbers of tokens that a guess is made from; the largest of which the tokens were seen before counts."""
 
-MAX_LEARNED = 5_000_000
-"""Tokens of a text that are learned from beforehand at most: its first ones. That takes some seconds."""
+MAX_LEARNED = 2_000_000
+"""Tokens of a text that are learned from beforehand at most: its first ones. That takes a second."""
 
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15
 """Fibonacci hashing (Knuth, 1973)."""

@@ -16,6 +16,7 @@ from nanogpt.errors import UserError, require
 from nanogpt.inference.config import SamplingParams, token_bias
 from nanogpt.inference.generate import DEFAULT_PARAMS
 from nanogpt.inference.sampling import Randomness
+from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.tokens import Token, generate_rows, generate_tokens
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
@@ -82,17 +83,20 @@ def generate_text(
     num_tokens: int,
     stop: Sequence[str] = (),
     generator: Randomness = None,
+    guesses: NgramGuesses | None = None,
     **changes: Any,
 ) -> TextStream:
     """Continue one prompt (1, T) int64: an iterator over the new text, in chunks, as it is made.
 
     It ends after num_tokens tokens, before a string of `stop`, or where the model ends the text.
-    params, generator, changes: as for `generate`; logit_bias may name tokens by their text.
+    params, generator, guesses, changes: as for `generate`; logit_bias may name tokens by their text.
     Raises: UserError as `generate`, and for an empty stop string.
     """
     require(len(prompt) == 1, f"{len(prompt)} prompts: generate_text continues one, generate any number")
     params = resolve_logit_bias(replace(params, **changes), tokenizer)
-    steps = generate_tokens(model, prompt, params, num_tokens=num_tokens, generator=generator)
+    steps = generate_tokens(
+        model, prompt, params, num_tokens=num_tokens, generator=generator, guesses=guesses
+    )
     return TextStream(tokenizer, (step[0] for step in steps), stop)
 
 

@@ -19,6 +19,7 @@ from nanogpt.device import is_out_of_memory
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import DEFAULT_PARAMS, generate
 from nanogpt.inference.sampling import Randomness
+from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.model.gpt import GPT
 
 MAX_ROWS = 64
@@ -44,6 +45,7 @@ def generate_tokens(
     num_tokens: int,
     generator: Randomness = None,
     logprobs: int | None = None,
+    guesses: NgramGuesses | None = None,
     **changes: Any,
 ) -> Iterator[list[Token]]:
     """Continue prompts as `generate` does: an iterator over the new tokens, R of them at each step.
@@ -64,6 +66,7 @@ def generate_tokens(
         num_tokens=num_tokens,
         generator=generator,
         observe=None if logprobs is None else observe,
+        guesses=guesses,
         **changes,
     )
     if logprobs is None:
@@ -93,6 +96,7 @@ def generate_rows(
     num_tokens: int,
     generators: Sequence[torch.Generator],
     logprobs: int | None = None,
+    guesses: NgramGuesses | None = None,
     on_short_memory: Callable[[], None] = lambda: None,
 ) -> list[Iterator[Token]]:
     """Continue prompts, R of (T,) int64, in one batch: an iterator over the new tokens of each row.
@@ -112,6 +116,7 @@ def generate_rows(
             num_tokens=num_tokens,
             generator=[generators[row] for row in rows],
             logprobs=logprobs,
+            guesses=guesses,
         )
 
     def alone(row: int) -> Iterator[Token]:
