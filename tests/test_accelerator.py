@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from nanogpt import device, evaluation
-from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
+from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
 from nanogpt.config import TrainConfig
@@ -26,6 +26,7 @@ from nanogpt.data.batches import BatchLoader
 from nanogpt.distributed import world
 from nanogpt.distributed.world import World
 from nanogpt.inference.config import SampleConfig
+from nanogpt.inference.generate import generate
 from nanogpt.model.kernels import chunked_cross_entropy
 from nanogpt.training import autosize, cuda_graph, trainer
 from nanogpt.training.fit import fit
@@ -143,6 +144,33 @@ def test_it_samples_what_a_cpu_samples(there, kind, capsys, settings):
         sample.main(SampleConfig(checkpoint=path, device=place, **usual | settings))
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+def test_a_captured_token_is_the_ordinary_one(there, cuda, capsys, monkeypatch):
+    """Texts of several rows and lengths, past the context, with n-gram tables and RoPE too."""
+    replays = 0
+    really = accelerator.Tape.replay
+
+    def count(tape: accelerator.Tape) -> None:
+        nonlocal replays
+        replays += 1
+        with forbid_waiting():
+            really(tape)
+
+    monkeypatch.setattr(accelerator.Tape, "replay", count)
+    for settings in ({}, MODERN):
+        config = replace(there, out_dir=f"{there.out_dir}-{len(settings)}", **settings)
+        fit(config)
+        model, _ = load_model(Path(config.out_dir) / "ckpt.pt", "gpu")
+        prompts = [torch.tensor(ids).to("gpu") for ids in ([3, 1, 4], [1, 5, 9, 2, 6], [5])]
+        for rows in (prompts, prompts[:1]):
+            replays = 0
+            captured = torch.stack(list(generate(model, rows, num_tokens=60, temperature=0)))
+            assert replays > 30
+            model.register_forward_hook(lambda *_: None)  # Python that a graph would not call
+            ordinary = torch.stack(list(generate(model, rows, num_tokens=60, temperature=0)))
+            model._forward_hooks.clear()
+            assert captured.cpu().equal(ordinary.cpu())
 
 
 def running(config: TrainConfig) -> Run:

@@ -53,6 +53,15 @@ def test_throughput_measures_the_bare_step_and_the_trained_one(call):
     assert all(row["compiled"] == "no" and row["tokens_per_s"] > 0 and row["mfu"] > 0 for row in steps)
 
 
+def test_sampling_is_measured(call):
+    _, *rows = call("decode", "--small", "--texts", "1", "2", "--rounds", "1")
+    assert [set(row) for row in rows] == [
+        {"model", "texts", "launches", "graph", "guesses"},
+        {"model", "texts", "launches", "graph"},
+    ]
+    assert all(row["graph"] > 0 for row in rows)
+
+
 def test_kernels_are_listed_longest_first(call):
     _, *rows = call("kernels", "--small", "--most", "2")
     assert [row["optimizer"] for row in rows] == ["adamw", "muon"]

@@ -56,6 +56,7 @@ fi
 bench 400 throughput throughput.py "${sizes[@]}" --modes "${quick_modes[@]}"
 bench 300 race race.py --seeds 1 "${races[@]}"
 bench 200 kernels kernels.py "${sizes[@]:0:1}"
+bench 200 decode decode.py "${sizes[@]:0:1}"
 if [ -z "$quick" ]; then
     bench 400 memory memory.py "${sizes[@]}"
     if [ -z "$small" ]; then

@@ -2,8 +2,8 @@
 
 Example: for token in generate(model, prompt, num_tokens=100, temperature=0.8): ...
 The prompt is computed once (prefill), then each token alone: a cache has the keys and values of those before
-it (model/kv_cache.py). On a CPU that is done in C, where it can be (native/step.c). sampling.py chooses the
-tokens, text.py makes text of them.
+it (model/kv_cache.py). steps.py says what computes it, sampling.py chooses the tokens, text.py makes text of
+them.
 
 Shapes: R rows (texts), T tokens, V vocab_size
 """
@@ -21,15 +21,12 @@ from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.processors import History, check_logit_bias, needs_history
 from nanogpt.inference.sampling import Randomness, sample
-from nanogpt.inference.speculation import NgramGuesses, Speculator
+from nanogpt.inference.speculation import NgramGuesses
+from nanogpt.inference.steps import StepModel, fastest_steps
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache, integers
-from nanogpt.native.step import NativeGPT, with_native_steps
 
 DEFAULT_PARAMS = SamplingParams()
-
-StepModel = GPT | NativeGPT | Speculator
-"""What computes tokens with a cache."""
 
 Observer = Callable[[Tensor, Tensor], None]
 """Is called at each step with the model's own logits (R, V) and the tokens chosen from them (R,)."""
@@ -59,9 +56,7 @@ def generate(
     require(overlap <= size, f"--context_overlap {overlap} is more than the context, {size}")
     require(all(len(prompt) for prompt in prompts), "a prompt has no tokens: give at least one")
     check_logit_bias(params, model.config.vocab_size)
-    stepped = with_native_steps(model)
-    if params.speculate:
-        stepped = Speculator(stepped, guesses or NgramGuesses(), params.speculate)
+    stepped = fastest_steps(model, params.speculate, guesses)
     return decode(stepped, list(prompts), params, num_tokens, generator, observe=observe)
 
 

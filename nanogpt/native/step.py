@@ -255,10 +255,13 @@ def is_plain(model: GPT) -> bool:
     """Whether step.c computes what the model does: no foreign layers, no hooks, all of it on a CPU."""
     weights = (*model.parameters(), *model.buffers())
     on_cpu = all(type(w) in {Tensor, nn.Parameter} and w.device.type == "cpu" for w in weights)
-    return on_cpu and all(map(is_plain_module, model.modules()))
+    ours = all(type(module) in PLAIN or not list(module.parameters()) for module in model.modules())
+    return on_cpu and ours and not is_watched(model)
 
 
-def is_plain_module(module: nn.Module) -> bool:
-    """Whether a module is one of ours, with nothing that runs along with it, or has no weights."""
-    hooks = module._forward_hooks, module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
-    return not any(hooks) and (type(module) in PLAIN or not list(module.parameters()))  # pyright: ignore[reportUnknownArgumentType]
+def is_watched(model: nn.Module) -> bool:
+    """Whether hooks run along with a module of the model, which only Python calls."""
+    return any(
+        bool(module._forward_hooks or module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage, reportUnknownArgumentType, reportUnknownMemberType]
+        for module in model.modules()
+    )

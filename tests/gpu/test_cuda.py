@@ -21,7 +21,8 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.batches import BatchLoader
-from nanogpt.inference.config import SampleConfig
+from nanogpt.inference.config import SampleConfig, SamplingParams
+from nanogpt.inference.generate import decode, generate
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kernels import Head, chunked_cross_entropy
 from nanogpt.training import trainer
@@ -134,6 +135,16 @@ def test_it_writes_what_the_cpu_writes(config: TrainConfig, capsys) -> None:
         SampleConfig(checkpoint=str(best), num_tokens=20, seed=1, device=config.device, prompt="From")
     )
     assert capsys.readouterr().out.startswith("From")
+
+
+def test_a_token_as_a_graph_is_the_plain_one(config: TrainConfig, gpu_alone: torch.device) -> None:
+    fit(config)
+    model, _ = load_model(Path(config.out_dir) / "ckpt.pt", config.device)
+    prompts = [torch.tensor(ids, device=gpu_alone) for ids in ([3, 1, 4], [1, 5, 9, 2, 6])]
+    for rows in (prompts, prompts[:1]):
+        captured = list(generate(model, rows, num_tokens=40, temperature=0))
+        plain = list(decode(model, rows, SamplingParams(temperature=0), 40, None, observe=None))
+        assert torch.stack(captured).equal(torch.stack(plain))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,0 +1,29 @@
+"""Steps: the fastest way that a model has, where it is, to compute tokens with a cache.
+
+Example: model = fastest_steps(model); logits, _ = model(idx, cache=step)
+On a CPU that is C (native/step.py), on a GPU a CUDA graph (graph_step.py), else the model itself. With
+guesses, a few tokens at a time (speculation.py).
+"""
+
+from nanogpt.device import kind_of
+from nanogpt.inference.graph_step import GraphGPT
+from nanogpt.inference.speculation import NgramGuesses, Speculator
+from nanogpt.model.gpt import GPT
+from nanogpt.native.step import NativeGPT, is_watched, with_native_steps
+
+StepModel = GPT | NativeGPT | GraphGPT | Speculator
+"""What computes tokens with a cache, with the same numbers."""
+
+
+def fastest_steps(model: GPT, speculate: int = 0, guesses: NgramGuesses | None = None) -> StepModel:
+    """Choose how to compute steps, for as long as nobody exchanges or moves the model's weights.
+
+    speculate: number of tokens to guess ahead; guesses: where from; None: the text itself.
+    """
+    native = with_native_steps(model)
+    if speculate:
+        return Speculator(native, guesses or NgramGuesses(), speculate)
+    graphs = kind_of(next(model.parameters()).device).graphs
+    if native is model and graphs is not None and not model.training and not is_watched(model):
+        return GraphGPT(model, graphs)
+    return native
