@@ -37,7 +37,7 @@ typedef struct {
 
 typedef struct {
     Norm norm_1, q_norm, k_norm, norm_2;
-    Linear qkv, attn_proj, fc, mlp_proj;
+    Linear qkv, attn_proj, fc, up, mlp_proj; /* up: without a weight unless the MLP is gated */
 } Block;
 
 typedef struct {
@@ -83,7 +83,7 @@ static void wait_for_all(Barrier *barrier) {
 
 typedef struct {
     int number, threads;
-    float *normed, *scores, *sums, *gates, *wide; /* its own room: (N, C), (S,), (N, 4) twice, (4, inputs) */
+    float *normed, *scores, *sums, *wide; /* its own room: (N, C), (S,), (N, 4), (4, inputs) */
 } Thread;
 
 typedef struct {
@@ -104,6 +104,38 @@ static inline float wide_bfloat16(uint16_t x) {
     float wide;
     memcpy(&wide, &bits, sizeof wide);
     return wide;
+}
+
+/* exp(x) to 2e-7 of itself, without a branch, so that compilers make vectors of it. x = (n + f) ln 2. */
+static inline float fast_exp(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    float n = rintf(x * 1.44269504f), f = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1 + f + f * f * (0.5f + f * (0.16666667f + f * (0.041666f + f * (0.0083334f + f * 0.0013981f))));
+    int32_t power = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &power, sizeof scale);
+    return y * scale;
+}
+
+static inline float fast_tanh(float x) { return 1 - 2 / (fast_exp(2 * x) + 1); }
+
+/* erf(x) to 2e-7 (Abramowitz & Stegun, 7.1.26). */
+static inline float fast_erf(float x) {
+    float t = 1 / (1 + 0.3275911f * fabsf(x));
+    float y = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    return copysignf(1 - y * fast_exp(-x * x), x);
+}
+
+static void activate(int64_t activation, float *x, int64_t count) {
+    if (activation == GELU)
+        for (int64_t i = 0; i < count; i++) x[i] = 0.5f * x[i] * (1 + fast_erf(x[i] * 0.70710678f));
+    if (activation == GELU_TANH)
+        for (int64_t i = 0; i < count; i++)
+            x[i] = 0.5f * x[i] * (1 + fast_tanh(0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+    if (activation == RELU2)
+        for (int64_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
+    if (activation == SWIGLU) /* its gate */
+        for (int64_t i = 0; i < count; i++) x[i] = x[i] / (1 + fast_exp(-x[i]));
 }
 
 /* Four rows of a weight times a vector: four sums at a time hide the time that an addition takes. */
@@ -170,15 +202,17 @@ static void four_outputs(const Linear *l, int64_t o, const float *x, int64_t N, 
         }
 }
 
-/* A thread's part of a linear layer: x (N, inputs) -> y (N, outputs); added to y if `add`. */
-static void linear(const Linear *l, const float *x, float *y, int64_t N, int add, const Thread *thread) {
+enum Use { SET, ADD, MULTIPLY };
+
+/* A thread's part of a linear layer: x (N, inputs) -> y (N, outputs), which it sets, adds to or multiplies. */
+static void linear(const Linear *l, const float *x, float *y, int64_t N, enum Use use, const Thread *thread) {
     Range mine = part((l->outputs + 3) / 4, thread);
     for (int64_t o = 4 * mine.first; o < 4 * mine.end; o += 4) {
         four_outputs(l, o, x, N, thread->sums, thread->wide);
         for (int64_t n = 0; n < N; n++)
             for (int64_t j = 0; j < 4 && o + j < l->outputs; j++) {
                 float *out = y + n * l->outputs + o + j, sum = thread->sums[4 * n + j];
-                *out = add ? *out + sum : sum;
+                *out = use == SET ? sum : use == ADD ? *out + sum : *out * sum;
             }
     }
 }
@@ -205,15 +239,6 @@ static void rotate(const Model *m, float *x, int64_t position) {
         float a = x[i], b = x[i + half];
         x[i] = a * cosine[i] - b * sine[i];
         x[i + half] = b * cosine[i] + a * sine[i];
-    }
-}
-
-static float activate(int64_t activation, float x) {
-    switch (activation) {
-        case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
-        case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-        case RELU2: return x > 0 ? x * x : 0;
-        default: return x / (1 + expf(-x)); /* SWIGLU */
     }
 }
 
@@ -268,7 +293,7 @@ static void attend(const Model *m, const float *q, int64_t position, const float
         scores[s] = sum * scale;
         highest = scores[s] > highest ? scores[s] : highest;
     }
-    for (int64_t s = 0; s <= position; s++) total += scores[s] = expf(scores[s] - highest);
+    for (int64_t s = 0; s <= position; s++) total += scores[s] = fast_exp(scores[s] - highest);
     memset(y, 0, D * sizeof(float));
     for (int64_t s = 0; s <= position; s++)
         for (int64_t i = 0; i < D; i++) y[i] += scores[s] / total * values[s * D + i];
@@ -298,21 +323,6 @@ static void attention(const Model *m, const Block *block, const Step *step, int6
             }
 }
 
-/* A thread's part of the MLP's first half: x (N, C) -> hidden (N, hidden). */
-static void expand(const Model *m, const Linear *fc, const float *x, float *hidden, int64_t N,
-                   const Thread *thread) {
-    Range mine = part((m->hidden + 3) / 4, thread);
-    for (int64_t o = 4 * mine.first; o < 4 * mine.end; o += 4) {
-        four_outputs(fc, o, x, N, thread->gates, thread->wide);
-        if (m->activation == SWIGLU) four_outputs(fc, o + m->hidden, x, N, thread->sums, thread->wide);
-        for (int64_t n = 0; n < N; n++)
-            for (int64_t j = 0; j < 4 && o + j < m->hidden; j++) {
-                float y = activate(m->activation, thread->gates[4 * n + j]);
-                hidden[n * m->hidden + o + j] = m->activation == SWIGLU ? y * thread->sums[4 * n + j] : y;
-            }
-    }
-}
-
 /* --- the step --- */
 
 typedef struct {
@@ -328,32 +338,36 @@ static void run(const Model *m, const Step *step, const Shared *s, const Thread 
     for (int64_t layer = 0; layer < m->layers; layer++) {
         const Block *block = m->blocks + layer;
         normalize(&block->norm_1, s->x, thread->normed, N, C);
-        linear(&block->qkv, thread->normed, s->qkv, N, 0, thread);
+        linear(&block->qkv, thread->normed, s->qkv, N, SET, thread);
         wait_for_all(barrier);
         attention(m, block, step, layer, s->qkv, s->attended, thread);
         wait_for_all(barrier);
-        linear(&block->attn_proj, s->attended, s->x, N, 1, thread);
+        linear(&block->attn_proj, s->attended, s->x, N, ADD, thread);
         wait_for_all(barrier);
         normalize(&block->norm_2, s->x, thread->normed, N, C);
-        expand(m, &block->fc, thread->normed, s->hidden, N, thread);
+        linear(&block->fc, thread->normed, s->hidden, N, SET, thread);
+        mine = part((m->hidden + 3) / 4, thread); /* in fours, as in linear */
+        int64_t first = 4 * mine.first, end = 4 * mine.end < m->hidden ? 4 * mine.end : m->hidden;
+        for (int64_t n = 0; n < N; n++) activate(m->activation, s->hidden + n * m->hidden + first, end - first);
+        if (block->up.weight) linear(&block->up, thread->normed, s->hidden, N, MULTIPLY, thread);
         wait_for_all(barrier);
-        linear(&block->mlp_proj, s->hidden, s->x, N, 1, thread);
+        linear(&block->mlp_proj, s->hidden, s->x, N, ADD, thread);
         wait_for_all(barrier);
     }
     normalize(&m->final_norm, s->x, thread->normed, N, C);
-    linear(&m->head, thread->normed, step->logits, N, 0, thread);
+    linear(&m->head, thread->normed, step->logits, N, SET, thread);
     wait_for_all(barrier);
     if (m->logit_cap == 0) return;
     mine = part(N * m->vocab_size, thread);
     for (int64_t i = mine.first; i < mine.end; i++)
-        step->logits[i] = (float)m->logit_cap * tanhf(step->logits[i] / (float)m->logit_cap);
+        step->logits[i] = (float)m->logit_cap * fast_tanh(step->logits[i] / (float)m->logit_cap);
 }
 
 /* Computes a step. Returns 0, or 1 if there is no memory. */
 int decode_step(const Model *m, const Step *step, int threads) {
     int64_t N = step->rows_of_step * step->tokens_of_row, C = m->width;
     int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim, widest = m->hidden > C ? m->hidden : C;
-    int64_t own = N * C + step->length + 8 * N + 4 * widest + 16; /* 16: 64 bytes between two threads */
+    int64_t own = N * C + step->length + 4 * N + 4 * widest + 16; /* 16: 64 bytes between two threads */
     float *memory = malloc((N * (2 * C + qkv + m->hidden) + threads * own) * sizeof(float));
     if (!memory) return 1;
     float *attended = memory + N * C, *hidden = attended + N * C;
@@ -373,8 +387,7 @@ int decode_step(const Model *m, const Step *step, int threads) {
         thread.normed = shared.qkv + N * qkv + thread.number * own;
         thread.scores = thread.normed + N * C;
         thread.sums = thread.scores + step->length;
-        thread.gates = thread.sums + 4 * N;
-        thread.wide = thread.gates + 4 * N;
+        thread.wide = thread.sums + 4 * N;
         run(m, step, &shared, &thread, &barrier);
     }
     free(memory);

@@ -12,7 +12,7 @@ import ctypes
 import os
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class CBlock(Structure):
 
     _fields_: ClassVar[Any] = [
         *((name, CNorm) for name in ("norm_1", "q_norm", "k_norm", "norm_2")),
-        *((name, CLinear) for name in ("qkv", "attn_proj", "fc", "mlp_proj")),
+        *((name, CLinear) for name in ("qkv", "attn_proj", "fc", "up", "mlp_proj")),
     ]
 
 
@@ -215,20 +215,22 @@ class NativeGPT:
             norm_2=self.describe_norm(block.norm_2),
             qkv=self.describe_linear(attn.qkv),
             attn_proj=self.describe_linear(attn.proj),
-            fc=self.describe_linear(mlp.fc),
+            fc=self.describe_linear(mlp.fc, 0, mlp.proj.in_features),
+            up=self.describe_linear(mlp.fc, mlp.proj.in_features) if mlp.gated else CLinear(),
             mlp_proj=self.describe_linear(mlp.proj),
         )
 
-    def describe_linear(self, layer: nn.Module) -> "CLinear":
-        """A linear layer as step.c reads it."""
+    def describe_linear(self, layer: nn.Module, first: int = 0, end: int | None = None) -> "CLinear":
+        """A linear layer as step.c reads it, or some of its outputs."""
         assert isinstance(layer, (nn.Linear, Int8Linear))
+        weight, bias = layer.weight[first:end], cast("Tensor | None", layer.bias)
         return CLinear(
-            weight=self.pointer(layer.weight),
-            scale=self.floats(layer.scale) if isinstance(layer, Int8Linear) else None,
-            bias=self.floats(layer.bias),
-            outputs=layer.weight.shape[0],
-            inputs=layer.weight.shape[1],
-            dtype=DTYPES[layer.weight.dtype],
+            weight=self.pointer(weight),
+            scale=self.floats(layer.scale[first:end]) if isinstance(layer, Int8Linear) else None,
+            bias=None if bias is None else self.floats(bias[first:end]),
+            outputs=weight.shape[0],
+            inputs=weight.shape[1],
+            dtype=DTYPES[weight.dtype],
         )
 
     def describe_norm(self, norm: nn.Module) -> "CNorm":
