@@ -1,20 +1,26 @@
 """Sampling, in tokens a second: ours in float32, bfloat16 and int8 against transformers' generate.
 
 Run:    python bench/decode.py                       the default model, batch 1 and 64; some minutes
+        python bench/decode.py --checkpoint out/ckpt.pt     guesses (--speculate) with a trained model
         python bench/decode.py --small               tries the script
 The same shape and (random) weights in transformers' GPT-2, greedy, the same number of new tokens, with its
 usual cache and its static one. All take turns; the table shows medians. Also: the time to the first token;
 the part of the memory's bandwidth that reading the weights takes (measured in the same run, with a sum over a
-tensor that fits no cache); and the cost of a token late in the context over that of an early one.
+tensor that fits no cache); and the cost of a token late in the context over that of an early one. With a
+checkpoint instead: how many tokens a pass gives when guesses are computed along, and how much faster that is.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import common
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -22,15 +28,24 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
+from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.config import GPTConfig
+from nanogpt.data.dataset import load_dataset
 from nanogpt.device import autocast, eager_mode
-from nanogpt.inference.generate import generate
+from nanogpt.inference.config import SamplingParams
+from nanogpt.inference.generate import decode, generate
+from nanogpt.inference.speculation import MAX_LEARNED, NgramGuesses, Speculator
+from nanogpt.inference.steps import StepModel
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import linear_bytes, prepare_for_sampling
+from nanogpt.native.step import why_no_native_steps, with_native_steps
 
 CPU = torch.device("cpu")
 PROMPT = 8
 """Tokens of a prompt."""
+
+SPECULATED = 500
+"""Tokens of a text with guesses."""
 
 Run = Callable[[Tensor, int], list[float]]
 """Prompts (R, T), number of new tokens -> seconds until each token was there, or until the last was."""
@@ -50,7 +65,8 @@ def ours(config: GPTConfig, kind: str) -> Way:
     torch.manual_seed(1)
     model = GPT(config).eval()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    prepare_for_sampling(model, dtype, kind if kind == "int8" else "none")
+    native = not why_no_native_steps(model)
+    prepare_for_sampling(model, dtype, kind if kind == "int8" else "none", by_columns=not native)
 
     def run(prompts: Tensor, count: int) -> list[float]:
         start, times = time.perf_counter(), list[float]()
@@ -110,13 +126,60 @@ def measure(ways: list[Way], batch: int, count: int, rounds: int) -> list[dict[s
     return [{name: median(values) for name, values in row.items() if values} for row in rows]
 
 
+def guesses(path: Path, rounds: int) -> list[dict[str, object]]:
+    """Measure and print what guesses gain with a trained model, text by text in turn with none."""
+    table = Table("weights", "temperature", "guesses", "learned from", "tokens a pass", "faster")
+    results = list[dict[str, object]]()
+    for kind in ("float32", "int8"):
+        model, tokenizer = load_model(path, "cpu")
+        prepare_for_sampling(model, torch.float32, "int8" if kind == "int8" else "none", by_columns=False)
+        data = load_dataset(Path(load_checkpoint(path).train_config.data_dir)).train[:MAX_LEARNED]
+        prompt = torch.from_numpy(tokenizer.encode("\n").astype(np.int64))
+        for temperature in (0, 0.8):
+            params = SamplingParams(temperature=temperature)
+            for count, learned in itertools.product((1, 2, 4, 8), (None, data)):
+                speculator = Speculator(with_native_steps(model), NgramGuesses(learned), count)
+                faster = list[float]()
+                for seed in range(rounds):
+                    times = [
+                        common.seconds(partial(sample, way, prompt, params, seed))
+                        for way in (speculator, with_native_steps(model))
+                    ]
+                    faster.append(times[1] / times[0])
+                row = {
+                    "weights": kind,
+                    "temperature": temperature,
+                    "guesses": count,
+                    "learned from": "text so far" if learned is None else "training",
+                    "tokens a pass": rounds * SPECULATED / speculator.passes,
+                    "faster": median(faster),
+                }
+                results.append(row)
+                table.add_row(
+                    *(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values())
+                )
+    Console().print(table)
+    return results
+
+
+def sample(model: StepModel, prompt: Tensor, params: SamplingParams, seed: int) -> None:
+    """Sample SPECULATED tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in decode(model, [prompt], params, SPECULATED, generator, observe=None):
+        pass
+
+
 def main() -> None:
     """Measure and print a table for each batch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--checkpoint", type=Path, help="measure guesses with this model instead")
     options = parser.parse_args()
+    if options.checkpoint:
+        common.write_json("decode-guesses", guesses(options.checkpoint, options.rounds))
+        return
     config = GPTConfig(vocab_size=65, dropout=0.0)
     if options.small:
         config = GPTConfig(vocab_size=65, dropout=0.0, n_layer=1, n_head=2, n_embd=32, block_size=32)
