@@ -77,9 +77,10 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tenso
     S = k.shape[-2]
     future = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)
     q, k, v = q.reshape(B * H, T, D), k.reshape(B * H, S, D), v.reshape(B * H, S, D)
-    scores = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(D))  # (B H, T, S)
-    weights = F.dropout(scores.softmax(dim=-1), dropout)  # float32 under autocast
-    return torch.bmm(weights.to(v.dtype), v).view(B, H, T, D)
+    with torch.autocast(q.device.type, enabled=False):  # it would hold float32 scores, for the same numbers
+        scores = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(D))  # (B H, T, S)
+        weights = F.dropout(scores.softmax(dim=-1), dropout)
+        return torch.bmm(weights, v).view(B, H, T, D)
 
 
 def one_query_is_explicit(q: Tensor, keys: int) -> bool:
