@@ -9,7 +9,9 @@ import pytest
 import torch
 from test_kv_cache import SHAPES, make
 
-from nanogpt.config import GPTConfig
+from nanogpt.cli.sample import main
+from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache
@@ -17,6 +19,7 @@ from nanogpt.model.quantize import Int8Linear, prepare_for_sampling
 from nanogpt.native import build, step
 from nanogpt.native.build import BuildError
 from nanogpt.native.step import NativeGPT, with_native_steps
+from nanogpt.training.fit import fit
 
 needs_compiler = pytest.mark.skipif(isinstance(step.library(), BuildError), reason=str(step.library()))
 
@@ -183,3 +186,25 @@ def test_a_folder_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(BuildError, match="file"):
         build.load("step.c")
+
+
+def test_sampling_says_in_a_line_that_there_is_no_compiler(
+    config: TrainConfig, monkeypatch, tmp_path, capsys
+) -> None:
+    fit(config)
+    sampling = SampleConfig(checkpoint=f"{config.out_dir}/ckpt.pt", num_tokens=30, seed=1, device="cpu")
+    monkeypatch.setattr(step, "library", step.library.__wrapped__)
+    capsys.readouterr()
+    main(sampling)
+    expected = capsys.readouterr().out
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv(step.SWITCH, raising=False)
+    main(sampling)
+    assert capsys.readouterr() == (
+        expected,
+        "Sampling takes several times as long as it could: there is no C compiler (cc)\n",
+    )
+    monkeypatch.setenv(step.SWITCH, "0")
+    main(sampling)
+    assert capsys.readouterr() == (expected, "")

@@ -124,10 +124,15 @@ def why_no_native_steps(model: GPT) -> str:
     return str(compiled) if isinstance(compiled, BuildError) else ""
 
 
+def switched_off() -> bool:
+    """Whether the user wants no native steps."""
+    return os.environ.get(SWITCH) == "0"
+
+
 @cache
 def library() -> ctypes.CDLL | BuildError:
     """The compiled step.c, or why there is none."""
-    if os.environ.get(SWITCH) == "0":
+    if switched_off():
         return BuildError(f"{SWITCH}=0 switches native steps off")
     try:
         return load("step.c")
