@@ -38,7 +38,7 @@ from nanogpt.inference.speculation import MAX_LEARNED, NgramGuesses, Speculator
 from nanogpt.inference.steps import StepModel
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import linear_bytes, prepare_for_sampling
-from nanogpt.native.step import why_no_native_steps, with_native_steps
+from nanogpt.native.step import native_problem, with_native_steps
 
 CPU = torch.device("cpu")
 PROMPT = 8
@@ -65,8 +65,8 @@ def ours(config: GPTConfig, kind: str) -> Way:
     torch.manual_seed(1)
     model = GPT(config).eval()
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-    native = not why_no_native_steps(model)
-    prepare_for_sampling(model, dtype, kind if kind == "int8" else "none", by_columns=not native)
+    quantization = kind if kind == "int8" else "none"
+    prepare_for_sampling(model, dtype, quantization, by_columns=bool(native_problem()))
 
     def run(prompts: Tensor, count: int) -> list[float]:
         start, times = time.perf_counter(), list[float]()

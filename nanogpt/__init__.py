@@ -1,6 +1,9 @@
 """NanoGPT: train a GPT on your own text, on the machine you have.
 
-Example: from nanogpt import GPT, GPTConfig, TrainConfig, fit, generate, load_model
+Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, score
+         prepare("my.txt", "data")
+         fit(TrainConfig(data_dir="data", out_dir="out", minutes=2))
+         print(generate(load_model("out"), "ROMEO:"))
 Each name is imported when it is first used (PEP 562), so `import nanogpt` alone does not import PyTorch.
 """
 
@@ -15,21 +18,37 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an older Python gets this messag
     raise SystemExit(2)
 
 if TYPE_CHECKING:
-    from nanogpt.checkpoint.format import load_model
+    from nanogpt.api import generate, prepare, score
+    from nanogpt.checkpoint.format import TextModel, load_model
     from nanogpt.config import GPTConfig, TrainConfig
-    from nanogpt.inference.generate import generate
+    from nanogpt.errors import UserError
     from nanogpt.model.gpt import GPT
     from nanogpt.training.fit import fit
 
-__all__ = ["GPT", "GPTConfig", "TrainConfig", "fit", "generate", "load_model"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "TextModel",
+    "TrainConfig",
+    "UserError",
+    "fit",
+    "generate",
+    "load_model",
+    "prepare",
+    "score",
+]
 
 LAZY_IMPORTS = {
     "GPT": "nanogpt.model.gpt",
     "GPTConfig": "nanogpt.config",
+    "TextModel": "nanogpt.checkpoint.format",
     "TrainConfig": "nanogpt.config",
+    "UserError": "nanogpt.errors",
     "fit": "nanogpt.training.fit",
-    "generate": "nanogpt.inference.generate",
+    "generate": "nanogpt.api",
     "load_model": "nanogpt.checkpoint.format",
+    "prepare": "nanogpt.api",
+    "score": "nanogpt.api",
 }
 """Public name -> the module that defines it."""
 

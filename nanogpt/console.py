@@ -1,18 +1,22 @@
 """Output for a person: lines, warnings, progress bars, figures, numbers with their units.
 
-On a terminal, colors and bars through rich (which respects NO_COLOR); elsewhere, plain lines.
+On a terminal, colors and bars through rich (which respects NO_COLOR); in a notebook, bars of one line
+(notebook.py); elsewhere, plain lines. Nothing is printed within `with silence():`.
 """
 
 import os
 import re
 import sys
+import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
-from nanogpt.streams import is_main_process
+from nanogpt.streams import is_main_process, write_signal_safe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +31,12 @@ MAX_WORD, MAX_LINE = 256, 1000
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal obeys instead of showing (except tab and line feed), or cannot show."""
+
+BAR_AFTER_SECONDS = 2.0
+"""Seconds after which a late_progress_bar appears."""
+
+SILENT: ContextVar[bool] = ContextVar("silent", default=False)
+"""Whether this thread is within `silence`."""
 
 PROGRESS_BARS: "weakref.WeakSet[Progress]" = weakref.WeakSet()
 """All progress bars of this process."""
@@ -64,9 +74,33 @@ def terminal() -> "Console":
     return Console(highlight=False, soft_wrap=True, file=cast(IO[str], StandardOutput()))
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, as in Jupyter, VS Code or Colab."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_ipython is not None and getattr(get_ipython(), "kernel", None) is not None
+
+
+@contextmanager
+def silence(on: bool = True) -> Generator[None]:
+    """Print nothing in the block if `on`: no lines, no warnings, no bars. Errors are raised as always.
+
+    What other threads print is printed.
+    """
+    token = SILENT.set(on or SILENT.get())
+    try:
+        yield
+    finally:
+        SILENT.reset(token)
+
+
+def is_silent() -> bool:
+    """Whether nothing is to be printed: within `silence`, or on a process that is not the first."""
+    return SILENT.get() or not is_main_process()
+
+
 def say(line: str = "", style: str | None = None) -> None:
     """Print one or several lines on standard output, above a progress bar if one is shown."""
-    if not is_main_process() or sys.stdout is None:
+    if is_silent() or sys.stdout is None:
         return
     line = escape_control_characters(line)
     with ignore_write_errors(sys.stdout):
@@ -78,7 +112,7 @@ def say(line: str = "", style: str | None = None) -> None:
 
 def warn(line: str) -> None:
     """Print a line on standard error, above a progress bar if one is shown."""
-    if not is_main_process() or sys.stderr is None:
+    if is_silent() or sys.stderr is None:
         return
     line = one_line(line)
     with ignore_write_errors(sys.stderr):
@@ -86,6 +120,12 @@ def warn(line: str) -> None:
             terminal().print(line, style="yellow", markup=False, emoji=False)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def warn_in_signal_handler(line: str) -> None:
+    """Print a line on standard error from a signal handler."""
+    if not is_silent():
+        write_signal_safe(line)
 
 
 @contextmanager
@@ -149,7 +189,7 @@ def command(name: str) -> list[str]:
 
 
 def progress_bar(unit: str, *, size_in_bytes: bool = False, on_stderr: bool = False) -> "Progress":
-    """A progress bar with elapsed and remaining time, on a terminal only.
+    """A progress bar with elapsed and remaining time, on a terminal or in a notebook.
 
     unit: shown in front of the bar. A task's `detail` field is shown behind it.
     on_stderr: show it on standard error, for a command whose standard output is its result.
@@ -164,7 +204,8 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False, on_stderr: bool = Fa
         if size_in_bytes
         else progress.TextColumn("{task.completed:,}/{task.total:,}")
     )
-    bar = progress.Progress(
+    is_cell = in_notebook()
+    bar = progress_class(in_cell=is_cell)(
         progress.TextColumn(unit),
         progress.BarColumn(bar_width=24),
         amount,
@@ -175,10 +216,54 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False, on_stderr: bool = Fa
         console=console,
         refresh_per_second=5,
         redirect_stdout=not on_stderr,
-        disable=not (console.is_terminal and is_main_process()),
+        disable=is_silent() or not (is_cell or console.is_terminal),
     )
     PROGRESS_BARS.add(bar)
     return bar
+
+
+def progress_class(*, in_cell: bool) -> "type[Progress]":
+    """The class of progress bars for a terminal, or for the cell of a notebook."""
+    if in_cell:
+        from nanogpt.notebook import CellProgress
+
+        return CellProgress
+    from rich.progress import Progress
+
+    return Progress
+
+
+@contextmanager
+def late_progress_bar(unit: str, total: int, *, enabled: bool = True) -> Generator[Callable[[int], None]]:
+    """A progress bar that appears after BAR_AFTER_SECONDS, unless another one is shown.
+
+    Yields what to call with the number of units that are done.
+    """
+    bar, began = progress_bar(unit), time.monotonic()
+    task, started = bar.add_task("", total=total, detail=""), False
+
+    def advance(count: int) -> None:
+        """Advance the bar, and show it when it is time."""
+        nonlocal started
+        bar.advance(task, count)
+        if enabled and not started and time.monotonic() - began > BAR_AFTER_SECONDS:
+            started = not any(other.live.is_started for other in list(PROGRESS_BARS))
+            if started:
+                bar.start()
+
+    try:
+        yield advance
+    finally:
+        if started:
+            bar.stop()
+
+
+def show_in_notebook(picture: Path) -> None:
+    """Show a picture in the output of the cell, if this is a notebook."""
+    if in_notebook() and not is_silent():
+        from nanogpt.notebook import show_picture
+
+        show_picture(picture)
 
 
 def stop_progress_bars() -> None:

@@ -319,6 +319,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(said, str(error)))
 
 
+@contextmanager
+def explain_out_of_memory() -> Generator[None]:
+    """Turn an out-of-memory error in the block into a UserError with advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory: give --device cpu if this is a GPU, or end other programs that use its memory"
+        ) from error
+
+
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     """Measure how many seconds an action takes on a device."""
     kind = kind_of(device)

@@ -290,6 +290,19 @@ def test_the_time_is_kept_on_any_machine(factors):
     assert 0.8 * 120 < now.now < 1.1 * 120 + 5
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0.02, 0.6), min_size=8, max_size=8))
+def test_a_decision_never_begins_before_an_earlier_one(seconds):
+    """With few updates, on a machine whose speed changes at each."""
+    with pytest.MonkeyPatch.context() as patch:
+        now = SimpleNamespace(now=0.0)
+        patch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: now.now))
+        patch.setattr(deadline, "named_tensors", big)
+        run = FakeRun(0.06, now, lambda t: seconds[int(t / 0.4) % 8])
+        run.train()  # decay_spans refuses any other order
+    assert run.config.decays
+
+
 # --- whole trainings ---
 
 

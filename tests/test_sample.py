@@ -312,12 +312,12 @@ def test_a_folder_without_a_name_is_a_folder(path: str, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried ...")])
-@pytest.mark.parametrize("place", ["build_model", "generate_rows"])
+@pytest.mark.parametrize("place", ["cli.sample.build_model", "inference.prompts.generate_rows"])
 def test_too_little_memory_is_one_line(sampling: SampleConfig, monkeypatch, error, place: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(f"nanogpt.cli.sample.{place}", fail)
+    monkeypatch.setattr(f"nanogpt.{place}", fail)
     with pytest.raises(UserError, match="out of memory: give --device cpu"):
         main(sampling)
 
@@ -326,7 +326,7 @@ def test_another_error_is_no_lack_of_memory(sampling: SampleConfig, monkeypatch)
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("nanogpt.cli.sample.generate_rows", fail)
+    monkeypatch.setattr("nanogpt.inference.prompts.generate_rows", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         main(sampling)
 
@@ -356,7 +356,7 @@ def test_the_text_of_a_seed_is_the_one_it_has_alone(sampling: SampleConfig, caps
 def test_more_texts_than_a_batch_has_rows(sampling: SampleConfig, capsys, monkeypatch) -> None:
     main(replace(sampling, num_samples=5, num_tokens=9))
     expected = capsys.readouterr().out
-    monkeypatch.setattr("nanogpt.cli.sample.MAX_ROWS", 2)
+    monkeypatch.setattr("nanogpt.inference.prompts.MAX_ROWS", 2)
     main(replace(sampling, num_samples=5, num_tokens=9))
     assert capsys.readouterr().out == expected
 

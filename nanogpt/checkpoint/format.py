@@ -1,7 +1,7 @@
 """The checkpoint file format: save, load and verify a checkpoint, upgrade older formats, load a model.
 
 Example:    save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
-            model, tokenizer = load_model("out/ckpt.pt")
+            model = load_model("out"); model, tokenizer = load_model("out/last.pt")
 A checkpoint is one self-contained file of plain types and tensors, written with torch.save and followed by a
 seal: the SHA-256 of all bytes before it. Loading verifies the seal first, then calls torch.load with
 weights_only=True, so a malicious file cannot run code. Plain torch.load reads the file too.
@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 
 from nanogpt import seals
 from nanogpt.checkpoint import sharded, validation
 from nanogpt.config import GPTConfig, TrainConfig, from_dict, model_config
+from nanogpt.console import plural
 from nanogpt.device import pick_device
 from nanogpt.errors import UserError, require
 from nanogpt.model.gpt import GPT
@@ -141,12 +142,54 @@ def verify(path: Path) -> None:
     require(seal == SEAL + digest.digest(), f"checkpoint {path} is damaged (its checksum does not match)")
 
 
-def load_model(path: str | Path, device_name: str = "auto") -> tuple[GPT, Tokenizer]:
-    """Load the model and the tokenizer of a checkpoint file for inference.
+class ModelAndTokenizer(NamedTuple):
+    """The two parts of a TextModel."""
 
+    model: GPT
+    tokenizer: Tokenizer
+
+
+class TextModel(ModelAndTokenizer):
+    """A model with its tokenizer: together they continue and score texts. Unpacks into the two."""
+
+    trained_in = "float32"
+    """Name of the dtype of its products in training, which sampling takes where the device is fast at it."""
+
+    def __repr__(self) -> str:
+        """One line, instead of all layers."""
+        shape, tokenizer = self.model.config, self.tokenizer
+        return (
+            f"TextModel({plural(shape.n_layer, 'layer')} of width {shape.n_embd}, "
+            f"context of {plural(shape.block_size, 'token')}, {self.model.num_parameters():,} parameters, "
+            f"{tokenizer.vocab_size:,} {tokenizer.unit})"
+        )
+
+
+def load_model(path: str | Path, device: str = "auto") -> TextModel:
+    """Load the model and the tokenizer of a checkpoint file, or of a run folder's best checkpoint.
+
+    device: auto, cpu, cuda, cuda:1 or mps.
     Raises: UserError if the checkpoint is missing or damaged, or the device does not exist.
     """
-    return build_model(load_checkpoint(Path(path)), pick_device(device_name))
+    saved = load_checkpoint(checkpoint_at(Path(path), "path"))
+    loaded = TextModel(*build_model(saved, pick_device(device)))
+    loaded.trained_in = str(saved.precision["dtype"])
+    return loaded
+
+
+def checkpoint_at(path: Path, flag: str) -> Path:
+    """The checkpoint at a path: the file itself; in a run folder ckpt.pt (the best), else last.pt.
+
+    flag: what gave the path, for messages. Raises: UserError if the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("ckpt.pt", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(
+        f"{flag} {path} is a folder without a checkpoint (ckpt.pt, last.pt): give a run's --out_dir"
+    )
 
 
 def build_model(saved: Checkpoint, device: torch.device) -> tuple[GPT, Tokenizer]:

@@ -65,7 +65,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
         if stop.code != TYRO_ERROR_CODE:  # --help, or a signal
             raise
         raise UserError(f"{error_in_one_line(printed.getvalue())}; see {prog} --help") from None
-    if isinstance(config, TrainConfig) and config.minutes and not config.resume:
+    if isinstance(config, TrainConfig) and config.minutes:
         names = {field.name for field in fields(cls)}
         return replace(config, fixed=(*config.fixed, *sorted(given_flags(arguments) & names)))
     return config

@@ -14,20 +14,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from nanogpt.cli.prompts import (
-    device_of,
-    encode_prompt,
-    generators_for,
-    one_after_the_other,
-    print_text,
-    read_text,
-)
+from nanogpt.cli.prompts import one_after_the_other, print_text, read_text
 from nanogpt.console import plural, progress_bar
 from nanogpt.errors import UserError, require
 from nanogpt.inference.config import SampleConfig, SamplingParams
+from nanogpt.inference.prompts import MAX_ROWS, device_of, encode_prompt, generators_for
 from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.text import TextStream, resolve_logit_bias
-from nanogpt.inference.tokens import MAX_ROWS, generate_rows
+from nanogpt.inference.tokens import generate_rows
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
 

@@ -7,35 +7,28 @@ needed, since it contains the tokenizer.
 
 import json
 import secrets
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from itertools import repeat
 from pathlib import Path
 
 import torch
 
-from nanogpt.checkpoint.format import Checkpoint, build_model, load_checkpoint
+from nanogpt.checkpoint.format import Checkpoint, build_model, checkpoint_at, load_checkpoint
 from nanogpt.cli import interactive, prompts_file
-from nanogpt.cli.prompts import (
-    device_of,
-    encode_prompt,
-    generators_for,
-    one_after_the_other,
-    print_text,
-    read_prompt,
-    unescape,
-)
+from nanogpt.cli.prompts import one_after_the_other, print_text, read_prompt, unescape
 from nanogpt.console import warn
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import autocast, eager_mode, is_out_of_memory, pick_device
+from nanogpt.device import autocast, eager_mode, explain_out_of_memory, pick_device
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
+from nanogpt.inference.prompts import device_of, encode_prompt, generate_in_batches
 from nanogpt.inference.speculation import MAX_LEARNED, NgramGuesses
 from nanogpt.inference.text import TextStream, resolve_logit_bias, token_texts
-from nanogpt.inference.tokens import MAX_ROWS, Token, generate_rows
+from nanogpt.inference.tokens import Token
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import prepare_for_sampling
-from nanogpt.native.step import switched_off, why_no_native_steps
+from nanogpt.native.step import native_problem, switched_off
 from nanogpt.precision import pick_sampling_dtype
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -59,10 +52,9 @@ def main(config: SampleConfig) -> int:
         saved = load_checkpoint(path)
         model, tokenizer = build_model(saved, device)
         dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
-        no_steps = why_no_native_steps(model)
-        prepare_for_sampling(model, dtype, config.quantize, by_columns=bool(no_steps))
-        if no_steps and device.type == "cpu" and not switched_off():
-            warn(f"Sampling takes several times as long as it could: {no_steps}")
+        prepare_for_sampling(model, dtype, config.quantize, by_columns=bool(native_problem()))
+        if native_problem() and device.type == "cpu" and not switched_off():
+            warn(f"Sampling takes several times as long as it could: {native_problem()}")
         config = resolve_logit_bias(replace(config, **typed), tokenizer)
         guesses = learn_guesses(saved) if config.speculate else None
         with eager_mode(), autocast(device, dtype):
@@ -134,46 +126,25 @@ def sampled_rows(
     model: GPT, ids: torch.Tensor, config: SampleConfig, guesses: NgramGuesses | None
 ) -> Iterator[Iterator[Token]]:
     """The tokens of each sample, which are made in batches. Their seeds: seed, seed + 1, ... ids: (T,)."""
-    seed = secrets.randbits(32) if config.seed is None else config.seed
-    for start in range(0, config.num_samples, MAX_ROWS):
-        numbers = range(start, min(start + MAX_ROWS, config.num_samples))
-        yield from generate_rows(
-            model,
-            [ids] * len(numbers),
-            config,
-            num_tokens=config.num_tokens,
-            generators=generators_for(model, [seed + number for number in numbers]),
-            logprobs=config.logprobs,
-            guesses=guesses,
-            on_short_memory=one_after_the_other,
-        )
-
-
-@contextmanager
-def explain_out_of_memory() -> Generator[None]:
-    """Turn an out-of-memory error in the block into a UserError with advice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            "out of memory: give --device cpu if this is a GPU, or end other programs that use its memory"
-        ) from error
+    return generate_in_batches(
+        model,
+        repeat(ids, config.num_samples),
+        config,
+        num_tokens=config.num_tokens,
+        seed=secrets.randbits(32) if config.seed is None else config.seed,
+        logprobs=config.logprobs,
+        guesses=guesses,
+        on_short_memory=one_after_the_other,
+    )
 
 
 def find_checkpoint(path: Path, flag: str = "--checkpoint", action: str = "Sampling from") -> Path:
-    """Find the checkpoint at a path: the file itself; in a run folder ckpt.pt (the best), else last.pt.
+    """Find the checkpoint at a path, and say which it is if the path is a run folder.
 
     flag, action: the flag that gave the path, and what is done with the checkpoint, for messages.
     Raises: UserError if the folder has none.
     """
-    if not path.is_dir():
-        return path
-    for name in ("ckpt.pt", "last.pt"):
-        if (path / name).is_file():
-            warn(f"{action} {path / name}")
-            return path / name
-    raise UserError(
-        f"{flag} {path} is a folder without a checkpoint (ckpt.pt, last.pt): give a run's --out_dir"
-    )
+    found = checkpoint_at(path, flag)
+    if found != path:
+        warn(f"{action} {found}")
+    return found

@@ -135,8 +135,13 @@ def token_texts(
     Together the parts are the text. A token that begins a character adds "", the one that completes it adds
     the character. The text ends as in generate_text: tokens of a stop string are left out.
     """
-    made: deque[tuple[Token, str]] = deque()
-    stream = TextStream(tokenizer, tokens, stop, made)
+    return certain_tokens(TextStream(tokenizer, tokens, stop, deque()))
+
+
+def certain_tokens(stream: TextStream) -> Iterator[tuple[Token, str]]:
+    """As token_texts, of a stream that collects what is made: it knows afterwards why the text ends."""
+    made = stream.made
+    assert made is not None
     certain = 0  # number of characters of the text whose tokens are still in `made`
     for chunk in stream:
         certain += len(chunk)

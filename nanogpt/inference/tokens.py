@@ -22,8 +22,8 @@ from nanogpt.inference.sampling import Randomness
 from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.model.gpt import GPT
 
-MAX_ROWS = 64
-"""Most texts that commands put in a batch: with more, each takes hardly less time, and the first is slow."""
+SHORT_MEMORY = "Too little memory for all texts at once: they are made one after the other"
+"""What to say when the rows of a batch have to be computed alone."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,20 @@ def generate_rows(
     logprobs: int | None = None,
     guesses: NgramGuesses | None = None,
     on_short_memory: Callable[[], None] = lambda: None,
+    advance: Callable[[int], object] = int,
 ) -> list[Iterator[Token]]:
     """Continue prompts, R of (T,) int64, in one batch: an iterator over the new tokens of each row.
 
     A step is computed when a row is read that needs it. If memory runs out in it, on_short_memory is called,
     and each row is computed on its own when it is read; its tokens are those that it would have had.
-    generators: one for each row. Raises: as `generate`.
+    generators: one for each row. advance: called with the number of tokens computed since the last call.
+    Raises: as `generate`.
     """
     states = [generator.get_state() for generator in generators]
 
     def steps(rows: Sequence[int]) -> Iterator[list[Token]]:
         """The steps of a batch of some rows."""
-        return generate_tokens(
+        made = generate_tokens(
             model,
             [prompts[row] for row in rows],
             params,
@@ -118,6 +120,7 @@ def generate_rows(
             logprobs=logprobs,
             guesses=guesses,
         )
+        return counted(made, advance)
 
     def alone(row: int) -> Iterator[Token]:
         """The tokens of one row, from the first."""
@@ -125,6 +128,13 @@ def generate_rows(
         return (step[0] for step in steps([row]))
 
     return Batch(steps(range(len(prompts))), alone, on_short_memory).rows(len(prompts))
+
+
+def counted(steps: Iterator[list[Token]], advance: Callable[[int], object]) -> Iterator[list[Token]]:
+    """The same steps; `advance` is called with the number of tokens of each."""
+    for step in steps:
+        advance(len(step))
+        yield step
 
 
 class Batch:

@@ -7,6 +7,7 @@ training: the new layers have no gradients.
 Shapes: N positions, O outputs, I inputs of a layer
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import cast
@@ -151,6 +152,16 @@ def prepare_for_sampling(
         narrow_weights(model, dtype)
     elif by_columns:
         store_by_columns(model)
+
+
+def sampling_copy(
+    model: nn.Module, dtype: torch.dtype, quantization: str, *, by_columns: bool = True
+) -> nn.Module:
+    """A copy prepared for sampling, in evaluation mode. It shares all weights that need no other form."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared).eval()
+    prepare_for_sampling(copied, dtype, quantization, by_columns=by_columns)
+    return copied
 
 
 def linear_bytes(model: nn.Module) -> int:

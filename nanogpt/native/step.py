@@ -113,14 +113,12 @@ def with_native_steps(model: GPT) -> "GPT | NativeGPT":
 
     For as long as nobody exchanges or moves its weights. To change them in place is allowed.
     """
-    return model if why_no_native_steps(model) else NativeGPT(model)
+    return model if native_problem() or model.training or not is_plain(model) else NativeGPT(model)
 
 
-def why_no_native_steps(model: GPT) -> str:
-    """Why a model has no native steps here; "" if it has them."""
+def native_problem() -> str:
+    """Why this machine has no native steps; "" if it has them."""
     compiled = library()
-    if model.training or not is_plain(model):
-        return "the model is not on a CPU, is in training mode, or has foreign layers"
     return str(compiled) if isinstance(compiled, BuildError) else ""
 
 

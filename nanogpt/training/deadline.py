@@ -99,6 +99,8 @@ def keep_to_time(run: Run) -> None:
         is_new = is_new and deadline.unrecorded is None
     if is_new:
         start = step + min(updates_of_a_save(run, deadline), (end - step) // 4)
+        if config.decays:  # they are in the order of their beginnings, and the newest counts
+            start = max(start, decay_spans(config.decays)[-1][0] + 1)
         end = max(end, start + 1)
         deadline.decided_s, deadline.unrecorded = deadline.last_s, step
         run.config = replace(config, max_iters=end, decays=(*config.decays, f"{start}:{end}"))

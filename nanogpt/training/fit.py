@@ -10,17 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import TrainConfig, from_dict, to_dict
+from nanogpt.console import silence
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import pick_device
 from nanogpt.distributed.world import World, distributed_world, hard_exit, local_device
 from nanogpt.errors import UserError, require
-from nanogpt.training.autosize import Text, choose_settings
+from nanogpt.training.autosize import Text, changed_settings, choose_settings
 from nanogpt.training.compilation import compile_model, pick_compile
 from nanogpt.training.cuda_graph import UpdateGraph, pick_graph
 from nanogpt.training.deadline import measure_evaluation, process_began
@@ -59,15 +60,26 @@ def fit(
     config: TrainConfig,
     keep_going: Callable[[int, float], bool | None] | None = None,
     began: float | None = None,
+    *,
+    quiet: bool = False,
 ) -> Result:
     """Train as `config` says, from the start or (config.resume) from where the run stopped.
 
     keep_going: called after each evaluation, with the step and the validation loss; False ends the run, None
     does not. began: value of time.perf_counter() from which on config.minutes counts; None: now.
-    A resumed run takes all settings from `config`; to keep the old ones, pass RunFolder(path).saved_config().
+    quiet: print and show nothing.
+    A resumed run takes all settings from `config`, except for those that config.minutes has chosen.
+    To keep all old ones, pass RunFolder(path).saved_config().
     Raises: UserError for everything the user can mend.
     """
-    began = time.perf_counter() if began is None else began
+    with silence(quiet):
+        return run_to_end(config, keep_going, time.perf_counter() if began is None else began)
+
+
+def run_to_end(
+    config: TrainConfig, keep_going: Callable[[int, float], bool | None] | None, began: float
+) -> Result:
+    """As fit, which explains the arguments."""
     folder = RunFolder(Path(config.out_dir))
     dataset: Dataset | None = None
     if not config.resume:
@@ -86,6 +98,8 @@ def fit(
             stack.enter_context(folder.locked())
         if world.broadcast_bool(lambda: folder.is_restart_of(config, world.job, restarted=world.restarted)):
             config = replace(config, resume=True, overwrite=False)
+        if config.resume and config.minutes:
+            config = with_earlier_choices(config, folder.saved_config())
         with explain_out_of_memory(config, world):
             if config.minutes and dataset and not config.resume:
                 config = settings_for_minutes(config, dataset, world)
@@ -112,6 +126,15 @@ def settings_for_minutes(config: TrainConfig, dataset: Dataset, world: World) ->
         device = pick_device(local_device(config.device, world))
         chosen = [to_dict(choose_settings(config, Text.of(dataset), device, world.size))]
     return from_dict(TrainConfig, world.all_gather(chosen)[0])
+
+
+def with_earlier_choices(config: TrainConfig, saved: TrainConfig | None) -> TrainConfig:
+    """The settings of a resumed run: those that --minutes leaves open are as they were chosen before."""
+    if saved is None or saved.minutes is None:
+        return config
+    given = changed_settings(config) | {*config.fixed, *PER_COMMAND_SETTINGS}
+    chosen = {item.name: getattr(saved, item.name) for item in fields(config) if item.name not in given}
+    return replace(config, **chosen | {"fixed": saved.fixed})
 
 
 def start(run: Run) -> None:

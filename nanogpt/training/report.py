@@ -1,9 +1,11 @@
 """Report of a training to the user: the plan, the expected time (ETA), and the summary at the end.
 
 Example: print_plan(run); print_eta(run); print_summary(run, reason)
-These functions change nothing in the run but `eta_printed`; print_summary also draws loss.png.
+These functions change nothing in the run but `eta_printed`; print_summary also draws loss.png, and shows it
+in a notebook.
 """
 
+import json
 import shlex
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from nanogpt.checkpoint.validation import state_names
 from nanogpt.config import TrainConfig
-from nanogpt.console import MIB, command, duration, say, warn
+from nanogpt.console import MIB, command, duration, in_notebook, say, show_in_notebook, warn
 from nanogpt.cores import usable_cores
 from nanogpt.device import name_of
 from nanogpt.distributed.dtensor import parameters_of
@@ -127,14 +129,25 @@ def print_summary(run: Run, reason: StopReason) -> None:
     try:
         plot_losses(folder.metrics, folder.plot)
         say(f"Loss curve: {folder.plot}")
+        show_in_notebook(folder.plot)
     except Exception as error:  # the training is saved: a failed plot must not fail it
         warn(f"No loss curve: {error}")
-    checkpoint = [] if config.out_dir == TrainConfig.out_dir else ["--checkpoint", str(folder.best)]
-    say(f"Now try: {shlex.join([*command('sample'), *checkpoint])}")
+    say(next_step(run))
+
+
+def next_step(run: Run) -> str:
+    """The line that says what to do with the model: a command, or in a notebook Python."""
+    if in_notebook():
+        return f"Next: model = load_model({json.dumps(run.config.out_dir)})"
+    is_default = run.config.out_dir == TrainConfig.out_dir
+    checkpoint = [] if is_default else ["--checkpoint", str(run.folder.best)]
+    return f"Now try: {shlex.join([*command('sample'), *checkpoint])}"
 
 
 def resume_command(run: Run) -> str:
-    """The command that resumes the run, with the same number of processes."""
+    """The command that resumes the run, with the same number of processes; in a notebook the call."""
+    if in_notebook():
+        return "fit(TrainConfig(..., resume=True)), with the same settings"
     out_dir = run.config.out_dir
     folder = [] if out_dir == TrainConfig.out_dir else ["--out_dir", out_dir]
     start = command("train")

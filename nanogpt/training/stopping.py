@@ -14,7 +14,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.streams import show_cursor, stop_waiting, write_signal_safe
+from nanogpt.console import warn_in_signal_handler
+from nanogpt.streams import show_cursor, stop_waiting
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,12 +74,12 @@ class StopRequest:
         name = signal.Signals(number).name
         if number in SAVE_SIGNALS:
             self.save_asked = True
-            write_signal_safe(f"{name}: saving after this step, and going on")
+            warn_in_signal_handler(f"{name}: saving after this step, and going on")
         elif self.signal is None:
             self.signal, self.received_at = signal.Signals(number), time.monotonic()
             stop_waiting()
             once_more = "" if number in REPEATED_SIGNALS else " (once more to stop at once)"
-            write_signal_safe(f"{name}: finishing this step and saving{once_more}")
+            warn_in_signal_handler(f"{name}: finishing this step and saving{once_more}")
         elif number not in REPEATED_SIGNALS and time.monotonic() - self.received_at >= REPEAT_WINDOW_SECONDS:
             self.restore_and_reraise(number, frame)
 
