@@ -123,12 +123,23 @@ def test_padding_and_many_tokens_are_left_to_the_model(monkeypatch):
     model = make(GPTConfig(vocab_size=20, **ODD))
     native = NativeGPT(model)
     monkeypatch.setattr(NativeGPT, "compute", None)
-    monkeypatch.setattr(step, "MAX_TOKENS", 16)
+    native.max_tokens = 16
     text = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5]] * 2)  # 18 tokens
     torch.testing.assert_close(steps(native, text, 9), steps(model, text, 9), rtol=0, atol=0)
     cache = KVCache(model.config, 2, 16)
     with torch.no_grad():
         native(text[:, :3], cache=cache.step([0, 1], text[:, :3], [3, 2]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_large_products_are_left_to_pytorch_where_it_has_fast_ones(monkeypatch, fast):
+    monkeypatch.setattr(step, "LARGE_BYTES", 0)
+    monkeypatch.setattr(step, "matmul_rates", lambda device: dict.fromkeys(step.DTYPES, 1.0) | {fast: 2.0})
+    models = [make(GPTConfig(vocab_size=20, **ODD)) for _ in range(2)]
+    prepare_for_sampling(models[1], torch.bfloat16, "none")
+    limits = [NativeGPT(model).max_tokens for model in models]
+    assert limits == [step.MAX_TOKENS, step.FEW_TOKENS if fast == torch.bfloat16 else step.MAX_TOKENS]
 
 
 # Building

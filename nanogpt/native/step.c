@@ -83,7 +83,7 @@ static void wait_for_all(Barrier *barrier) {
 
 typedef struct {
     int number, threads;
-    float *normed, *scores, *sums, *wide; /* its own room: (N, C), (S,), (N, 4), (4, inputs) */
+    float *normed, *scores, *wide, *turned; /* its own room: (N, C), (S,), (UNIT, inputs), (inputs, P) */
 } Thread;
 
 typedef struct {
@@ -138,84 +138,112 @@ static void activate(int64_t activation, float *x, int64_t count) {
         for (int64_t i = 0; i < count; i++) x[i] = x[i] / (1 + fast_exp(-x[i]));
 }
 
-/* Four rows of a weight times a vector: four sums at a time hide the time that an addition takes. */
-#define FOUR_DOTS(NAME, TYPE, WIDE)                                                                  \
-    static void NAME(const TYPE *w[4], const float *x, int64_t inputs, float sums[4]) {              \
-        const TYPE *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];                                   \
-        float a = 0, b = 0, c = 0, d = 0;                                                            \
-        for (int64_t i = 0; i < inputs; i++) {                                                       \
-            a += WIDE(w0[i]) * x[i];                                                                 \
-            b += WIDE(w1[i]) * x[i];                                                                 \
-            c += WIDE(w2[i]) * x[i];                                                                 \
-            d += WIDE(w3[i]) * x[i];                                                                 \
-        }                                                                                            \
-        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;                                          \
+/* --- linear layers: UNIT outputs at a time, so that sums hide the time that one takes --- */
+
+#define UNIT 8
+#define FEW 5 /* So many vectors are multiplied one after the other, more of them LANES at a time. */
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* Half of a unit's rows of a weight times a vector. */
+#define FOUR_DOTS(NAME, TYPE, WIDE)                                                          \
+    static void NAME(const TYPE *const w[4], const float *x, int64_t inputs, float sums[4]) { \
+        const TYPE *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];                           \
+        float a = 0, b = 0, c = 0, d = 0;                                                    \
+        for (int64_t i = 0; i < inputs; i++) {                                               \
+            a += WIDE(w0[i]) * x[i];                                                         \
+            b += WIDE(w1[i]) * x[i];                                                         \
+            c += WIDE(w2[i]) * x[i];                                                         \
+            d += WIDE(w3[i]) * x[i];                                                         \
+        }                                                                                    \
+        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;                                  \
     }
 FOUR_DOTS(dots_float32, float, wide_float)
 FOUR_DOTS(dots_bfloat16, uint16_t, wide_bfloat16)
 FOUR_DOTS(dots_int8, int8_t, wide_int8)
 
-/* Four rows of a weight times four vectors x (4, inputs). sums: (4 vectors, 4 rows). */
-static void sixteen_dots(const float *w[4], const float *x, int64_t inputs, float sums[16]) {
-    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
-    const float *x0 = x, *x1 = x0 + inputs, *x2 = x1 + inputs, *x3 = x2 + inputs;
-    float s[16] = {0};
+/* A unit's rows of a weight times LANES vectors: x (inputs, P), of which it takes LANES columns -> (UNIT, LANES). */
+static void many_dots(const float *const w[UNIT], const float *x, int64_t P, int64_t inputs, float *sums) {
+    Lanes sum[UNIT] = {0};
     for (int64_t i = 0; i < inputs; i++) {
-        s[0] += w0[i] * x0[i], s[1] += w1[i] * x0[i], s[2] += w2[i] * x0[i], s[3] += w3[i] * x0[i];
-        s[4] += w0[i] * x1[i], s[5] += w1[i] * x1[i], s[6] += w2[i] * x1[i], s[7] += w3[i] * x1[i];
-        s[8] += w0[i] * x2[i], s[9] += w1[i] * x2[i], s[10] += w2[i] * x2[i], s[11] += w3[i] * x2[i];
-        s[12] += w0[i] * x3[i], s[13] += w1[i] * x3[i], s[14] += w2[i] * x3[i], s[15] += w3[i] * x3[i];
+        Lanes column = *(const Lanes *)(x + i * P);
+        for (int j = 0; j < UNIT; j++) sum[j] += w[j][i] * column;
     }
-    memcpy(sums, s, sizeof s);
+    memcpy(sums, sum, sizeof sum);
 }
 
-/* Four outputs of a linear layer from o on (the last again, where there are fewer): x (N, inputs) -> y (N, 4).
-   wide: room for four rows of the weight. */
-static void four_outputs(const Linear *l, int64_t o, const float *x, int64_t N, float *y, float *wide) {
-    int64_t inputs = l->inputs, row[4];
-    const float *w[4];
-    for (int j = 0; j < 4; j++) {
-        row[j] = o + j < l->outputs ? o + j : l->outputs - 1;
-        w[j] = l->dtype == FLOAT32 ? (const float *)l->weight + row[j] * inputs : wide + j * inputs;
+/* The number of vectors, rounded up to whole lanes. */
+static int64_t padded(int64_t N) { return (N + LANES - 1) / LANES * LANES; }
+
+/* x (N, inputs) -> turned (inputs, P): each number beside those of the other vectors; zeros behind them. */
+static void turn(const float *x, int64_t N, int64_t inputs, float *turned) {
+    int64_t P = padded(N);
+    memset(turned, 0, inputs * P * sizeof(float));
+    for (int64_t first = 0; first < inputs; first += LANES)
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t i = first; i < first + LANES && i < inputs; i++) turned[i * P + n] = x[n * inputs + i];
+}
+
+/* A row of a weight in float32; `room` for it if it is not. */
+static const float *wide_row(const Linear *l, int64_t row, float *room) {
+    int64_t inputs = l->inputs;
+    if (l->dtype == FLOAT32) return (const float *)l->weight + row * inputs;
+    const uint16_t *half = (const uint16_t *)l->weight + row * inputs;
+    const int8_t *byte = (const int8_t *)l->weight + row * inputs;
+    if (l->dtype == BFLOAT16)
+        for (int64_t i = 0; i < inputs; i++) room[i] = wide_bfloat16(half[i]);
+    else
+        for (int64_t i = 0; i < inputs; i++) room[i] = wide_int8(byte[i]);
+    return room;
+}
+
+/* A unit of outputs, their rows given, of one vector. */
+static void unit_of_one(const Linear *l, const int64_t row[UNIT], const float *x, float sums[UNIT]) {
+    for (int j = 0; j < UNIT; j += 4) {
+#define ROWS(TYPE)                                                                                         \
+    (const TYPE *const[4]) {                                                                               \
+        (const TYPE *)l->weight + row[j] * l->inputs, (const TYPE *)l->weight + row[j + 1] * l->inputs,    \
+        (const TYPE *)l->weight + row[j + 2] * l->inputs, (const TYPE *)l->weight + row[j + 3] * l->inputs \
     }
-    if (l->dtype == BFLOAT16) {
-        const uint16_t *all = l->weight, *narrow[4];
-        for (int j = 0; j < 4; j++) narrow[j] = all + row[j] * inputs;
-        if (N == 1) dots_bfloat16(narrow, x, inputs, y);
-        for (int j = 0; j < 4 && N > 1; j++)
-            for (int64_t i = 0; i < inputs; i++) wide[j * inputs + i] = wide_bfloat16(narrow[j][i]);
+        if (l->dtype == FLOAT32) dots_float32(ROWS(float), x, l->inputs, sums + j);
+        if (l->dtype == BFLOAT16) dots_bfloat16(ROWS(uint16_t), x, l->inputs, sums + j);
+        if (l->dtype == INT8) dots_int8(ROWS(int8_t), x, l->inputs, sums + j);
     }
-    if (l->dtype == INT8) {
-        const int8_t *all = l->weight, *narrow[4];
-        for (int j = 0; j < 4; j++) narrow[j] = all + row[j] * inputs;
-        if (N == 1) dots_int8(narrow, x, inputs, y);
-        for (int j = 0; j < 4 && N > 1; j++)
-            for (int64_t i = 0; i < inputs; i++) wide[j * inputs + i] = wide_int8(narrow[j][i]);
-    }
-    int64_t n = l->dtype == FLOAT32 || N > 1 ? 0 : N;
-    for (; n + 4 <= N; n += 4) sixteen_dots(w, x + n * inputs, inputs, y + 4 * n);
-    for (; n < N; n++) dots_float32(w, x + n * inputs, inputs, y + 4 * n);
-    for (n = 0; n < N; n++)
-        for (int j = 0; j < 4; j++) {
-            if (l->scale) y[4 * n + j] *= l->scale[row[j]];
-            if (l->bias) y[4 * n + j] += l->bias[row[j]];
-        }
 }
 
 enum Use { SET, ADD, MULTIPLY };
 
 /* A thread's part of a linear layer: x (N, inputs) -> y (N, outputs), which it sets, adds to or multiplies. */
 static void linear(const Linear *l, const float *x, float *y, int64_t N, enum Use use, const Thread *thread) {
-    Range mine = part((l->outputs + 3) / 4, thread);
-    for (int64_t o = 4 * mine.first; o < 4 * mine.end; o += 4) {
-        four_outputs(l, o, x, N, thread->sums, thread->wide);
-        for (int64_t n = 0; n < N; n++)
-            for (int64_t j = 0; j < 4 && o + j < l->outputs; j++) {
-                float *out = y + n * l->outputs + o + j, sum = thread->sums[4 * n + j];
-                *out = use == SET ? sum : use == ADD ? *out + sum : *out * sum;
+    Range mine = part((l->outputs + UNIT - 1) / UNIT, thread);
+    int64_t row[UNIT], width = N <= FEW ? 1 : LANES;
+    float sums[UNIT * LANES];
+    const float *w[UNIT];
+    if (N > FEW) turn(x, N, l->inputs, thread->turned);
+    for (int64_t o = UNIT * mine.first; o < UNIT * mine.end; o += UNIT) {
+        for (int j = 0; j < UNIT; j++) { /* where there are fewer rows, the last again */
+            row[j] = o + j < l->outputs ? o + j : l->outputs - 1;
+            if (N > FEW) w[j] = wide_row(l, row[j], thread->wide + j * l->inputs);
+        }
+        for (int64_t first = 0; first < N; first += width) {
+            if (N <= FEW) unit_of_one(l, row, x + first * l->inputs, sums);
+            else many_dots(w, thread->turned + first, padded(N), l->inputs, sums);
+            for (int64_t j = 0; j < UNIT && o + j < l->outputs; j++) {
+                float scale = l->scale ? l->scale[o + j] : 1, bias = l->bias ? l->bias[o + j] : 0;
+                for (int64_t n = first; n < N && n < first + width; n++) {
+                    float *out = y + n * l->outputs + o + j, sum = sums[j * width + n - first] * scale + bias;
+                    *out = use == SET ? sum : use == ADD ? *out + sum : *out * sum;
+                }
             }
+        }
     }
 }
+
+/* --- the parts of a block --- */
 
 /* Normalizes `count` vectors x (count, width) into y, which may be x. */
 static void normalize(const Norm *norm, const float *x, float *y, int64_t count, int64_t width) {
@@ -346,8 +374,8 @@ static void run(const Model *m, const Step *step, const Shared *s, const Thread 
         wait_for_all(barrier);
         normalize(&block->norm_2, s->x, thread->normed, N, C);
         linear(&block->fc, thread->normed, s->hidden, N, SET, thread);
-        mine = part((m->hidden + 3) / 4, thread); /* in fours, as in linear */
-        int64_t first = 4 * mine.first, end = 4 * mine.end < m->hidden ? 4 * mine.end : m->hidden;
+        mine = part((m->hidden + UNIT - 1) / UNIT, thread); /* those that linear has computed */
+        int64_t first = UNIT * mine.first, end = UNIT * mine.end < m->hidden ? UNIT * mine.end : m->hidden;
         for (int64_t n = 0; n < N; n++) activate(m->activation, s->hidden + n * m->hidden + first, end - first);
         if (block->up.weight) linear(&block->up, thread->normed, s->hidden, N, MULTIPLY, thread);
         wait_for_all(barrier);
@@ -367,7 +395,7 @@ static void run(const Model *m, const Step *step, const Shared *s, const Thread 
 int decode_step(const Model *m, const Step *step, int threads) {
     int64_t N = step->rows_of_step * step->tokens_of_row, C = m->width;
     int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim, widest = m->hidden > C ? m->hidden : C;
-    int64_t own = N * C + step->length + 4 * N + 4 * widest + 16; /* 16: 64 bytes between two threads */
+    int64_t own = N * C + step->length + widest * (UNIT + padded(N)) + 16; /* 16: 64 bytes between threads */
     float *memory = malloc((N * (2 * C + qkv + m->hidden) + threads * own) * sizeof(float));
     if (!memory) return 1;
     float *attended = memory + N * C, *hidden = attended + N * C;
@@ -386,8 +414,8 @@ int decode_step(const Model *m, const Step *step, int threads) {
 #endif
         thread.normed = shared.qkv + N * qkv + thread.number * own;
         thread.scores = thread.normed + N * C;
-        thread.sums = thread.scores + step->length;
-        thread.wide = thread.sums + 4 * N;
+        thread.wide = thread.scores + step->length;
+        thread.turned = thread.wide + UNIT * widest;
         run(m, step, &shared, &thread, &barrier);
     }
     free(memory);

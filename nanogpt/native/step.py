@@ -22,11 +22,16 @@ from nanogpt.model.gpt import GPT, MLP, Block, CausalSelfAttention
 from nanogpt.model.kernels import Head, LayerNorm, RMSNorm
 from nanogpt.model.kv_cache import BEFORE_TEXT, NGRAM_TOKENS, CacheStep
 from nanogpt.model.ngram import NgramEmbedding
-from nanogpt.model.quantize import Int8Linear
+from nanogpt.model.quantize import Int8Linear, linear_bytes
 from nanogpt.native.build import BuildError, load
+from nanogpt.precision import matmul_rates
 
 MAX_TOKENS = 64
-"""Tokens of a step, rows times T, from which on PyTorch's matrix products are faster (bench/RESULTS.md)."""
+"""Most tokens of a step, B times T."""
+
+LARGE_BYTES, FEW_TOKENS = 40_000_000, 4
+"""For weights of fewer than 32 bits and more bytes than that, and more tokens, PyTorch's matrix products are
+faster (bench/RESULTS.md), if it multiplies bfloat16 fast at all."""
 
 SWITCH = "NANOGPT_NATIVE"
 """Environment variable: 0 switches native steps off."""
@@ -146,10 +151,15 @@ class NativeGPT:
         self.kept: list[Any] = []
         """What the structs point to."""
         self.described = self.describe()
+        self.max_tokens = MAX_TOKENS
+        narrow = self.described.head.dtype != DTYPES[torch.float32]
+        if narrow and linear_bytes(model) > LARGE_BYTES:
+            rates = matmul_rates(torch.device("cpu"))
+            self.max_tokens = FEW_TOKENS if rates[torch.bfloat16] > rates[torch.float32] else MAX_TOKENS
 
     def __call__(self, idx: Tensor, *, cache: CacheStep) -> tuple[Tensor, None]:
         """What the model returns for idx (B, T): the logits after the last token of each row, (B, 1, V)."""
-        if cache.ends is None and idx.numel() <= MAX_TOKENS:
+        if cache.ends is None and idx.numel() <= self.max_tokens:
             return self.compute(idx, cache)[:, -1:], None
         return self.model(idx, cache=cache)
 
