@@ -6,8 +6,9 @@ On a terminal, colors and bars through rich (which respects NO_COLOR); elsewhere
 import os
 import re
 import sys
+import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 MIB, GIB = 2**20, 2**30
 """Bytes."""
+
+BAR_AFTER_SECONDS = 2.0
+"""Seconds after which a late progress bar appears."""
 
 MAX_WORD, MAX_LINE = 256, 1000
 """Longest word and line of a message, in characters. No file name is longer than MAX_WORD."""
@@ -179,6 +183,25 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False, on_stderr: bool = Fa
     )
     PROGRESS_BARS.add(bar)
     return bar
+
+
+@contextmanager
+def late_progress_bar(unit: str, total: int, *, enabled: bool = True) -> Generator[Callable[[int], None]]:
+    """A progress bar that appears after BAR_AFTER_SECONDS. Yields what to call with the progress made."""
+    bar, began = progress_bar(unit), time.monotonic()
+    task = bar.add_task("", total=total, detail="")
+
+    def advance(count: int) -> None:
+        """Advance the bar, and show it when it is time."""
+        bar.advance(task, count)
+        if enabled and not bar.live.is_started and time.monotonic() - began > BAR_AFTER_SECONDS:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def stop_progress_bars() -> None:

@@ -10,10 +10,8 @@ import io
 import json
 import math
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,7 +22,7 @@ import torch
 from nanogpt.checkpoint.format import build_model, load_checkpoint
 from nanogpt.cli.config import EvaluateConfig
 from nanogpt.cli.sample import explain_out_of_memory, find_checkpoint
-from nanogpt.console import new_figure, plural, progress_bar, say, warn
+from nanogpt.console import late_progress_bar, new_figure, plural, say, warn
 from nanogpt.data.config import first_few
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import pick_device
@@ -56,9 +54,6 @@ from nanogpt.tokenizer.bpe import ForeignTokenizer
 
 MAX_SHOWN = 5
 """Notes, broken records and unknown characters that are shown."""
-
-BAR_AFTER_SECONDS = 2.0
-"""Seconds after which a progress bar appears."""
 
 LABELS = ("A", "B")
 """Names of --checkpoint and --against in the lines of a comparison."""
@@ -115,31 +110,13 @@ def load_subject(config: EvaluateConfig, flag: str, name: str) -> Subject:
 def score_all(subjects: list[Subject], texts: list[EncodedText], *, shows_bar: bool) -> list[Score]:
     """Score the text with each model."""
     scores: list[Score] = []
-    with late_progress_bar(sum(len(text.ids) - 1 for text in texts), enabled=shows_bar) as advance:
+    tokens = sum(len(text.ids) - 1 for text in texts)
+    with late_progress_bar("Evaluating", tokens, enabled=shows_bar) as advance:
         for one, text in zip(subjects, texts, strict=True):
             sizes = one.context, one.stride
             losses = score(one.model, text.ids, *sizes, dtype=one.dtype, advance=advance)
             scores.append(Score(losses, text.sizes, *sizes))
     return scores
-
-
-@contextmanager
-def late_progress_bar(tokens: int, *, enabled: bool) -> Generator[Callable[[int], None]]:
-    """A progress bar that appears after BAR_AFTER_SECONDS. Yields what to call with a number of tokens."""
-    bar, began = progress_bar("Evaluating"), time.monotonic()
-    task = bar.add_task("", total=tokens, detail="")
-
-    def advance(count: int) -> None:
-        """Advance the bar, and show it when it is time."""
-        bar.advance(task, count)
-        if enabled and not bar.live.is_started and time.monotonic() - began > BAR_AFTER_SECONDS:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 # --- text ---
