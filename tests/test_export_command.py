@@ -63,6 +63,12 @@ def test_the_formats_and_dtypes_are_those_of_the_flags() -> None:
 def test_an_export_is_said_and_the_same_each_time(name: str, config, tmp_path: Path, capsys) -> None:
     assert main(config(name)) == 0
     assert f"parameters in f32, format {name}" in capsys.readouterr().out
+    (tmp_path / "other").touch()
+    written = [
+        path for path in (tmp_path / NAMES[name], *(tmp_path / NAMES[name]).glob("*")) if path.is_file()
+    ]
+    assert {path.stat().st_mode for path in written} == {(tmp_path / "other").stat().st_mode}
+    (tmp_path / "other").unlink()
     first = content(tmp_path / NAMES[name])
     main(config(name, overwrite=True))
     assert content(tmp_path / NAMES[name]) == first
@@ -166,7 +172,15 @@ def test_a_full_disk_leaves_what_was_there(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize(
-    "place", ["hf.write_json", "hf.model_card", "gguf.describe", "gguf.pieces", "safetensors.metadata"]
+    "place",
+    [
+        "hf.write_json",
+        "hf.model_card",
+        "gguf.describe",
+        "gguf.pieces",
+        "safetensors.metadata",
+        "safetensors.write_tensors",
+    ],
 )
 def test_a_kill_leaves_what_was_there_and_the_next_export_is_whole(
     place: str, config, tmp_path: Path

@@ -5,6 +5,7 @@ The formats are in nanogpt/export. What the files say of the run comes from the 
 metrics.jsonl and its data folder, where they are still there and belong to it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
@@ -28,7 +29,7 @@ def main(config: ExportConfig) -> int:
     check_request(config.format, output, dtype=config.dtype, overwrite=config.overwrite)
     path = find_checkpoint(Path(config.checkpoint), action="Exporting")
     with explain_out_of_memory():
-        saved = load_checkpoint(path)
+        saved = replace(load_checkpoint(path), optimizers=[])  # the larger part of it
         source = Source(
             output.name.removesuffix(FORMATS[config.format].suffix),
             saved,

@@ -180,7 +180,7 @@ def losses(source: Source) -> list[str]:
             for point in spread(source.curve)
         ]
         lines += ["", *table(head, rows)]
-    return [*lines, "", "Nothing else was measured."]
+    return [*lines, "", "The checkpoint knows of no other measurement."]
 
 
 def spread(curve: Sequence[Evaluation]) -> list[Evaluation]:

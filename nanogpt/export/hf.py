@@ -15,7 +15,7 @@ from torch import Tensor
 from nanogpt.config import GPTConfig
 from nanogpt.export.card import model_card
 from nanogpt.export.families import closest_family, pieces
-from nanogpt.export.safetensors import save
+from nanogpt.export.safetensors import write_tensors
 from nanogpt.export.source import Advance, Source, to_dtype
 from nanogpt.export.tokenizer_json import tokenizer_config, tokenizer_json
 from nanogpt.model.gpt import default_hidden_dim
@@ -51,7 +51,7 @@ def write(source: Source, folder: Path, dtype: str, advance: Advance) -> None:
         transposed = name.endswith(tuple(f"{layer}.weight" for layer in CONV1D))
         tensors[full_name(name, source.config)] = to_dtype(name, tensor.T if transposed else tensor, dtype)
         advance(tensor.numel())
-    save(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", config)
     write_json(folder / "tokenizer.json", described)
     write_json(

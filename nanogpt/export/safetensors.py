@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import Tensor
 
 from nanogpt.config import to_dict
-from nanogpt.errors import UserError
 from nanogpt.export.source import Advance, Source, to_dtype
 from nanogpt.export.tokenizer_json import tokenizer_json
 
@@ -27,12 +26,12 @@ def misfits(source: Source) -> list[str]:
 
 
 def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
-    """Write the file. Raises: UserError if the disk is full, or the weights are too large for the dtype."""
+    """Write the file. Raises: OSError; UserError if the weights are too large for the dtype."""
     tensors: dict[str, Tensor] = {}
     for name, weight in source.weights.items():
         tensors[name] = to_dtype(name, weight, dtype)
         advance(weight.numel())
-    save(tensors, path, {KEY: json.dumps(metadata(source))})
+    write_tensors(tensors, path, {KEY: json.dumps(metadata(source))})
 
 
 def metadata(source: Source) -> dict[str, object]:
@@ -54,12 +53,12 @@ def metadata(source: Source) -> dict[str, object]:
     }
 
 
-def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors, none of which share memory, to a file. Raises: UserError if the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors, none of which share memory, to a file. Raises: OSError.
 
-    try:
-        save_file(dict(tensors), path, dict(metadata))
-    except SafetensorError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    The library's save_file is not used: it makes a temporary file of its own, which a kill leaves behind, and
+    which only its owner may read.
+    """
+    from safetensors.torch import save  # pyright: ignore[reportUnknownVariableType]
+
+    path.write_bytes(save(dict(tensors), dict(metadata)))
