@@ -86,12 +86,17 @@ def test_what_a_format_cannot_carry_is_named(name: str, misfits: str, tmp_path: 
 
 
 @each_format
-def test_nothing_is_replaced_unasked(name: str, config, tmp_path: Path) -> None:
+def test_nothing_but_an_earlier_export_is_replaced(name: str, config, tmp_path: Path) -> None:
     output = tmp_path / NAMES[name]
-    output.write_text("precious")
-    with pytest.raises(UserError, match="exists already: give another name, or --overwrite"):
-        main(config(name))
-    assert output.read_text() == "precious"
+    for content_of_theirs in (b"", b"precious", (tmp_path / "ckpt.pt").read_bytes()):
+        output.write_bytes(content_of_theirs)
+        with pytest.raises(UserError, match="exists already: give another name, or --overwrite"):
+            main(config(name))
+        with pytest.raises(
+            UserError, match=r"is not (a folder|an earlier export in this format): give another"
+        ):
+            main(config(name, overwrite=True))
+        assert output.read_bytes() == content_of_theirs
     output.unlink()
     output.mkdir()
     (output / "letters.txt").write_text("precious")
@@ -101,10 +106,16 @@ def test_nothing_is_replaced_unasked(name: str, config, tmp_path: Path) -> None:
     assert content(output) == {"letters.txt": b"precious"}
 
 
-def test_a_folder_is_not_put_in_the_place_of_a_file(config, tmp_path: Path) -> None:
-    (tmp_path / "model").write_text("precious")
-    with pytest.raises(UserError, match="is not a folder"):
-        main(config("hf", overwrite=True))
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not text")
+@each_format
+def test_a_name_that_is_no_text_is_no_mistake(name: str, config, tmp_path: Path) -> None:
+    assert main(config(name, output=str(tmp_path / f"a\udcff\n{NAMES[name]}"))) == 0
+
+
+@pytest.mark.parametrize("row", ['"step": 1e999', '"step": 12.5', '"val_bits_per_byte": "x", "step": 12'])
+def test_odd_metrics_are_no_mistake(row: str, config, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"val_loss": 2.5, {row}}}\n')
+    assert main(config("hf")) == 0
 
 
 @pytest.mark.parametrize(

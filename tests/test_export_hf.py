@@ -38,7 +38,9 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loaded(folder: Path) -> Any:
     """The model in a folder. Every weight of the file is used, and none is made up."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     assert not any(info.values()), info
     return model.eval()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
 from nanogpt.cli.sample import explain_out_of_memory, find_checkpoint
-from nanogpt.console import late_progress_bar, say
+from nanogpt.console import escape_control_characters, late_progress_bar, say
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.errors import UserError, require
 from nanogpt.export.config import ExportConfig
@@ -31,7 +31,7 @@ def main(config: ExportConfig) -> int:
     with explain_out_of_memory():
         saved = replace(load_checkpoint(path), optimizers=[])  # the larger part of it
         source = Source(
-            output.name.removesuffix(FORMATS[config.format].suffix),
+            escape_control_characters(output.name.removesuffix(FORMATS[config.format].suffix)),
             saved,
             from_dict(saved.tokenizer),
             evaluations(path.with_name("metrics.jsonl"), saved),
@@ -59,9 +59,10 @@ def evaluations(path: Path, saved: Checkpoint) -> list[Evaluation]:
     except UserError:
         return []
     found = [
-        Evaluation(int(row["step"]), float(row["val_loss"]), row.get("val_bits_per_byte"))
+        Evaluation(row["step"], row["val_loss"], bits if isinstance(bits, float) else None)
         for row in rows
-        if isinstance(row.get("val_loss"), float) and row["step"] <= progress["step"]
+        for loss, bits in [(row.get("val_loss"), row.get("val_bits_per_byte"))]
+        if isinstance(loss, float) and isinstance(row["step"], int) and row["step"] <= progress["step"]
     ]
     best = min((point.loss for point in found), default=None)
     last = max((point.step for point in found), default=None)

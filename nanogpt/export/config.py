@@ -19,7 +19,7 @@ class ExportConfig(Settings):
     checkpoint: str = "out/ckpt.pt"
     """The checkpoint to export; everything needed is inside it."""
     format: FormatName = "hf"
-    """hf (a folder for transformers, vLLM, MLX), gguf (llama.cpp, Ollama, LM Studio) or safetensors."""
+    """hf (a folder for transformers), gguf (a file for llama.cpp) or safetensors (a file for any program)."""
     output: str = ""
     """File (gguf, safetensors) or folder (hf) to write; must be given."""
     dtype: ExportDtype = "f32"

@@ -1,4 +1,4 @@
-"""GGUF: one file for llama.cpp, and what is built on it (Ollama, LM Studio), as GPT-2 or Qwen3.
+"""GGUF: one file for llama.cpp, as GPT-2 or Qwen3.
 
 Example:    write(source, Path("model.gguf"), "q8_0", advance)
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The tokenizer is in

@@ -2,7 +2,7 @@
 
 Example:    write(source, Path("my_model"), "f32", advance)
             AutoModelForCausalLM.from_pretrained("my_model"); AutoTokenizer.from_pretrained("my_model")
-vLLM and MLX read the folder too, and it can be uploaded to the hub as it is.
+The folder can be uploaded to the hub as it is.
 """
 
 import json

@@ -31,13 +31,22 @@ class Format:
     """How the name of its file ends. Formats without one are folders."""
     files: tuple[str, ...] = ()
     """The files in its folder."""
+    mark: tuple[int, bytes] = (0, b"")
+    """Bytes that every file of it has, and where they begin."""
 
 
 FORMATS = {
     "hf": Format(hf.write, hf.misfits, ("f32", "f16", "bf16"), ("safetensors",), files=hf.FILES),
-    "gguf": Format(gguf.write, gguf.misfits, ("f32", "f16", "bf16", "q8_0"), ("gguf",), ".gguf"),
+    "gguf": Format(
+        gguf.write, gguf.misfits, ("f32", "f16", "bf16", "q8_0"), ("gguf",), ".gguf", mark=(0, b"GGUF")
+    ),
     "safetensors": Format(
-        safetensors.write, safetensors.misfits, ("f32", "f16", "bf16"), ("safetensors",), ".safetensors"
+        safetensors.write,
+        safetensors.misfits,
+        ("f32", "f16", "bf16"),
+        ("safetensors",),
+        ".safetensors",
+        mark=safetensors.MARK,
     ),
 }
 """Every value of --format."""
@@ -100,6 +109,13 @@ def check_output(chosen: Format, output: Path, *, overwrite: bool) -> None:
         )
     else:
         require(output.is_file(), f"--output {output} is not a file: give another name")
+        start, mark = chosen.mark
+        with open(output, "rb") as file:
+            beginning = file.read(start + len(mark))
+        require(
+            beginning[start:] == mark,
+            f"--output {output} is not an earlier export in this format: give another name",
+        )
 
 
 def check_fits(source: Source, name: str) -> None:

@@ -18,6 +18,9 @@ from nanogpt.export.tokenizer_json import tokenizer_json
 KEY, VERSION = "nanogpt", 1
 """Name of the only entry of the metadata (the library writes several in random order); its version."""
 
+MARK = (8, b'{"__metadata__":{"nanogpt":')
+"""What a file begins with, after the length of its header."""
+
 
 def misfits(source: Source) -> list[str]:
     """What of a model the format cannot carry: nothing."""
