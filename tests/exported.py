@@ -1,6 +1,7 @@
 """What the tests of exports share: checkpoints of small models that are made, not trained."""
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from nanogpt.config import TrainConfig, model_config, to_dict
 from nanogpt.export.source import Source
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, train_bpe
+from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, byte_level_json, train_bpe
 
 SHAPE: dict[str, Any] = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64, "dropout": 0.0}
 GPT2_SHAPES: dict[str, dict[str, Any]] = {
@@ -107,6 +108,20 @@ def checkpoint(tokenizer: Tokenizer = LETTERS, **settings: Any) -> Checkpoint:
         tokenizer=tokenizer.to_dict(),
         fingerprint="f" * 64,
     )
+
+
+def word_probe() -> tuple[BPETokenizer, list[str]]:
+    """A BPE that shows where a text is split into words, and texts with characters of all kinds.
+
+    It merges a letter, a digit and a sign with the first byte of any character: if they are in one word.
+    The characters are those of Unicode 3.2, which every program knows.
+    """
+    firsts = [*range(0x20, 0x7F), *range(0xC2, 0xF5)]
+    merges = [(bytes([before]), bytes([first])) for before in b"a1!" for first in firsts]
+    points = (chr(point) for point in range(1, 0x110000, 7) if not 0xD800 <= point < 0xE000)
+    known = [char for char in points if unicodedata.ucd_3_2_0.category(char) != "Cn"]
+    texts = ["\n".join(f"{before}{char}{before}" for char in known) for before in "a1!"]
+    return BPETokenizer(byte_level_json(merges)), texts
 
 
 def trained(text: str, **settings: Any) -> Checkpoint:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VERSE
-from exported import LETTERS, QWEN3, SHAPES, TEXTS, TOKENIZERS, source, trained
+from exported import LETTERS, QWEN3, SHAPES, TEXTS, TOKENIZERS, source, trained, word_probe
 from hypothesis import given, settings
 from llama import Llama
 
@@ -153,6 +153,15 @@ def test_every_text_has_our_ids_and_comes_back(pair: tuple[Tokenizer, Llama], te
     ids = ours.encode(known).tolist()
     assert llama.encode(text) == ids  # characters that are not known are left out
     assert llama.decode(ids) == known
+
+
+@runs
+def test_words_are_split_alike_beside_characters_of_every_kind(tmp_path: Path) -> None:
+    tokenizer, texts = word_probe()
+    export(source(tokenizer), "gguf", tmp_path / "model.gguf")
+    with Llama(tmp_path / "model.gguf") as llama:
+        for text in texts:
+            assert llama.encode(text) == tokenizer.encode(text).tolist()
 
 
 @pytest.fixture(

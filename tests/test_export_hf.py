@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import GPT2_SHAPES, LETTERS, QWEN3, SHAPES, TEXTS, TOKENIZERS, checkpoint, source
+from exported import GPT2_SHAPES, LETTERS, QWEN3, SHAPES, TEXTS, TOKENIZERS, checkpoint, source, word_probe
 from hypothesis import given, settings
 
 from nanogpt.checkpoint.format import build_model
@@ -108,6 +108,14 @@ def test_every_text_has_our_ids_and_comes_back(pair: tuple[Tokenizer, Any], text
     ids = theirs(text, split_special_tokens=True)["input_ids"]  # characters that are not known are left out
     assert ids == ours.encode(known).tolist()
     assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_words_are_split_alike_beside_characters_of_every_kind(tmp_path: Path) -> None:
+    tokenizer, texts = word_probe()
+    export(source(tokenizer), "hf", tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model", model_max_length=10**9)
+    for text in texts:
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
 
 
 def test_the_end_of_text_is_the_same_token(pair: tuple[Tokenizer, Any]) -> None:
