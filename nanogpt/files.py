@@ -1,6 +1,7 @@
 """Atomic and durable writes of files, their SHA-256, downloads, and the user's own folders.
 
 Example:    with atomic_write(path) as file: file.write(data)
+            with atomic_output(path) as temporary: library.save(temporary)      # a file, or a folder of files
 The bytes go to a temporary file beside `path`, which is synced to the disk and then renamed to `path`: until
 that instant the old file is untouched. Some file systems (Google Drive, sshfs, SMB, some NFS and FUSE) cannot
 sync a file or a folder: a warning says so once, and writing goes on without.
@@ -18,9 +19,12 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from nanogpt.console import progress_bar, warn
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, require
 
 TEMPORARY_SUFFIX = ".part"
+
+REPLACED_SUFFIX = ".replaced"
+"""Suffix of a folder that is being replaced: two renames are needed, and a kill between them leaves it."""
 
 UNSUPPORTED_ERRORS = {
     errno.EINVAL,
@@ -70,6 +74,65 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path) -> Generator[Path]:
+    """Yield a temporary path: the file or folder made there becomes `path` when the block ends.
+
+    For libraries that open files themselves; a folder has files alone. What was at `path` is replaced.
+    Raises: UserError if it cannot be written or the disk is full.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        make_folder(path.parent)
+        remove(temporary)
+        yield temporary
+        for file in [*temporary.iterdir()] if temporary.is_dir() else [temporary]:
+            with open(file, "rb+") as opened:
+                fsync(opened.fileno(), path.parent)
+        if temporary.is_dir():
+            fsync_folder(temporary)
+            replace_folder(temporary, path)
+        else:
+            rename(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError, UserError):
+            remove(temporary)
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename a folder to `path`; a folder that is there goes first. Raises: OSError."""
+    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    if os.path.lexists(path):
+        remove(replaced)
+        rename(path, replaced)
+    try:
+        rename(new, path)
+    except BaseException:
+        if os.path.lexists(replaced):
+            rename(replaced, path)
+        raise
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder that has files alone, if it exists.
+
+    Raises: OSError; UserError if it is a folder with folders, which is no output of ours.
+    """
+    if path.is_dir() and not path.is_symlink():
+        files = [*path.iterdir()]
+        require(not any(file.is_dir() for file in files), f"the folder {path} is in the way: move it away")
+        for file in files:
+            file.unlink()
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, target: Path) -> None:

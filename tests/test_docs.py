@@ -29,6 +29,7 @@ from nanogpt.cli.config import EvaluateConfig
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
+from nanogpt.export.config import ExportConfig
 from nanogpt.inference.config import SampleConfig
 from nanogpt.presets import PRESETS
 from nanogpt.text import tiny_shakespeare
@@ -228,6 +229,7 @@ def test_the_readme_shows_every_command() -> None:
         "eval",
         "train",
         "sample",
+        "export",
         "presets",
     }
 
@@ -252,6 +254,11 @@ def test_every_sampling_flag_is_documented() -> None:
 def test_every_evaluation_flag_is_documented() -> None:
     text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
     assert not [field.name for field in fields(EvaluateConfig) if f"| `--{field.name}` |" not in text]
+
+
+def test_every_export_flag_is_documented() -> None:
+    text = (ROOT / "docs" / "export.md").read_text("utf-8")
+    assert not [field.name for field in fields(ExportConfig) if f"| `--{field.name}` |" not in text]
 
 
 def test_every_preset_is_documented() -> None:

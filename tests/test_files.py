@@ -12,7 +12,7 @@ import torch
 
 from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write
+from nanogpt.files import atomic_output, atomic_write
 
 OLD = b"the old file, whole"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -339,3 +339,67 @@ def test_new_folders_are_synced_into_those_above(tmp_path, monkeypatch):
     files.make_folder(tmp_path / "a" / "b")
     files.make_folder(tmp_path / "a" / "b")
     assert synced == [tmp_path / "a", tmp_path]
+
+
+# A file or a folder that a library writes by itself
+
+
+def write_output(path, content):
+    """Write a file, or a folder of two if `content` is a dictionary."""
+    with atomic_output(path) as temporary:
+        assert not temporary.exists()
+        if isinstance(content, dict):
+            temporary.mkdir()
+            for name, data in content.items():
+                (temporary / name).write_bytes(data)
+        else:
+            temporary.write_bytes(content)
+
+
+def test_an_output_is_a_file_or_a_folder_and_replaces_either(tmp_path):
+    path = tmp_path / "new" / "output"
+    for content in (b"a file", {"a": b"1", "b": b"2"}, {"c": b"3"}):
+        if path.is_file():
+            path.unlink()
+        write_output(path, content)
+        found = (
+            {file.name: file.read_bytes() for file in path.iterdir()} if path.is_dir() else path.read_bytes()
+        )
+        assert found == content
+        assert names(path.parent) == ["output"]
+    assert names(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_output_that_fails_leaves_the_old_folder(tmp_path, error):
+    path = tmp_path / "output"
+    write_output(path, {"old": OLD})
+
+    def fail():
+        with atomic_output(path) as temporary:
+            temporary.mkdir()
+            (temporary / "half").write_bytes(b"half")
+            raise error
+
+    with pytest.raises((UserError, KeyboardInterrupt)) as raised:
+        fail()
+    if isinstance(error, OSError):
+        assert one_line(raised) == f"cannot write {path}: No space left on device"
+    assert names(tmp_path) == ["output"]
+    assert names(path) == ["old"]
+
+
+def test_a_folder_with_folders_in_it_is_nothing_that_was_left_and_stays(tmp_path):
+    (tmp_path / "output.part" / "precious").mkdir(parents=True)
+    (tmp_path / "output.part" / "letter").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"the folder .*output.part is in the way: move it away"):
+        write_output(tmp_path / "output", {"a": b"1"})
+    assert names(tmp_path / "output.part") == ["letter", "precious"]
+
+
+def test_every_file_of_an_output_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(files, "fsync", lambda *_: events.append("sync"))
+    monkeypatch.setattr(files, "rename", lambda old, new: (events.append("rename"), os.replace(old, new)))
+    write_output(tmp_path / "output", {"a": b"1", "b": b"2"})
+    assert events == ["sync", "sync", "rename"]

@@ -22,6 +22,7 @@ from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import InspectConfig, PrepareConfig
 from nanogpt.errors import UserError
+from nanogpt.export.config import ExportConfig
 from nanogpt.inference.config import SampleConfig
 from nanogpt.training import stopping
 
@@ -48,6 +49,7 @@ COMMANDS = {
     "train": Command(TrainConfig, "nanogpt.training.fit", "train.py", writes=True),
     "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py"),
     "eval": Command(EvaluateConfig, "nanogpt.cli.evaluate"),
+    "export": Command(ExportConfig, "nanogpt.cli.export", writes=True),
     "presets": Command(PresetsConfig, "nanogpt.cli.presets"),
 }
 

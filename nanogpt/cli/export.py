@@ -1,0 +1,80 @@
+"""The `export` command: write a checkpoint in a format that other programs read.
+
+Run:    nanogpt export --checkpoint out --format gguf --output my_model.gguf
+The formats are in nanogpt/export. What the files say of the run comes from the checkpoint, and from its
+metrics.jsonl and its data folder, where they are still there and belong to it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
+from nanogpt.cli.sample import find_checkpoint
+from nanogpt.console import escape_control_characters, late_progress_bar, say
+from nanogpt.data.dataset import Dataset, load_dataset
+from nanogpt.device import explain_out_of_memory
+from nanogpt.errors import UserError, require
+from nanogpt.export.config import ExportConfig
+from nanogpt.export.registry import FORMATS, check_fits, check_request, export
+from nanogpt.export.source import Evaluation, Source
+from nanogpt.tokenizer.registry import from_dict
+from nanogpt.training.metrics import read_rows
+
+
+def main(config: ExportConfig) -> int:
+    """Export a checkpoint. Returns the exit code."""
+    require(
+        bool(config.output), "--output is missing: give the file or folder to write, as --output my_model"
+    )
+    output = Path(config.output)
+    check_request(config.format, output, dtype=config.dtype, overwrite=config.overwrite)
+    path = find_checkpoint(Path(config.checkpoint), action="Exporting")
+    with explain_out_of_memory():
+        saved = replace(load_checkpoint(path), optimizers=[])  # the larger part of it
+        source = Source(
+            escape_control_characters(output.name.removesuffix(FORMATS[config.format].suffix)),
+            saved,
+            from_dict(saved.tokenizer),
+            evaluations(path.with_name("metrics.jsonl"), saved),
+            training_data(saved),
+        )
+        check_fits(source, config.format)
+        with late_progress_bar("Exporting", source.num_weights) as advance:
+            export(
+                source,
+                config.format,
+                output,
+                dtype=config.dtype,
+                overwrite=config.overwrite,
+                advance=advance,
+            )
+    say(f"{output}: {source.num_weights:,} parameters in {config.dtype}, format {config.format}")
+    return 0
+
+
+def evaluations(path: Path, saved: Checkpoint) -> list[Evaluation]:
+    """The evaluations in a metrics.jsonl up to a checkpoint; none if it is missing, or of another run."""
+    progress = saved.progress
+    try:
+        rows = [row for _, row in read_rows(path) if row is not None] if path.is_file() else []
+    except UserError:
+        return []
+    found = [
+        Evaluation(row["step"], row["val_loss"], bits if isinstance(bits, float) else None)
+        for row in rows
+        for loss, bits in [(row.get("val_loss"), row.get("val_bits_per_byte"))]
+        if isinstance(loss, float) and isinstance(row["step"], int) and row["step"] <= progress["step"]
+    ]
+    best = min((point.loss for point in found), default=None)
+    last = max((point.step for point in found), default=None)
+    same_run = best == progress.get("best_val_loss") and last == progress.get("evaluated_at")
+    return found if same_run else []
+
+
+def training_data(saved: Checkpoint) -> Dataset | None:
+    """The data of a training, if its folder is where it was and still has them."""
+    try:
+        found = load_dataset(Path(saved.train_config.data_dir), verify_bytes=0)
+    except UserError:
+        return None
+    return found if found.fingerprint == saved.fingerprint else None

@@ -1,0 +1,1 @@
+"""Export: a checkpoint in the formats that other programs read."""

@@ -1,0 +1,127 @@
+"""The export formats: a row for each, and `export`, which refuses what a format cannot carry.
+
+Example:    export(source, "gguf", Path("model.gguf"), dtype="q8_0")
+To add a format, write a file with `misfits` and `write`, a row in FORMATS, and its name in FormatName
+(config.py). A writer makes what it is told, a file or a folder of files; that it is whole is seen to here.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt.errors import UserError, require
+from nanogpt.export import gguf, hf, safetensors
+from nanogpt.export.source import Advance, Source
+from nanogpt.files import atomic_output
+from nanogpt.settings import join_choices
+
+
+@dataclass(frozen=True)
+class Format:
+    """An export format."""
+
+    write: Callable[[Source, Path, str, Advance], None]
+    misfits: Callable[[Source], list[str]]
+    """What of a model the format cannot carry, in words or flags."""
+    dtypes: tuple[str, ...]
+    packages: tuple[str, ...]
+    """Packages of the extra that it needs."""
+    suffix: str = ""
+    """How the name of its file ends. Formats without one are folders."""
+    files: tuple[str, ...] = ()
+    """The files in its folder."""
+    mark: tuple[int, bytes] = (0, b"")
+    """Bytes that every file of it has, and where they begin."""
+
+
+FORMATS = {
+    "hf": Format(hf.write, hf.misfits, ("f32", "f16", "bf16"), ("safetensors",), files=hf.FILES),
+    "gguf": Format(
+        gguf.write, gguf.misfits, ("f32", "f16", "bf16", "q8_0"), ("gguf",), ".gguf", mark=(0, b"GGUF")
+    ),
+    "safetensors": Format(
+        safetensors.write,
+        safetensors.misfits,
+        ("f32", "f16", "bf16"),
+        ("safetensors",),
+        ".safetensors",
+        mark=safetensors.MARK,
+    ),
+}
+"""Every value of --format."""
+
+
+def export(
+    source: Source,
+    name: str,
+    output: Path,
+    *,
+    dtype: str = "f32",
+    overwrite: bool = False,
+    advance: Advance = lambda count: None,
+) -> None:
+    """Write a model in the format of this name to a file or folder.
+
+    overwrite: replace an earlier export. advance: called with the number of weights done since the last call.
+    Raises: UserError if the format cannot carry the model, or the output exists or cannot be written.
+    """
+    check_request(name, output, dtype=dtype, overwrite=overwrite)
+    check_fits(source, name)
+    with atomic_output(output) as temporary:
+        FORMATS[name].write(source, temporary, dtype, advance)
+
+
+def check_request(name: str, output: Path, *, dtype: str, overwrite: bool) -> None:
+    """Check what can be checked before the model is loaded. Raises: UserError."""
+    chosen = FORMATS[name]
+    require(
+        dtype in chosen.dtypes,
+        f"--format {name} has no --dtype {dtype}: use {join_choices([*chosen.dtypes])}",
+    )
+    for package in chosen.packages:
+        require(
+            importlib.util.find_spec(package) is not None,
+            f"--format {name} needs the package {package}, which is not installed: "
+            "pip install nanogpt[export]",
+        )
+    for other, row in FORMATS.items():
+        require(
+            row.suffix in ("", chosen.suffix) or output.suffix != row.suffix,
+            f"--output {output} is named as a file of another format: give --format {other}",
+        )
+    check_output(chosen, output, overwrite=overwrite)
+
+
+def check_output(chosen: Format, output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists, or that is anything but an earlier export. Raises: UserError."""
+    require(bool(output.name), f"--output {output} has no name: give that of a new file or folder")
+    if not output.exists() and not output.is_symlink():
+        return
+    require(overwrite, f"--output {output} exists already: give another name, or --overwrite to replace it")
+    if chosen.files:
+        require(output.is_dir(), f"--output {output} is not a folder: give another name")
+        foreign = sorted({path.name for path in output.iterdir()} - {*chosen.files})
+        require(
+            not foreign,
+            f"--output {output} has files that are not of an export ({', '.join(foreign[:3])}): "
+            "give another name",
+        )
+    else:
+        require(output.is_file(), f"--output {output} is not a file: give another name")
+        start, mark = chosen.mark
+        with open(output, "rb") as file:
+            beginning = file.read(start + len(mark))
+        require(
+            beginning[start:] == mark,
+            f"--output {output} is not an earlier export in this format: give another name",
+        )
+
+
+def check_fits(source: Source, name: str) -> None:
+    """Raise UserError, naming the formats that can, if a format cannot carry a model."""
+    if misfits := FORMATS[name].misfits(source):
+        able = [other for other, row in FORMATS.items() if not row.misfits(source)]
+        raise UserError(
+            f"--format {name} cannot carry {', '.join(misfits)}: use --format {join_choices(able)}"
+        )
