@@ -142,7 +142,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a file or folder, atomic_write a file called `target`.
+    """Rename a file or folder, replacing a file called `target`.
 
     Retries for some seconds while another program has that file open, which Windows and SMB forbid.
     Raises: OSError.

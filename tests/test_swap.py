@@ -183,7 +183,7 @@ def test_a_swap_that_cannot_be_finished_is_one_line_and_stays_to_be_finished(tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(UserError, match=r"cannot finish atomic_write .*Permission denied") as raised:
+        with pytest.raises(UserError, match=r"cannot finish replacing .*Permission denied") as raised:
             load_dataset(folder)
         assert "\n" not in str(raised.value)
     assert text_of(folder) == NEW

@@ -46,7 +46,7 @@ TOKENS_PER_CHECK = 1 << 24
 """Tokens to check at a time."""
 
 MAX_TRIES = 3
-"""How often to try to open a folder that another program is atomic_write."""
+"""How often to try to open a folder that another program is replacing."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def finish_swap(folder: Path) -> bool:
     except OSError as error:
         why = error.strerror or str(error)
         raise UserError(
-            f"cannot finish atomic_write the data set in {folder} ({why}): end the programs that use it, and "
+            f"cannot finish replacing the data set in {folder} ({why}): end the programs that use it, and "
             "see that it can be written; then run the command again"
         ) from error
     return True
