@@ -323,8 +323,10 @@ static void attend(const Model *m, const float *q, int64_t position, const float
     }
     for (int64_t s = 0; s <= position; s++) total += scores[s] = fast_exp(scores[s] - highest);
     memset(y, 0, D * sizeof(float));
-    for (int64_t s = 0; s <= position; s++)
-        for (int64_t i = 0; i < D; i++) y[i] += scores[s] / total * values[s * D + i];
+    for (int64_t s = 0; s <= position; s++) {
+        float weight = scores[s] / total;
+        for (int64_t i = 0; i < D; i++) y[i] += weight * values[s * D + i];
+    }
 }
 
 /* A thread's part of the attention of all tokens: it has some of the K heads, and the queries that use them. */

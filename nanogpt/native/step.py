@@ -262,8 +262,9 @@ class NativeGPT:
         """Where a tensor begins in memory, with its rows one after the other."""
         if tensor is None:
             return None
-        self.kept.append(tensor.detach().contiguous())
-        return self.kept[-1].data_ptr()
+        tensor = tensor if tensor.is_contiguous() else tensor.detach().contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
 
 
 def is_plain(model: GPT) -> bool:
