@@ -142,6 +142,16 @@ def test_large_products_are_left_to_pytorch_where_it_has_fast_ones(monkeypatch, 
     assert limits == [step.MAX_TOKENS, step.FEW_TOKENS if fast == torch.bfloat16 else step.MAX_TOKENS]
 
 
+@needs_compiler
+@pytest.mark.parametrize("token", [20, -1, 2**40])
+def test_what_is_no_token_is_refused(token):
+    model = make(GPTConfig(vocab_size=20, **ODD))
+    with pytest.raises(IndexError, match="not within 0 to 19"):
+        list(generate(model, torch.tensor([[3, token, 1]]), num_tokens=1))
+    with pytest.raises(IndexError, match="not within 0 to 19"):
+        steps(NativeGPT(model), torch.tensor([[3] * 16 + [1]]), 16, 1)
+
+
 # Building
 
 

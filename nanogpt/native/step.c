@@ -41,7 +41,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t width, vocab_size, heads, kv_heads, head_dim, hidden, layers, activation;
+    int64_t width, vocab_size, block_size, heads, kv_heads, head_dim, hidden, layers, activation;
     int64_t pair_rows, triple_rows, exact_pairs, pairs_fit; /* of the n-gram tables */
     int64_t rotation_length;
     double logit_cap;
@@ -147,7 +147,7 @@ static void activate(int64_t activation, float *x, int64_t count) {
 #else
 #define LANES 8
 #endif
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* Half of a unit's rows of a weight times a vector. */
 #define FOUR_DOTS(NAME, TYPE, WIDE)                                                          \
@@ -393,8 +393,20 @@ static void run(const Model *m, const Step *step, const Shared *s, const Thread 
         step->logits[i] = (float)m->logit_cap * fast_tanh(step->logits[i] / (float)m->logit_cap);
 }
 
-/* Computes a step. Returns 0, or 1 if there is no memory. */
+/* Whether all tokens, and their places, are within the tables. */
+static int is_valid(const Model *m, const Step *step) {
+    int64_t T = step->tokens_of_row, N = step->rows_of_step * T;
+    for (int64_t n = 0; n < N; n++) {
+        int64_t id = step->tokens[n / T * (2 + T) + n % T + 2], position = step->positions[n];
+        if (id < 0 || id >= m->vocab_size || position < 0 || position >= m->block_size) return 0;
+        if (position >= step->length) return 0;
+    }
+    return 1;
+}
+
+/* Computes a step. Returns 0; 1 if there is no memory; 2 if a token or its place does not exist. */
 int decode_step(const Model *m, const Step *step, int threads) {
+    if (!is_valid(m, step)) return 2;
     int64_t N = step->rows_of_step * step->tokens_of_row, C = m->width;
     int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim, widest = m->hidden > C ? m->hidden : C;
     int64_t own = N * C + step->length + widest * (UNIT + padded(N)) + 16; /* 16: 64 bytes between threads */

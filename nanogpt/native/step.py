@@ -36,6 +36,9 @@ faster (bench/RESULTS.md), if it multiplies bfloat16 fast at all."""
 SWITCH = "NANOGPT_NATIVE"
 """Environment variable: 0 switches native steps off."""
 
+NO_MEMORY = 1
+"""What decode_step returns; other numbers: a token, or its place in the text, that does not exist."""
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu": 3}
 
@@ -74,8 +77,8 @@ class CModel(Structure):
 
     _fields_: ClassVar[Any] = [
         *((name, c_int64) for name in (
-            "width", "vocab_size", "heads", "kv_heads", "head_dim", "hidden", "layers", "activation",
-            "pair_rows", "triple_rows", "exact_pairs", "pairs_fit", "rotation_length",
+            "width", "vocab_size", "block_size", "heads", "kv_heads", "head_dim", "hidden", "layers",
+            "activation", "pair_rows", "triple_rows", "exact_pairs", "pairs_fit", "rotation_length",
         )),
         ("logit_cap", c_double),
         *((name, c_void_p) for name in ("tokens", "positions", "pairs", "triples", "rotation")),
@@ -164,7 +167,7 @@ class NativeGPT:
         return self.model(idx, cache=cache)
 
     def compute(self, idx: Tensor, step: CacheStep) -> Tensor:
-        """The logits after all tokens, (B, T, V), which the cache gets. Raises: MemoryError."""
+        """The logits after all tokens, (B, T, V), which the cache gets. Raises: MemoryError; IndexError."""
         B, T = idx.shape
         logits = torch.empty(B, T, self.config.vocab_size)
         if step.before is None:
@@ -180,8 +183,11 @@ class NativeGPT:
         compiled = library()
         assert isinstance(compiled, ctypes.CDLL)
         threads = torch.get_num_threads()
-        if compiled.decode_step(ctypes.byref(self.described), ctypes.byref(described), threads):
+        error = compiled.decode_step(ctypes.byref(self.described), ctypes.byref(described), threads)
+        if error == NO_MEMORY:
             raise MemoryError("no memory for a step")
+        if error:
+            raise IndexError(f"a token id is not within 0 to {self.config.vocab_size - 1}, or has no place")
         return logits
 
     def describe(self) -> "CModel":
@@ -195,6 +201,7 @@ class NativeGPT:
         return CModel(
             width=config.n_embd,
             vocab_size=config.vocab_size,
+            block_size=config.block_size,
             heads=config.n_head,
             kv_heads=config.n_kv_head or config.n_head,
             head_dim=config.head_dim,
