@@ -228,7 +228,15 @@ def download(url: str) -> bytes:
 
 
 def user_folder(kind: Literal["state", "cache"]) -> Path:
-    """The user's folder for what this program remembers (XDG Base Directory Specification)."""
+    """The user's folder for what this program remembers (XDG Base Directory Specification).
+
+    Raises: OSError if the user has no home.
+    """
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else f"XDG_{kind.upper()}_HOME", "")
-    usual = Path.home() / {"state": ".local/state", "cache": ".cache"}[kind]
-    return (Path(base) if Path(base).is_absolute() else usual) / "nanogpt"
+    if Path(base).is_absolute():
+        return Path(base) / "nanogpt"
+    try:
+        home = Path.home()
+    except RuntimeError as error:  # a user without a home
+        raise OSError(str(error)) from error
+    return home / {"state": ".local/state", "cache": ".cache"}[kind] / "nanogpt"

@@ -85,7 +85,7 @@ class Sampler:
     def of(cls, given: TextModel, prompts: list[str], config: SampleConfig) -> "Sampler":
         """The sampler for a model. Raises: UserError for a wrong logit_bias."""
         dtype = pick_sampling_dtype(config.dtype, device_of(given.model), given.trained_in)
-        by_columns = bool(native_problem())
+        by_columns = device_of(given.model).type == "cpu" and bool(native_problem())
         model = cast(GPT, sampling_copy(given.model, dtype, config.quantize, by_columns=by_columns))
         seed = secrets.randbits(32) if config.seed is None else config.seed
         return cls(model, given.tokenizer, prompts, resolve_logit_bias(config, given.tokenizer), seed, dtype)

@@ -25,6 +25,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.data.batches import BatchLoader
 from nanogpt.distributed import world
 from nanogpt.distributed.world import World
+from nanogpt.inference import graph_step
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.generate import generate
 from nanogpt.model.kernels import chunked_cross_entropy
@@ -218,8 +219,14 @@ CAPTURED = {
 }
 
 
+@pytest.fixture
+def no_token_graphs(monkeypatch) -> None:
+    """The samples of a training are not captured: a test counts, or exchanges, the captures of updates."""
+    monkeypatch.setattr(graph_step, "WARM_UP_TOKENS", 10**9)
+
+
 @pytest.fixture(params=CAPTURED)
-def captured(request, there) -> TrainConfig:
+def captured(request, there, no_token_graphs) -> TrainConfig:
     """A run with captured updates, whose learning rate and EMA change in each of them."""
     return replace(there, **CAPTURED[request.param], cuda_graph="on", max_iters=12, eval_interval=6)
 
@@ -457,7 +464,7 @@ def test_it_finds_a_step_that_waits(there, cuda, monkeypatch):
         trainer.train_step(run)
 
 
-def test_it_finds_a_number_that_a_replay_does_not_see(there, cuda, monkeypatch):
+def test_it_finds_a_number_that_a_replay_does_not_see(there, cuda, monkeypatch, no_token_graphs):
     """Here the decay of the EMA, asked for within the update."""
     config = replace(there, ema_decay=0.9, cuda_graph="on")
     really, steps = trainer.update_ema, iter(range(1000))

@@ -11,6 +11,7 @@ from test_kv_cache import SHAPES, make
 
 from nanogpt.cli.sample import main
 from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
@@ -145,11 +146,99 @@ def test_large_products_are_left_to_pytorch_where_it_has_fast_ones(monkeypatch, 
 @needs_compiler
 @pytest.mark.parametrize("token", [20, -1, 2**40])
 def test_what_is_no_token_is_refused(token):
+    native = NativeGPT(make(GPTConfig(vocab_size=20, **ODD)))
+    with pytest.raises(IndexError, match="not within 0 to 19"):
+        steps(native, torch.tensor([[3, token, 1]]), 3)
+    with pytest.raises(IndexError, match="not within 0 to 19"):
+        steps(native, torch.tensor([[3] * 16 + [1]]), 16, 1)
+
+
+def half(model: GPT) -> None:
+    model.half()
+
+
+def without_a_block(model: GPT) -> None:
+    del model.blocks[1]
+
+
+def without_a_norm(model: GPT) -> None:
+    model.final_norm = torch.nn.Identity()
+
+
+def without_an_mlp(model: GPT) -> None:
+    model.blocks[0].mlp = torch.nn.Identity()
+
+
+def with_another_activation(model: GPT) -> None:
+    model.blocks[0].mlp.activation = torch.tanh
+
+
+def with_another_norm(model: GPT) -> None:
+    model.blocks[0].attn.q_norm = torch.nn.Tanh()
+
+
+def with_another_forward(model: GPT) -> None:
+    model.blocks[0].mlp.forward = torch.tanh
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        half, without_a_block, without_a_norm, without_an_mlp, with_another_activation, with_another_norm,
+        with_another_forward,
+    ],
+)  # fmt: skip
+def test_a_model_that_was_changed_is_left_to_itself(change):
     model = make(GPTConfig(vocab_size=20, **ODD))
-    with pytest.raises(IndexError, match="not within 0 to 19"):
-        list(generate(model, torch.tensor([[3, token, 1]]), num_tokens=1))
-    with pytest.raises(IndexError, match="not within 0 to 19"):
-        steps(NativeGPT(model), torch.tensor([[3] * 16 + [1]]), 16, 1)
+    change(model)
+    assert with_native_steps(model) is model
+
+
+@needs_compiler
+def test_the_default_dtype_does_not_matter():
+    model, text = make(GPTConfig(vocab_size=20, **ODD)), torch.tensor([[3, 1, 4]])
+    expected = steps(NativeGPT(model), text, 1, 2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = steps(NativeGPT(model), text, 1, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert found.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (torch.tensor([[3, 20]]), "token id 20: those of this model are 0 to 19"),
+        ([torch.tensor([-1])], "token id -1"),
+        (torch.tensor([[3.0]]), "numbers of torch.float32"),
+        (torch.tensor([[True]]), "numbers of torch.bool"),
+        (torch.tensor([3]), "not a tensor of token ids"),
+        ([[3, 1]], "not a tensor of token ids"),
+        ([], "there are no prompts"),
+        (None, "prompts is a NoneType"),
+    ],
+)
+def test_wrong_prompts_are_named(prompts, message):
+    with pytest.raises(UserError, match=message):
+        generate(make(GPTConfig(vocab_size=20, **ODD)), prompts, num_tokens=1)
+
+
+@pytest.mark.parametrize("count", [-1, 3.5, "3"])
+def test_a_wrong_number_of_tokens_is_named(count):
+    with pytest.raises(UserError, match="is not a whole number from 0 on"):
+        generate(make(GPTConfig(vocab_size=20, **ODD)), torch.tensor([[3]]), num_tokens=count)
+
+
+def test_ids_of_other_integers_are_ids():
+    model = make(GPTConfig(vocab_size=20, **ODD))
+    texts = [
+        torch.cat(list(generate(model, torch.tensor([[3, 1]], dtype=dtype), num_tokens=9, temperature=0)))
+        for dtype in (torch.int64, torch.int32, torch.uint8)
+    ]
+    assert texts[0].equal(texts[1])
+    assert texts[0].equal(texts[2])
 
 
 # Building
@@ -224,7 +313,8 @@ def test_sampling_says_in_a_line_that_there_is_no_compiler(
     main(sampling)
     assert capsys.readouterr() == (
         expected,
-        "Sampling takes several times as long as it could: there is no C compiler (cc)\n",
+        "Sampling takes several times as long as it could: there is no C compiler (cc) "
+        "(docs/sampling.md, Speed)\n",
     )
     monkeypatch.setenv(step.SWITCH, "0")
     main(sampling)

@@ -52,11 +52,13 @@ def main(config: SampleConfig) -> int:
         saved = load_checkpoint(path)
         model, tokenizer = build_model(saved, device)
         dtype = pick_sampling_dtype(config.dtype, device, str(saved.precision["dtype"]))
-        prepare_for_sampling(model, dtype, config.quantize, by_columns=bool(native_problem()))
-        if native_problem() and device.type == "cpu" and not switched_off():
-            warn(f"Sampling takes several times as long as it could: {native_problem()}")
+        problem = native_problem() if device.type == "cpu" else ""
+        prepare_for_sampling(model, dtype, config.quantize, by_columns=bool(problem))
+        if problem and not switched_off():
+            warn(f"Sampling takes several times as long as it could: {problem} (docs/sampling.md, Speed)")
         config = resolve_logit_bias(replace(config, **typed), tokenizer)
-        guesses = learn_guesses(saved) if config.speculate else None
+        alone = config.num_samples == 1 and config.prompts_file is None
+        guesses = learn_guesses(saved) if config.speculate and alone else None
         with eager_mode(), autocast(device, dtype):
             run(model, tokenizer, config, guesses)
     return 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanogpt.errors import require
+from nanogpt.inference.checks import check_count, check_prompts
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.processors import History, check_logit_bias, needs_history
 from nanogpt.inference.sampling import Randomness, sample
@@ -54,10 +55,11 @@ def generate(
     params = replace(params, **changes)
     overlap, size = params.context_overlap or 1, model.config.block_size
     require(overlap <= size, f"--context_overlap {overlap} is more than the context, {size}")
-    require(all(len(prompt) for prompt in prompts), "a prompt has no tokens: give at least one")
+    prompts = check_prompts(prompts, model.config.vocab_size)
+    check_count(num_tokens)
     check_logit_bias(params, model.config.vocab_size)
     stepped = fastest_steps(model, params.speculate, guesses)
-    return decode(stepped, list(prompts), params, num_tokens, generator, observe=observe)
+    return decode(stepped, prompts, params, num_tokens, generator, observe=observe)
 
 
 @torch.no_grad()

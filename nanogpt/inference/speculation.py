@@ -74,10 +74,12 @@ class Speculator:
         ahead = torch.tensor([guessed], dtype=idx.dtype).to(idx.device)
         idx = torch.cat((idx, ahead), dim=1)  # (1, T)
         step = step.cache.step(step.rows, idx)  # what it writes past the token is overwritten, or right
-        if isinstance(self.model, NativeGPT):
-            logits = self.model.compute(idx, step)  # (1, T, V)
+        model = self.model
+        if isinstance(model, NativeGPT) and idx.numel() <= model.max_tokens:
+            logits = model.compute(idx, step)  # (1, T, V)
         else:
-            logits = self.model.logits(self.model.trunk(idx, cache=step))
+            model = model.model if isinstance(model, NativeGPT) else model
+            logits = model.logits(model.trunk(idx, cache=step))
         self.passes += 1
         after = torch.split(logits, 1, dim=1)
         self.computed = list(zip(guessed, after[1:], strict=True))

@@ -99,7 +99,7 @@ class KVCache:
         """The memory of the cache, (2, L, R, K, S, D), which is float32 from now on."""
         if self.keys_values is None:
             K = self.config.n_kv_head or self.config.n_head
-            self.allocated(torch.empty(0, K, 0, self.config.head_dim))
+            self.allocated(torch.empty(0, K, 0, self.config.head_dim, dtype=torch.float32, device="cpu"))
         assert self.keys_values is not None
         self.keys_values = self.keys_values.float()
         return self.keys_values

@@ -46,7 +46,7 @@ def load(name: str) -> ctypes.CDLL:
             try:
                 return ctypes.CDLL(str(library))
             except OSError:  # damaged
-                library.unlink()
+                library.unlink(missing_ok=True)
         compile_file(compiler, source, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -54,11 +54,12 @@ def load(name: str) -> ctypes.CDLL:
 
 
 def find_compiler() -> str:
-    """The C compiler, $CC or the usual ones. Raises: BuildError."""
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        if name and (found := shutil.which(name)):
+    """The C compiler, $CC or one of the usual ones. Raises: BuildError."""
+    wanted = os.environ.get("CC")
+    for name in [wanted] if wanted else ["cc", "gcc", "clang"]:
+        if found := shutil.which(name):
             return found
-    raise BuildError("there is no C compiler (cc)")
+    raise BuildError(f"$CC, {wanted}, is no program" if wanted else "there is no C compiler (cc)")
 
 
 def library_name(source: Path, compiler: str) -> str:
@@ -99,10 +100,13 @@ def compile_file(compiler: str, source: Path, library: Path) -> None:
                 raise BuildError(f"{compiler} takes more than {MAX_SECONDS:g} s") from error
             if done.returncode == 0:
                 break
-            complaints += done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            complaints = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         else:
-            raise BuildError(f"{compiler}: {complaints[0]}")
+            errors = [line for line in complaints if "error" in line]
+            raise BuildError(f"{compiler}: {(errors or complaints)[0]}")
         if not new.is_file():
             raise BuildError(f"{compiler} wrote nothing")
         ctypes.CDLL(str(new))  # before it gets its name: OSError if it is no library
+        with open(new, "rb+") as file:
+            os.fsync(file.fileno())  # a file cut off by a power cut would end the process that loads it
         new.replace(library)

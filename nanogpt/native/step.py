@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt.model.gpt import ACTIVATIONS as ACTIVATION_FUNCTIONS
 from nanogpt.model.gpt import GPT, MLP, Block, CausalSelfAttention
-from nanogpt.model.kernels import Head, LayerNorm, RMSNorm
+from nanogpt.model.kernels import Dropout, Head, LayerNorm, RMSNorm
 from nanogpt.model.kv_cache import BEFORE_TEXT, NGRAM_TOKENS, CacheStep
 from nanogpt.model.ngram import NgramEmbedding
 from nanogpt.model.quantize import Int8Linear, linear_bytes
@@ -99,29 +100,21 @@ class CStep(Structure):
 # --- the model ---
 
 
+NORMS = (LayerNorm, RMSNorm)
+
 PLAIN = (
-    GPT,
-    Block,
-    CausalSelfAttention,
-    MLP,
-    nn.Linear,
-    Head,
-    Int8Linear,
-    LayerNorm,
-    RMSNorm,
-    nn.Embedding,
-    nn.ModuleList,
-    NgramEmbedding,
+    *(GPT, Block, CausalSelfAttention, MLP, nn.ModuleList, nn.Embedding, NgramEmbedding),
+    *(nn.Linear, Head, Int8Linear, *NORMS, Dropout, nn.Identity),
 )
-"""Modules that step.c computes; those without weights do nothing in evaluation mode."""
+"""Modules that step.c computes."""
 
 
 def with_native_steps(model: GPT) -> "GPT | NativeGPT":
     """The model with native steps, if it has them here; else the model.
 
-    For as long as nobody exchanges or moves its weights. To change them in place is allowed.
+    For as long as nobody exchanges or moves its weights. Those of float32 may be changed in place.
     """
-    return model if native_problem() or model.training or not is_plain(model) else NativeGPT(model)
+    return model if model.training or not is_plain(model) or native_problem() else NativeGPT(model)
 
 
 def native_problem() -> str:
@@ -132,18 +125,19 @@ def native_problem() -> str:
 
 def switched_off() -> bool:
     """Whether the user wants no native steps."""
-    return os.environ.get(SWITCH) == "0"
+    return os.environ.get(SWITCH, "").lower() in {"0", "false", "off", "no"}
 
 
 @cache
 def library() -> ctypes.CDLL | BuildError:
     """The compiled step.c, or why there is none."""
     if switched_off():
-        return BuildError(f"{SWITCH}=0 switches native steps off")
+        return BuildError(f"{SWITCH} switches native steps off")
     try:
-        return load("step.c")
+        compiled = load("step.c")
     except BuildError as error:
         return error
+    return compiled if hasattr(compiled, "decode_step") else BuildError("step.c was not compiled as a whole")
 
 
 class NativeGPT:
@@ -169,7 +163,8 @@ class NativeGPT:
     def compute(self, idx: Tensor, step: CacheStep) -> Tensor:
         """The logits after all tokens, (B, T, V), which the cache gets. Raises: MemoryError; IndexError."""
         B, T = idx.shape
-        logits = torch.empty(B, T, self.config.vocab_size)
+        assert idx.dtype == torch.int64
+        logits = torch.empty(B, T, self.config.vocab_size, dtype=torch.float32, device="cpu")
         if step.before is None:
             ids = F.pad(idx, (NGRAM_TOKENS, 0), value=BEFORE_TEXT)
         else:
@@ -275,11 +270,26 @@ class NativeGPT:
 
 
 def is_plain(model: GPT) -> bool:
-    """Whether step.c computes what the model does: no foreign layers, no hooks, all of it on a CPU."""
+    """Whether step.c computes what the model does: nothing foreign in it, all of it on a CPU."""
     weights = (*model.parameters(), *model.buffers())
     on_cpu = all(type(w) in {Tensor, nn.Parameter} and w.device.type == "cpu" for w in weights)
-    ours = all(type(module) in PLAIN or not list(module.parameters()) for module in model.modules())
-    return on_cpu and ours and not is_watched(model)
+    ours = all(type(module) in PLAIN and "forward" not in vars(module) for module in model.modules())
+    return on_cpu and ours and has_all_parts(model) and not is_watched(model)
+
+
+def has_all_parts(model: GPT) -> bool:
+    """Whether a model is built as its configuration says, with weights that step.c reads."""
+    config, blocks = model.config, [block for block in model.blocks if isinstance(block, Block)]
+    function, _ = ACTIVATION_FUNCTIONS[config.mlp]
+    norms = [model.final_norm, *(norm for block in blocks for norm in (block.norm_1, block.norm_2))]
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Int8Linear))]
+    return (
+        len(blocks) == config.n_layer == len(model.blocks)
+        and all(isinstance(norm, NORMS) for norm in norms)
+        and all(getattr(block.mlp, "activation", None) is function for block in blocks)
+        and len(layers) == 4 * config.n_layer + 1
+        and all(layer.weight.dtype in DTYPES for layer in layers)
+    )
 
 
 def is_watched(model: nn.Module) -> bool:
