@@ -210,8 +210,8 @@ def show() -> None:
         if choice is None:
             continue
         best = min(others, key=lambda row: row["loss"], default=choice)
-        s = choice["settings"]
-        shape = f"{s['n_layer']} x {s['n_embd']}, {s['batch_size']} x {s['block_size']}"
+        config = replace(TrainConfig(), **choice["settings"])
+        shape = f"{config.n_layer} x {config.n_embd}, {config.batch_size} x {config.block_size}"
         ratio = choice["loss"] / min(best["loss"], choice["loss"])
         table.add_row(
             corpus, f"{minutes:g}", f"{choice['seconds']}", shape, f"{choice['loss']:.4f}", best["what"],
