@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from exported import LETTERS, QWEN3, REFUSED, SHAPES, TEXTS, TOKENIZERS, checkpoint, source, trained
+from exported import (
+    LETTERS,
+    QWEN3,
+    REFUSED,
+    SHAPES,
+    TEXTS,
+    TOKENIZERS,
+    checkpoint,
+    source,
+    trained,
+    word_probe,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -155,6 +166,22 @@ def test_a_trained_model_writes_what_sampling_in_int8_writes(shape: str, tmp_pat
 
 
 @needs_node
+@pytest.mark.parametrize("shape", PRESET_SHAPES)
+def test_greedy_tokens_are_those_of_sampling_in_int8_in_c(shape: str, tmp_path: Path) -> None:
+    if not (PAGE.parents[1] / "native").is_dir():
+        pytest.skip("this version samples in PyTorch alone")
+    native = pytest.importorskip("nanogpt.native.step")
+    exported = source(**PRESET_SHAPES[shape])
+    model = as_in_the_page(exported)
+    quantize(model, "int8")
+    if native.with_native_steps(model) is model:
+        pytest.skip("there is no C compiler")
+    steps = generate(model, torch.tensor([[3, 1, 2]]), num_tokens=150, temperature=0)
+    found = run(page(exported, tmp_path), GREEDY, prompt=[3, 1, 2])
+    assert [number for number, _, _ in found] == [int(token) for token in steps]
+
+
+@needs_node
 @pytest.mark.parametrize("pairs", ["exact", "hashed"])
 @pytest.mark.parametrize("vocab_size", [65, 50_257, 1_000_000])
 def test_rows_of_ngrams_are_those_of_64_bits(pairs: str, vocab_size: int, tmp_path: Path) -> None:
@@ -283,6 +310,14 @@ def test_texts_are_encoded_and_decoded_as_here(
         parts = list(expected)
         assert found == parts[: len(found)]
     assert end == tokenizer.end_of_text
+
+
+@needs_node
+def test_words_are_split_as_here(tmp_path: Path) -> None:
+    tokenizer, texts = word_probe()
+    code = "return values.texts.map((text) => page.tokenizer().encode(text))"
+    expected = [tokenizer.encode(text).tolist() for text in texts]
+    assert run(page(source(tokenizer), tmp_path), code, texts=texts) == expected
 
 
 @needs_node
@@ -416,6 +451,8 @@ def test_the_page_fetches_nothing_and_runs_no_code_but_its_own(tmp_path: Path) -
         assert not {"src", "href", "style", "action"} & set(attributes), tag
         assert not [name for name in attributes if name.startswith("on")], tag
     assert len(elements.of("style")) == 1
+    for path in PAGE.glob("*.js"):
+        assert not re.search(r"<!--|</?script", path.read_text("utf-8"))  # they would end the element
     for path in PAGE.iterdir():
         assert not re.search(
             r"https?:|url\(|@import|\beval\b|new Function|innerHTML", path.read_text("utf-8")
@@ -445,7 +482,7 @@ def test_a_page_is_little_more_than_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("progress", "said"),
     [
-        ({}, "Validation loss 2.5000 nats per token, before its weights were rounded to 8 bits."),
+        ({}, "Validation loss 2.5000 nats per token, before the weights were rounded to 8 bits."),
         (
             {"evaluated_at": 8},
             "2.5000 nats per token (the lowest of its run; these weights are later ones), before",

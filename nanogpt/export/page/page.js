@@ -101,7 +101,7 @@ function startPage(backend) {
   }
 
   text.addEventListener("keydown", move);
-  text.addEventListener("focus", () => current < 0 && text.matches(":focus-visible") && choose(0));
+  text.addEventListener("focus", () => pieces[0] && current < 0 && text.matches(":focus-visible") && choose(0));
   text.addEventListener("click", (event) => choose(indexOf(event)));
   text.addEventListener("pointerover", (event) => indexOf(event) >= 0 && show(indexOf(event)));
   text.addEventListener("pointerleave", () => show(current));
