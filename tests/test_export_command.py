@@ -62,7 +62,7 @@ def test_the_formats_and_dtypes_are_those_of_the_flags() -> None:
 @each_format
 def test_an_export_is_said_and_the_same_each_time(name: str, config, tmp_path: Path, capsys) -> None:
     assert main(config(name)) == 0
-    assert f"parameters in f32, format {name}" in capsys.readouterr().out
+    assert f"parameters in {FORMATS[name].dtypes[0]}, format {name}" in capsys.readouterr().out
     (tmp_path / "other").touch()
     written = [
         path for path in (tmp_path / NAMES[name], *(tmp_path / NAMES[name]).glob("*")) if path.is_file()
@@ -81,7 +81,7 @@ def test_what_a_format_cannot_carry_is_named(name: str, misfits: str, tmp_path: 
     path = saved(tmp_path / "ckpt.pt", **REFUSED[misfits])
     with pytest.raises(UserError) as raised:
         main(ExportConfig(checkpoint=str(path), format=name, output=str(tmp_path / NAMES[name])))  # type: ignore[arg-type]
-    assert str(raised.value) == f"--format {name} cannot carry {misfits}: use --format safetensors"
+    assert str(raised.value) == f"--format {name} cannot carry {misfits}: use --format safetensors or html"
     assert left(tmp_path) == []
 
 
@@ -191,6 +191,8 @@ def test_a_full_disk_leaves_what_was_there(
         "gguf.pieces",
         "safetensors.metadata",
         "safetensors.write_tensors",
+        "html.describe",
+        "html.digest",
     ],
 )
 def test_a_kill_leaves_what_was_there_and_the_next_export_is_whole(

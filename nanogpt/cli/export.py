@@ -15,7 +15,7 @@ from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import explain_out_of_memory
 from nanogpt.errors import UserError, require
 from nanogpt.export.config import ExportConfig
-from nanogpt.export.registry import FORMATS, check_fits, check_request, export
+from nanogpt.export.registry import FORMATS, check_fits, check_request, default_dtype, export
 from nanogpt.export.source import Evaluation, Source
 from nanogpt.tokenizer.registry import from_dict
 from nanogpt.training.metrics import read_rows
@@ -48,7 +48,8 @@ def main(config: ExportConfig) -> int:
                 overwrite=config.overwrite,
                 advance=advance,
             )
-    say(f"{output}: {source.num_weights:,} parameters in {config.dtype}, format {config.format}")
+    dtype = config.dtype or default_dtype(config.format)
+    say(f"{output}: {source.num_weights:,} parameters in {dtype}, format {config.format}")
     return 0
 
 

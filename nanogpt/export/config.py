@@ -8,8 +8,8 @@ from typing import Literal
 
 from nanogpt.settings import Settings
 
-FormatName = Literal["hf", "gguf", "safetensors"]
-ExportDtype = Literal["f32", "f16", "bf16", "q8_0"]
+FormatName = Literal["hf", "gguf", "safetensors", "html"]
+ExportDtype = Literal["f32", "f16", "bf16", "q8_0", "int8"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class ExportConfig(Settings):
     checkpoint: str = "out/ckpt.pt"
     """The checkpoint to export; everything needed is inside it."""
     format: FormatName = "hf"
-    """hf (a folder for transformers), gguf (a file for llama.cpp) or safetensors (a file for any program)."""
+    """hf (a folder for transformers), gguf (for llama.cpp), safetensors (any program) or html (a browser)."""
     output: str = ""
-    """File (gguf, safetensors) or folder (hf) to write; must be given."""
-    dtype: ExportDtype = "f32"
-    """Type of the weights: f32, f16, bf16, or in gguf q8_0 (8 bits)."""
+    """File (gguf, safetensors, html) or folder (hf) to write; must be given."""
+    dtype: ExportDtype | None = None
+    """Type of the weights: f32, f16, bf16, in gguf also q8_0. None: f32; in html int8, which it always is."""
     overwrite: bool = False
     """Replace an earlier export in output."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.errors import UserError, require
-from nanogpt.export import gguf, hf, safetensors
+from nanogpt.export import gguf, hf, html, safetensors
 from nanogpt.export.source import Advance, Source
 from nanogpt.files import atomic_output
 from nanogpt.settings import join_choices
@@ -25,6 +25,7 @@ class Format:
     misfits: Callable[[Source], list[str]]
     """What of a model the format cannot carry, in words or flags."""
     dtypes: tuple[str, ...]
+    """Values of --dtype; the first is its default."""
     packages: tuple[str, ...]
     """Packages of the extra that it needs."""
     suffix: str = ""
@@ -48,6 +49,7 @@ FORMATS = {
         ".safetensors",
         mark=safetensors.MARK,
     ),
+    "html": Format(html.write, html.misfits, ("int8",), (), ".html", mark=html.MARK),
 }
 """Every value of --format."""
 
@@ -57,26 +59,32 @@ def export(
     name: str,
     output: Path,
     *,
-    dtype: str = "f32",
+    dtype: str | None = None,
     overwrite: bool = False,
     advance: Advance = lambda count: None,
 ) -> None:
     """Write a model in the format of this name to a file or folder.
 
-    overwrite: replace an earlier export. advance: called with the number of weights done since the last call.
+    dtype: None: the first of the format. overwrite: replace an earlier export.
+    advance: called with the number of weights done since the last call.
     Raises: UserError if the format cannot carry the model, or the output exists or cannot be written.
     """
     check_request(name, output, dtype=dtype, overwrite=overwrite)
     check_fits(source, name)
     with atomic_output(output) as temporary:
-        FORMATS[name].write(source, temporary, dtype, advance)
+        FORMATS[name].write(source, temporary, dtype or default_dtype(name), advance)
 
 
-def check_request(name: str, output: Path, *, dtype: str, overwrite: bool) -> None:
+def default_dtype(name: str) -> str:
+    """The value of --dtype where none is given."""
+    return FORMATS[name].dtypes[0]
+
+
+def check_request(name: str, output: Path, *, dtype: str | None, overwrite: bool) -> None:
     """Check what can be checked before the model is loaded. Raises: UserError."""
     chosen = FORMATS[name]
     require(
-        dtype in chosen.dtypes,
+        dtype is None or dtype in chosen.dtypes,
         f"--format {name} has no --dtype {dtype}: use {join_choices([*chosen.dtypes])}",
     )
     for package in chosen.packages:

@@ -1,0 +1,169 @@
+"""HTML: one page that runs the model in a browser, from disk, without a network.
+
+Example:    write(source, Path("model.html"), "int8", advance)
+Every model fits, with tokenizers of characters, bytes, and BPE by GPT-2's rule for words. The page computes
+the model whose weights are `rounded`: each matrix, embeddings too, has 8 bits and a scale for each row, as in
+model/quantize.py; norms and biases stay as they are. All other numbers are float32 or more.
+The page is page/: engine.js, sampling.js and tokenizer.js know of no page, page.js of no model.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt.config import to_dict
+from nanogpt.console import plural
+from nanogpt.export import gguf_vocabulary
+from nanogpt.export.source import Advance, Source
+from nanogpt.model.quantize import quantize_rows
+from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
+from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer
+
+PAGE = Path(__file__).parent / "page"
+
+SCRIPTS = ("engine.js", "sampling.js", "tokenizer.js", "page.js")
+
+MARK = (0, b"<!DOCTYPE html>\n<!-- A language model")
+"""How every such file begins."""
+
+START = """
+startPage(NanoGPT.local(
+  JSON.parse(document.getElementById("model").textContent),
+  () => document.getElementById("weights").textContent,
+));
+"""
+"""What joins page and model."""
+
+POLICY = (
+    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
+    "base-uri 'none'; form-action 'none'"
+)
+"""Nothing may be fetched or sent, and no code may run but ours (Content Security Policy)."""
+
+
+def misfits(source: Source) -> list[str]:
+    """What of a model the page cannot express: some tokenizers."""
+    return gguf_vocabulary.misfits(source.tokenizer)
+
+
+def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
+    """Write the page. Raises: OSError."""
+    del dtype  # 8 bits are all that there is
+    weights = packed(source, advance)
+    header = {
+        "name": source.name,
+        "about": describe(source),
+        "config": to_dict(source.config),
+        "tensors": [[name, *tensor.shape, 0][:3] for name, tensor in source.weights.items()],
+        "bytes": len(weights),
+        "tokenizer": tokenizer_header(source.tokenizer),
+    }
+    style = (PAGE / "page.css").read_text("utf-8")
+    script = "".join((PAGE / name).read_text("utf-8") for name in SCRIPTS) + START
+    contents = {
+        "policy": POLICY.format(script=digest(script), style=digest(style)),
+        "title": html.escape(source.name),
+        "style": style,
+        "script": script,
+        "model": json.dumps(header).replace("<", "\\u003c"),  # no text of the model ends its element
+        "weights": base64.b64encode(weights).decode(),
+    }
+    template = (PAGE / "page.html").read_text("utf-8")
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: contents[found[1]], template)
+    path.write_bytes(page.encode())
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a script or a style, as a policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def packed(source: Source, advance: Advance) -> bytes:
+    """The weights as the page reads them (readTensors in engine.js), little-endian.
+
+    All vectors, float32; the scales of all matrices, the upper half of a float32 each; all matrices, int8.
+    """
+    vectors, scales, matrices = list[bytes](), list[bytes](), list[bytes]()
+    for weight in source.weights.values():
+        if weight.dim() == 1:
+            vectors.append(weight.float().numpy().astype("<f4").tobytes())
+        else:
+            integers, scale = quantize_rows(weight.float())
+            scales.append(scale.view(torch.int16).numpy().astype("<i2").tobytes())
+            matrices.append(integers.numpy().tobytes())
+        advance(weight.numel())
+    return b"".join((*vectors, *scales, *matrices))
+
+
+def rounded(weight: Tensor) -> Tensor:
+    """A weight as the page has it, in float32."""
+    if weight.dim() == 1:
+        return weight.float()
+    integers, scale = quantize_rows(weight.float())
+    return integers.float() * scale.float()[:, None]
+
+
+def describe(source: Source) -> str:
+    """The model in a line or two: what the checkpoint says, and how long its text is, if that is known."""
+    tokens = f"{len(source.data.train):,} " if source.data is not None else ""
+    kind = {"char": "characters", "byte": "bytes", "bpe": "pieces of words (BPE)"}[source.tokenizer.kind]
+    progress = source.saved.progress
+    is_best = progress.get("evaluated_at") == source.step and not progress.get("worse_evaluations")
+    loss = "" if is_best else " (the lowest of its run; these weights are later ones)"
+    losses = (
+        "It was not evaluated."
+        if source.val_loss is None
+        else f"Validation loss {source.val_loss:.4f} nats per token{loss}, before the weights were rounded "
+        "to 8 bits."
+    )
+    return (
+        f"A language model of {source.num_weights:,} parameters, trained for "
+        f"{plural(source.step, 'update')} on {tokens}{kind}. {losses}"
+    )
+
+
+def char_header(tokenizer: CharTokenizer) -> dict[str, Any]:
+    """The code point of each id."""
+    return {"points": [ord(char) for char in tokenizer.chars]}
+
+
+def byte_header(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """Nothing: an id is a byte."""
+    del tokenizer
+    return {}
+
+
+def bpe_header(tokenizer: BPETokenizer) -> dict[str, Any]:
+    """The bytes of each id, each as the character of its number; the ids of single bytes; the merges.
+
+    A merge is three ids: left, right and both in one.
+    """
+    model = json.loads(tokenizer.source)["model"]
+    ids: dict[str, int] = model["vocab"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return {
+        "tokens": [token.decode("latin-1") for token in tokenizer.tokens],
+        "single": [ids.get(CHAR_OF[byte], -1) for byte in range(256)],
+        "merges": [ids[name] for left, right in pairs for name in (left, right, left + right)],
+    }
+
+
+TOKENIZERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "char": char_header,
+    "byte": byte_header,
+    "bpe": bpe_header,
+}
+"""Kind of tokenizer -> what the page needs of it (tokenizer.js)."""
+
+
+def tokenizer_header(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer as the page reads it."""
+    return {"kind": tokenizer.kind, "end": tokenizer.end_of_text, **TOKENIZERS[tokenizer.kind](tokenizer)}

@@ -1,0 +1,599 @@
+"""Exports as a page: its JavaScript, run in Node, computes what PyTorch computes with the same 8 bits."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import (
+    LETTERS,
+    QWEN3,
+    REFUSED,
+    SHAPES,
+    TEXTS,
+    TOKENIZERS,
+    checkpoint,
+    source,
+    trained,
+    word_probe,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nanogpt.config import SHAPE_FIELDS, GPTConfig
+from nanogpt.errors import UserError
+from nanogpt.export.html import PAGE, rounded
+from nanogpt.export.registry import export
+from nanogpt.export.source import Source
+from nanogpt.inference.config import SamplingParams
+from nanogpt.inference.generate import generate
+from nanogpt.inference.processors import process
+from nanogpt.inference.tokens import generate_tokens, score
+from nanogpt.model.gpt import GPT
+from nanogpt.model.ngram import NgramEmbedding
+from nanogpt.model.quantize import Int8Linear, quantize
+from nanogpt.presets import PRESETS
+from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
+from nanogpt.tokenizer.bpe import BPETokenizer, byte_level_json
+
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="Node is not installed")
+
+SMALL = {"n_layer": 2, "n_embd": 48, "n_head": 4, "block_size": 32, "mlp_width": None, "dropout": 0.0}
+PRESET_SHAPES = {
+    f"preset {name}": {field: getattr(preset.make(), field) for field in SHAPE_FIELDS}
+    | SMALL
+    | {"ngram_vocab": 1000 if preset.make().ngram_vocab else 0}
+    for name, preset in PRESETS.items()
+}
+"""The blocks of every preset, small. 1000 rows are too few for all pairs of LETTERS."""
+PARTS = {
+    "all pairs": {"ngram_vocab": 5000},
+    "hashed pairs": {"ngram_vocab": 997, "ngram_pairs": "hashed"},
+    "one key-value head": QWEN3 | {"n_kv_head": 1, "bias": True, "norm": "layernorm"},
+    "odd width": {"n_embd": 42, "n_head": 3, "mlp_width": 50, "positions": "rope", "block_size": 17},
+}
+EVERY_SHAPE = PRESET_SHAPES | PARTS | SHAPES | REFUSED
+
+
+def page(exported: Source, folder: Path) -> Path:
+    """The page of a model."""
+    path = folder / "model.html"
+    export(exported, "html", path, overwrite=path.exists())
+    return path
+
+
+def run(path: Path, code: str, **values: Any) -> Any:
+    """What JavaScript returns, that has a page (html_page.js) and these values."""
+    assert NODE
+    harness = Path(__file__).parent / "html_page.js"
+    done = subprocess.run(
+        [NODE, str(harness), str(path)],
+        input=json.dumps({"code": code, "values": values}).encode(),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+def as_in_the_page(exported: Source) -> GPT:
+    """The model that a page computes: its weights rounded, everything else in float32."""
+    model = GPT(exported.config).eval()
+    weights = {name: rounded(weight) for name, weight in exported.weights.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["head.weight"] if exported.config.tied else [], [])
+    return model
+
+
+GREEDY = """
+const settings = { numTokens: 150, temperature: 0 };
+const found = page.all(page.NanoGPT.generateTokens(page.model(), values.prompt, settings));
+return found.map(({ id, probability, top }) => [id, Math.log(probability), top.map(({ id }) => id)]);
+"""
+
+
+@needs_node
+@pytest.mark.parametrize("shape", EVERY_SHAPE)
+def test_greedy_tokens_are_those_of_the_same_weights_in_pytorch(shape: str, tmp_path: Path) -> None:
+    """150 tokens, in three contexts and more, that follow a prompt longer than the context."""
+    exported = source(**EVERY_SHAPE[shape])
+    prompt = torch.arange(70) * 7 % exported.config.vocab_size
+    steps = generate_tokens(as_in_the_page(exported), prompt[None], num_tokens=150, temperature=0, logprobs=5)
+    expected = [token for (token,) in steps]
+    found = run(page(exported, tmp_path), GREEDY, prompt=prompt.tolist())
+    assert [number for number, _, _ in found] == [token.id for token in expected]
+    logprobs = torch.tensor([logprob for _, logprob, _ in found])
+    torch.testing.assert_close(
+        logprobs, torch.tensor([token.logprob for token in expected]), rtol=0, atol=1e-4
+    )
+    assert [top for _, _, top in found[:20]] == [
+        [number for number, _ in token.top] for token in expected[:20]
+    ]
+
+
+@needs_node
+def test_the_page_has_every_number_as_it_was_written(tmp_path: Path) -> None:
+    exported = source(**PRESET_SHAPES["preset cpu"])
+    code = """
+    const m = page.model(), range = (length) => Array.from({ length }).keys();
+    const rows = ({ weight, scale, rows, columns }) =>
+      [...range(rows)].map((r) => [...range(columns)].map((c) => weight[r * columns + c] * scale[r]));
+    return {
+      "token_embedding.weight": rows(m.tokens), "ngram_embedding.triples.weight": rows(m.triples),
+      "blocks.0.mlp.fc.weight": rows(m.blocks[0].fc), "head.weight": rows(m.head),
+      "final_norm.weight": Array.from(m.finalNorm.gain),
+    };
+    """
+    for name, found in run(page(exported, tmp_path), code).items():
+        assert torch.equal(torch.tensor(found), rounded(exported.weights[name])), name
+
+
+@needs_node
+@pytest.mark.parametrize("shape", ["preset classic", "preset cpu"])
+def test_a_trained_model_writes_what_sampling_in_int8_writes(shape: str, tmp_path: Path) -> None:
+    """The weights are the same integers. PyTorch rounds what goes into each product to bfloat16, too.
+
+    So the same token is the likeliest wherever it is by more than that rounding.
+    """
+    text = "".join(f"{number} bottles of beer on the wall, take one down. " for number in range(40, 0, -1))
+    tokenizer = CharTokenizer.train(text)
+    exported = Source("beer", trained(text, **PRESET_SHAPES[shape] | {"block_size": 256}), tokenizer)
+    model = as_in_the_page(exported)
+    prompt = tokenizer.encode("40 bottles").astype("int64").tolist()
+    steps = generate(model, torch.tensor([prompt]), num_tokens=150, temperature=0)
+    expected = [int(token) for token in steps]
+    assert [number for number, _, _ in run(page(exported, tmp_path), GREEDY, prompt=prompt)] == expected
+    before = [linear.weight.detach() for linear in model.modules() if isinstance(linear, nn.Linear)]
+    quantize(model, "int8")
+    after = [layer.dequantized() for layer in model.modules() if isinstance(layer, Int8Linear)]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + expected]))[0][0, len(prompt) - 1 : -1]  # (150, V)
+    best, chosen = logits.max(dim=-1), torch.tensor(expected)
+    behind = best.values - logits.gather(1, chosen[:, None])[:, 0]
+    assert float(behind.max()) < 0.05
+    assert int((best.indices == chosen).sum()) >= 145
+
+
+@needs_node
+@pytest.mark.parametrize("shape", PRESET_SHAPES)
+def test_greedy_tokens_are_those_of_sampling_in_int8_in_c(shape: str, tmp_path: Path) -> None:
+    if not (PAGE.parents[1] / "native").is_dir():
+        pytest.skip("this version samples in PyTorch alone")
+    native = pytest.importorskip("nanogpt.native.step")
+    exported = source(**PRESET_SHAPES[shape])
+    model = as_in_the_page(exported)
+    quantize(model, "int8")
+    if native.with_native_steps(model) is model:
+        pytest.skip("there is no C compiler")
+    steps = generate(model, torch.tensor([[3, 1, 2]]), num_tokens=150, temperature=0)
+    found = run(page(exported, tmp_path), GREEDY, prompt=[3, 1, 2])
+    assert [number for number, _, _ in found] == [int(token) for token in steps]
+
+
+@needs_node
+@pytest.mark.parametrize("pairs", ["exact", "hashed"])
+@pytest.mark.parametrize("vocab_size", [65, 50_257, 1_000_000])
+def test_rows_of_ngrams_are_those_of_64_bits(pairs: str, vocab_size: int, tmp_path: Path) -> None:
+    rows = 32_749
+    config = GPTConfig(vocab_size=vocab_size, n_embd=1, n_head=1, ngram_vocab=rows, ngram_pairs=pairs)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocab_size, (300, 3), generator=generator)
+    ids[:100, 0], ids[:50, 1], ids[100:150] = -1, -1, vocab_size - 1
+    tables = NgramEmbedding(config)
+    numbers = torch.arange(rows)[:, None].float()
+    expected: list[list[int]] = []
+    for table, other in ((tables.pairs, tables.triples), (tables.triples, tables.pairs)):
+        table.weight.data, other.weight.data = numbers[: len(table.weight)], torch.zeros_like(other.weight)
+        expected.append(tables(ids[:, 2:], ids[:, :2]).flatten().long().tolist())
+    code = "return values.ids.map((ids) => page.NanoGPT.ngramRows(values, ids))"
+    found = run(
+        page(source(), tmp_path),
+        code,
+        ids=ids.tolist(),
+        config={"vocab_size": vocab_size, "ngram_pairs": pairs},
+        pairs={"rows": tables.pairs.num_embeddings},
+        triples={"rows": rows},
+    )
+    assert [list(column) for column in zip(*found, strict=True)] == expected
+
+
+# --- sampling ---
+
+
+@needs_node
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1e-40},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"top_p": 0.99, "top_k": 1000},
+        {"temperature": 2.0, "top_k": 30, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_sampling_chooses_among_the_same_tokens_with_the_same_weights(params: Any, tmp_path: Path) -> None:
+    logits = torch.randn(7, 200, generator=torch.Generator().manual_seed(2)) * 3
+    expected = process(logits, SamplingParams(**params)).softmax(dim=-1)
+    code = """
+    const { temperature = 1, top_k: topK = null, top_p: topP = null } = values.params;
+    return values.logits.map((row) => {
+      const logits = Float32Array.from(row), settings = { temperature, topK, topP };
+      const { ids, weights } = page.NanoGPTSampling.candidates(logits, settings);
+      const total = weights.reduce((a, b) => a + b, 0), all = row.map(() => 0);
+      ids.forEach((id, i) => (all[id] = weights[i] / total));
+      return all;
+    });
+    """
+    found = torch.tensor(run(page(source(), tmp_path), code, params=params, logits=logits.tolist())).float()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found > 0, expected > 0)
+
+
+@needs_node
+def test_draws_are_as_frequent_as_their_weights_and_a_seed_repeats_them(tmp_path: Path) -> None:
+    logits = [0.0, 1.0, -1.0, float(-40), 2.0]
+    code = """
+    const draws = (seed) => {
+      const random = page.NanoGPTSampling.randomNumbers(seed);
+      return Array.from({ length: 20000 },
+        () => page.NanoGPTSampling.choose(Float32Array.from(values.logits), { temperature: 1 }, random));
+    };
+    return values.seeds.map(draws);
+    """
+    seeds = [0, 1, 1, 2**32 + 1, 2**53 - 1]
+    draws = torch.tensor(run(page(source(), tmp_path), code, logits=logits, seeds=seeds))
+    assert torch.equal(draws[1], draws[2])
+    assert len({tuple(row.tolist()) for row in draws}) == 4
+    expected = torch.tensor(logits).softmax(dim=-1)
+    spread = (expected * (1 - expected) / draws.shape[1]).sqrt()
+    for row in draws:
+        frequency = torch.bincount(row, minlength=5) / len(row)
+        assert bool(((frequency - expected).abs() <= 5 * spread + 1e-9).all())
+
+
+@needs_node
+def test_probabilities_are_the_models_own(tmp_path: Path) -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(3))
+    logits[0, 7] = logits[0, 3]  # equal ones keep their order
+    [expected] = score(logits, torch.tensor([11]), 5)
+    code = "return page.NanoGPTSampling.score(Float32Array.from(values.logits), 11)"
+    found = run(page(source(), tmp_path), code, logits=logits[0].tolist())
+    assert expected.logprob is not None
+    values = [found["probability"], *(other["probability"] for other in found["top"])]
+    theirs = torch.tensor([expected.logprob, *(logprob for _, logprob in expected.top)]).exp()
+    torch.testing.assert_close(torch.tensor(values), theirs)
+    assert [other["id"] for other in found["top"]] == [number for number, _ in expected.top]
+
+
+# --- tokenizers ---
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page for each tokenizer that fits."""
+    names = [name for name in TOKENIZERS if name != "tokenizer.json"]
+    return {name: page(source(TOKENIZERS[name]), tmp_path_factory.mktemp("page")) for name in names}
+
+
+@needs_node
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "tokenizer.json"])
+@settings(deadline=None, derandomize=True, max_examples=6)
+@given(texts=st.lists(TEXTS, min_size=20, max_size=80), data=st.data())
+def test_texts_are_encoded_and_decoded_as_here(
+    name: str, texts: list[str], data: st.DataObject, pages
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    if isinstance(tokenizer, CharTokenizer):
+        texts = ["".join(char for char in text if not tokenizer.unknown_characters(char)) for text in texts]
+    ids = data.draw(st.lists(st.lists(st.integers(0, tokenizer.vocab_size - 1)), max_size=20))
+    code = """
+    const tokenizer = page.tokenizer();
+    const stream = (ids) => { const decode = tokenizer.decoder(); return ids.map((id) => decode(id)); };
+    return [values.texts.map((text) => tokenizer.encode(text)), values.ids.map(stream), tokenizer.end];
+    """
+    encoded, decoded, end = run(pages[name], code, texts=texts, ids=ids)
+    assert encoded == [tokenizer.encode(text).tolist() for text in texts]
+    for found, expected in zip(decoded, map(tokenizer.stream, ids), strict=True):
+        parts = list(expected)
+        assert found == parts[: len(found)]
+    assert end == tokenizer.end_of_text
+
+
+@needs_node
+def test_words_are_split_as_here(tmp_path: Path) -> None:
+    tokenizer, texts = word_probe()
+    code = "return values.texts.map((text) => page.tokenizer().encode(text))"
+    expected = [tokenizer.encode(text).tolist() for text in texts]
+    assert run(page(source(tokenizer), tmp_path), code, texts=texts) == expected
+
+
+@needs_node
+def test_the_prompt_begins_a_text_as_for_sample(tmp_path: Path) -> None:
+    code = """
+    const tokenizer = page.tokenizer();
+    return values.texts.map((text) => {
+      try { return tokenizer.encodePrompt(text); } catch (error) { return error.message; }
+    });
+    """
+    texts = ["", "abc", "ab\u00ff\u00ffc!\u0416"]
+    known = CharTokenizer.train("\nabc", end_of_text=True)
+    empty, encoded, message = run(page(source(known), tmp_path), code, texts=texts)
+    assert (empty, encoded) == ([0], [1, 2, 3])
+    assert message == (
+        'The model has never seen "\u00ff" (U+00FF), "!" (U+0021), "\u0416" (U+0416): its vocabulary has '
+        "4 characters. Leave them out of the prompt."
+    )
+    no_line_feed = CharTokenizer.train("abc", end_of_text=True)
+    assert run(page(source(no_line_feed), tmp_path), code, texts=[""]) == [[3]]
+    assert run(page(source(CharTokenizer.train("abc")), tmp_path), code, texts=[""]) == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        (TOKENIZERS["tokenizer.json"], "a tokenizer.json other than byte-level BPE"),
+        (
+            BPETokenizer(
+                json.dumps(
+                    json.loads(byte_level_json([(b"a", b"b")]))
+                    | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}}
+                )
+            ),
+            "a tokenizer.json that splits words unlike GPT-2",
+        ),
+    ],
+    ids=["foreign", "words"],
+)
+def test_tokenizers_that_the_page_does_not_know_are_refused(
+    tokenizer: Tokenizer, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=f"--format html cannot carry {reason}: use --format hf or safetensors"
+    ):
+        page(source(tokenizer), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@needs_node
+def test_a_vocabulary_as_large_as_gpt2s_works(tmp_path: Path) -> None:
+    merges = [(bytes([left]), bytes([right])) for left in range(196) for right in range(256)]
+    tokenizer = BPETokenizer(byte_level_json(merges[: 50_257 - 257]))
+    assert tokenizer.vocab_size == 50_257
+    exported = source(tokenizer, n_layer=1, n_embd=8, n_head=2, block_size=8, ngram_vocab=1000)
+    prompt = tokenizer.encode("It was").tolist()
+    steps = generate(as_in_the_page(exported), torch.tensor([prompt]), num_tokens=10, temperature=0)
+    code = """
+    const settings = { prompt: "It was", numTokens: 10, temperature: 0 };
+    const found = page.all(page.NanoGPT.generate(page.model(), page.tokenizer(), settings));
+    return found.map(({ text }) => text ?? "").join("");
+    """
+    assert tokenizer.decode(map(int, steps)).startswith(run(page(exported, tmp_path), code))
+
+
+# --- the file ---
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes and their text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.is_open = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs), []))
+        self.is_open = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_open = False
+
+    def handle_data(self, data: str) -> None:
+        if self.is_open:
+            self.found[-1][2].append(data)
+
+    def of(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
+        """Attributes and text of each element of a kind."""
+        return [(attributes, "".join(text)) for name, attributes, text in self.found if name == tag]
+
+
+def test_whatever_the_model_writes_stays_within_its_element(tmp_path: Path) -> None:
+    texts = (b"</script>", b"<!--<script>", b"{{weights}}", b"&amp;", b"\\u003c")
+    merges = [(text[:end], text[end : end + 1]) for text in texts for end in range(1, len(text))]
+    tokenizer = BPETokenizer(byte_level_json(merges))
+    assert {*texts} <= {*tokenizer.tokens}
+    exported = replace(source(tokenizer), name="</title><script>alert(2)</script>{{script}}")
+    elements = Elements(page(exported, tmp_path).read_text("utf-8"))
+    scripts = elements.of("script")
+    assert [attributes.get("id") for attributes, _ in scripts] == ["model", "weights", None]
+    header = json.loads(scripts[0][1])
+    assert header["name"] == exported.name
+    assert [token.encode("latin-1") for token in header["tokenizer"]["tokens"]] == tokenizer.tokens
+    assert len(base64.b64decode(scripts[1][1], validate=True)) == header["bytes"]
+    assert elements.of("title")[0][1] == exported.name
+
+
+def test_the_page_fetches_nothing_and_runs_no_code_but_its_own(tmp_path: Path) -> None:
+    elements = Elements(page(source(), tmp_path).read_text("utf-8"))
+    [policy] = [
+        attributes["content"] or ""
+        for attributes, _ in elements.of("meta")
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    allowed = dict(part.split(" ", 1) for part in policy.split("; "))
+    digests = [
+        base64.b64encode(hashlib.sha256(elements.of(tag)[-1][1].encode()).digest()).decode()
+        for tag in ("script", "style")
+    ]
+    assert allowed == {
+        "default-src": "'none'",
+        "script-src": f"'sha256-{digests[0]}'",
+        "style-src": f"'sha256-{digests[1]}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    for tag, attributes, _ in elements.found:
+        assert not {"src", "href", "style", "action"} & set(attributes), tag
+        assert not [name for name in attributes if name.startswith("on")], tag
+    assert len(elements.of("style")) == 1
+    for path in PAGE.glob("*.js"):
+        assert not re.search(r"<!--|</?script", path.read_text("utf-8"))  # they would end the element
+    for path in PAGE.iterdir():
+        assert not re.search(
+            r"https?:|url\(|@import|\beval\b|new Function|innerHTML", path.read_text("utf-8")
+        )
+
+
+def test_everything_that_a_person_uses_has_a_name(tmp_path: Path) -> None:
+    elements = Elements(page(source(), tmp_path).read_text("utf-8"))
+    labels = {attributes["for"] for attributes, _ in elements.of("label")}
+    ids = [attributes["id"] for _, attributes, _ in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes, text in elements.found:
+        if tag in ("input", "textarea"):
+            assert attributes["id"] in labels
+        if tag == "button":
+            assert "".join(text).strip()
+        for name in ("aria-labelledby", "aria-describedby"):
+            assert name not in attributes or attributes[name] in ids
+
+
+def test_a_page_is_little_more_than_its_weights(tmp_path: Path) -> None:
+    exported = source(n_embd=256, n_head=8)
+    size = page(exported, tmp_path).stat().st_size
+    assert size < 1.4 * exported.num_weights + 50_000
+
+
+@pytest.mark.parametrize(
+    ("progress", "said"),
+    [
+        ({}, "Validation loss 2.5000 nats per token, before the weights were rounded to 8 bits."),
+        (
+            {"evaluated_at": 8},
+            "2.5000 nats per token (the lowest of its run; these weights are later ones), before",
+        ),
+        ({"best_val_loss": float("inf")}, "It was not evaluated."),
+    ],
+    ids=["best", "later", "never"],
+)
+def test_a_line_says_what_the_checkpoint_says(progress: dict[str, Any], said: str, tmp_path: Path) -> None:
+    saved = checkpoint(data_dir="/home/somebody/letters")
+    saved.progress.update(progress)
+    exported = Source("small", saved, LETTERS)
+    path = page(exported, tmp_path)
+    header = json.loads(Elements(path.read_text("utf-8")).of("script")[0][1])
+    assert header["about"].startswith(
+        f"A language model of {exported.num_weights:,} parameters, trained for 12 updates on characters. "
+    )
+    assert said in header["about"]
+    assert b"somebody" not in path.read_bytes()
+
+
+# --- the page ---
+
+
+@needs_node
+def test_a_text_is_written_piece_by_piece_with_what_could_have_been(tmp_path: Path) -> None:
+    code = """
+    const at = await page.start(), { text, details } = at;
+    const loaded = [at.status.textContent, at.name.textContent, at.about.textContent !== ""];
+    Object.assign(at.prompt, { value: "It was" });
+    Object.assign(at.tokens, { value: "60" });
+    Object.assign(at.seed, { value: "7" });
+    const write = async () => {
+      at.form.fire("submit");
+      const running = [at.generate.disabled, at.stop.disabled];
+      await page.until(() => !at.generate.disabled);
+      return [text.textContent, running];
+    };
+    const first = await write(), again = await write(), status = at.status.textContent;
+    const pieces = text.children.slice(1).map(({ className, textContent }) => [className, textContent]);
+    const hidden = details.hidden;
+    text.fire("pointerover", { target: text.children[3] });
+    const hovered = details.textContent;
+    text.fire("pointerleave");
+    const left = details.hidden;
+    text.fire("focus");
+    for (const key of ["ArrowRight", "ArrowRight"]) text.fire("keydown", { key });
+    const place = () => text.children.findIndex((child) => child.className.includes("current"));
+    const focused = details.textContent, current = place();
+    text.fire("keydown", { key: "End" });
+    const end = place();
+    text.fire("keydown", { key: "Escape" });
+    const gone = details.hidden;
+    return { loaded, first, again, status, pieces, hidden, hovered, left, focused, current, end, gone };
+    """
+    found = run(page(source(), tmp_path), code)
+    assert found["loaded"] == ["Ready", "small", True]
+    assert found["first"] == found["again"]
+    assert found["first"][0] == "It was" + "".join(text for _, text in found["pieces"])
+    assert len(found["pieces"]) == 60
+    assert found["first"][1] == [True, False]
+    assert re.fullmatch(r"Done: 60 tokens(, \d+ a second)?, seed 7", found["status"])
+    assert {classes.split()[0] for classes, _ in found["pieces"]} <= {f"p{level}" for level in range(5)}
+    assert found["hidden"]
+    assert found["hovered"].count("%") == 6
+    assert found["left"]
+    assert found["focused"] == found["hovered"]
+    assert (found["current"], found["end"], found["gone"]) == (3, 60, True)
+
+
+@needs_node
+def test_stop_ends_a_text_and_a_prompt_of_strange_characters_is_explained(tmp_path: Path) -> None:
+    code = """
+    const at = await page.start();
+    Object.assign(at.tokens, { value: "100000" });
+    at.form.fire("submit");
+    await page.until(() => at.text.children.length > 20);
+    at.stop.fire("click");
+    await page.until(() => !at.generate.disabled);
+    const stopped = at.status.textContent, written = at.text.children.length;
+    at.prompt.value = "\\u0416";
+    at.form.fire("submit");
+    await page.until(() => !at.generate.disabled);
+    const { hidden, textContent: problem } = at.problem;
+    return { stopped, written, problem, hidden, status: at.status.textContent };
+    """
+    found = run(page(source(), tmp_path), code)
+    assert re.fullmatch(r"Stopped after \d+ tokens(, \d+ a second)?, seed \d+", found["stopped"])
+    assert 20 < found["written"] < 100_000
+    assert (found["hidden"], found["status"]) == (False, "")
+    assert found["problem"].startswith('The model has never seen "\u0416" (U+0416)')
+
+
+@needs_node
+def test_a_piece_of_several_tokens_shows_them_all_and_a_text_ends_at_its_end(tmp_path: Path) -> None:
+    """A model that writes the two bytes of a character, then the end of the text."""
+    saved = checkpoint(TOKENIZERS["byte"], n_layer=1, tied=False, positions="rope")
+    for name, weight in saved.model.items():
+        if name.startswith("blocks") or name.endswith("bias"):
+            weight.zero_()
+    table, head = saved.model["token_embedding.weight"], saved.model["head.weight"]
+    head.zero_()
+    for token, following in ((ord("a"), 0xC3), (0xC3, 0xA9), (0xA9, 255)):
+        head[following] = table[token]
+    code = """
+    const settings = { prompt: "a", numTokens: 9, temperature: 0 };
+    return page.all(page.NanoGPT.generate(page.model(), page.tokenizer(), settings));
+    """
+    waiting, piece = run(page(Source("small", saved, TOKENIZERS["byte"]), tmp_path), code)
+    assert waiting == {"tokens": 1}
+    assert (piece["text"], piece["tokens"]) == ("\u00e9", 1)
+    assert [part["text"] for part in piece["parts"]] == ["\\xC3", "\\xA9"]
+    first, second = (part["probability"] for part in piece["parts"])
+    assert piece["probability"] == pytest.approx(first * second)
