@@ -16,7 +16,7 @@ HOUSE = (
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer", "native"},
     {"data", "checkpoint", "inference"},
-    {"evaluation", "scoring"},
+    {"evaluation", "scoring", "initialize"},
     {"training"},
     {"train", "cli"},
     {"__main__"},
