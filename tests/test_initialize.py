@@ -167,6 +167,10 @@ def test_all_that_does_not_fit_is_listed_in_one_message(tmp_path: Path, text: st
         started(tmp_path / "hf", dataset)
     assert "h.2.ln_1.weight is missing" in str(error.value)
     assert "h.0.mlp.c_fc.weight is of shape (128, 32), not (100, 32)" in str(error.value)
+    small = {"model_type": "qwen3", **SMALL_QWEN3, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(small))
+    with pytest.raises(UserError, match=r"rope_parameters is \['full_attention'\]"):
+        open_source(str(tmp_path / "hf"))
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="is a model of type llama: this program has gpt2 and qwen3"):
         open_source(str(tmp_path / "hf"))
@@ -469,6 +473,17 @@ def test_data_with_other_tokens_is_refused_with_the_way_to_prepare_it(
         UserError, match=r"has other tokens than .*: prepare it with .*data.* --tokenizer .*ckpt.pt"
     ):
         started(trained.out_dir, dataset)
+
+
+def test_tables_of_ngrams_are_for_their_own_characters(
+    config: TrainConfig, tmp_path: Path, text: str
+) -> None:
+    fit(replace(config, ngram_vocab=2000, max_iters=1))
+    model, _ = load_model(Path(config.out_dir) / "last.pt")
+    same = prepared(tmp_path / "same", text[:500], tokenizer=f"{config.out_dir}/last.pt")
+    same_logits(started(config.out_dir, same), lambda idx: model(idx)[0])
+    with pytest.raises(UserError, match="has tables of n-grams for its own characters"):
+        started(config.out_dir, prepared(tmp_path / "other", text + "ß"))
 
 
 @pytest.mark.parametrize(

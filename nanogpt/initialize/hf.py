@@ -44,6 +44,8 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 """Ends of the names of constants that old versions saved."""
 
+ROPE_KEYS = ("rope_type", "type", "rope_theta")
+
 COMMON_NEEDS = {"is_decoder": Need((False, True), False), "quantization_config": Need((None,), None)}
 
 GPT2_NEEDS = {
@@ -61,6 +63,7 @@ QWEN3_NEEDS = {
     "rms_norm_eps": Need((1e-6,), 1e-6),
     "rope_theta": Need((10_000.0,), 10_000.0),
     "rope_type": Need(("default",), "default"),
+    "rope_parameters": Need(([], None), None),
     "attention_bias": Need((False,), False),
     "use_sliding_window": Need((False,), False),
 }
@@ -114,12 +117,19 @@ def read(name: str, folder: Path) -> Source:
 
 
 def rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of RoPE, which version 5 has in rope_parameters, and 4 beside the others."""
+    """The settings of RoPE, which version 5 has in rope_parameters, and 4 beside the others.
+
+    rope_parameters: the names of those that are not known here.
+    """
     described: Any = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(described, dict):
         return {"rope_type": described}
     nested = cast(dict[str, Any], described)
-    settings = {"rope_type": nested.get("rope_type", nested.get("type", "default"))}
+    others = sorted(name for name, value in nested.items() if name not in ROPE_KEYS and value is not None)
+    settings = {
+        "rope_type": nested.get("rope_type", nested.get("type", "default")),
+        "rope_parameters": others,
+    }
     return settings | ({"rope_theta": nested["rope_theta"]} if "rope_theta" in nested else {})
 
 

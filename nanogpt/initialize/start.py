@@ -89,10 +89,8 @@ def match_tokens(source: Source, tokenizer: Tokenizer, data_dir: str) -> list[in
     Raises: UserError if the data has other tokens.
     """
     has, size = source.config.vocab_size, tokenizer.vocab_size
-    advice = (
-        f"the data in {data_dir} has other tokens than {source.name}: prepare it with "
-        f"{' '.join(command('data'))} --tokenizer {source.prepare_with} --input_file YOUR_TEXT"
-    )
+    prepare = f"{' '.join(command('data'))} --tokenizer {source.prepare_with} --input_file YOUR_TEXT"
+    advice = f"the data in {data_dir} has other tokens than {source.name}: prepare it with {prepare}"
     require(source.num_tokens in (None, size), advice)
     theirs = source.tokenizer()
     if theirs.vocab_size > has:
@@ -104,7 +102,8 @@ def match_tokens(source: Source, tokenizer: Tokenizer, data_dir: str) -> list[in
     require(isinstance(tokenizer, CharTokenizer) and is_characters(theirs), advice)
     require(
         not source.config.ngram_vocab,
-        f"{source.name} has tables of n-grams, for the characters that it was trained on alone: {advice}",
+        f"{source.name} has tables of n-grams for its own characters, and {data_dir} has others: take "
+        f"those that it does not have out of the text, and prepare that with {prepare}",
     )
     row_of = {token: row for row, token in enumerate(theirs.tokens)}
     rows = [row_of.get(token) for token in tokenizer.tokens]
