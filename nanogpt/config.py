@@ -137,6 +137,15 @@ class TrainConfig(Architecture):
     overwrite: bool = False
     """Delete the earlier run in out_dir instead of keeping it in out_dir/previous."""
 
+    init_from: str | None = None
+    """Start from a trained model: a checkpoint, a folder of transformers or litgpt, a name on the hub."""
+    lora_rank: int = 0
+    """Train only adapters of this rank beside the linear layers of the blocks (LoRA); 0: all weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapters' outputs, times their rank; None: 2 lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout probability of the adapters' inputs, in [0, 1)."""
+
     minutes: float | None = None
     """Choose the model and its training so that all is done in this time on this machine."""
     fixed: tuple[str, ...] = ()
@@ -217,8 +226,9 @@ class TrainConfig(Architecture):
             at_least(self, "micro_batch", 1)
         for name in ("eval_interval", "eval_iters", "patience", "log_interval"):
             at_least(self, name, 1)
-        for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds"):
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds", "lora_rank"):
             at_least(self, name, 0)
+        check_fine_tuning(self)
         check_seed(self.seed)
         require(
             not (self.resume and self.overwrite),
@@ -254,6 +264,26 @@ class TrainConfig(Architecture):
         """Names of the metric sinks, each once; jsonl is always among them: loss.png is drawn from it."""
         named = ("jsonl", *self.log_to, "tensorboard") if self.tensorboard else ("jsonl", *self.log_to)
         return tuple(dict.fromkeys(named))
+
+
+def check_fine_tuning(config: TrainConfig) -> None:
+    """Check --init_from and the flags of LoRA. Raises: UserError."""
+    alpha, dropout = config.lora_alpha, config.lora_dropout
+    require(
+        not (config.init_from and config.minutes),
+        "--minutes chooses a model, and --init_from has one: give --max_seconds instead",
+    )
+    require(
+        not config.lora_rank or config.init_from is not None,
+        f"--lora_rank {config.lora_rank} trains beside weights that stay as they are: give --init_from",
+    )
+    for name in ("lora_alpha", "lora_dropout"):
+        require(
+            bool(config.lora_rank) or not getattr(config, name),
+            f"--{name} {getattr(config, name)} is for LoRA: give --lora_rank too, as 8",
+        )
+    require(alpha is None or alpha > 0, f"--lora_alpha {alpha} is not positive: try 2 lora_rank")
+    require(0 <= dropout < 1, f"--lora_dropout {dropout} is outside [0, 1): try 0.05, or 0 for none")
 
 
 def model_config(config: Architecture, vocab_size: int) -> GPTConfig:

@@ -27,7 +27,7 @@ from nanogpt.cli import main as cli
 from nanogpt.cli import plan
 from nanogpt.cli.config import EvaluateConfig
 from nanogpt.cli.parse import parse
-from nanogpt.config import TrainConfig
+from nanogpt.config import SHAPE_FIELDS, TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.export.config import ExportConfig
 from nanogpt.inference.config import SampleConfig
@@ -163,7 +163,8 @@ def reader(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def small(config: TrainConfig) -> TrainConfig:
         if config.resume:
             return replace(config, max_iters=4, data_dir="data", compile="off")
-        shrunk = {name: getattr(SMALL, name) for name in SHRUNK}
+        names = set(SHRUNK) - set(SHAPE_FIELDS if config.init_from else ())
+        shrunk = {name: getattr(SMALL, name) for name in names}
         return replace(config, **shrunk, minutes=config.minutes and 0.03)
 
     monkeypatch.setattr(fit_module, "fit", lambda config, *rest, **named: fit(small(config), *rest, **named))

@@ -16,7 +16,7 @@ HOUSE = (
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer", "native"},
     {"data", "checkpoint", "inference"},
-    {"evaluation", "sampler", "scoring", "export"},
+    {"evaluation", "sampler", "scoring", "export", "initialize"},
     {"training"},
     {"train", "api", "cli"},
     {"__main__"},

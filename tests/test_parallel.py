@@ -771,3 +771,18 @@ assert sample.main(SampleConfig(checkpoint={config.out_dir + "/ckpt.pt"!r}, num_
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_adapters_as_one_does(plain, tmp_path, kind):
+    """Frozen weights have no gradient to average; all processes start from the same model."""
+    fit(replace(plain, max_iters=2, out_dir=str(tmp_path / "base")))
+    settings = {"init_from": str(tmp_path / "base"), "lora_rank": 2, "ema_decay": 0.9, "parallel": kind}
+    alone = replace(plain, out_dir=str(tmp_path / "alone"), **settings)
+    both = replace(alone, out_dir=str(tmp_path / "both"))
+    fit(alone)
+    code, out, err = torchrun(tmp_path, both)
+    assert code == 0, err
+    assert "Warning" not in err, err
+    assert out.count("Starting from") == out.count("LoRA: ") == out.count("Adapters for peft: ") == 1
+    same_course(alone, both)

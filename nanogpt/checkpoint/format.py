@@ -26,6 +26,7 @@ from nanogpt.console import plural
 from nanogpt.device import pick_device
 from nanogpt.errors import UserError, require
 from nanogpt.model.gpt import GPT
+from nanogpt.model.lora import adapter_scale, merged
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
@@ -78,7 +79,7 @@ class Checkpoint:
     progress: dict[str, Any]
     """The fields of Progress."""
     model: dict[str, torch.Tensor]
-    """The trained weights: state_dict of the model."""
+    """The trained weights: state_dict of the model, with adapters beside the weights they are for (LoRA)."""
     average: dict[str, torch.Tensor]
     """Exponential moving average (EMA) of the weights; empty without --ema_decay."""
     optimizers: list[dict[str, Any]]
@@ -97,8 +98,9 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights for inference: the EMA if there is one, else the trained weights."""
-        return self.average or self.model
+        """The weights for inference: the EMA if there is one, else the trained ones; adapters are merged."""
+        config, weights = self.train_config, self.average or self.model
+        return merged(weights, adapter_scale(config)) if config.lora_rank else weights
 
     @property
     def train_config(self) -> TrainConfig:

@@ -2,7 +2,7 @@
 
 Example:    folder = RunFolder(Path("out")); with folder.locked(): folder.archive_previous(); ...
 Files:      ckpt.pt (best), last.pt (newest), shards/ (tensors of last.pt with --parallel fsdp),
-            metrics.jsonl, loss.png, runs/ (TensorBoard),
+            metrics.jsonl, loss.png, runs/ (TensorBoard), adapter/ (LoRA, for peft),
             previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
 """
 
@@ -39,6 +39,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.plot = path / "loss.png"
         self.runs = path / "runs"
+        self.adapter = path / "adapter"
         self.job = path / ".job"
         self.moving = path / ".moving"
         """Temporary folder of an earlier run that is being moved to previous/."""
@@ -141,8 +142,10 @@ class RunFolder:
 
     def run_files(self, folder: Path) -> list[Path]:
         """The files and folders of a run in `folder`, in the order to move them: last.pt comes last."""
-        names = (self.runs, self.plot, self.metrics, self.shards, self.old_shards, self.best, self.last)
-        return [path for name in names if os.path.lexists(path := folder / name.name)]
+        names = (self.runs, self.adapter, self.plot, self.metrics, self.shards, self.old_shards)
+        return [
+            path for name in (*names, self.best, self.last) if os.path.lexists(path := folder / name.name)
+        ]
 
     def archive_previous(self, *, delete: bool = False) -> Path | None:
         """Archive an earlier run in previous/<number>, or delete it, to start a new run in the folder.

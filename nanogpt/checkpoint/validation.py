@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nanogpt.config import TrainConfig, from_dict, model_config
 from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.errors import UserError, require
+from nanogpt.model.lora import add_adapters
 from nanogpt.model.size import meta_model
 from nanogpt.settings import show_value
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
@@ -140,10 +141,12 @@ def check_weights(config: TrainConfig, vocab_size: int, model: Any, average: Any
     """
     require(config.n_layer <= len(model), f"{config.n_layer:,} layers do not fit {len(model):,} tensors")
     try:
-        expected = meta_model(model_config(config, vocab_size)).state_dict()
+        expected_model = meta_model(model_config(config, vocab_size))
+        add_adapters(expected_model, config)
     except (RuntimeError, TypeError, OverflowError) as error:
         detail = str(error).splitlines()[0]
         raise UserError(f"its settings describe a model that is too large ({detail:.80})") from error
+    expected = expected_model.state_dict()
     for field, weights in (("model", model), ("average", average or expected)):
         for name in expected.keys() ^ weights.keys():
             problem = "missing" if name in expected else "unknown"

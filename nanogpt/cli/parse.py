@@ -3,7 +3,7 @@
 Example: config = parse(TrainConfig, ["--preset", "cpu", "--max_iters", "100"], prog="nanogpt train")
 Each field of the config is a flag. Only this file uses tyro, which makes the parser. Two spellings that tyro
 does not know are expanded first: bare switches (--compile) and lists (--input_file a b).
-Order: defaults < --preset < flags; with --resume: the run's own settings < flags.
+Order: defaults < --preset < the shape of --init_from < flags; with --resume: the run's own settings < flags.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ class BaseFlags:
     """Flags that decide the defaults of all others; they are parsed first."""
 
     preset: str | None = None
+    init_from: str | None = None
     resume: bool = False
     out_dir: str = TrainConfig.out_dir
 
@@ -142,23 +143,31 @@ def parse_base_flags(cls: type[Any], arguments: Sequence[str]) -> BaseFlags:
 
 
 def default_config(cls: type[Any], base: BaseFlags) -> Any:
-    """The config of default values: those of the resumed run, of the preset, or of `cls`."""
+    """The config of default values: those of the resumed run, of --init_from, of the preset, or of `cls`."""
     if base.resume:
         from nanogpt.checkpoint.run_dir import RunFolder
 
         saved = RunFolder(Path(base.out_dir)).saved_config()
         return replace(saved, out_dir=base.out_dir) if saved else cls()
-    if base.preset is None:
-        return cls()
+    values = preset_values(cls, base.preset) if base.preset else {}
+    if base.init_from is not None and "init_from" in {field.name for field in fields(cls)}:
+        from nanogpt.initialize.registry import open_source
+
+        values |= open_source(base.init_from).settings
+    return cls(**values)
+
+
+def preset_values(cls: type[Any], name: str) -> dict[str, Any]:
+    """What a preset says about the fields of `cls`."""
     from nanogpt import presets
 
-    preset = presets.get(base.preset)
+    preset = presets.get(name)
     names = {field.name for field in fields(cls)}
     common = names & {field.name for field in fields(preset)}
     values = {name: getattr(preset, name) for name in common}
     if "vocab_size" in names:
-        values["vocab_size"] = presets.PRESETS[base.preset].vocab_size
-    return cls(**values)
+        values["vocab_size"] = presets.PRESETS[name].vocab_size
+    return values
 
 
 def expand_switches(arguments: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ class PrepareConfig(Settings):
     val_file: tuple[str, ...] = ()
     """Texts for validation alone; then all of input_file is for training."""
     tokenizer: str = "char"
-    """What a token is: char, byte, bpe (learned from your text), gpt2, or the path of a tokenizer.json."""
+    """What a token is: char, byte, bpe (learned from your text), gpt2, or a path: tokenizer.json, ckpt.pt."""
     vocab_size: int = 4096
     """Number of tokens that bpe learns."""
     text_field: str = DEFAULT_TEXT_FIELD

@@ -23,6 +23,7 @@ import numpy as np
 from nanogpt.console import ceil_div, plural, progress_bar, say, warn
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import FORMAT_VERSION, SPLITS, load_dataset, prepare_arguments, shard_names
+from nanogpt.data.saved_tokenizer import given_tokenizer, with_characters_of
 from nanogpt.data.scan import (
     CorpusText,
     Split,
@@ -42,7 +43,7 @@ from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
 from nanogpt.tokenizer.base import Ids, Tokenizer
-from nanogpt.tokenizer.registry import TOKENIZERS, existing_tokenizer
+from nanogpt.tokenizer.registry import TOKENIZERS
 
 SAVE_SECONDS = 5.0
 """Seconds between saves of the encoding's state: a kill loses no more."""
@@ -101,7 +102,7 @@ def prepare(config: PrepareConfig) -> None:
     corpora = open_corpora(config, folder)
     work = EncodingJob(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
     # Before the long pass: a missing tokenizer is reported at once.
-    given = None if work.scanned else existing_tokenizer(config.tokenizer)
+    given = None if work.scanned else given_tokenizer(config.tokenizer)
     scanned = work.scanned or scan(corpora, config)
     fingerprint = fingerprint_of(scanned, config)
     if is_prepared(folder, fingerprint, config.overwrite):
@@ -114,7 +115,11 @@ def prepare(config: PrepareConfig) -> None:
     if work.scanned is None:
         print_skip_report(scanned.report, folder)
         text = CorpusText(corpora, split, scanned)
-        work.start(scanned, given or TOKENIZERS[config.tokenizer].from_text(text, config.vocab_size))
+        if given:
+            tokenizer = with_characters_of(given, text)
+        else:
+            tokenizer = TOKENIZERS[config.tokenizer].from_text(text, config.vocab_size)
+        work.start(scanned, tokenizer)
     else:
         say(f"Going on with the preparation that was cut short, after {plural(sum(work.tokens), 'token')}")
     encode_corpora(corpora, split, work, config.shard_tokens)

@@ -24,12 +24,13 @@ from nanogpt.console import plural, progress_bar
 from nanogpt.cores import usable_cores
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import FORMAT_VERSION
+from nanogpt.data.saved_tokenizer import open_saved
 from nanogpt.errors import require
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer import base as tokenizers
-from nanogpt.tokenizer.registry import min_vocab_size
+from nanogpt.tokenizer.registry import SAVED_SUFFIXES, min_vocab_size
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
 """Size of a thread's batch: this many bytes of text, from at most so many documents."""
@@ -147,12 +148,11 @@ def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:
 
 def tokenizer_settings(config: PrepareConfig) -> tuple[str, int]:
     """Identify a tokenizer: its name, or a digest of its file, and --vocab_size if it matters (else 0)."""
-    path = Path(config.tokenizer)
-    kind = (
-        short_digest(path.read_bytes()).hex()
-        if path.suffix == ".json" and path.is_file()
-        else config.tokenizer
-    )
+    path, kind = Path(config.tokenizer), config.tokenizer
+    if path.suffix == ".json" and path.is_file():
+        kind = short_digest(path.read_bytes()).hex()
+    elif path.suffix in SAVED_SUFFIXES:
+        kind = short_digest(repr(open_saved(path).to_dict()).encode()).hex()
     return kind, config.vocab_size if min_vocab_size(config.tokenizer) is not None else 0
 
 

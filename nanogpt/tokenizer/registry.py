@@ -28,6 +28,9 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 PUBLISHED: dict[str, Callable[[], Tokenizer]] = {"gpt2": download_gpt2}
 """Tokenizers that are downloaded, by the name that --tokenizer takes."""
 
+SAVED_SUFFIXES = (".pt", ".safetensors")
+"""Suffixes of our files with a tokenizer inside, whose path --tokenizer takes (data/saved_tokenizer.py)."""
+
 PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 \u00a0 x==y;{}\n\u200bЁё 'll ''s   \x00 end  "
 """Text with one of everything, on which two implementations of a tokenizer must agree."""
 
@@ -39,7 +42,7 @@ def check_name(name: str, vocab_size: int) -> None:
     """
     names = [*(kind for kind in TOKENIZERS if kind != ForeignTokenizer.kind), *PUBLISHED]
     require(
-        name in names or name.endswith(".json"),
+        name in names or name.endswith((".json", *SAVED_SUFFIXES)),
         f"--tokenizer {name} is unknown: use {', '.join(names)} or the path of a .json",
     )
     least = min_vocab_size(name)

@@ -303,7 +303,7 @@ def load_tensors(state: TrainState, saved: Checkpoint) -> list[dict[int, Any]]:
     check_scaler(state, saved)
     load_full_state(state.model, saved.model)
     if state.ema_model:
-        load_full_state(state.ema_model, saved.weights)
+        load_full_state(state.ema_model, saved.average or saved.model)
     pairs = zip(state.optimizers, saved.optimizers, strict=True)
     return [shard_optimizer_state(optimizer, own["state"]) for optimizer, own in pairs]
 

@@ -14,13 +14,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import TrainConfig, from_dict, to_dict
-from nanogpt.console import silence
+from nanogpt.console import say, silence, warn
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import pick_device
 from nanogpt.distributed.world import World, distributed_world, hard_exit, local_device
 from nanogpt.errors import UserError, require
+from nanogpt.training.adapters import save_adapters
 from nanogpt.training.autosize import Text, changed_settings, choose_settings
 from nanogpt.training.compilation import compile_model, pick_compile
 from nanogpt.training.cuda_graph import UpdateGraph, pick_graph
@@ -115,6 +117,7 @@ def run_to_end(
             run.checkpointer.close()
             run.metrics.close()
         if world.is_first:
+            export_adapters(run)
             print_summary(run, reason)
     return result_of(run, reason)
 
@@ -150,6 +153,20 @@ def start(run: Run) -> None:
         run.deadline.evaluation_s = measure_evaluation(run)
     if not run.config.resume:
         run.checkpointer.save(run)
+
+
+def export_adapters(run: Run) -> None:
+    """With LoRA, write the adapters of ckpt.pt for peft too. A failure is reported: the training is saved."""
+    if not run.config.lora_rank or not run.folder.best.is_file():
+        return
+    folder = run.folder.adapter
+    try:
+        if save_adapters(folder, load_checkpoint(run.folder.best)):
+            say(f"Adapters for peft: {folder}")
+    except ModuleNotFoundError as error:
+        warn(f"No {folder}: {error.name} is not installed (pip install nanogpt[finetune])")
+    except (UserError, OSError) as error:
+        warn(f"No {folder}: {error}")
 
 
 def result_of(run: Run, reason: StopReason) -> Result:

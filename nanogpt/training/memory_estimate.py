@@ -23,8 +23,9 @@ from nanogpt.cores import cgroup_folders
 from nanogpt.device import autocast, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.model.gpt import GPT
+from nanogpt.model.lora import add_adapters
 from nanogpt.model.size import meta_model
-from nanogpt.training.optimizer import build_optimizers
+from nanogpt.training.optimizer import build_optimizers, trained_parameters
 
 HEADROOM = 0.9
 """Usable share of the free memory. The rest goes to the device's own libraries and to fragmentation."""
@@ -137,6 +138,8 @@ def count_passes(  # noqa: PLR0917
         with device:
             model = GPT(shape)
             x, y = (torch.zeros(micro_batch, shape.block_size, dtype=torch.int64) for _ in range(2))
+        add_adapters(model, config)
+        model.requires_grad_(True)  # MemTracker knows no frozen weights; beside adapters it makes little odds
         parallelize.checkpoint_activations(model, config.grad_checkpoint)
         for parameter in model.parameters():  # gradients are there from the second micro-batch on
             parameter.data = parameter.data.to(weights_in)
@@ -168,9 +171,10 @@ def count_update(
     with FakeTensorMode():
         with device:
             model = GPT(shape)
+        add_adapters(model, config)
         no_decay = replace(config, weight_decay=0.0)  # which takes no memory, and RowAdam's reads a number
         optimizers = build_optimizers(model, no_decay, muon_dtype)
-        for parameter in model.parameters():
+        for parameter in trained_parameters(model).values():
             parameter.grad = torch.zeros_like(parameter)
         for optimizer in optimizers:  # the first step creates the state
             optimizer.step()
@@ -179,7 +183,7 @@ def count_update(
         with tracker:
             for optimizer in optimizers:
                 optimizer.step()
-    weights = parameter_bytes(model)
+    weights, gradients = parameter_bytes(model), trained_bytes(model)
     state_bytes = sum(
         value.nbytes
         for optimizer in optimizers
@@ -188,8 +192,8 @@ def count_update(
         if isinstance(value, torch.Tensor)
     )
     ema = weights if config.ema_decay else 0
-    step = max(0, peak_bytes(tracker) - 2 * weights - state_bytes)
-    return weights + ema, weights, state_bytes, step
+    step = max(0, peak_bytes(tracker) - weights - gradients - state_bytes)
+    return weights + ema, gradients, state_bytes, step
 
 
 def peak_bytes(tracker: Any) -> int:
@@ -200,6 +204,11 @@ def peak_bytes(tracker: Any) -> int:
 def parameter_bytes(module: nn.Module) -> int:
     """Size of a module's parameters, in bytes."""
     return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def trained_bytes(module: nn.Module) -> int:
+    """Size of the parameters that are trained, and so of their gradients, in bytes."""
+    return sum(parameter.nbytes for parameter in trained_parameters(module).values())
 
 
 def gathered_bytes(config: GPTConfig, dtype: torch.dtype) -> int:

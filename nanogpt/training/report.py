@@ -18,6 +18,7 @@ from nanogpt.cores import usable_cores
 from nanogpt.device import name_of
 from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.training.optimizer import trained_parameters
 from nanogpt.training.plot import plot_losses
 from nanogpt.training.run import Run, StopReason
 
@@ -29,6 +30,9 @@ ONE_HOUR = 3600.0
 BUSY_CORES = 0.5
 """Number of cores that other programs must keep busy before a line reports it."""
 
+MAX_ADAPTED = 0.05
+"""Largest share of the weights that adapters usually have."""
+
 
 def print_plan(run: Run) -> None:
     """Print the plan: model, device, dtype, number of steps, memory, micro-batches."""
@@ -39,6 +43,8 @@ def print_plan(run: Run) -> None:
         f"Model: {run.model.num_parameters():,} parameters, {name_of(run.dtype)}, "
         f"vocabulary of {run.dataset.tokenizer.vocab_size}"
     )
+    if config.lora_rank:
+        say(f"LoRA: {describe_adapters(run)}")
     say(f"Arithmetic: {name_of(run.dtype)} ({run.precision.reason})")
     if config.optimizer == "muon":
         say(f"Muon orthogonalizes in {name_of(run.muon_precision.dtype)} ({run.muon_precision.reason})")
@@ -56,6 +62,15 @@ def print_plan(run: Run) -> None:
         say(f"Batch: {describe_batch(config.batch_size, run.world.size, run.num_micro_batches)}")
 
 
+def describe_adapters(run: Run) -> str:
+    """How much of a model its adapters are, in words."""
+    total = run.model.num_parameters()
+    trained = sum(parameter.numel() for parameter in trained_parameters(run.model).values())
+    share = trained / (total - trained)
+    advice = "" if share <= MAX_ADAPTED else ": that is much for adapters, a lower --lora_rank trains fewer"
+    return f"{trained:,} parameters in adapters are trained, {share:.1%} of the model{advice}"
+
+
 def constant_bytes(run: Run) -> float:
     """Bytes that this process holds all the time: weights, their EMA, gradients and optimizer state."""
     if run.memory:
@@ -66,7 +81,8 @@ def constant_bytes(run: Run) -> float:
         for optimizer in run.optimizers
         for parameter in parameters_of(optimizer)
     )
-    total = weights * (3 if run.ema_model else 2) + state_bytes
+    gradients = sum(parameter.nbytes for parameter in trained_parameters(run.model).values())
+    total = weights * (2 if run.ema_model else 1) + gradients + state_bytes
     return total / (run.world.size if is_sharded(run.model) else 1)
 
 

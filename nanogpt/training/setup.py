@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nanogpt.checkpoint.format import Checkpoint, Progress
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
@@ -18,9 +19,12 @@ from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import describe, dtype_of, kind_of, name_of, pick_device
 from nanogpt.distributed import parallelize
+from nanogpt.distributed.dtensor import load_full_state
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
+from nanogpt.initialize.start import first_weights
 from nanogpt.model.gpt import GPT
+from nanogpt.model.lora import add_adapters, first_adapters
 from nanogpt.model.size import meta_model
 from nanogpt.precision import DtypeChoice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.seals import VERIFY_BYTES
@@ -31,6 +35,9 @@ from nanogpt.training.out_of_memory import initial_micro_batches
 from nanogpt.training.run import Run
 from nanogpt.training.sinks import create_sinks
 from nanogpt.training.sparse import use_sparse_gradients
+
+FIXED_SETTINGS = ("preset", "optimizer", "init_from", "lora_rank", "lora_alpha")
+"""Settings beside the shape that a resumed run may not change."""
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
@@ -55,8 +62,9 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     precision, muon_precision = pick_precision(config, device, saved, world)
     dtype = precision.dtype
     kind_of(device).set_up(device, dtype)
+    start = first_weights(config, dataset.tokenizer) if config.init_from and not saved else {}
     shape = model_config(config, dataset.tokenizer.vocab_size)
-    model, ema_model = (sharded_models if sharded else plain_models)(config, shape, device, dtype)
+    model, ema_model = (sharded_models if sharded else plain_models)(config, shape, device, dtype, start)
     if kind_of(device).sparse_gradients and config.compile != "on" and world.size == 1:
         use_sparse_gradients(model)
     optimizers = build_optimizers(model, config, muon_precision.dtype, world.rank, world.size)
@@ -95,25 +103,40 @@ def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
 
 
 def plain_models(
-    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype, start: dict[str, Tensor]
 ) -> tuple[GPT, GPT | None]:
-    """Build the model and its EMA (None without ema_decay), with the same initial weights on any device."""
+    """Build the model and its EMA (None without ema_decay), with the same initial weights on any device.
+
+    start: the weights to start from; empty: random ones.
+    """
     torch.manual_seed(config.seed)
-    model = GPT(shape).to(device)
+    model = GPT(shape)
+    if start:
+        model.load_state_dict(start)
+    add_adapters(model, config)
+    model.to(device)
     ema_model = deepcopy(model).requires_grad_(False) if config.ema_decay else None
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
     return model, ema_model
 
 
 def sharded_models(
-    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, shape: GPTConfig, device: torch.device, dtype: torch.dtype, start: dict[str, Tensor]
 ) -> tuple[GPT, GPT | None]:
-    """Build the model and its EMA, sharded with FSDP: a process never holds the full weights."""
-    model = meta_model(shape)
-    ema_model = meta_model(shape).requires_grad_(False) if config.ema_decay else None
+    """Build the model and its EMA, sharded with FSDP: a device never holds the full weights.
+
+    start: as for plain_models.
+    """
+    model, ema_model = meta_model(shape), meta_model(shape) if config.ema_decay else None
+    add_adapters(model, config)
+    if ema_model:
+        add_adapters(ema_model, config)
+        ema_model.requires_grad_(False)
     parallelize.checkpoint_activations(model, config.grad_checkpoint)
     parallelize.shard(model, device, dtype)
     parallelize.initialize_shards(model, config.seed)
+    if start:
+        load_full_state(model, {**start, **first_adapters(model, config.seed)})
     if ema_model:
         parallelize.shard(ema_model, device, dtype)
         ema_model.load_state_dict(model.state_dict())
@@ -148,7 +171,7 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
         if old == new or item.name in PER_COMMAND_SETTINGS:
             continue
         require(
-            item.name not in (*SHAPE_FIELDS, "preset", "optimizer"),
+            item.name not in (*SHAPE_FIELDS, *FIXED_SETTINGS),
             f"--{item.name} {new} contradicts the checkpoint, which has {item.name} {old}: leave it out, "
             "or start without --resume",
         )

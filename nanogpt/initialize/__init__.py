@@ -1,0 +1,1 @@
+"""Trained models, of this program and of others, as the start of a new training."""

@@ -1,0 +1,101 @@
+"""The adapters of a training (LoRA) as a folder that peft loads beside the model it started from.
+
+Example:    save_adapters(Path("out/adapter"), load_checkpoint(Path("out/ckpt.pt")))
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(...), "out/adapter")
+transformers keeps query, key and value of Qwen3, and the two halves of its MLP, in matrices of their own:
+each has the adapter's A and its own rows of B, which is the same product.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanogpt.checkpoint.format import Checkpoint
+from nanogpt.config import GPTConfig
+from nanogpt.files import atomic_write, make_folder
+from nanogpt.initialize.names import GPT2, QWEN3, Names, foreign_names
+from nanogpt.model.lora import A, B, alpha_of
+
+SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+PREFIX = "base_model.model."
+"""What peft writes before the name of a layer."""
+
+
+def save_adapters(folder: Path, saved: Checkpoint) -> bool:
+    """Write the adapters in a checkpoint. Returns whether transformers has a model to load them beside.
+
+    Raises: UserError if the folder cannot be written; ModuleNotFoundError without safetensors.
+    """
+    from safetensors.torch import save  # pyright: ignore[reportUnknownVariableType]
+
+    names = names_of(saved.model_config)
+    if names is None:
+        return False
+    tensors = peft_tensors(names, saved)
+    config = saved.train_config
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.init_from,
+        "r": config.lora_rank,
+        "lora_alpha": alpha_of(config),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": sorted({target(name) for name in tensors}),
+        "bias": "none",
+        "fan_in_fan_out": names is GPT2,
+        "inference_mode": True,
+    }
+    make_folder(folder)
+    with atomic_write(folder / WEIGHTS_FILE) as file:
+        file.write(save(tensors, {"format": "pt"}))
+    with atomic_write(folder / SETTINGS_FILE) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+    return True
+
+
+def names_of(config: GPTConfig) -> Names | None:
+    """Transformers' names for the layers of a model; None if it has no such architecture."""
+    if config.logit_cap or config.ngram_vocab:
+        return None
+    gpt2 = ("learned", "layernorm", False, config.n_head), ("gelu", "gelu_tanh")
+    qwen3 = ("rope", "rmsnorm", True, config.n_kv_head or config.n_head), ("swiglu",)
+    shape = (config.positions, config.norm, config.qk_norm, config.n_kv_head or config.n_head)
+    for names, (wanted, activations) in ((GPT2, gpt2), (QWEN3, qwen3)):
+        if shape == wanted and config.mlp in activations and (names is GPT2 or not config.bias):
+            return names
+    return None
+
+
+def peft_tensors(names: Names, saved: Checkpoint) -> dict[str, Tensor]:
+    """The adapters by peft's names. A is there once for each part of a layer of ours, B in its rows."""
+    config, weights = saved.model_config, saved.average or saved.model
+    prefix = PREFIX + ("transformer." if names is GPT2 else "")
+    found: dict[str, Tensor] = {}
+    for name, a in weights.items():
+        layer, _, kind = name.rpartition(".")
+        if kind != A:
+            continue
+        parts = foreign_names(names, f"{layer}.weight")
+        b = weights[f"{layer}.{B}"]
+        sizes = part_sizes(config, len(b), len(parts))
+        for part, rows in zip(parts, torch.split(b, sizes), strict=True):
+            module = prefix + part.removesuffix(".weight")
+            found[f"{module}.lora_A.weight"] = a.detach().clone()  # tensors in one file share no memory
+            found[f"{module}.lora_B.weight"] = rows.detach().clone()
+    return found
+
+
+def part_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
+    """Rows of each part of a layer: queries, keys and values, if there are three of them; else all equal."""
+    if count != 3:
+        return [rows // count] * count
+    keys = (config.n_kv_head or config.n_head) * config.head_dim
+    return [config.n_head * config.head_dim, keys, keys]
+
+
+def target(name: str) -> str:
+    """The name of a module within its block, as attn.c_attn, from that of a tensor."""
+    return ".".join(name.split(".")[-4:-2])
