@@ -83,7 +83,7 @@ def atomic_output(path: Path) -> Generator[Path]:
     For libraries that open files themselves; a folder has files alone. What was at `path` is replaced.
     Raises: UserError if it cannot be written or the disk is full.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = hidden(path, TEMPORARY_SUFFIX)
     try:
         make_folder(path.parent)
         remove(temporary)
@@ -105,9 +105,14 @@ def atomic_output(path: Path) -> Generator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def hidden(path: Path, suffix: str) -> Path:
+    """A name beside `path` that nobody else gives to a file or folder: what a kill has left there may go."""
+    return path.with_name(f".{path.name}{suffix}")
+
+
 def replace_folder(new: Path, path: Path) -> None:
     """Rename a folder to `path`; a folder that is there goes first. Raises: OSError."""
-    replaced = path.with_name(path.name + REPLACED_SUFFIX)
+    replaced = hidden(path, REPLACED_SUFFIX)
     if os.path.lexists(path):
         remove(replaced)
         rename(path, replaced)

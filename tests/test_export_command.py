@@ -104,6 +104,21 @@ def test_nothing_but_an_earlier_export_is_replaced(name: str, config, tmp_path: 
         with pytest.raises(UserError, match=r"exists already|not of an export \(letters.txt\)|is not a file"):
             main(config(name, overwrite=overwrite))
     assert content(output) == {"letters.txt": b"precious"}
+    (output / "letters.txt").rename(output / "README.md")
+    with pytest.raises(UserError, match=r"exists already|not an earlier export|is not a file"):
+        main(config(name, overwrite=True))
+    assert content(output) == {"README.md": b"precious"}
+
+
+@each_format
+def test_files_beside_the_output_stay(name: str, config, tmp_path: Path) -> None:
+    for suffix in (".part", ".replaced"):
+        (tmp_path / f"{NAMES[name]}{suffix}").mkdir()
+        (tmp_path / f"{NAMES[name]}{suffix}" / "thesis.txt").write_text("precious")
+    main(config(name))
+    main(config(name, overwrite=True))
+    for suffix in (".part", ".replaced"):
+        assert content(tmp_path / f"{NAMES[name]}{suffix}") == {"thesis.txt": b"precious"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not text")
@@ -232,8 +247,8 @@ def test_a_kill_between_two_renames_loses_no_export(config, tmp_path: Path) -> N
         [sys.executable, "-c", code, "export", *arguments], capture_output=True, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert left(tmp_path) == ["model.part", "model.replaced"]
-    assert content(tmp_path / "model.part") == content(tmp_path / "model.replaced") == whole
+    assert left(tmp_path) == [".model.part", ".model.replaced"]
+    assert content(tmp_path / ".model.part") == content(tmp_path / ".model.replaced") == whole
     main(config("hf"))
     assert left(tmp_path) == ["model"]
     assert content(tmp_path / "model") == whole

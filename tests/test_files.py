@@ -390,11 +390,11 @@ def test_an_output_that_fails_leaves_the_old_folder(tmp_path, error):
 
 
 def test_a_folder_with_folders_in_it_is_nothing_that_was_left_and_stays(tmp_path):
-    (tmp_path / "output.part" / "precious").mkdir(parents=True)
-    (tmp_path / "output.part" / "letter").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"the folder .*output.part is in the way: move it away"):
+    (tmp_path / ".output.part" / "precious").mkdir(parents=True)
+    (tmp_path / ".output.part" / "letter").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"the folder .*/.output.part is in the way: move it away"):
         write_output(tmp_path / "output", {"a": b"1"})
-    assert names(tmp_path / "output.part") == ["letter", "precious"]
+    assert names(tmp_path / ".output.part") == ["letter", "precious"]
 
 
 def test_every_file_of_an_output_is_synced_before_it_has_its_name(tmp_path, monkeypatch):

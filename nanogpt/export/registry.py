@@ -109,11 +109,16 @@ def check_output(chosen: Format, output: Path, *, overwrite: bool) -> None:
     require(overwrite, f"--output {output} exists already: give another name, or --overwrite to replace it")
     if chosen.files:
         require(output.is_dir(), f"--output {output} is not a folder: give another name")
-        foreign = sorted({path.name for path in output.iterdir()} - {*chosen.files})
+        names = {path.name for path in output.iterdir()}
+        foreign = sorted(names - {*chosen.files})
         require(
             not foreign,
             f"--output {output} has files that are not of an export ({', '.join(foreign[:3])}): "
             "give another name",
+        )
+        require(
+            not names or chosen.files[0] in names,
+            f"--output {output} is not an earlier export in this format: give another name",
         )
     else:
         require(output.is_file(), f"--output {output} is not a file: give another name")

@@ -242,7 +242,8 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
     context = next((length for most, length in CONTEXTS if tokens < most), MAX_CONTEXT)
     context = min(context, max(2, text.train_tokens // 2 - 1), max(2, text.val_tokens - 1))
     context = config.block_size if "block_size" in fixed else context
-    wanted_batch = BATCH * math.sqrt(max(tokens, 1.0) / TOKENS)
+    different = min(tokens, REPEATS * text.train_tokens)  # what a larger batch averages over
+    wanted_batch = BATCH * math.sqrt(max(different, 1.0) / TOKENS)
     batch_tokens = 2 ** round(math.log2(min(max(wanted_batch, MIN_BATCH), MAX_BATCH)))
     batch_tokens = max(batch_tokens // 2 ** int(math.log2(spare)), min(batch_tokens, SPARE_BATCH))
     updates = max(1.0, tokens / batch_tokens)
