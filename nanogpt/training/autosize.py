@@ -55,8 +55,9 @@ USUAL_WIDTH = 256
 FEW_KINDS = 256
 """Vocabulary of bytes. A token of a larger one says more, by its logarithm: fewer are wanted."""
 
-MAX_REPEATS, TABLE_REPEATS = 16, 8
-"""From so many repetitions on, a text teaches nothing more; from the second on, not even n-gram tables."""
+MAX_REPEATS, TABLE_REPEATS, BATCH_REPEATS = 16, 8, 4
+"""From so many repetitions on, a text teaches nothing more; from the second on, not even n-gram tables; from
+the third on, large batches learn it by heart."""
 
 FLOPS_PER_CHARACTER = 35
 """Operations for each token, over the characters of the text, above which a model learns it by heart."""
@@ -246,6 +247,7 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
     wanted_batch = BATCH * math.sqrt(max(different, 1.0) / TOKENS)
     batch_tokens = 2 ** round(math.log2(min(max(wanted_batch, MIN_BATCH), MAX_BATCH)))
     batch_tokens = max(batch_tokens // 2 ** int(math.log2(spare)), min(batch_tokens, SPARE_BATCH))
+    batch_tokens = min(batch_tokens, SPARE_BATCH) if repeats > BATCH_REPEATS else batch_tokens
     updates = max(1.0, tokens / batch_tokens)
     early = min(1.0, max(0.0, math.log(300 / updates) / math.log(5)))  # 1 up to 60 updates, 0 from 300 on
     chosen = {name: getattr(modern, name) for name in changed_settings(modern)} | {
