@@ -147,27 +147,32 @@ def test_it_samples_what_a_cpu_samples(there, kind, capsys, settings):
     assert texts[0] == texts[1]
 
 
-def test_a_captured_token_is_the_ordinary_one(there, cuda, capsys, monkeypatch):
-    """Texts of several rows and lengths, past the context, with n-gram tables and RoPE too."""
-    replays = 0
+@pytest.fixture
+def replays(monkeypatch) -> list[accelerator.Tape]:
+    """The graphs that are replayed from here on, in order; none of them may wait for the device."""
+    replayed: list[accelerator.Tape] = []
     really = accelerator.Tape.replay
 
     def count(tape: accelerator.Tape) -> None:
-        nonlocal replays
-        replays += 1
+        replayed.append(tape)
         with forbid_waiting():
             really(tape)
 
     monkeypatch.setattr(accelerator.Tape, "replay", count)
+    return replayed
+
+
+def test_a_captured_token_is_the_ordinary_one(there, cuda, replays):
+    """Texts of several rows and lengths, past the context, with n-gram tables and RoPE too."""
     for settings in ({}, MODERN):
         config = replace(there, out_dir=f"{there.out_dir}-{len(settings)}", **settings)
         fit(config)
         model, _ = load_model(Path(config.out_dir) / "ckpt.pt", "gpu")
         prompts = [torch.tensor(ids).to("gpu") for ids in ([3, 1, 4], [1, 5, 9, 2, 6], [5])]
         for rows in (prompts, prompts[:1]):
-            replays = 0
+            replays.clear()
             captured = torch.stack(list(generate(model, rows, num_tokens=60, temperature=0)))
-            assert replays > 30
+            assert len(replays) > 30
             model.register_forward_hook(lambda *_: None)  # Python that a graph would not call
             ordinary = torch.stack(list(generate(model, rows, num_tokens=60, temperature=0)))
             model._forward_hooks.clear()
@@ -236,20 +241,10 @@ def elsewhere(config: TrainConfig, **settings: Any) -> TrainConfig:
     return replace(config, out_dir=config.out_dir + "-other", **settings)
 
 
-def test_replaying_one_update_is_doing_each_anew(captured, cuda, monkeypatch):
+def test_replaying_one_update_is_doing_each_anew(captured, cuda, replays, monkeypatch):
     """Bit for bit: nothing in an update depends on a number that the host knows."""
-    replays = 0
-    really = accelerator.Tape.replay
-
-    def count(tape: accelerator.Tape) -> None:
-        nonlocal replays
-        replays += 1
-        with forbid_waiting():
-            really(tape)
-
-    monkeypatch.setattr(accelerator.Tape, "replay", count)
     fit(captured)
-    assert replays == 12 - cuda_graph.WARM_UP_UPDATES
+    assert len(replays) == 12 - cuda_graph.WARM_UP_UPDATES
     monkeypatch.setattr(CudaLike, "graphs", Again())
     other = elsewhere(captured)
     fit(other)

@@ -81,7 +81,7 @@ class GraphGPT:
                 return self.model(idx, cache=cache)
         captured = self.captured
         captured.idx.copy_(idx)
-        captured.positions.copy_(by_row(cache, idx))
+        captured.positions.copy_(cache.positions.expand_as(idx))
         if captured.before is not None and cache.before is not None:
             captured.before.copy_(cache.before)
         captured.replay()
@@ -89,7 +89,7 @@ class GraphGPT:
 
     def capture(self, idx: Tensor, step: CacheStep) -> Captured:
         """Capture a step. Raises: RuntimeError if a part of it cannot be captured."""
-        idx, positions = idx.clone(), by_row(step, idx).clone()
+        idx, positions = idx.clone(), step.positions.expand_as(idx).clone()
         before = None if step.before is None else step.before.clone()
         keys = torch.arange(step.cache.length, device=idx.device)
 
@@ -107,8 +107,3 @@ class GraphGPT:
         replay, logits = self.graphs.capture(work)
         torch.clear_autocast_cache()
         return Captured(step.cache, idx, positions, before, replay, logits)
-
-
-def by_row(step: CacheStep, idx: Tensor) -> Tensor:
-    """The place of the token of each row, (R, 1)."""
-    return step.positions.expand_as(idx) if step.positions.dim() == 1 else step.positions
