@@ -245,6 +245,7 @@ def test_ids_of_other_integers_are_ids():
 
 
 def test_without_a_compiler_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(BuildError, match="no C compiler"):
