@@ -22,6 +22,7 @@ from waiting import HANGS, wait_for
 
 from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
+from nanogpt.cli import main as cli
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.distributed import world
 from nanogpt.distributed.dtensor import full_tensor
@@ -337,6 +338,25 @@ def test_a_mistake_is_said_once(plain, tmp_path, changes, message):
     lines = [line for line in err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert re.match(message, lines[0])
+
+
+def test_the_first_process_reports_a_mistake_however_late_it_is(plain, tmp_path):
+    late = "import time; time.sleep(1.5 * (rank == 0))"
+    code, _, err = torchrun(tmp_path, replace(plain, data_dir="nowhere"), setup=late)
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert (code != 0, lines) == (
+        True,
+        [line for line in lines if "error: nowhere/vocab.pt is missing" in line],
+    )
+    assert len(lines) == 1, err
+
+
+def test_a_process_that_is_alone_with_its_mistake_reports_it(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "FIRST_PROCESS_S", 0.01)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.run_command("train", ["--max_iters", "0"], "train.py") == 2
+    assert capsys.readouterr().err.startswith("error (process 3 of 4): --max_iters 0 is too small")
 
 
 def test_a_signal_to_the_launcher_stops_all_after_the_same_step(plain, tmp_path):

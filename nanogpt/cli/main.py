@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from nanogpt.inference.config import SampleConfig
 from nanogpt.training import stopping
 
 EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
+
+FIRST_PROCESS_S = 10.0
+"""Seconds that the first process of a distributed training has to meet and report the mistake of another."""
 
 
 @dataclass(frozen=True)
@@ -236,10 +240,17 @@ def remove_progress_bars() -> None:
 
 
 def print_error(message: str) -> int:
-    """Print an error message in one line, on the first process only. Returns the exit code."""
+    """Print an error message in one line. Returns the exit code.
+
+    All processes of a distributed training meet most mistakes. The first of them speaks; the others wait, and
+    once it has exited the launcher ends them. One that is not ended is alone with its mistake.
+    """
     from nanogpt.console import one_line
     from nanogpt.streams import is_main_process
 
-    if is_main_process():
-        print(f"error: {one_line(message)}", file=sys.stderr)
+    process = ""
+    if not is_main_process():
+        time.sleep(FIRST_PROCESS_S)
+        process = f" (process {int(os.environ['RANK']) + 1} of {os.environ['WORLD_SIZE']})"
+    print(f"error{process}: {one_line(message)}", file=sys.stderr)
     return EXIT_USER_ERROR
