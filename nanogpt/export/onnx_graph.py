@@ -39,7 +39,7 @@ TYPES = {
 }
 
 LOWEST = torch.finfo(torch.float32).min
-"""The score of a key that may not be seen. With -inf a query that sees none, as padding does, were NaN."""
+"""The score of a key that may not be seen. With -inf, a query that sees none (padding) would be NaN."""
 
 END = torch.iinfo(torch.int64).max
 """The end of a dimension, in a slice."""
@@ -244,7 +244,7 @@ class GPTGraph(Graph):
         return self("Add", self.looked_up("pairs", pair), self.looked_up("triples", triple))
 
     def times_plus(self, a: str, factor: int, b: str) -> str:
-        """Int64 products and sums: a * factor + b."""
+        """Add the product of an int64 tensor and a number to another tensor: a * factor + b."""
         return self("Add", self("Mul", a, self.constant(factor)), b)
 
     def hashed(self, key: str) -> str:
@@ -322,7 +322,7 @@ def squared_relu(graph: Graph, x: str) -> str:
 
 
 def silu(graph: Graph, x: str) -> str:
-    """X sigmoid(x)."""
+    """Multiply x by sigmoid(x)."""
     return graph("Mul", x, graph("Sigmoid", x))
 
 
