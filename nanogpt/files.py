@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -77,29 +77,32 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def atomic_output(path: Path) -> Generator[Path]:
+def atomic_output(path: Path, folders: Collection[str] = ()) -> Generator[Path]:
     """Yield a temporary path: the file or folder made there becomes `path` when the block ends.
 
-    For libraries that open files themselves; a folder has files alone. What was at `path` is replaced.
+    For libraries that open files themselves. A folder has files, and folders of files with the names in
+    `folders`. What was at `path` is replaced.
     Raises: UserError if it cannot be written or the disk is full.
     """
     temporary = hidden(path, TEMPORARY_SUFFIX)
     try:
         make_folder(path.parent)
-        remove(temporary)
+        remove(temporary, folders)
         yield temporary
-        for file in [*temporary.iterdir()] if temporary.is_dir() else [temporary]:
+        inner = [*temporary.rglob("*")]
+        for file in (file for file in (*inner, temporary) if not file.is_dir()):
             with open(file, "rb+") as opened:
                 fsync(opened.fileno(), path.parent)
+        for folder in (folder for folder in (*inner, temporary) if folder.is_dir()):
+            fsync_folder(folder)
         if temporary.is_dir():
-            fsync_folder(temporary)
-            replace_folder(temporary, path)
+            replace_folder(temporary, path, folders)
         else:
             rename(temporary, path)
         fsync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError, UserError):
-            remove(temporary)
+            remove(temporary, folders)
         if not isinstance(error, OSError):
             raise
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -110,11 +113,11 @@ def hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
 
-def replace_folder(new: Path, path: Path) -> None:
+def replace_folder(new: Path, path: Path, folders: Collection[str] = ()) -> None:
     """Rename a folder to `path`; a folder that is there goes first. Raises: OSError."""
     replaced = hidden(path, REPLACED_SUFFIX)
     if os.path.lexists(path):
-        remove(replaced)
+        remove(replaced, folders)
         rename(path, replaced)
     try:
         rename(new, path)
@@ -122,19 +125,20 @@ def replace_folder(new: Path, path: Path) -> None:
         if os.path.lexists(replaced):
             rename(replaced, path)
         raise
-    remove(replaced)
+    remove(replaced, folders)
 
 
-def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder that has files alone, if it exists.
+def remove(path: Path, folders: Collection[str] = ()) -> None:
+    """Remove a file, a link, or a folder, if it exists: with its files, and its folders of these names.
 
-    Raises: OSError; UserError if it is a folder with folders, which is no output of ours.
+    Raises: OSError; UserError if it is a folder with other folders, which is no output of ours.
     """
     if path.is_dir() and not path.is_symlink():
-        files = [*path.iterdir()]
-        require(not any(file.is_dir() for file in files), f"the folder {path} is in the way: move it away")
-        for file in files:
-            file.unlink()
+        entries = sorted(path.iterdir(), key=Path.is_file)  # folders first, which may be refused
+        known = all(entry.name in folders for entry in entries if entry.is_dir())
+        require(known, f"the folder {path} is in the way: move it away")
+        for entry in entries:
+            remove(entry)
         path.rmdir()
     else:
         path.unlink(missing_ok=True)

@@ -10,9 +10,10 @@ import torch
 from hypothesis import strategies as st
 
 from nanogpt.checkpoint.format import Checkpoint, save_checkpoint
-from nanogpt.config import TrainConfig, model_config, to_dict
+from nanogpt.config import SHAPE_FIELDS, TrainConfig, model_config, to_dict
 from nanogpt.export.source import Source
 from nanogpt.model.gpt import GPT
+from nanogpt.presets import PRESETS
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, byte_level_json, train_bpe
 
@@ -48,6 +49,29 @@ REFUSED: dict[str, dict[str, Any]] = {
     | {"mlp": "relu2", "logit_cap": 15.0, "ngram_vocab": 97},
 }
 """What GPT-2 and Qwen3 cannot express -> settings that have it."""
+
+SMALL: dict[str, Any] = {
+    "n_layer": 2,
+    "n_embd": 48,
+    "n_head": 4,
+    "block_size": 32,
+    "mlp_width": None,
+    "dropout": 0.0,
+}
+PRESET_SHAPES: dict[str, dict[str, Any]] = {
+    f"preset {name}": {field: getattr(preset.make(), field) for field in SHAPE_FIELDS}
+    | SMALL
+    | {"ngram_vocab": 1000 if preset.make().ngram_vocab else 0}
+    for name, preset in PRESETS.items()
+}
+"""The blocks of every preset, small. 1000 rows are too few for all pairs of LETTERS."""
+PARTS: dict[str, dict[str, Any]] = {
+    "all pairs": {"ngram_vocab": 5000},
+    "hashed pairs": {"ngram_vocab": 997, "ngram_pairs": "hashed"},
+    "one key-value head": QWEN3 | {"n_kv_head": 1, "bias": True, "norm": "layernorm"},
+    "odd width": {"n_embd": 42, "n_head": 3, "mlp_width": 50, "positions": "rope", "block_size": 17},
+}
+EVERY_SHAPE = PRESET_SHAPES | PARTS | SHAPES | REFUSED
 
 WORDS = "It's a dog's life, they'll say \u00e9 1234 times.  "
 SIGNS = "\r\n\t x . y ! z 's n't \u4e2d\U0001f642"

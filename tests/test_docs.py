@@ -39,8 +39,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 SCRIPTS = {command.script: name for name, command in cli.COMMANDS.items()}
 
 OTHERS = {
-    ".venv/bin/pre-commit", "basedpyright", "cat", "cd", "dpkg", "export", "git", "iconv", "make", "pacman",
-    "pip", "python3", "rocm-smi", "ruff", "source", "tensorboard",
+    ".venv/bin/pre-commit", "basedpyright", "cat", "cd", "dpkg", "export", "git", "iconv", "make", "npm",
+    "pacman", "pip", "python3", "rocm-smi", "ruff", "source", "tensorboard",
 }  # fmt: skip
 """Programs that the pages name and the tests do not run."""
 

@@ -23,7 +23,7 @@ from nanogpt.export.config import ExportConfig, ExportDtype, FormatName
 from nanogpt.export.registry import FORMATS
 from nanogpt.training.fit import fit
 
-for package in ("gguf", "safetensors"):
+for package in ("gguf", "onnx", "safetensors"):
     pytest.importorskip(package)
 
 NAMES = {name: f"model{row.suffix}" for name, row in FORMATS.items()}
@@ -50,7 +50,7 @@ def left(folder: Path) -> list[str]:
 
 def content(path: Path) -> dict[str, bytes]:
     """The bytes of a file, or of every file in a folder."""
-    files = path.iterdir() if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return {file.name: file.read_bytes() for file in files}
 
 
@@ -65,7 +65,7 @@ def test_an_export_is_said_and_the_same_each_time(name: str, config, tmp_path: P
     assert f"parameters in {FORMATS[name].dtypes[0]}, format {name}" in capsys.readouterr().out
     (tmp_path / "other").touch()
     written = [
-        path for path in (tmp_path / NAMES[name], *(tmp_path / NAMES[name]).glob("*")) if path.is_file()
+        path for path in (tmp_path / NAMES[name], *(tmp_path / NAMES[name]).rglob("*")) if path.is_file()
     ]
     assert {path.stat().st_mode for path in written} == {(tmp_path / "other").stat().st_mode}
     (tmp_path / "other").unlink()
@@ -81,7 +81,8 @@ def test_what_a_format_cannot_carry_is_named(name: str, misfits: str, tmp_path: 
     path = saved(tmp_path / "ckpt.pt", **REFUSED[misfits])
     with pytest.raises(UserError) as raised:
         main(ExportConfig(checkpoint=str(path), format=name, output=str(tmp_path / NAMES[name])))  # type: ignore[arg-type]
-    assert str(raised.value) == f"--format {name} cannot carry {misfits}: use --format safetensors or html"
+    able = "onnx, safetensors or html"
+    assert str(raised.value) == f"--format {name} cannot carry {misfits}: use --format {able}"
     assert left(tmp_path) == []
 
 
@@ -104,10 +105,11 @@ def test_nothing_but_an_earlier_export_is_replaced(name: str, config, tmp_path: 
         with pytest.raises(UserError, match=r"exists already|not of an export \(letters.txt\)|is not a file"):
             main(config(name, overwrite=overwrite))
     assert content(output) == {"letters.txt": b"precious"}
-    (output / "letters.txt").rename(output / "README.md")
+    known = FORMATS[name].files[-1] if FORMATS[name].files else "README.md"
+    (output / "letters.txt").rename(output / known)
     with pytest.raises(UserError, match=r"exists already|not an earlier export|is not a file"):
         main(config(name, overwrite=True))
-    assert content(output) == {"README.md": b"precious"}
+    assert content(output) == {known: b"precious"}
 
 
 @each_format
@@ -204,6 +206,7 @@ def test_a_full_disk_leaves_what_was_there(
         "hf.model_card",
         "gguf.describe",
         "gguf.pieces",
+        "onnx.write_json",
         "safetensors.metadata",
         "safetensors.write_tensors",
         "html.describe",

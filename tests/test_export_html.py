@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from exported import (
+    EVERY_SHAPE,
     LETTERS,
-    QWEN3,
-    REFUSED,
-    SHAPES,
+    PRESET_SHAPES,
     TEXTS,
     TOKENIZERS,
     checkpoint,
@@ -29,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nanogpt.config import SHAPE_FIELDS, GPTConfig
+from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError
 from nanogpt.export.html import PAGE, rounded
 from nanogpt.export.registry import export
@@ -41,28 +40,11 @@ from nanogpt.inference.tokens import generate_tokens, score
 from nanogpt.model.gpt import GPT
 from nanogpt.model.ngram import NgramEmbedding
 from nanogpt.model.quantize import Int8Linear, quantize
-from nanogpt.presets import PRESETS
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import BPETokenizer, byte_level_json
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="Node is not installed")
-
-SMALL = {"n_layer": 2, "n_embd": 48, "n_head": 4, "block_size": 32, "mlp_width": None, "dropout": 0.0}
-PRESET_SHAPES = {
-    f"preset {name}": {field: getattr(preset.make(), field) for field in SHAPE_FIELDS}
-    | SMALL
-    | {"ngram_vocab": 1000 if preset.make().ngram_vocab else 0}
-    for name, preset in PRESETS.items()
-}
-"""The blocks of every preset, small. 1000 rows are too few for all pairs of LETTERS."""
-PARTS = {
-    "all pairs": {"ngram_vocab": 5000},
-    "hashed pairs": {"ngram_vocab": 997, "ngram_pairs": "hashed"},
-    "one key-value head": QWEN3 | {"n_kv_head": 1, "bias": True, "norm": "layernorm"},
-    "odd width": {"n_embd": 42, "n_head": 3, "mlp_width": 50, "positions": "rope", "block_size": 17},
-}
-EVERY_SHAPE = PRESET_SHAPES | PARTS | SHAPES | REFUSED
 
 
 def page(exported: Source, folder: Path) -> Path:
@@ -361,7 +343,7 @@ def test_tokenizers_that_the_page_does_not_know_are_refused(
     tokenizer: Tokenizer, reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UserError, match=f"--format html cannot carry {reason}: use --format hf or safetensors"
+        UserError, match=f"--format html cannot carry {reason}: use --format hf, onnx or safetensors"
     ):
         page(source(tokenizer), tmp_path)
     assert not [*tmp_path.iterdir()]

@@ -397,6 +397,23 @@ def test_a_folder_with_folders_in_it_is_nothing_that_was_left_and_stays(tmp_path
     assert names(tmp_path / ".output.part") == ["letter", "precious"]
 
 
+def test_an_output_may_have_folders_that_are_named(tmp_path):
+    for content in (b"1", b"2"):
+        with atomic_output(tmp_path / "output", ["inner"]) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            (temporary / "inner" / "a").write_bytes(content)
+            (temporary / "b").write_bytes(content)
+    assert names(tmp_path) == ["output"]
+    assert (tmp_path / "output" / "inner" / "a").read_bytes() == b"2"
+    for deep in ("other", "inner/deeper"):
+        (tmp_path / ".output.part" / deep).mkdir(parents=True)
+        (tmp_path / ".output.part" / "letter").write_bytes(b"precious")
+        with pytest.raises(UserError, match="is in the way: move it away"):
+            files.remove(tmp_path / ".output.part", ["inner"])
+        assert (tmp_path / ".output.part" / "letter").read_bytes() == b"precious"
+        (tmp_path / ".output.part" / deep).rmdir()
+
+
 def test_every_file_of_an_output_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
     events = []
     monkeypatch.setattr(files, "fsync", lambda *_: events.append("sync"))

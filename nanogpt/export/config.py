@@ -8,7 +8,7 @@ from typing import Literal
 
 from nanogpt.settings import Settings
 
-FormatName = Literal["hf", "gguf", "safetensors", "html"]
+FormatName = Literal["hf", "gguf", "onnx", "safetensors", "html"]
 ExportDtype = Literal["f32", "f16", "bf16", "q8_0", "int8"]
 
 
@@ -19,10 +19,10 @@ class ExportConfig(Settings):
     checkpoint: str = "out/ckpt.pt"
     """The checkpoint to export; everything needed is inside it."""
     format: FormatName = "hf"
-    """hf (a folder for transformers), gguf (for llama.cpp), safetensors (any program) or html (a browser)."""
+    """hf (for transformers), gguf (llama.cpp), onnx (onnxruntime), safetensors (any), html (a browser)."""
     output: str = ""
-    """File (gguf, safetensors, html) or folder (hf) to write; must be given."""
+    """File (gguf, safetensors, html) or folder (hf, onnx) to write; must be given."""
     dtype: ExportDtype | None = None
-    """Type of the weights: f32, f16, bf16, in gguf also q8_0. None: f32; in html int8, which it always is."""
+    """Type of the weights: f32, f16, bf16, in gguf q8_0, in onnx int8. None: f32; html has int8 alone."""
     overwrite: bool = False
     """Replace an earlier export in output."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt.errors import UserError, require
-from nanogpt.export import gguf, hf, html, safetensors
+from nanogpt.export import gguf, hf, html, onnx, safetensors
 from nanogpt.export.source import Advance, Source
 from nanogpt.files import atomic_output
 from nanogpt.settings import join_choices
@@ -31,9 +31,14 @@ class Format:
     suffix: str = ""
     """How the name of its file ends. Formats without one are folders."""
     files: tuple[str, ...] = ()
-    """The files in its folder."""
+    """The files in its folder, of which the first tells its exports from other folders."""
     mark: tuple[int, bytes] = (0, b"")
     """Bytes that every file of it has, and where they begin."""
+
+    @property
+    def folders(self) -> set[str]:
+        """The folders in its folder."""
+        return {folder for folder, slash, _ in (name.rpartition("/") for name in self.files) if slash}
 
 
 FORMATS = {
@@ -41,6 +46,7 @@ FORMATS = {
     "gguf": Format(
         gguf.write, gguf.misfits, ("f32", "f16", "bf16", "q8_0"), ("gguf",), ".gguf", mark=(0, b"GGUF")
     ),
+    "onnx": Format(onnx.write, onnx.misfits, ("f32", "f16", "bf16", "int8"), ("onnx",), files=onnx.FILES),
     "safetensors": Format(
         safetensors.write,
         safetensors.misfits,
@@ -71,7 +77,7 @@ def export(
     """
     check_request(name, output, dtype=dtype, overwrite=overwrite)
     check_fits(source, name)
-    with atomic_output(output) as temporary:
+    with atomic_output(output, FORMATS[name].folders) as temporary:
         FORMATS[name].write(source, temporary, dtype or default_dtype(name), advance)
 
 
@@ -109,8 +115,9 @@ def check_output(chosen: Format, output: Path, *, overwrite: bool) -> None:
     require(overwrite, f"--output {output} exists already: give another name, or --overwrite to replace it")
     if chosen.files:
         require(output.is_dir(), f"--output {output} is not a folder: give another name")
-        names = {path.name for path in output.iterdir()}
-        foreign = sorted(names - {*chosen.files})
+        found = [*output.glob("*"), *output.glob("*/*")]
+        names = {path.relative_to(output).as_posix() + "/" * path.is_dir() for path in found}
+        foreign = sorted(names - {*chosen.files} - {f"{folder}/" for folder in chosen.folders})
         require(
             not foreign,
             f"--output {output} has files that are not of an export ({', '.join(foreign[:3])}): "
