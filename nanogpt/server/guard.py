@@ -58,7 +58,7 @@ class Guard:
         if self.key and path not in OPEN_PATHS:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             given = given.strip() if scheme.lower() == "bearer" else headers.get("api-key", "")
-            if not secrets.compare_digest(given.encode(), self.key.encode()):
+            if not secrets.compare_digest(given.encode("latin-1"), self.key.encode()):
                 raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
 
 

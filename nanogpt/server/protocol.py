@@ -206,7 +206,8 @@ def parse(kind: type[Request], body: bytes) -> Request:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        first = max(errors, key=lambda found: len(found["loc"]))  # the one that got furthest into a union
         place = ".".join(str(part) for part in first["loc"][:1])
         message = f"{place}: {first['msg']}" if place else f"the body: {first['msg']}"
         raise ApiError(400, message, param=place or None) from error
