@@ -6,7 +6,6 @@ api.py has the function `generate`, which uses it. Knows nothing of progress bar
 """
 
 import secrets
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from nanogpt.console import warn
 from nanogpt.device import autocast, eager_mode, explain_out_of_memory
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.prompts import device_of, encode_prompt, generate_in_batches
-from nanogpt.inference.text import FinishReason, TextStream, certain_tokens, resolve_logit_bias
+from nanogpt.inference.text import FinishReason, TextStream, TokenTexts, resolve_logit_bias
 from nanogpt.inference.tokens import SHORT_MEMORY, Token
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import sampling_copy
@@ -116,7 +115,7 @@ class Sampler:
 
     def completion(self, number: int, row: Iterator[Token]) -> Completion:
         """The text of a row, with its tokens."""
-        stream = TextStream(self.tokenizer, row, self.config.stop, deque())
+        texts = TokenTexts(self.tokenizer, self.config.stop)
         tokens = tuple(
             TextToken(
                 text,
@@ -124,10 +123,11 @@ class Sampler:
                 cast(float, token.logprob),
                 tuple(Alternative(self.tokenizer.decode([i]), i, logprob) for i, logprob in token.top),
             )
-            for token, text in certain_tokens(stream)
+            for token, text in texts.add_all(row)
         )
         text = "".join(token.text for token in tokens)
-        return Completion(self.prompts[number], text, tokens, stream.finish_reason, self.seed + number)
+        assert texts.finish_reason is not None
+        return Completion(self.prompts[number], text, tokens, texts.finish_reason, self.seed + number)
 
     def text(self, row: Iterator[Token]) -> str:
         """The text of a row."""

@@ -5,6 +5,7 @@ and a text small enough. Commands of ours run in this process; torchrun's are pa
 names are known.
 """
 
+import asyncio
 import gzip
 import io
 import json
@@ -32,6 +33,8 @@ from nanogpt.errors import UserError
 from nanogpt.export.config import ExportConfig
 from nanogpt.inference.config import SampleConfig
 from nanogpt.presets import PRESETS
+from nanogpt.server import run as server_run
+from nanogpt.server.config import ServeConfig
 from nanogpt.text import tiny_shakespeare
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +42,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 SCRIPTS = {command.script: name for name, command in cli.COMMANDS.items()}
 
 OTHERS = {
-    ".venv/bin/pre-commit", "basedpyright", "cat", "cd", "dpkg", "export", "git", "iconv", "make", "npm",
-    "pacman", "pip", "python3", "rocm-smi", "ruff", "source", "tensorboard",
+    ".venv/bin/pre-commit", "basedpyright", "cat", "cd", "curl", "dpkg", "export", "git", "iconv", "make",
+    "npm", "pacman", "pip", "python3", "rocm-smi", "ruff", "source", "tensorboard",
 }  # fmt: skip
 """Programs that the pages name and the tests do not run."""
 
@@ -169,6 +172,15 @@ def reader(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(fit_module, "fit", lambda config, *rest, **named: fit(small(config), *rest, **named))
     monkeypatch.setattr(plan, "main", lambda config: plan_main(small(config)))
+    monkeypatch.setattr(server_run, "serve", lambda config: asyncio.run(start_and_stop(config)))
+
+
+async def start_and_stop(config: ServeConfig) -> None:
+    """What `nanogpt serve` does before its first request."""
+    served = server_run.load(config, asyncio.get_running_loop())
+    server_run.create_app(server_run.Service(config, served))
+    served.engine.close("over")
+    served.engine.thread.join()
 
 
 def run_page(text: str) -> None:
@@ -210,7 +222,7 @@ def test_every_block_runs(page: Path, reader: None) -> None:
         ("```bash\npython train.py --max_iter 3\n```", AssertionError),
         ("```bash\npython train.py --data_dir nowhere\n```", AssertionError),
         ("```bash\nnanogpt trian\n```", AssertionError),
-        ("```bash\ncurl example.org\n```", AssertionError),
+        ("```bash\nwget example.org\n```", AssertionError),
         ("```bash\ntorchrun --nproc_per_node=2 train.py --max_iter 3\n```", UserError),
         ("```python\nfrom nanogpt.data import load_data\n```", ImportError),
         ("```bash\npython -c 'import torch; print('\n```", SyntaxError),
@@ -231,6 +243,7 @@ def test_the_readme_shows_every_command() -> None:
         "train",
         "sample",
         "export",
+        "serve",
         "presets",
     }
 
@@ -260,6 +273,11 @@ def test_every_evaluation_flag_is_documented() -> None:
 def test_every_export_flag_is_documented() -> None:
     text = (ROOT / "docs" / "export.md").read_text("utf-8")
     assert not [field.name for field in fields(ExportConfig) if f"| `--{field.name}` |" not in text]
+
+
+def test_every_flag_of_the_server_is_documented() -> None:
+    text = (ROOT / "docs" / "server.md").read_text("utf-8")
+    assert not [field.name for field in fields(ServeConfig) if f"`--{field.name}`" not in text]
 
 
 def test_every_preset_is_documented() -> None:

@@ -31,6 +31,14 @@ def wait_for(happened: Callable[[], bool], process: "BaseProcess | subprocess.Po
     return True
 
 
+def wait_until(happened: Callable[[], object]) -> None:
+    """Until it has happened, in this process."""
+    deadline = time.monotonic() + HANGS
+    while not happened():
+        assert time.monotonic() < deadline, "it hangs"
+        time.sleep(0.002)
+
+
 def written_rows(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file that another process is writing: its last line may not be complete yet."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

@@ -25,6 +25,7 @@ from nanogpt.data.config import InspectConfig, PrepareConfig
 from nanogpt.errors import UserError
 from nanogpt.export.config import ExportConfig
 from nanogpt.inference.config import SampleConfig
+from nanogpt.server.config import ServeConfig
 from nanogpt.training import stopping
 
 EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
@@ -54,6 +55,7 @@ COMMANDS = {
     "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py"),
     "eval": Command(EvaluateConfig, "nanogpt.cli.evaluate"),
     "export": Command(ExportConfig, "nanogpt.cli.export", writes=True),
+    "serve": Command(ServeConfig, "nanogpt.cli.serve"),
     "presets": Command(PresetsConfig, "nanogpt.cli.presets"),
 }
 

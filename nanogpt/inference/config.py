@@ -26,6 +26,16 @@ MAX_COUNT = 10**9
 MAX_SPECULATED = 64
 """Upper limit of the tokens that are guessed: most guesses after the first few are wrong."""
 
+FACTORS = (
+    ("repetition_penalty", 0.01, 100.0),
+    ("frequency_penalty", -1000.0, 1000.0),
+    ("presence_penalty", -1000.0, 1000.0),
+)
+"""Names, least and largest values of the penalties."""
+
+MAX_BIAS = 10**6
+"""Upper limit of a bias of logit_bias, and of its negative."""
+
 EXCLUSIVE = ("prompt", "prompt_file", "prompts_file", "interactive", "num_samples", "logprobs")
 """Flags of which none stands beside --prompts_file or --interactive."""
 
@@ -74,8 +84,14 @@ class SamplingParams(Settings):
             self.repetition_penalty > 0,
             f"--repetition_penalty {self.repetition_penalty} is not a positive number: try 1.1",
         )
+        for name, least, most in FACTORS:  # beyond them a logit of float32 can overflow
+            value = getattr(self, name)
+            require(least <= value <= most, f"--{name} {value:g} is outside {least:g} to {most:g}")
         for entry in self.logit_bias:
-            token_bias(entry)
+            _, bias = token_bias(entry)
+            require(
+                abs(bias) <= MAX_BIAS, f"--logit_bias {entry!r} is more than {MAX_BIAS:,}: 100 forces a token"
+            )
 
 
 @dataclass(frozen=True)

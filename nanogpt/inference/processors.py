@@ -21,8 +21,8 @@ from nanogpt.errors import require
 from nanogpt.inference.config import SamplingParams, token_bias
 from nanogpt.model.kv_cache import integers
 
-MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
-"""Lower temperatures count as this one: dividing by them would overflow. 0 itself is greedy decoding."""
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Lower temperatures and values of top_p count as this one: in float32 they would be 0."""
 
 NO_CHANCE = float("-inf")
 """The logit of a token that is ruled out: its probability is 0."""
@@ -132,7 +132,7 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return torch.full_like(logits, NO_CHANCE).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
     highest = logits.max(dim=-1, keepdim=True).values  # (R, 1)
-    return (logits - highest) / max(temperature, MIN_TEMPERATURE)
+    return (logits - highest) / max(temperature, SMALLEST)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -149,7 +149,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)  # (R, V)
     probabilities = ordered.softmax(dim=-1)
     likelier = probabilities.cumsum(dim=-1) - probabilities  # total probability of the likelier tokens
-    ordered = ordered.masked_fill(likelier >= p, NO_CHANCE)
+    ordered = ordered.masked_fill(likelier >= max(p, SMALLEST), NO_CHANCE)
     return torch.empty_like(logits).scatter(-1, order, ordered)
 
 

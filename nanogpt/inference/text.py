@@ -31,19 +31,11 @@ class TextStream(Iterator[str]):
     """The text of tokens, in chunks, as they come; a chunk never ends within a character.
 
     A character of which the last bytes are missing at the end is left out.
-    made: takes each token with the text that it adds, if it is wanted.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        tokens: Iterable[Token],
-        stop: Sequence[str] = (),
-        made: "deque[tuple[Token, str]] | None" = None,
-    ) -> None:
-        require(not isinstance(stop, str), f"stop={stop!r} is a text: give a list of texts")
-        require("" not in stop, 'stop has an empty text, "", which would stop at once: leave it out')
-        self.tokenizer, self.made = tokenizer, made
+    def __init__(self, tokenizer: Tokenizer, tokens: Iterable[Token], stop: Sequence[str] = ()) -> None:
+        check_stop(stop)
+        self.tokenizer = tokenizer
         self.finish_reason: FinishReason = "stop"
         """Why the text ended, once it has; it is "stop" unless the tokens end first."""
         self.chunks = stop_at(self.pieces(tokens), stop)
@@ -54,24 +46,70 @@ class TextStream(Iterator[str]):
 
     def pieces(self, tokens: Iterable[Token]) -> Iterator[str]:
         """The text that each token adds: "" while its last character is incomplete."""
-        taken: deque[Token] = deque()
-        for piece in self.tokenizer.stream(self.until_end(tokens, taken)):
-            if not taken:
-                break  # no token belongs to it: a character that no token completes
-            token = taken.popleft()
-            if self.made is not None:
-                self.made.append((token, piece))
-            yield piece
-
-    def until_end(self, tokens: Iterable[Token], taken: "deque[Token]") -> Iterator[int]:
-        """The ids of the tokens before the end of the text; `taken` gets the tokens."""
+        decode = self.tokenizer.decoder()
         for token in tokens:
             if token.id == self.tokenizer.end_of_text:
                 self.finish_reason = "end_of_text"
                 return
-            taken.append(token)
-            yield token.id
+            yield decode(token.id)
         self.finish_reason = "length"
+
+
+class TokenTexts:
+    """The text that each of some tokens adds, told as soon as it is certain; the tokens are added one by one.
+
+    Together the parts are the text of a TextStream. A token that begins a character adds "", the one that
+    completes it adds the character. The tokens of a stop string are left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        check_stop(stop)
+        self.decode, self.end_of_text, self.stop = tokenizer.decoder(), tokenizer.end_of_text, stop
+        self.pending: deque[tuple[Token, str]] = deque()
+        """Tokens whose text may belong to a stop string."""
+        self.finish_reason: FinishReason | None = None
+        """Why the text has ended; None as long as it goes on."""
+
+    def add(self, token: Token) -> list[tuple[Token, str]]:
+        """Add a token. Returns those that have become certain, each with its text."""
+        if token.id == self.end_of_text:
+            return self.finish("end_of_text")
+        self.pending.append((token, self.decode(token.id)))
+        text = "".join(piece for _, piece in self.pending)
+        found = first_stop(text, self.stop)
+        if found is None:
+            return self.certain(len(text) - held_back(text, self.stop))
+        self.finish_reason = "stop"
+        parts = self.certain(found)
+        left = found - sum(len(piece) for _, piece in parts)
+        return [*parts, (self.pending[0][0], self.pending[0][1][:left])] if left else parts
+
+    def certain(self, count: int) -> list[tuple[Token, str]]:
+        """Take the tokens whose text is among the next `count` characters."""
+        parts: list[tuple[Token, str]] = []
+        while count and len(self.pending[0][1]) <= count:
+            parts.append(self.pending.popleft())
+            count -= len(parts[-1][1])
+        return parts
+
+    def finish(self, reason: FinishReason = "length") -> list[tuple[Token, str]]:
+        """End the text, as no token follows. Returns the tokens that are left."""
+        self.finish_reason = reason
+        return list(self.pending)
+
+    def add_all(self, tokens: Iterable[Token]) -> Iterator[tuple[Token, str]]:
+        """Add tokens until the text ends: those that have become certain, as they come."""
+        for token in tokens:
+            yield from self.add(token)
+            if self.finish_reason is not None:
+                return
+        yield from self.finish()
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raise UserError if `stop` is one text, or has an empty one."""
+    require(not isinstance(stop, str), f"stop={stop!r} is a text: give a list of texts")
+    require("" not in stop, 'stop has an empty text, "", which would stop at once: leave it out')
 
 
 def generate_text(
@@ -130,28 +168,8 @@ def generate_texts(
 def token_texts(
     tokenizer: Tokenizer, tokens: Iterable[Token], stop: Sequence[str] = ()
 ) -> Iterator[tuple[Token, str]]:
-    """Each token of a text with the part of the text that it adds, as soon as that is certain.
-
-    Together the parts are the text. A token that begins a character adds "", the one that completes it adds
-    the character. The text ends as in generate_text: tokens of a stop string are left out.
-    """
-    return certain_tokens(TextStream(tokenizer, tokens, stop, deque()))
-
-
-def certain_tokens(stream: TextStream) -> Iterator[tuple[Token, str]]:
-    """As token_texts, of a stream that collects what is made: it knows afterwards why the text ends."""
-    made = stream.made
-    assert made is not None
-    certain = 0  # number of characters of the text whose tokens are still in `made`
-    for chunk in stream:
-        certain += len(chunk)
-        while made and len(made[0][1]) <= certain:
-            certain -= len(made[0][1])
-            yield made.popleft()
-    while made and (certain or stream.finish_reason != "stop"):
-        token, piece = made.popleft()
-        yield token, piece[:certain]
-        certain = max(0, certain - len(piece))
+    """Each token of a text with the part of the text that it adds, as soon as that is certain."""
+    return TokenTexts(tokenizer, stop).add_all(tokens)
 
 
 def resolve_logit_bias(params: Params, tokenizer: Tokenizer) -> Params:
@@ -191,16 +209,26 @@ def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     pending = ""
     for chunk in chunks:
         pending += chunk
-        found = [position for string in stop if (position := pending.find(string)) >= 0]
-        if found:
-            pending = pending[: min(found)]
+        found = first_stop(pending, stop)
+        if found is not None:
+            pending = pending[:found]
             break
-        held_back = max((partial_match(pending, string) for string in stop), default=0)
-        if len(pending) > held_back:
-            yield pending[: len(pending) - held_back]
-            pending = pending[len(pending) - held_back :]
+        certain = len(pending) - held_back(pending, stop)
+        if certain:
+            yield pending[:certain]
+            pending = pending[certain:]
     if pending:
         yield pending
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop string in a text begins; None: there is none."""
+    return min((position for string in stop if (position := text.find(string)) >= 0), default=None)
+
+
+def held_back(text: str, stop: Sequence[str]) -> int:
+    """Number of characters at the end of a text that may be the beginning of a stop string."""
+    return max((partial_match(text, string) for string in stop), default=0)
 
 
 def partial_match(text: str, stop: str) -> int:

@@ -42,6 +42,19 @@ class KVCache:
         if self.last_tokens is not None:
             self.last_tokens.index_fill_(0, integers(rows, self.last_tokens.device), BEFORE_TEXT)
 
+    def copy_prefix(self, source: int, row: int, prefix: Tensor) -> None:
+        """Let `row` begin with the first tokens of `source`, which are `prefix`, (T,) int64."""
+        assert self.keys_values is not None
+        assert len(prefix) <= self.lengths[source]
+        self.clear([row])
+        if row != source:
+            memory, length = self.keys_values, len(prefix)
+            memory[:, :, row, :, :length] = memory[:, :, source, :, :length]
+        self.lengths[row] = len(prefix)
+        if self.last_tokens is not None:
+            last = prefix[-NGRAM_TOKENS:]
+            self.last_tokens[row, NGRAM_TOKENS - len(last) :] = last
+
     def step(self, rows: Sequence[int], idx: Tensor, counts: Sequence[int] | None = None) -> "CacheStep":
         """Prepare to compute T more tokens of each of these rows, all of them new or none.
 

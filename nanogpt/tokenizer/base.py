@@ -12,7 +12,7 @@ Shapes: V vocab_size, N tokens
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -110,12 +110,20 @@ class Tokenizer(ABC):
         """The text of `ids`, the inverse of encode. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join([self.tokens[i] for i in ids]).decode("utf-8", "replace")
 
+    def decoder(self) -> Callable[[int], str]:
+        """A function of one id after the other: the text that each adds.
+
+        A character split between tokens is added by its last byte.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda i: utf8.decode(self.tokens[i])
+
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of each id as it comes. A character split between tokens waits for its last byte."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        """The text of each id as it comes, as `decoder` gives it, then what is left of a character."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
-            yield decoder.decode(self.tokens[i])
-        yield decoder.decode(b"", final=True)
+            yield utf8.decode(self.tokens[i])
+        yield utf8.decode(b"", final=True)
 
 
 class CharTokenizer(Tokenizer):
@@ -205,9 +213,13 @@ class CharTokenizer(Tokenizer):
         """The text of `ids`, the inverse of encode, lone surrogates too."""
         return b"".join([self.tokens[i] for i in ids]).decode("utf-8", "surrogatepass")
 
+    def decoder(self) -> Callable[[int], str]:
+        """As Tokenizer.decoder: the character of an id."""
+        return lambda i: self.decode([i])
+
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The text of `ids` as they come."""
-        return (self.decode([i]) for i in ids)
+        return map(self.decoder(), ids)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole tokenizer as plain types."""

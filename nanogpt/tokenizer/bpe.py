@@ -12,7 +12,7 @@ Shapes: V vocab_size, N tokens
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,17 +137,17 @@ class ForeignTokenizer(Tokenizer):
         """The text of `ids`."""
         return "".join(self.stream(ids))
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of each id as it comes."""
+    def decoder(self) -> Callable[[int], str]:
+        """As Tokenizer.decoder."""
         from tokenizers.decoders import DecodeStream
 
-        decoder = DecodeStream(skip_special_tokens=False)
-        own_end = self.backend.id_to_token(self.end_of_text or 0) is None
-        for i in ids:
-            if own_end and i == self.end_of_text:
-                yield END_OF_TEXT
-            else:
-                yield decoder.step(self.backend, int(i)) or ""
+        pieces = DecodeStream(skip_special_tokens=False)
+        own_end = self.end_of_text if self.backend.id_to_token(self.end_of_text or 0) is None else None
+        return lambda i: END_OF_TEXT if i == own_end else pieces.step(self.backend, int(i)) or ""
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of each id as it comes."""
+        return map(self.decoder(), ids)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole tokenizer as plain types."""

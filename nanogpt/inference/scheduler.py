@@ -1,0 +1,308 @@
+"""Scheduler: continuous batching. Texts of many requests grow together, a token of each at every step.
+
+Example: scheduler = Scheduler(model); waiting = deque([Request(prompt, params, 100, 1, listener)])
+         while waiting or scheduler.rows: scheduler.step(waiting)
+A request waits until a row of the KV cache is free, is prefilled, and joins the others at the next step; its
+row is free again as soon as its text ends. A text does not depend on the others: it is what `generate` makes
+with the same seed. Continuous batching is from Orca (Yu et al., 2022). Knows nothing of threads or of text.
+
+Shapes: R rows of a step, T tokens of a prompt, V vocab_size
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from nanogpt.device import is_out_of_memory
+from nanogpt.inference.config import SamplingParams
+from nanogpt.inference.generate import decode_one, feed, prefill
+from nanogpt.inference.processors import NO_CHANCE, History, needs_history
+from nanogpt.inference.prompts import MAX_ROWS, device_of, generators_for
+from nanogpt.inference.sampling import sample
+from nanogpt.inference.steps import fastest_steps
+from nanogpt.inference.tokens import Token, score
+from nanogpt.model.gpt import GPT
+from nanogpt.model.kv_cache import KVCache, integers
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens of a step, about: with more, the texts that are being made would falter."""
+
+MIN_PREFIX = 16
+"""Least number of tokens that are copied from another row: fewer are computed as fast."""
+
+
+class Listener(Protocol):
+    """Whoever hears of a request. All texts wait until it returns, so nothing in it may wait."""
+
+    cancelled: bool
+    """Whether nobody wants the text any more. Any thread may set it."""
+
+    def on_prompt(self, tokens: list[Token]) -> None:
+        """Hear the tokens of the prompt but the first, with their log-probabilities, if they are wanted."""
+        ...
+
+    def on_token(self, token: Token) -> bool:
+        """Hear a new token. Returns whether the text goes on."""
+        ...
+
+    def on_end(self, error: str) -> None:
+        """Hear that no more tokens come. error: why, if the text is not as it was wanted; else ""."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A text to continue."""
+
+    prompt: Tensor
+    """(T,) int64."""
+    params: SamplingParams
+    num_tokens: int
+    seed: int
+    listener: Listener
+    logprobs: int | None = None
+    """Alternatives of each new token, as for generate_tokens."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt; None: on_prompt is not called."""
+    min_tokens: int = 0
+    """Number of tokens before which none of `ends` is drawn."""
+    ends: tuple[int, ...] = ()
+    """Ids that end the text, which is for the listener to see."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A request whose text is being made, in a row of the cache."""
+
+    request: Request
+    slot: int
+    """The row of the cache."""
+    generator: torch.Generator
+    history: History | None
+    """The tokens so far, if a penalty needs them."""
+    text: list[int]
+    """Prompt and new tokens; the newest is not in the cache yet."""
+    made: int = 0
+    """Number of new tokens."""
+
+
+@dataclass
+class Counts:
+    """Numbers since the start of the scheduler, for whoever watches it."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    reused_tokens: int = 0
+    """Prompt tokens that were copied from another row instead of being computed."""
+
+
+class Scheduler:
+    """The rows of the cache, and the step that gives each of them a token."""
+
+    def __init__(self, model: GPT, rows: int = MAX_ROWS, *, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: of the matrix products."""
+        self.model, self.steps = model, fastest_steps(model)
+        self.size, self.device = model.config.block_size, device_of(model)
+        self.splits_exactly = dtype == torch.float32
+        """Whether a prompt in two parts gives the numbers of the whole, but for rounding of float32."""
+        self.cache = KVCache(model.config, rows, self.size)
+        self.rows: list[Row] = []
+        self.free = deque(range(rows))
+        self.contents: list[list[int]] = [[] for _ in range(rows)]
+        """The tokens that each row of the cache has; a row that is free keeps them until it is taken."""
+        self.prompt_logits: list[tuple[int, Tensor] | None] = [None] * rows
+        """The number of tokens of the prompt of each row, and the logits after them, (1, V)."""
+        self.counts = Counts()
+
+    # --- prompts ---
+
+    def admit(self, request: Request) -> tuple[Row, Tensor] | None:
+        """Give a request a row, and compute its prompt. Returns the logits after it, (1, V).
+
+        None: it wanted nothing but the log-probabilities of its prompt.
+        """
+        prompt, listener = request.prompt.to(self.device), request.listener
+        logits = None
+        if request.prompt_logprobs is not None:
+            logits, _ = self.model(prompt[None, -self.size :])  # (1, T, V)
+            ids = prompt[-logits.shape[1] :][1:]
+            listener.on_prompt(score(logits[0, :-1], ids, request.prompt_logprobs))
+            logits = logits[:, -1]  # (1, V)
+        if request.num_tokens == 0:
+            self.counts.prompt_tokens += len(prompt)
+            return None
+        (generator,) = generators_for(self.model, [request.seed])
+        history = None
+        if needs_history(request.params):
+            history = History.of([prompt], self.model.config.vocab_size)
+        text = cast(list[int], prompt.tolist())
+        slot, filled = self.take_slot(text[-self.size :])
+        row = Row(request, slot, generator, history, text)
+        computed = self.fill(slot, prompt[-self.size :], filled)
+        self.rows.append(row)
+        self.counts.prompt_tokens += len(prompt)
+        self.counts.reused_tokens += filled
+        return row, computed
+
+    def take_slot(self, prompt: list[int]) -> tuple[int, int]:
+        """Take a free row for a prompt, with as many of its tokens as can be had by copying.
+
+        Returns the row, and the number of tokens in it: all of them, if another row had the same prompt.
+        """
+        common = [common_prefix(prompt, content) for content in self.contents]
+        source = max(range(len(common)), key=common.__getitem__)
+        same = next((slot for slot in range(len(common)) if self.has_prompt(slot, prompt)), None)
+        if same is not None:
+            source, length = same, len(prompt)
+        else:
+            length = min(common[source], len(prompt) - 1)  # the last one is computed, for its logits
+        if same is None and (length < MIN_PREFIX or not self.splits_exactly):
+            return self.free.popleft(), 0
+        slot = source if source in self.free else self.free[0]
+        self.free.remove(slot)
+        self.cache.copy_prefix(source, slot, torch.tensor(prompt[:length]).to(self.device))
+        self.contents[slot] = prompt[:length]
+        self.prompt_logits[slot] = self.prompt_logits[source] if same is not None else None
+        return slot, length
+
+    def has_prompt(self, slot: int, prompt: list[int]) -> bool:
+        """Whether a row was prefilled with just this prompt, and still has it."""
+        known = self.prompt_logits[slot]
+        return known is not None and known[0] == len(prompt) and self.contents[slot][: known[0]] == prompt
+
+    def fill(self, slot: int, prompt: Tensor, filled: int = 0) -> Tensor:
+        """Compute a prompt, (T,), of which a row has the first tokens. Returns the logits, (1, V)."""
+        known = self.prompt_logits[slot]
+        if filled == len(prompt) and known is not None:
+            return known[1]
+        if filled:
+            logits = feed(self.steps, self.cache, [slot], prompt[None, filled:])
+        else:
+            logits = prefill(self.steps, self.cache, [slot], [prompt])
+        self.contents[slot] = cast(list[int], prompt.tolist())
+        self.prompt_logits[slot] = (len(prompt), logits)
+        return logits
+
+    # --- tokens ---
+
+    def step(self, waiting: "deque[Request]") -> None:
+        """Admit requests as far as there is room, and add a token to every text.
+
+        A request that cannot be computed ends with an error; the others go on.
+        """
+        self.counts.steps += 1
+        logits = self.next_logits()
+        room = PREFILL_TOKENS
+        while waiting and self.free and room > 0:
+            request = waiting.popleft()
+            if request.listener.cancelled:
+                request.listener.on_end("cancelled")
+                continue
+            room -= len(request.prompt)
+            taken = list(self.free)
+            try:
+                admitted = self.admit(request)
+            except (RuntimeError, MemoryError) as error:
+                self.give_back(taken)
+                request.listener.on_end(describe(error))
+                continue
+            if admitted is None:
+                request.listener.on_end("")
+            else:
+                logits.append(admitted)
+        self.choose(logits)
+
+    def give_back(self, free: list[int]) -> None:
+        """Free the rows that were free before a request failed."""
+        for slot in free:
+            if slot not in self.free:
+                self.forget(slot)
+
+    def forget(self, slot: int) -> None:
+        """Free a row of the cache, whose content is unknown."""
+        self.contents[slot], self.prompt_logits[slot] = [], None
+        self.free.append(slot)
+
+    def next_logits(self) -> list[tuple[Row, Tensor]]:
+        """The logits after the newest token of every text, (1, V) each."""
+        for row in [row for row in self.rows if row.request.listener.cancelled]:
+            self.end(row, "cancelled")
+        lengths = self.cache.lengths
+        rest = [row for row in self.rows if lengths[row.slot] < self.size]
+        found: list[tuple[Row, Tensor]] = []
+        for row in [row for row in self.rows if lengths[row.slot] == self.size]:
+            overlap = row.request.params.context_overlap or max(1, self.size // 2)
+            end = torch.tensor(row.text[-overlap:]).to(self.device)
+            found.append((row, self.fill(row.slot, end)))
+            self.prompt_logits[row.slot] = None
+        if rest:
+            tokens = integers([row.text[-1] for row in rest], self.device)
+            logits = decode_one(self.steps, self.cache, [row.slot for row in rest], tokens)  # (R, V)
+            for row in rest:
+                self.contents[row.slot].append(row.text[-1])
+            found += zip(rest, cast(tuple[Tensor, ...], logits.split(1)), strict=True)
+        return found
+
+    def choose(self, logits: Iterable[tuple[Row, Tensor]]) -> None:
+        """Sample a token for each row from its logits, (1, V), and tell the listeners."""
+        groups: dict[object, list[tuple[Row, Tensor]]] = {}
+        for row, own in logits:
+            request = row.request
+            alone = row if row.history is not None or row.made < request.min_tokens else None
+            groups.setdefault((request.params, request.logprobs, alone), []).append((row, own))
+        for group in groups.values():
+            rows, joined = [row for row, _ in group], torch.cat([own for _, own in group])  # (R, V)
+            request, history = rows[0].request, rows[0].history
+            allowed = joined
+            if rows[0].made < request.min_tokens and request.ends:
+                allowed = joined.index_fill(1, integers(request.ends, joined.device), NO_CHANCE)
+            tokens = sample(allowed, request.params, [row.generator for row in rows], history)  # (R,)
+            if history is not None:
+                history.add(tokens)
+            if request.logprobs is None:
+                made = [Token(token) for token in cast(list[int], tokens.tolist())]
+            else:
+                made = score(joined, tokens, request.logprobs)
+            for row, token in zip(rows, made, strict=True):
+                self.tell(row, token)
+
+    def tell(self, row: Row, token: Token) -> None:
+        """Add a token to the text of a row, and tell its listener."""
+        row.text.append(token.id)
+        row.made += 1
+        self.counts.new_tokens += 1
+        goes_on = row.request.listener.on_token(token)
+        if not goes_on or row.made == row.request.num_tokens:
+            self.end(row)
+
+    def end(self, row: Row, error: str = "") -> None:
+        """End the text of a row, whose place is free from now on."""
+        self.rows.remove(row)
+        self.free.append(row.slot)
+        row.request.listener.on_end(error)
+
+    def end_all(self, error: str) -> None:
+        """End all texts with an error, after which nothing is known of the cache."""
+        for row in self.rows:
+            self.forget(row.slot)
+            row.request.listener.on_end(error)
+        self.rows.clear()
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of tokens with which both texts begin."""
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return shorter
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def describe(error: BaseException) -> str:
+    """Why a text cannot be made, in a line."""
+    return "out of memory" if is_out_of_memory(error) else str(error).strip().partition("\n")[0]

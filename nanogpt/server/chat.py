@@ -1,0 +1,103 @@
+"""Chats: the answers to POST /v1/chat/completions, of a model that has learned to continue texts.
+
+A base model knows no roles. Its prompt is the messages as lines of a play, "User: ..." and "Assistant: ...",
+and every answer carries a warning that says so. The text ends where the next "User:" would begin.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from nanogpt.inference.tokens import Token
+from nanogpt.server.completions import FINISH_REASONS, token_text
+from nanogpt.server.config import ServeConfig
+from nanogpt.server.jobs import Job, read_prompt
+from nanogpt.server.protocol import ChatRequest, Message
+from nanogpt.server.served import Served, Text
+from nanogpt.tokenizer.base import Tokenizer
+
+WARNING = (
+    "this is a base model, which continues texts and was not trained to chat: it was given the messages as "
+    "the lines of a dialogue"
+)
+
+NEXT_TURN = "\nUser:"
+"""Where the user would speak again."""
+
+
+def chat_prompt(messages: Sequence[Message]) -> str:
+    """The prompt for messages: a line for each, and the beginning of the assistant's."""
+    lines = [f"{message.role.capitalize()}: {message.content}" for message in messages]
+    return "\n".join([*lines, "Assistant:"])
+
+
+class Chat:
+    """The answer to a request."""
+
+    def __init__(self, served: Served, request: ChatRequest, limits: ServeConfig) -> None:
+        """Submit its texts. Raises: ApiError for an impossible request."""
+        self.served, self.request = served, request
+        newer = request.max_completion_tokens  # OpenAI's newer name for max_tokens
+        fields = request.model_copy(update={"stop": [*request.stops, NEXT_TURN]})
+        self.job = Job(
+            served,
+            [read_prompt(served, chat_prompt(request.messages))],
+            fields,
+            limits,
+            count=request.n or 1,
+            num_tokens=request.max_tokens if newer is None else newer,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )
+        self.head: dict[str, Any] = {
+            "id": f"chatcmpl-{time.time_ns():x}",
+            "created": int(time.time()),
+            "model": served.name,
+            "warning": WARNING,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer, once all texts have ended. Raises: ApiError if one could not be made."""
+        await self.job.finished()
+        choices = [self.choice(index, text, 0, "message") for index, text in enumerate(self.job.texts)]
+        return self.head | {"object": "chat.completion", "choices": choices, "usage": self.job.usage()}
+
+    def choice(self, index: int, text: Text, first: int, key: str) -> dict[str, Any]:
+        """An answer's text from token `first` on. key: "message", or "delta" in a stream."""
+        parts = text.parts[first:]
+        message = {"content": "".join(piece for _, piece in parts)}
+        if first == 0:
+            message["role"] = "assistant"
+        reason, tokenizer = text.finish_reason, self.served.tokenizer
+        scored = {"content": [describe_token(tokenizer, token) for token, _ in parts]}
+        return {
+            "index": index,
+            key: message,
+            "logprobs": scored if self.request.logprobs else None,
+            "finish_reason": None if reason is None else FINISH_REASONS[reason],
+        }
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer in chunks, as it is made. Raises: ApiError if a text could not be made."""
+        head = self.head | {"object": "chat.completion.chunk"}
+        sent, over = [0] * len(self.job.texts), [False] * len(self.job.texts)
+        async for _ in self.job.news():
+            for index, text in enumerate(self.job.texts):
+                if over[index] or (len(text.parts) == sent[index] and text.finish_reason is None):
+                    continue
+                yield head | {"choices": [self.choice(index, text, sent[index], "delta")]}
+                sent[index], over[index] = len(text.parts), text.finish_reason is not None
+        options = self.request.stream_options
+        if options and options.include_usage:
+            yield head | {"choices": [], "usage": self.job.usage()}
+
+
+def describe_token(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:
+    """A token with its log-probability and its alternatives, in the shape that chats have."""
+
+    def described(number: int, logprob: float | None) -> dict[str, Any]:
+        """One of them."""
+        raw = tokenizer.tokens[number]
+        return {"token": token_text(tokenizer, number), "logprob": logprob, "bytes": list(raw)}
+
+    top = [described(i, logprob) for i, logprob in token.top]
+    return described(token.id, token.logprob) | {"top_logprobs": top}

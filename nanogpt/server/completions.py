@@ -1,0 +1,194 @@
+"""Completions: the answers to POST /v1/completions, whole or as a stream of chunks.
+
+Example: answer = Completion(served, request, limits); await answer.whole(), or answer.chunks()
+The shape of answers is OpenAI's, what vLLM adds is vLLM's. Log-probabilities are the model's own, before
+temperature and the like, of one tensor and not rounded: clients compare them with ==.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from nanogpt.inference.tokens import Token
+from nanogpt.server.config import ServeConfig
+from nanogpt.server.jobs import Job, Prompt, read_prompt
+from nanogpt.server.protocol import ApiError, CompletionRequest
+from nanogpt.server.served import Served, Text
+from nanogpt.tokenizer.base import Tokenizer
+
+FINISH_REASONS = {"length": "length", "stop": "stop", "end_of_text": "stop"}
+"""Ours -> OpenAI's."""
+
+
+def token_text(tokenizer: Tokenizer, number: int) -> str:
+    """A token as text, each another one: bytes that are no text are spelled out, as OpenAI does."""
+    raw = tokenizer.tokens[number]
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of an answer."""
+
+    token: Token
+    text: str
+    offset: int
+    """Number of characters of the answer before it."""
+
+
+def pieces(parts: Iterable[tuple[Token, str]], offset: int = 0) -> list[Piece]:
+    """Tokens with their places in an answer."""
+    found: list[Piece] = []
+    for token, text in parts:
+        found.append(Piece(token, text, offset))
+        offset += len(text)
+    return found
+
+
+def prompt_parts(tokenizer: Tokenizer, prompt: Prompt, scored: list[Token]) -> list[tuple[Token, str]]:
+    """The tokens of a prompt, each with its text. scored: those but the first, with log-probabilities."""
+    tokens = [Token(prompt.ids[0]), *(scored or map(Token, prompt.ids[1:]))]
+    decode = tokenizer.decoder()
+    texts = [decode(token.id) for token in tokens]
+    texts[-1] += prompt.text[len("".join(texts)) :]
+    return list(zip(tokens, texts, strict=True))
+
+
+def describe_logprobs(tokenizer: Tokenizer, found: list[Piece]) -> dict[str, Any]:
+    """Log-probabilities in OpenAI's shape; null for the first token of a text."""
+    return {
+        "tokens": [token_text(tokenizer, piece.token.id) for piece in found],
+        "token_logprobs": [piece.token.logprob for piece in found],
+        "top_logprobs": [describe_top(tokenizer, piece.token) for piece in found],
+        "text_offset": [piece.offset for piece in found],
+    }
+
+
+def describe_top(tokenizer: Tokenizer, token: Token) -> dict[str, float] | None:
+    """The likeliest tokens and the chosen one, with their log-probabilities."""
+    if token.logprob is None:
+        return None
+    named = ((token_text(tokenizer, i), logprob) for i, logprob in (*token.top, (token.id, token.logprob)))
+    return dict(named)
+
+
+def describe_prompt_logprobs(tokenizer: Tokenizer, scored: list[Token]) -> list[dict[str, Any] | None]:
+    """Log-probabilities of a prompt in vLLM's shape."""
+    described: list[dict[str, Any] | None] = [None]
+    for token in scored:
+        ranks = {i: rank for rank, (i, _) in enumerate(token.top, 1)}
+        described.append(
+            {
+                str(i): {"logprob": logprob, "rank": ranks.get(i), "decoded_token": token_text(tokenizer, i)}
+                for i, logprob in (*token.top, (token.id, token.logprob))
+            }
+        )
+    return described
+
+
+class Completion:
+    """The answer to a request."""
+
+    def __init__(self, served: Served, request: CompletionRequest, limits: ServeConfig) -> None:
+        """Submit its texts. Raises: ApiError for an impossible request."""
+        if request.suffix:
+            raise ApiError(400, "suffix is not supported: this model continues texts only", param="suffix")
+        n = request.n or 1
+        best_of = request.best_of or n
+        if best_of < n:
+            raise ApiError(400, f"best_of {best_of} is less than n {n}", param="best_of")
+        if best_of > n and request.stream:
+            raise ApiError(400, "best_of cannot be streamed: leave out one of the two", param="best_of")
+        self.served, self.request, self.n = served, request, n
+        self.prompts = [read_prompt(served, given) for given in request.prompts]
+        if not self.prompts:
+            raise ApiError(400, "prompt is an empty list: give at least one", param="prompt")
+        echoed = request.logprobs if request.echo else None
+        wanted = [count for count in (echoed, request.prompt_logprobs) if count is not None]
+        self.job = Job(
+            served,
+            self.prompts,
+            request,
+            limits,
+            count=best_of,
+            num_tokens=request.max_tokens,
+            logprobs=0 if request.logprobs is None and best_of > n else request.logprobs,
+            prompt_logprobs=max(wanted, default=None),
+        )
+        self.head: dict[str, Any] = {
+            "id": f"cmpl-{time.time_ns():x}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": served.name,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer, once all texts have ended. Raises: ApiError if one could not be made."""
+        await self.job.finished()
+        choices = [
+            self.choice(self.n * number + place, text, self.parts(text, prompt), 0)
+            for number, prompt in enumerate(self.prompts)
+            for place, text in enumerate(self.best(number))
+        ]
+        return self.head | {"choices": choices, "usage": self.job.usage()}
+
+    def best(self, number: int) -> list[Text]:
+        """The n texts of a prompt; if there are more, those with the highest mean log-probability."""
+        count = self.job.count
+        texts = self.job.texts[number * count : (number + 1) * count]
+        if count == self.n:
+            return texts
+        return sorted(texts, key=lambda text: mean([t.logprob or 0.0 for t, _ in text.parts] or [0.0]))[
+            : -self.n - 1 : -1
+        ]
+
+    def parts(self, text: Text, prompt: Prompt) -> list[tuple[Token, str]]:
+        """The tokens of an answer with their texts, those of the prompt too if it is to be echoed."""
+        if not self.request.echo:
+            return text.parts
+        return prompt_parts(self.served.tokenizer, prompt, text.prompt_tokens) + text.parts
+
+    def choice(
+        self, index: int, text: Text, parts: list[tuple[Token, str]], offset: int, first: int = 0
+    ) -> dict[str, Any]:
+        """An answer's text, or the part of it that begins with token `first`, at character `offset`."""
+        found, tokenizer = pieces(parts[first:], offset), self.served.tokenizer
+        scored = self.request.logprobs is not None
+        reason = text.finish_reason
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": "".join(piece.text for piece in found),
+            "logprobs": describe_logprobs(tokenizer, found) if scored else None,
+            "finish_reason": None if reason is None else FINISH_REASONS[reason],
+        }
+        prompt = self.prompts[index // self.n]
+        if self.request.return_token_ids:
+            choice["token_ids"] = [piece.token.id for piece in found]
+            choice["prompt_token_ids"] = prompt.ids if first == 0 else None
+        if self.request.prompt_logprobs is not None and first == 0:
+            choice["prompt_logprobs"] = describe_prompt_logprobs(tokenizer, text.prompt_tokens)
+        return choice
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer in chunks, as it is made. Raises: ApiError if a text could not be made."""
+        options = self.request.stream_options
+        usage = bool(options and options.include_usage)
+        always = usage and bool(options and options.continuous_usage_stats)
+        sent = [0] * len(self.job.texts)
+        offsets, over = list(sent), [False] * len(sent)
+        async for _ in self.job.news():
+            for index, text in enumerate(self.job.texts):
+                parts = self.parts(text, self.prompts[index // self.n])
+                if over[index] or (len(parts) == sent[index] and text.finish_reason is None):
+                    continue
+                choice = self.choice(index, text, parts, offsets[index], sent[index])
+                over[index] = text.finish_reason is not None
+                sent[index], offsets[index] = len(parts), offsets[index] + len(choice["text"])
+                yield self.head | {"choices": [choice]} | ({"usage": self.job.usage()} if always else {})
+        if usage:
+            yield self.head | {"choices": [], "usage": self.job.usage()}

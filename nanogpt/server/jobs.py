@@ -1,0 +1,159 @@
+"""Jobs: the texts of a request, from the request to their end.
+
+Example: job = Job(served, prompts, fields, limits); await job.finished(); job.texts[0].parts
+A job that nobody waits for any more is cancelled, which frees the rows of its texts.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanogpt.errors import UserError
+from nanogpt.inference.scheduler import Request
+from nanogpt.inference.text import TokenTexts
+from nanogpt.server.config import ServeConfig
+from nanogpt.server.protocol import ApiError, SamplingFields
+from nanogpt.server.served import Served, Text
+
+DEFAULT_MAX_TOKENS = 16
+"""New tokens unless the request says how many, as OpenAI has it."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt."""
+
+    text: str
+    ids: list[int]
+
+
+def read_prompt(served: Served, given: str | list[int], *, whole: bool = True) -> Prompt:
+    """A prompt of a request. Raises: ApiError if it is empty, too long, or has unknown characters or ids.
+
+    whole: whether it must fit into the context, and be continued.
+    """
+    tokenizer = served.tokenizer
+    if isinstance(given, str):
+        try:
+            ids = tokenizer.encode(given).tolist()
+        except UserError as error:
+            if given != "\n" or tokenizer.end_of_text is None:
+                raise ApiError(400, f"prompt: {error}", param="prompt") from error
+            given, ids = "", [tokenizer.end_of_text]
+        prompt = Prompt(given, ids)
+    else:
+        if given and max(given) >= tokenizer.vocab_size:
+            message = f"prompt: the ids of this vocabulary are below {tokenizer.vocab_size}, not {max(given)}"
+            raise ApiError(400, message, param="prompt")
+        prompt = Prompt(tokenizer.decode(given), given)
+    if not prompt.ids:
+        raise ApiError(400, "prompt is empty: give at least one token", param="prompt")
+    if whole and len(prompt.ids) > served.context:
+        message = f"the prompt has {len(prompt.ids)} tokens, but this model's context is {served.context}"
+        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+    return prompt
+
+
+class Job:
+    """The texts of a request: `count` for each prompt, with the seeds seed, seed + 1, ..."""
+
+    def __init__(
+        self,
+        served: Served,
+        prompts: Sequence[Prompt],
+        fields: SamplingFields,
+        limits: ServeConfig,
+        *,
+        count: int,
+        num_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> None:
+        """Submit the texts to the engine. Raises: ApiError for too much of something."""
+        num_tokens = DEFAULT_MAX_TOKENS if num_tokens is None else num_tokens
+        if num_tokens > limits.max_tokens:
+            message = f"max_tokens {num_tokens} is more than this server's limit, {limits.max_tokens}"
+            raise ApiError(400, message, param="max_tokens")
+        if count * len(prompts) > limits.max_texts:
+            message = f"{count * len(prompts)} texts are more than this server's limit, {limits.max_texts}"
+            raise ApiError(400, message, param="n")
+        self.served, self.prompts, self.count = served, prompts, count
+        self.changed = asyncio.Event()
+        self.deadline = asyncio.get_running_loop().time() + limits.deadline
+        params = fields.sampling_params(served.tokenizer.vocab_size)
+        end = served.tokenizer.end_of_text
+        ends = tuple(fields.stop_token_ids or ())
+        if any(token >= served.tokenizer.vocab_size for token in ends):
+            raise ApiError(400, "stop_token_ids: an id is not of this vocabulary", param="stop_token_ids")
+        seed = secrets.randbits(32) if fields.seed is None else fields.seed & (2**63 - 1)
+        self.texts = [self.text(fields, ends) for _ in prompts for _ in range(count)]
+        requests = [
+            Request(
+                torch.from_numpy(np.array(prompts[number // count].ids, dtype=np.int64)),
+                params,
+                num_tokens,
+                seed + number,
+                text,
+                logprobs,
+                prompt_logprobs,
+                fields.min_tokens or 0,
+                ends if end is None or fields.ignore_eos else (end, *ends),
+            )
+            for number, text in enumerate(self.texts)
+        ]
+        if not served.engine.submit(requests):
+            if served.engine.closing:
+                raise ApiError(503, served.engine.closing)
+            raise ApiError(429, f"more than {limits.max_queue} texts are waiting: try again in a moment")
+
+    def text(self, fields: SamplingFields, ends: Sequence[int]) -> Text:
+        """A new text."""
+        texts = TokenTexts(self.served.tokenizer, fields.stops)
+        if fields.ignore_eos:
+            texts.end_of_text = None
+        return Text(texts, self.served.bridge, self.changed, frozenset(ends))
+
+    async def news(self) -> AsyncIterator[None]:
+        """Wait for news of the texts, again and again, until all have ended.
+
+        Raises: ApiError if a text could not be made, or the deadline is over.
+        """
+        while any(text.finish_reason is None for text in self.texts):
+            left = self.deadline - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(self.changed.wait(), left)
+            except asyncio.TimeoutError as error:
+                raise ApiError(504, "the text was not finished within this server's deadline") from error
+            self.changed.clear()
+            self.check()
+            yield
+
+    def check(self) -> None:
+        """Raise ApiError if a text could not be made."""
+        error = next((text.error for text in self.texts if text.error), "")
+        if error:
+            raise ApiError(503 if error == self.served.engine.closing else 500, error)
+
+    async def finished(self) -> None:
+        """Wait until all texts have ended. Raises: as `news`."""
+        async for _ in self.news():
+            pass
+
+    def cancel(self) -> None:
+        """Give up the texts that have not ended."""
+        for text in self.texts:
+            text.cancelled = True
+
+    def usage(self) -> dict[str, int]:
+        """Number of tokens so far."""
+        prompt, new = sum(len(prompt.ids) for prompt in self.prompts), sum(map(len_of_parts, self.texts))
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def len_of_parts(text: Text) -> int:
+    """Number of tokens of a text."""
+    return len(text.parts)

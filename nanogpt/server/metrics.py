@@ -1,0 +1,95 @@
+"""Metrics for Prometheus: GET /metrics, under vLLM's names where they mean the same.
+
+Example: metrics = Metrics(lambda: served); metrics.count(job); body = metrics.render()
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from nanogpt.server.jobs import Job
+from nanogpt.server.served import Served
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+"""Bounds of the histograms' buckets."""
+
+
+class EngineCollector(Collector):
+    """The numbers of the engine, read when they are asked for."""
+
+    def __init__(self, served: Callable[[], Served]) -> None:
+        self.served = served
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics."""
+        served = self.served()
+        scheduler, waiting = served.engine.scheduler, len(served.engine.waiting)
+        counts, running = scheduler.counts, len(scheduler.rows)
+        usage = sum(len(row.text) for row in scheduler.rows) / (len(scheduler.contents) * served.context)
+        gauges = {
+            "num_requests_running": (running, "Texts that are being made"),
+            "num_requests_waiting": (waiting, "Texts that wait for a row of the KV cache"),
+            "kv_cache_usage_perc": (min(1.0, usage), "Share of the KV cache that is in use, 1 being all"),
+        }
+        counters = {
+            "prompt_tokens": (counts.prompt_tokens, "Tokens of prompts"),
+            "generation_tokens": (counts.new_tokens, "New tokens"),
+            "prefix_cache_queries": (
+                counts.prompt_tokens,
+                "Prompt tokens that were looked for in the cache",
+            ),
+            "prefix_cache_hits": (
+                counts.reused_tokens,
+                "Prompt tokens that were copied within the cache",
+            ),
+        }
+        for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, (value, meaning) in rows.items():
+                family = kind(f"vllm:{name}", meaning, labels=["model_name"])
+                family.add_metric([served.name], value)
+                yield family
+
+
+class Metrics:
+    """All metrics of a server."""
+
+    def __init__(self, served: Callable[[], Served]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(served))
+        self.first, self.between, self.whole = (
+            Histogram(f"vllm:{name}", meaning, ["model_name"], buckets=SECONDS, registry=self.registry)
+            for name, meaning in (
+                ("time_to_first_token_seconds", "Seconds from a request to its first token"),
+                ("inter_token_latency_seconds", "Seconds from one token of a text to the next"),
+                ("e2e_request_latency_seconds", "Seconds from a request to its end"),
+            )
+        )
+        self.ended = Counter(
+            "vllm:request_success",
+            "Texts that ended, by why",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+
+    def count(self, job: Job, started: float, ended: float) -> None:
+        """Count a request that has ended. started, ended: values of time.perf_counter()."""
+        name = job.served.name
+        self.whole.labels(name).observe(ended - started)
+        for text in job.texts:
+            if text.times:
+                self.first.labels(name).observe(text.times[0] - started)
+            for earlier, later in zip(text.times, text.times[1:], strict=False):
+                self.between.labels(name).observe(later - earlier)
+            if text.error or text.finish_reason is None:
+                reason = "abort"
+            else:
+                reason = "length" if text.finish_reason == "length" else "stop"
+            self.ended.labels(name, reason).inc()
+
+    def render(self) -> bytes:
+        """The metrics as Prometheus reads them."""
+        return generate_latest(self.registry)

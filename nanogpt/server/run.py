@@ -1,0 +1,137 @@
+"""The server as a process: load the model, listen, watch the checkpoint, and stop without losing an answer.
+
+Run:    nanogpt serve --checkpoint out/ckpt.pt
+When a signal asks it to stop, it takes no more connections, lets running requests finish for --grace seconds,
+and ends those that are left with an error that says so.
+"""
+
+import asyncio
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from nanogpt.console import say, warn
+from nanogpt.errors import UserError
+from nanogpt.server.app import Service, create_app
+from nanogpt.server.config import LOOPBACK, ServeConfig
+from nanogpt.server.served import Served, load, stamp_of
+
+WATCH_SECONDS = 1.0
+"""Seconds between two looks at the checkpoint."""
+
+CLOSING = "the server is shutting down"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells of a signal that asks it to stop."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.loop = asyncio.get_running_loop()
+        self.stopping = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Hear of a signal. A second one ends the requests that are left."""
+        super().handle_exit(sig, frame)
+        self.loop.call_soon_threadsafe(self.stopping.set)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until a signal comes. Raises: UserError for a missing checkpoint, or a port that is taken."""
+    listener = listen(config)
+    try:
+        asyncio.run(run(config, listener))
+    finally:
+        listener.close()
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """A socket that listens. Raises: UserError if the address or the port cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise UserError(f"--host {config.host}: {error.strerror}: give an address of this machine") from error
+    listener = socket.socket(family, kind, protocol)
+    if sys.platform != "win32":  # there it would let two servers share a port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"--host {config.host} --port {config.port}: {error.strerror}: give another --port, or 0 for any"
+        ) from error
+    return listener
+
+
+async def run(config: ServeConfig, listener: socket.socket) -> None:
+    """Serve on a socket until a signal comes."""
+    served = await asyncio.to_thread(load, config, asyncio.get_running_loop())
+    service = Service(config, served)
+    server = Server(
+        uvicorn.Config(
+            create_app(service),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=int(config.grace) + 5,
+        )
+    )
+    announce(config, served, listener)
+    tasks = [asyncio.create_task(shut_down(server, service))]
+    if config.watch:
+        tasks.append(asyncio.create_task(watch(service)))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in tasks:
+            task.cancel()
+        service.served.engine.close(CLOSING)
+        service.served.engine.thread.join(config.grace)
+
+
+def announce(config: ServeConfig, served: Served, listener: socket.socket) -> None:
+    """Say what is served, and where."""
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    size = served.model.num_parameters()
+    say(f"Model: {served.path}, {size:,} parameters, context of {served.context} tokens, as {served.name!r}")
+    say(f"Serving at http://{shown}:{port} (Ctrl-C stops it)")
+    if config.host != LOOPBACK and not config.api_key:
+        warn("Whoever reaches this address can use the model: give --api_key, or $NANOGPT_API_KEY")
+
+
+async def shut_down(server: Server, service: Service) -> None:
+    """When a signal has come: give running requests their time, then end them."""
+    await server.stopping.wait()
+    engine = service.served.engine
+    engine.close(CLOSING, finish=True)
+    deadline = server.loop.time() + service.config.grace
+    while engine.thread.is_alive() and server.loop.time() < deadline and not server.force_exit:
+        await asyncio.sleep(0.02)
+    engine.close(CLOSING)
+
+
+async def watch(service: Service) -> None:
+    """Serve the checkpoint anew whenever its file has changed; a damaged one is reported and passed over."""
+    passed_over = (0, 0)
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        served = service.served
+        stamp = stamp_of(served.path)
+        if stamp in {served.stamp, passed_over, (0, 0)} or served.engine.closing:
+            continue
+        try:
+            newer = await asyncio.to_thread(load, service.config, asyncio.get_running_loop())
+        except (UserError, OSError) as error:
+            warn(f"Still serving the earlier checkpoint: {error}")
+            passed_over = stamp
+            continue
+        service.served = newer
+        served.engine.close("the model was replaced", finish=True)
+        say(f"Serving the new {newer.path}")
