@@ -3,25 +3,13 @@
 import json
 
 import pytest
+from reading import documents_in
 
 from nanogpt.errors import UserError
 from nanogpt.text import json_formats, records
-from nanogpt.text.corpus import Corpus, find_corpus
+from nanogpt.text.corpus import find_corpus
 from nanogpt.text.documents import SkipReport
 from nanogpt.text.speakers import Speakers, require_known
-
-
-def documents_in(path, report=None, rules=(), **settings):
-    """The documents of one file."""
-    found, waiting = [], b""
-    corpus = Corpus((path,), speakers=Speakers.parse(rules), **settings)
-    for raw, ends in corpus.chunks(report or SkipReport()):
-        waiting += raw
-        if ends:
-            found.append(waiting.decode())
-            waiting = b""
-    assert waiting == b""
-    return found
 
 
 def chat(tmp_path, text, name="WhatsApp Chat with Ben.txt", **settings):

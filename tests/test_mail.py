@@ -4,9 +4,8 @@ import base64
 import io
 
 import pytest
-from test_chats import documents_in
+from reading import documents_in, refusal
 
-from nanogpt.errors import UserError
 from nanogpt.text import mail
 from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import SkipReport
@@ -217,10 +216,4 @@ def test_a_hostile_mail_is_reported_and_the_next_one_is_read(tmp_path):
     report = SkipReport()
     assert documents_in(path, report)[-1].startswith("From: Müller, Anna")
     assert all("no mail that can be read" in line for line in report.broken)
-    with pytest.raises(UserError, match="has no mail: it is no mbox file"):
-        documents_in_bytes(tmp_path, b"just text\n")
-
-
-def documents_in_bytes(tmp_path, raw):
-    (tmp_path / "b.mbox").write_bytes(raw)
-    return documents_in(tmp_path / "b.mbox")
+    assert refusal(path, b"just text\n").endswith("has no mail: it is no mbox file")

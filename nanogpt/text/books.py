@@ -141,12 +141,13 @@ class WordText:
     def __init__(self) -> None:
         self.plain = PlainText()
         self.plain.preformatted = 1
-        self.in_text = False
+        self.in_text = self.in_tab_stops = False
 
     def start(self, tag: str, _: dict[str, str]) -> None:
         """An element begins."""
         self.in_text = tag == "t"
-        if tag in SYMBOLS:
+        self.in_tab_stops |= tag == "tabs"
+        if tag in SYMBOLS and not self.in_tab_stops:
             self.plain.data(SYMBOLS[tag])
         elif tag in HTML_TAGS:
             self.plain.start(HTML_TAGS[tag], {})
@@ -154,6 +155,7 @@ class WordText:
     def end(self, tag: str) -> None:
         """An element ends."""
         self.in_text = False
+        self.in_tab_stops &= tag != "tabs"
         if tag in HTML_TAGS:
             self.plain.end(HTML_TAGS[tag])
 

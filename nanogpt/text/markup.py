@@ -188,9 +188,9 @@ class PlainText:
         self.some_text = False
         self.line_ends, self.tab, self.space, self.bullet = 0, False, False, False
         """What stands before the next text."""
-        self.left_out, self.preformatted = 0, 0
-        self.row_begun = False
-        """Whether the row of a table, so far, has text."""
+        self.left_out, self.preformatted, self.pre_begins = 0, 0, False
+        self.row_begun = self.cell_begins = False
+        """Whether the row of a table has text so far, and whether its cell has none."""
 
     def take(self) -> str:
         """The text since the last call."""
@@ -205,11 +205,14 @@ class PlainText:
             return
         self.separate(tag)
         self.preformatted += tag == "pre"
+        self.pre_begins = tag == "pre"
         self.bullet = tag == "li" or (self.bullet and tag not in ("ul", "ol"))
         if tag == "br":
             self.line_ends = min(2, self.line_ends + 1)
-        elif tag in ("td", "th") and self.row_begun:
-            self.line_ends, self.tab = 0, True
+        elif tag in ("td", "th"):
+            self.cell_begins = True
+            if self.row_begun:
+                self.line_ends, self.tab = 0, True
 
     def end(self, tag: str) -> None:
         """An element ends."""
@@ -218,12 +221,14 @@ class PlainText:
             return
         self.separate(tag)
         self.preformatted -= tag == "pre"
+        if tag == "tr":
+            self.line_ends = 1  # whatever blocks the last cell ended with
 
     def separate(self, tag: str) -> None:
         """Note how an element is separated from what stands before or after it."""
         if tag in ("tr", "table"):
-            self.tab = self.row_begun = False
-        if not self.tab:  # at the start of a cell, a block needs no line of its own
+            self.tab = self.row_begun = self.cell_begins = False
+        if not self.cell_begins:  # at the start of a cell, a block needs no line of its own
             self.line_ends = max(self.line_ends, LINE_BREAKS.get(tag, 0))
 
     def data(self, text: str) -> None:
@@ -232,7 +237,11 @@ class PlainText:
             return
         text = text.replace(SOFT_HYPHEN, "")
         if self.preformatted:
-            self.write(text)
+            text = text.removeprefix("\n" if self.pre_begins else "")
+            self.pre_begins = False
+            words = text.rstrip("\n")
+            self.write(words)
+            self.line_ends += len(text) - len(words)
             return
         words = SPACES.sub(" ", text)
         self.space |= words.startswith(" ")
@@ -246,7 +255,7 @@ class PlainText:
         before = "\n" * self.line_ends or ("\t" if self.tab else " " * self.space)
         self.parts.append((before if self.some_text else "") + "- " * self.bullet + text)
         self.some_text = self.row_begun = True
-        self.line_ends, self.tab, self.space, self.bullet = 0, False, False, False
+        self.line_ends, self.tab, self.space, self.bullet, self.cell_begins = 0, False, False, False, False
 
     def close(self) -> None:
         """The end of the document."""
