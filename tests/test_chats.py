@@ -99,6 +99,11 @@ def test_a_line_that_is_too_long_is_reported(tmp_path, monkeypatch):
     assert report.broken == [f"{tmp_path / 'WhatsApp Chat with Ben.txt'}:2: longer than 100 characters"]
 
 
+def test_messages_made_to_take_for_ever_take_little(tmp_path):
+    said = "a" + " " * 200_000 + "b" + "<" * 50_000 + "1/2/24, " * 20_000
+    assert chat(tmp_path, f"1/2/24, 10:00 - Anna: {said}\n") == [f"Anna: {said.strip()}\n"]
+
+
 # Who speaks
 
 

@@ -2,7 +2,10 @@
 
 import base64
 import io
+import mailbox
 import re
+from email.headerregistry import Address
+from email.message import EmailMessage
 
 import pytest
 from reading import documents_in, refusal
@@ -214,3 +217,40 @@ def test_a_hostile_mail_is_reported_and_the_next_one_is_read(tmp_path):
     assert documents_in(path, report)[-1].startswith("From: Müller, Anna")
     assert all("no mail that can be read" in line for line in report.broken)
     assert refusal(path, b"just text\n").endswith("has no mail: it is no mbox file")
+
+
+def test_what_python_itself_writes(tmp_path):
+    """EmailMessage in its encodings, in a mailbox.mbox and a mailbox.Maildir."""
+    texts = ["plain\nFrom here\n.", "Grüße → 🙂 " * 40, "x" * 1500, "> quoted\n\n\nend"]
+    boxes = mailbox.mbox(tmp_path / "box"), mailbox.Maildir(tmp_path / "dir")
+    for number, text in enumerate(texts):
+        message = EmailMessage()
+        message["From"] = Address("Änne, Dr.", "a", "example.org")
+        message["To"] = [Address("Ben", "b", "example.org"), Address("", "c", "example.org")]
+        message["Subject"] = f"{number}: " + "lange Überschrift " * 10
+        message.set_content(text, cte=["8bit", "base64", "quoted-printable", "7bit"][number])
+        message.add_alternative("<p>HTML</p>", subtype="html")
+        message.add_attachment(b"data", maintype="application", subtype="pdf", filename="ü.pdf")
+        for box in boxes:
+            box.add(message)
+    for box in boxes:
+        box.close()
+    expected = sorted(
+        f"From: Änne, Dr.\nTo: Ben, c@example.org\nSubject: {number}: "
+        + ("lange Überschrift " * 10).strip()
+        + f"\n\n{text.strip()}\n"
+        for number, text in enumerate(texts)
+    )
+    assert sorted(documents_in(tmp_path / "box")) == expected
+    report = SkipReport()
+    corpus = find_corpus([str(tmp_path / "dir")])
+    assert sorted(raw.decode() for raw, _ in corpus.chunks(report)) == expected
+    assert report.broken == report.notes == []
+
+
+def test_headers_made_to_take_for_ever_take_little(tmp_path):
+    for value in (b"=?a?q?" * 100_000, b"(" * 100_000, b"a@b.c, " * 100_000, b'"' * 100_001):
+        (tmp_path / "a.eml").write_bytes(b"From: " + value + b"\nSubject: " + value + b"\n\ntext\n")
+        report = SkipReport()
+        found = documents_in(tmp_path / "a.eml", report)
+        assert len(found) + report.broken_count == 1

@@ -109,6 +109,8 @@ def test_mazes_of_tags_and_bombs_of_entities_are_harmless(tmp_path):
     entities = b'<!DOCTYPE html [<!ENTITY a "boom"><!ENTITY b "&a;&a;">]><html><p>&b;</p>'
     assert "boom" not in html_of(tmp_path / "a.html", entities)[0]
     assert "is not a text file" in refusal(tmp_path / "a.html", b"<p>\0")
+    comments = b"<!-- -->" * 5000  # not one way too many to match them
+    assert html_of(tmp_path / "a.txt", comments) == [comments.decode()]
     assert html_of(tmp_path / "a.html", b"") == []
     assert html_of(tmp_path / "a.html", b"<script>x</script>") == []
 
@@ -168,6 +170,11 @@ def test_a_broken_or_locked_book(tmp_path):
     report = SkipReport()
     assert documents_in(path, report) == ["Two\n\nthe end\xa0…"]
     assert report.broken == [f"{path}/../../../etc/passwd: a chapter that is not in the book"]
+    repeated = BOOK | {
+        "OEBPS/book.opf": CONTENTS.replace("</spine>", '<itemref idref="2"/>' * 1000 + "</spine>")
+    }
+    path.write_bytes(zipped(repeated.items()))
+    assert documents_in(path) == ["One\n\nIt begins.\n\nTwo\n\nthe end\xa0…"]
     locked = '<encryption><CipherReference URI="OEBPS/text/two%20b.xhtml"/></encryption>'
     path.write_bytes(zipped((BOOK | {"META-INF/encryption.xml": locked}).items()))
     assert refusal(path).endswith("is encrypted (DRM): its text cannot be read")

@@ -105,6 +105,12 @@ def test_subtitles_under_another_name_are_said(tmp_path):
     assert report.reading_notes("text") == ()
 
 
+def test_tags_that_never_end_take_little(tmp_path):
+    text = "<v " * 50_000 + "{\\an" * 50_000 + "<b" * 50_000
+    (tmp_path / "a.srt").write_text(f"1\n00:00:01,000 --> 00:00:02,000\n{text}\n")
+    assert documents_in(tmp_path / "a.srt") == [text + "\n"]
+
+
 # Notebooks
 
 

@@ -101,17 +101,17 @@ def chapters(package: Package) -> list[str]:
     elements = package.elements(contents)
     items = {values["id"]: values for tag, values in elements if tag == "item" and "id" in values}
     order = [items.get(values.get("idref", ""), {}) for tag, values in elements if tag == "itemref"]
-    found = [
+    found = dict.fromkeys(  # once each: a book that repeats a chapter a million times would be a bomb
         posixpath.normpath(posixpath.join(posixpath.dirname(contents), unquote(item["href"].split("#")[0])))
         for item in order
         if item.get("media-type") in PAGES
         and "href" in item
         and "nav" not in item.get("properties", "").split()
-    ]
+    )
     if ENCRYPTION in package.names:
         locked = {unquote(values.get("URI", "")) for _, values in package.elements(ENCRYPTION)}
         require(not locked & set(found), "is encrypted (DRM): its text cannot be read")
-    return found
+    return list(found)
 
 
 def read_docx(source: Source) -> Iterator[Chunk]:

@@ -74,7 +74,7 @@ NO_TEXT = re.compile(r"<[^<>\n]{1,60}>|null|(?:This message was deleted|You dele
 ATTACHMENT = re.compile(r"\A[^\n]{1,200}\.\w{2,5} \([^()\n]{1,40}\)(?:\n|$)")
 """The first line of a message with a file: "IMG-20240101-WA0001.jpg (file attached)"."""
 
-EDITED = re.compile(rf"\s*(?:{MARK}<[^<>\n]{{1,60}}>|<This message was edited>)$")
+EDITED = re.compile(rf"\s?(?:{MARK}<[^<>\n]{{1,60}}>|<This message was edited>)$")
 
 WHATSAPP_NAME = re.compile(r"whatsapp|_chat\.txt$", re.IGNORECASE)
 

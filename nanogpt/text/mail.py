@@ -28,6 +28,9 @@ from nanogpt.text.speakers import clean_name
 MAX_MAIL_BYTES = 1 << 26
 """A longer mail is read up to here: its text comes before its attachments."""
 
+MAX_FIELD_CHARS = 1 << 14
+"""Characters of a field in a mail's header. A longer one is cut: decoding it takes quadratic time."""
+
 LINE_BYTES = 1 << 16
 """Bytes of a line to read at a time."""
 
@@ -149,13 +152,13 @@ def mail_text(source: Source, mail: "Message[Any, Any]") -> str:
 
 def people(mail: "Message[Any, Any]", field: str) -> list[tuple[str, str]]:
     """The names and addresses in a field."""
-    values = [str(value) for value in mail.get_all(field, [])]
+    values = [str(value)[:MAX_FIELD_CHARS] for value in mail.get_all(field, [])[:1]]
     return [(decoded(name), address) for name, address in getaddresses(values) if name or address]
 
 
 def header(mail: "Message[Any, Any]", field: str) -> str:
     """The decoded text of a field, in one line."""
-    return decoded(str(mail.get(field, "")))
+    return decoded(str(mail.get(field, ""))[:MAX_FIELD_CHARS])
 
 
 def decoded(value: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.errors import UserError, require
+from nanogpt.text.compressed import refuse_bomb
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.records import Beginning, Source, in_blocks, missing_library
 
@@ -59,6 +60,7 @@ def page_texts(source: Source) -> Iterator[str]:
     limits = [str(limit) for limit in (MAX_PAGE_SECONDS, MAX_PAGE_CHARS, MAX_MEMORY)]
     with tempfile.TemporaryFile() as copy:  # the worker seeks in it
         shutil.copyfileobj(source.file, copy, 1 << 20)
+        size, characters = copy.tell(), 0
         copy.seek(0)
         worker = subprocess.Popen(
             [sys.executable, str(WORKER), *limits],
@@ -78,6 +80,8 @@ def page_texts(source: Source) -> Iterator[str]:
                         raise UserError(answer["error"])
                     done, page = "end" in answer, page + 1
                     if "text" in answer:
+                        characters += len(answer["text"])
+                        refuse_bomb(characters, size)  # a file may show the same page again and again
                         yield answer["text"].replace(LINE_HYPHEN, "").replace("\r\n", "\n") + "\n"
                     elif not done:
                         source.report.reject(f"{source.name}, page {page}", "damaged")

@@ -17,7 +17,7 @@ TIMES = re.compile(r"\s*(?:\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*-->\s*(?:\d+:)?\d{1,
 TIMED_WORD = re.compile(r"<(?:\d+:)?\d{2}:\d{2}\.\d{3}>")
 """The time of a word. Live captions have them, and repeat each line above the next one."""
 
-VOICE = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]+)>")
+VOICE = re.compile(r"<v(?:\.[^\s<>]{0,100})?\s{1,9}([^<>]{1,200})>")
 
 TAGS = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<[\d:.]{5,12}>|\{\\[^{}]{0,200}\}")
 """HTML's and WebVTT's tags, and the positions of Advanced SubStation Alpha, which are found in .srt files."""
