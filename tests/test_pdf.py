@@ -57,7 +57,7 @@ def test_the_text_of_all_pages(tmp_path, name):
     (tmp_path / name).write_bytes(BOOK)
     assert documents_in(tmp_path / name, report) == [BOOK_TEXT]
     assert report.broken == []
-    assert report.reading_notes("text")[0].startswith(f"{tmp_path / name}: read as PDF ")
+    assert report.reading_notes("text") == (f"{tmp_path / name}: read as PDF",)
 
 
 def test_several_with_a_damaged_one_among_them(tmp_path):

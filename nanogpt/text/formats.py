@@ -70,6 +70,9 @@ FORMATS: dict[str, Format] = {
 FIELD_FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 """Formats of records: with --text_field they are read as such, whatever else they look like."""
 
+BINARY_FORMATS = ("pdf", "epub", "docx")
+"""Formats whose files are no plain text."""
+
 UNREAD: dict[str, str] = {
     "{\\rtf": "looks like RTF: read as it is, with its markup; save it as .docx, or as plain text",
     "<?xml": "looks like XML: read as it is, with its tags",
@@ -82,9 +85,8 @@ def read_document(source: Source) -> Iterator[Chunk]:
     name = choose_format(source) if source.input_format == AUTO_FORMAT else source.input_format
     chosen = FORMATS[name]
     if chosen.title:
-        source.report.count_look(
-            source.name, f"read as {chosen.title} (--input_format text: as plain text, as it is)"
-        )
+        raw = "" if name in BINARY_FORMATS else " (--input_format text: as plain text, as it is)"
+        source.report.count_look(source.name, f"read as {chosen.title}{raw}")
     yield from chosen.read(source)
 
 
