@@ -22,6 +22,7 @@ from nanogpt.errors import UserError
 from nanogpt.text import archives, compressed, documents, encoding
 from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import SkipReport
+from nanogpt.text.formats import FORMATS
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -398,7 +399,7 @@ def test_the_end_of_a_text_inside_a_character_is_a_loss(tmp_path):
 
 
 def test_the_name_of_a_field_that_does_nothing_is_said(tmp_path):
-    (tmp_path / "tweets.js").write_text('window.YTD.tweet.part0 = [ {"full_text": "one"} ]')
+    (tmp_path / "posts.js").write_text('posts = [ {"full_text": "one"} ]')
     (tmp_path / "z.txt").write_text("two")
 
     def said(names, field):
@@ -406,15 +407,15 @@ def test_the_name_of_a_field_that_does_nothing_is_said(tmp_path):
         list(find_corpus([str(tmp_path / name) for name in names], field).chunks(report))
         return report.unused_field_note(field)
 
-    assert said(["tweets.js"], "text") == ()
-    (line,) = said(["tweets.js", "z.txt"], "full_text")
+    assert said(["posts.js"], "text") == ()
+    (line,) = said(["posts.js", "z.txt"], "full_text")
     assert line.startswith(
-        f"--text_field full_text does nothing: {tmp_path / 'tweets.js'} is read as plain text"
+        f"--text_field full_text does nothing: {tmp_path / 'posts.js'} is read as plain text"
     )
     (tmp_path / "b.jsonl").write_text('{"full_text": "three"}')
     assert said(["b.jsonl"], "full_text") == ()
-    (line,) = said(["b.jsonl", "tweets.js", "z.txt"], "full_text")
-    assert line == f"2 files without fields read as plain text, whole (the first: {tmp_path / 'tweets.js'})"
+    (line,) = said(["b.jsonl", "posts.js", "z.txt"], "full_text")
+    assert line == f"2 files without fields read as plain text, whole (the first: {tmp_path / 'posts.js'})"
 
 
 @pytest.mark.parametrize("size", [1, 3, 1 << 17])
@@ -652,7 +653,11 @@ def test_a_compressed_file_that_breaks_off_is_damaged(tmp_path, suffix):
             assert (size, found) == (0, [])  # an empty file is an empty text
 
 
-SUFFIXES = [*archives.READERS, ".txt", ".tar.gz", ".jsonl.gz", ".csv.zst", ".parquet.gz"]
+SUFFIXES = [
+    *archives.CONTAINERS,
+    *(suffix for row in FORMATS.values() for suffix in row.suffixes if suffix != ".pdf"),  # in test_pdf.py
+    *(".tar.gz", ".jsonl.gz", ".csv.zst", ".parquet.gz"),
+]
 
 
 def outcome(path):

@@ -141,6 +141,9 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(text, "utf-8")
     records = [{"prompt": "First"}, {"prompt": "JULIET:", "id": "second", "num_tokens": 20, "stop": "\n\n"}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "page.html").write_text(f"<p>{random_text(800)}")
+    (folder / "mail.mbox").write_text(f"From a\nFrom: a@b.c\nSubject: s\n\n{random_text(800)}\n")
+    (folder / "WhatsApp Chat with Ben.txt").write_text(f"1/2/24, 10:00 - Ben: {random_text(800)}\n")
     (folder / "books").mkdir()
     (folder / "books" / "one.txt").write_text(random_text(80_000))
     record = json.dumps({"text": "Well.", "review": {"body": random_text(80_000)}}) + "\n"

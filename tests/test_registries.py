@@ -6,18 +6,27 @@ import pytest
 
 from nanogpt.data.config import PrepareConfig
 from nanogpt.errors import UserError
-from nanogpt.text.archives import READERS
+from nanogpt.text.archives import CONTAINERS
 from nanogpt.text.formats import FORMATS
 from nanogpt.tokenizer.registry import PUBLISHED, TOKENIZERS, from_dict
 
 PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text("utf-8")
 
 
-def test_every_suffix_is_documented_in_lower_case():
-    for suffix in FORMATS:
-        assert f"`{suffix}`" in PAGE
-        assert suffix == suffix.lower()
-    assert set(FORMATS) < set(READERS)
+def test_every_format_is_documented_with_its_suffixes_in_lower_case():
+    for name, row in FORMATS.items():
+        assert f"`{name}`" in PAGE
+        assert all(f"`{suffix}`" in PAGE and suffix == suffix.lower() for suffix in row.suffixes)
+        assert row.suffixes or row.recognize, name  # else no file would ever be read so by itself
+    suffixes = [suffix for row in FORMATS.values() for suffix in row.suffixes]
+    assert len(set(suffixes)) == len(suffixes)
+    assert not set(suffixes) & set(CONTAINERS)
+
+
+def test_an_unknown_format_is_refused_in_a_line_that_lists_the_known_ones():
+    with pytest.raises(UserError) as raised:
+        PrepareConfig(input_format="htm")
+    assert str(raised.value).startswith("--input_format htm is unknown: use auto, text, jsonl, json, ")
 
 
 def test_every_tokenizer_is_documented_and_known_by_its_kind():

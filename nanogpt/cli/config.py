@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanogpt.config import Dtype, GPTConfig, TrainConfig, at_least
+from nanogpt.data.config import check_reading
 from nanogpt.errors import require
 from nanogpt.inference.config import Quantization, UnknownCharacters
 from nanogpt.settings import Settings
-from nanogpt.text.documents import DEFAULT_TEXT_FIELD
+from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class EvaluateConfig(Settings):
     """The text: files, folders, globs, - for standard input. Without it: a split of data_dir."""
     text_field: str = DEFAULT_TEXT_FIELD
     """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
+    input_format: str = AUTO_FORMAT
+    """How to read the files, as data.py does: auto, text (as they are), html, mbox, whatsapp, ..."""
+    speakers: tuple[str, ...] = ()
+    """Names in chats and mail, as data.py has them: "Anna Müller=Anna" renames, "Bot=" leaves out."""
     data_dir: str = "data"
     """Folder with the prepared data."""
     split: Literal["val", "train"] | None = None
@@ -80,6 +85,7 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         for name in ("context", "stride"):
             at_least(self, name, 1)
+        check_reading(self.input_format, self.speakers)
         require(
             not self.input_file or self.split is None,
             f"--input_file and --split {self.split} are two texts: leave one out",

@@ -49,6 +49,7 @@ from nanogpt.text.archives import read_file
 from nanogpt.text.corpus import find_corpus
 from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.records import Source
+from nanogpt.text.speakers import Speakers, require_known
 from nanogpt.tokenizer.base import Tokenizer, describe_character
 from nanogpt.tokenizer.bpe import ForeignTokenizer
 
@@ -164,10 +165,17 @@ def read_documents(config: EvaluateConfig, name: str) -> list[Chunk]:
     chunks: list[Chunk] = []
     files = [file for file in config.input_file if file != "-"]
     if files:
-        chunks += find_corpus(files, config.text_field).chunks(report)
+        corpus = find_corpus(
+            files,
+            config.text_field,
+            input_format=config.input_format,
+            speakers=Speakers.parse(config.speakers),
+        )
+        chunks += corpus.chunks(report)
     if len(files) < len(config.input_file):
-        chunks += read_standard_input(config.text_field, report)
-    for note in [*report.unused_field_note(config.text_field), *report.notes][:MAX_SHOWN]:
+        chunks += read_standard_input(config, report)
+    require_known(config.speakers, report.used_rules, report.speakers)
+    for note in [*report.reading_notes(config.text_field), *report.notes][:MAX_SHOWN]:
         warn(note)
     for line in report.broken[:MAX_SHOWN]:
         warn(f"left out: {line}")
@@ -177,8 +185,8 @@ def read_documents(config: EvaluateConfig, name: str) -> list[Chunk]:
     return chunks
 
 
-def read_standard_input(text_field: str, report: SkipReport) -> Iterator[Chunk]:
-    """Standard input as one document of plain text. Raises: UserError if it is none, or cannot be read."""
+def read_standard_input(config: EvaluateConfig, report: SkipReport) -> Iterator[Chunk]:
+    """The documents in standard input. Raises: UserError if it cannot be read."""
     if sys.stdin.isatty():
         warn("Type the text, then press Ctrl-D on a new line")
     try:
@@ -186,7 +194,11 @@ def read_standard_input(text_field: str, report: SkipReport) -> Iterator[Chunk]:
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"--input_file - cannot be read: {reason}") from error
-    return read_file(Source(cast(BinaryIO, raw), "-", "-", text_field, report))
+    file = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
+    speakers = Speakers.parse(config.speakers)
+    return read_file(
+        Source(file, "-", "-", config.text_field, report, input_format=config.input_format, speakers=speakers)
+    )
 
 
 def open_split(dataset: Dataset, split: str) -> EncodedText:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 TYRO_ERROR_CODE = 2
 """Exit code of tyro for arguments that it refuses."""
 
-LIST_FLAGS = ("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to")
+LIST_FLAGS = (
+    *("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to"),
+    "--speakers",
+)
 """Flags that take a list of values."""
 
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}

@@ -13,7 +13,8 @@ from typing import Literal
 from nanogpt.config import at_least
 from nanogpt.errors import require
 from nanogpt.settings import Settings
-from nanogpt.text.documents import DEFAULT_TEXT_FIELD
+from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD
+from nanogpt.text.speakers import Speakers
 
 SplitKind = Literal["tail", "documents"]
 
@@ -38,6 +39,10 @@ class PrepareConfig(Settings):
     """Number of tokens that bpe learns."""
     text_field: str = DEFAULT_TEXT_FIELD
     """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
+    input_format: str = AUTO_FORMAT
+    """How to read the files: auto (by name and content), text (as they are), html, mbox, whatsapp, ..."""
+    speakers: tuple[str, ...] = ()
+    """Names in chats and mail: "Anna Müller=Anna" renames, "Bot=" leaves out, "*=..." is for all others."""
     shard_tokens: int | None = None
     """Cut each split into files of at most this many tokens; None: one file."""
     strict: bool = False
@@ -63,6 +68,7 @@ class PrepareConfig(Settings):
             from nanogpt.tokenizer.registry import check_name
 
             check_name(self.tokenizer, self.vocab_size)
+        check_reading(self.input_format, self.speakers)
         at_least(self, "shard_tokens", 1)
 
     @property
@@ -74,6 +80,15 @@ class PrepareConfig(Settings):
     def val_source(self) -> str:
         """The texts for validation alone, for messages."""
         return first_few(self.val_file)
+
+
+def check_reading(input_format: str, speakers: tuple[str, ...]) -> None:
+    """Raise UserError if --input_format or --speakers is wrong."""
+    Speakers.parse(speakers)
+    if input_format != AUTO_FORMAT:  # for the default, --help need not import every format
+        from nanogpt.text.formats import check_format
+
+        check_format(input_format)
 
 
 def first_few(names: tuple[str, ...]) -> str:

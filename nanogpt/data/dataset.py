@@ -205,7 +205,16 @@ def prepare_arguments(config: PrepareConfig) -> list[str]:
         values = getattr(config, name)
         words += [f"--{name}", *values] if values else []
     default = PrepareConfig()
-    for name in ("train_split", "split", "tokenizer", "vocab_size", "text_field", "shard_tokens"):
+    words += ["--speakers", *config.speakers] if config.speakers else []
+    for name in (
+        "train_split",
+        "split",
+        "tokenizer",
+        "vocab_size",
+        "text_field",
+        "input_format",
+        "shard_tokens",
+    ):
         if getattr(config, name) != getattr(default, name):
             words += [f"--{name}", str(getattr(config, name))]
     return words

@@ -28,6 +28,7 @@ from nanogpt.data.saved_tokenizer import open_saved
 from nanogpt.errors import require
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import Chunk, SkipReport
+from nanogpt.text.speakers import require_known
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer import base as tokenizers
 from nanogpt.tokenizer.registry import SAVED_SUFFIXES, min_vocab_size
@@ -100,9 +101,10 @@ def scan(corpora: Mapping[str, Corpus], config: PrepareConfig) -> ScanResult:
             for batch in map_in_order(measure, group_into_batches(chunks, lambda chunk: len(chunk.raw))):
                 for chunk in batch:
                     scanned.add(chunk)
-    scanned.report.notes[:0] = scanned.report.unused_field_note(
+    scanned.report.notes[:0] = scanned.report.reading_notes(
         config.text_field
-    )  # first, so that it is printed
+    )  # first, so that they are printed
+    require_known(config.speakers, scanned.report.used_rules, scanned.report.speakers)
     require_text(scanned, config)
     return scanned
 

@@ -26,8 +26,8 @@ from typing import IO, BinaryIO, cast
 from nanogpt.errors import UserError, require
 from nanogpt.text.compressed import DECOMPRESSORS, BombGuard, CountingReader
 from nanogpt.text.documents import Chunk, SkipReport, one_line
-from nanogpt.text.formats import FORMATS, Reader
-from nanogpt.text.records import Source, first_line, read_text, seekable_copy
+from nanogpt.text.formats import Reader, read_document
+from nanogpt.text.records import Source, first_line, seekable_copy
 
 TAR_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tzst")
 
@@ -36,6 +36,9 @@ MAX_DEPTH = 4
 
 MAX_LINK_BYTES = 1 << 12
 """Bytes of a link's target that are read."""
+
+DAMAGE_LIBRARIES = ("backports", "compression", "lxml", "pyarrow", "xml")
+"""Libraries whose errors mean damaged content."""
 
 SYSTEM_FILE_PREFIXES = (".DS_Store", ".localized", "._")
 """Beginnings of the names of hidden files that a system writes by itself."""
@@ -62,7 +65,7 @@ def read_file(source: Source) -> Iterator[Chunk]:
     Raises: UserError if it is damaged, or not what its suffix says.
     """
     with errors_with_name(source.name):
-        yield from READERS.get(Path(source.kind).suffix.lower(), read_text)(source)
+        yield from CONTAINERS.get(Path(source.kind).suffix.lower(), read_document)(source)
 
 
 @contextmanager
@@ -203,15 +206,14 @@ def is_wanted_member(source: Source, name: str, hidden: HiddenFiles) -> bool:
 def is_damage(error: Exception) -> bool:
     """Whether an error means damaged content, not a disk or a file that cannot be read."""
     known = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, csv.Error)
-    of_library = type(error).__module__.partition(".")[0] in ("backports", "compression", "pyarrow")
+    of_library = type(error).__module__.partition(".")[0] in DAMAGE_LIBRARIES
     of_file = isinstance(error, OSError) and error.errno is None
     return of_file or of_library or isinstance(error, (*known, RuntimeError, UnicodeDecodeError))
 
 
-READERS: dict[str, Reader] = {
-    **FORMATS,
+CONTAINERS: dict[str, Reader] = {
     **{suffix: partial(read_compressed, opener) for suffix, opener in DECOMPRESSORS.items()},
     ".zip": read_zip,
     ".tar": read_tar,
 }
-"""Readers by suffix: of the text formats, of compressed files and of archives."""
+"""Readers of compressed files and of archives by suffix. Any other file is read by formats.py."""

@@ -136,11 +136,16 @@ class BombGuard(io.RawIOBase):
         data = self.file.read(len(buffer))
         buffer[: len(data)] = data
         self.bytes_out += len(data)
-        require(
-            self.bytes_out <= BOMB_BYTES or self.bytes_out <= BOMB_RATIO * self.bytes_in(),
-            f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
-        )
+        refuse_bomb(self.bytes_out, self.bytes_in())
         return len(data)
+
+
+def refuse_bomb(bytes_out: int, bytes_in: int) -> None:
+    """Raise UserError if so many bytes out of so many are a decompression bomb."""
+    require(
+        bytes_out <= BOMB_BYTES or bytes_out <= BOMB_RATIO * bytes_in,
+        f"expands to more than {BOMB_RATIO} times its size: refused, as a decompression bomb",
+    )
 
 
 def ungzip(file: BinaryIO) -> BinaryIO:

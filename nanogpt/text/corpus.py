@@ -21,8 +21,9 @@ from typing import BinaryIO, cast
 from nanogpt.errors import UserError, require
 from nanogpt.text.archives import HiddenFiles, read_file, skip_on_error
 from nanogpt.text.compressed import CountingReader
-from nanogpt.text.documents import DEFAULT_TEXT_FIELD, Chunk, SkipReport, one_line
+from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, Chunk, SkipReport, one_line
 from nanogpt.text.records import Source
+from nanogpt.text.speakers import EVERYBODY, Speakers
 
 SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
@@ -31,6 +32,9 @@ SPECIAL_FILES = {
     stat.S_IFBLK: "a device",
 }
 """Kinds of files that are not read, because reading them may never end."""
+
+MAILDIR_FOLDERS = {"cur", "new", "tmp"}
+"""The folders that make a Maildir. Its mail is in the first two; what else is there is a program's own."""
 
 MAX_NAME_CHARS = 200
 """Longest name in a message: somebody may give a whole text instead of its file."""
@@ -45,13 +49,15 @@ class Corpus:
 
     text_field: the field of a record that is its text; dots lead into nested records.
     unreadable: files and folders that cannot be read, each with the reason. notes: lines on what is left out
-    on purpose.
+    on purpose. input_format: how to read the files, by name. speakers: what becomes of names in chats.
     """
 
     files: tuple[Path, ...]
     text_field: str = DEFAULT_TEXT_FIELD
     unreadable: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    input_format: str = AUTO_FORMAT
+    speakers: Speakers = EVERYBODY
 
     @property
     def size(self) -> int:
@@ -78,7 +84,17 @@ class Corpus:
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:
                 file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, advance), 1 << 18))
-                yield from read_file(Source(file, str(path), str(path), self.text_field, report))
+                yield from read_file(
+                    Source(
+                        file,
+                        str(path),
+                        str(path),
+                        self.text_field,
+                        report,
+                        input_format=self.input_format,
+                        speakers=self.speakers,
+                    )
+                )
         except OSError as error:
             raise UserError(f"--input_file {path} cannot be read: {error.strerror or error}") from error
 
@@ -115,7 +131,13 @@ def system_device() -> int | None:
         return None
 
 
-def find_corpus(names: Sequence[str], text_field: str = DEFAULT_TEXT_FIELD) -> Corpus:
+def find_corpus(
+    names: Sequence[str],
+    text_field: str = DEFAULT_TEXT_FIELD,
+    *,
+    input_format: str = AUTO_FORMAT,
+    speakers: Speakers = EVERYBODY,
+) -> Corpus:
     """The corpus of files, folders and globs, in that order. Folders are sorted; each file comes once.
 
     Raises: UserError if one is missing or has no files.
@@ -128,6 +150,8 @@ def find_corpus(names: Sequence[str], text_field: str = DEFAULT_TEXT_FIELD) -> C
         text_field,
         tuple(search.unreadable.items()),
         search.hidden.notes(),
+        input_format,
+        speakers,
     )
 
 
@@ -227,6 +251,11 @@ class FileSearch:
                 folders.clear()
                 continue
             seen.add(real)
+            if set(folders) >= MAILDIR_FOLDERS:  # a dot begins a mail folder there, such as .Sent
+                folders[:] = sorted(
+                    name for name in folders if name in ("cur", "new") or name.startswith(".")
+                )
+                continue
             for name in (*folders, *files):
                 if name.startswith("."):
                     self.hidden.add(str(Path(parent, name)))

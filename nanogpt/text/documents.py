@@ -7,15 +7,20 @@ Knows neither files nor tokens.
 
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, cast
 
 from nanogpt.console import plural
 from nanogpt.errors import require
+from nanogpt.text.speakers import speaker_notes
 
 DEFAULT_TEXT_FIELD = "text"
 """The field of a record that is its text, unless --text_field names another."""
+
+AUTO_FORMAT = "auto"
+"""The --input_format that is chosen by the name and the first bytes of each file."""
 
 CHUNK_BYTES = 1 << 17
 """Size of a chunk in bytes: longer documents have several."""
@@ -64,6 +69,14 @@ class SkipReport:
     first_plain_file: list[str] = field(default_factory=list[str], compare=False)
     """The first file that was read as plain text, if there was one."""
     plain_files: int = field(default=0, compare=False)
+    looks: "Counter[str]" = field(default_factory=Counter[str], compare=False)
+    """How many files look like a format other than plain text and records, by how they are read."""
+    first_looks: dict[str, str] = field(default_factory=dict[str, str], compare=False)
+    """The first file of each of those."""
+    speakers: "Counter[str]" = field(default_factory=Counter[str], compare=False)
+    """Messages by the name of who wrote them."""
+    used_rules: set[str] = field(default_factory=set[str], compare=False)
+    """Names in --speakers that somebody has."""
 
     def reject(self, where: str, what: str) -> None:
         """Count and list a record that cannot be read. Raises: UserError if strict."""
@@ -76,6 +89,21 @@ class SkipReport:
     def note(self, where: str, what: str) -> None:
         """Add a note on how a file is read."""
         self.notes.append(one_line(f"{where}: {what}"))
+
+    def count_look(self, name: str, what: str) -> None:
+        """Count a file by what it looks like and how it is read: "read as mail", say."""
+        self.looks[what] += 1
+        self.first_looks.setdefault(what, one_line(name))
+
+    def reading_notes(self, text_field: str) -> tuple[str, ...]:
+        """Lines on how all files were read: their fields, the formats that they look like, who speaks."""
+        looks = (
+            f"{self.first_looks[what]}: {what}"
+            if count == 1
+            else f"{count:,} files (the first: {self.first_looks[what]}): {what}"
+            for what, count in self.looks.items()
+        )
+        return (*self.unused_field_note(text_field), *looks, *speaker_notes(self.speakers))
 
     def count_plain_file(self, name: str) -> None:
         """Count a file without fields."""

@@ -1,32 +1,123 @@
-"""The text formats: the function that reads a file, by the end of the file's name.
+"""The text formats: a row for each, with the function that reads it, and the choice of one for a file.
 
 Example:
-    chunks = FORMATS[".jsonl"](source)
+    chunks = read_document(source)
 
 To add a format, write a function that takes a `Source` and yields `Chunk`s in a file of its own, and give it
-a row here. A file whose name ends in anything else is read as plain text. Archives and compressed files,
-which hold files of these formats, are in archives.py.
+a row here. `--input_format` names a row; without it, a file's suffix does, or its first bytes. Anything else
+is read as plain text. Archives and compressed files, which hold files of these formats, are in archives.py.
 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from nanogpt.text.documents import Chunk
+from nanogpt.errors import require
+from nanogpt.text import chats, mail, markup, pdf, subtitles
+from nanogpt.text.books import read_docx, read_epub
+from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, Chunk
 from nanogpt.text.json_formats import read_json, read_json_lines
-from nanogpt.text.records import Source, read_text
+from nanogpt.text.notebooks import read_notebook
+from nanogpt.text.records import Beginning, Source, read_text
 from nanogpt.text.tables import read_parquet, read_table
 
 Reader = Callable[[Source], Iterator[Chunk]]
 """A function that reads the documents in a file."""
 
-FORMATS: dict[str, Reader] = {
-    ".txt": read_text,
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".json": read_json,
-    ".csv": partial(read_table, ","),
-    ".tsv": partial(read_table, "\t"),
-    ".parquet": read_parquet,
+
+@dataclass(frozen=True)
+class Format:
+    """A text format.
+
+    title: its name in messages, for one that is made into text; "" for plain text and records. read: reads a
+    file. suffixes: of its files, in lower case. recognize: how sure it is, by its beginning, that a file of
+    another suffix or none has this format: "no", "likely" or "certain".
+    """
+
+    title: str
+    read: Reader
+    suffixes: tuple[str, ...] = ()
+    recognize: Callable[[Beginning], str] | None = None
+
+
+FORMATS: dict[str, Format] = {
+    "text": Format("", read_text, (".txt",)),
+    "jsonl": Format("", read_json_lines, (".jsonl", ".ndjson")),
+    "json": Format("", read_json, (".json",)),
+    "csv": Format("", partial(read_table, ","), (".csv",)),
+    "tsv": Format("", partial(read_table, "\t"), (".tsv",)),
+    "parquet": Format("", read_parquet, (".parquet",)),
+    "pdf": Format("PDF", pdf.read_pdf, (".pdf",), pdf.looks_like_pdf),
+    "epub": Format("an EPUB book", read_epub, (".epub",)),
+    "docx": Format("a Word file", read_docx, (".docx",)),
+    "notebook": Format("a Jupyter notebook", read_notebook, (".ipynb",)),
+    "mbox": Format("a mailbox (mbox)", mail.read_mbox, (".mbox", ".mbx"), mail.looks_like_mbox),
+    "mail": Format("a mail", mail.read_mail, (".eml",), mail.looks_like_mail),
+    "html": Format("HTML", markup.read_html, (".html", ".htm", ".xhtml"), markup.looks_like_html),
+    "subtitles": Format(
+        "subtitles", subtitles.read_subtitles, (".srt", ".vtt"), subtitles.looks_like_subtitles
+    ),
+    "whatsapp": Format("a WhatsApp chat", chats.read_whatsapp, (), chats.looks_like_whatsapp),
+    "telegram": Format("Telegram chats", chats.read_telegram, (), chats.looks_like_telegram),
+    "signal": Format("Signal chats", chats.read_signal, (), chats.looks_like_signal),
+    "discord": Format("a Discord channel", chats.read_discord, (), chats.looks_like_discord),
+    "twitter": Format("a Twitter archive", chats.read_twitter, (), chats.looks_like_twitter),
 }
-"""Readers by suffix, in lower case."""
+"""The formats by name. Of several that recognize a file, the first is chosen."""
+
+FIELD_FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+"""Formats of records: with --text_field they are read as such, whatever else they look like."""
+
+BINARY_FORMATS = ("pdf", "epub", "docx")
+"""Formats whose files are no plain text."""
+
+UNREAD: dict[str, str] = {
+    "{\\rtf": "looks like RTF: read as it is, with its markup; save it as .docx, or as plain text",
+    "<?xml": "looks like XML: read as it is, with its tags",
+}
+"""Beginnings of files in formats that cannot be made into text, and what is said about them."""
+
+
+def read_document(source: Source) -> Iterator[Chunk]:
+    """The documents in a file that is neither compressed nor an archive."""
+    name = choose_format(source) if source.input_format == AUTO_FORMAT else source.input_format
+    chosen = FORMATS[name]
+    if chosen.title:
+        raw = "" if name in BINARY_FORMATS else " (--input_format text: as plain text, as it is)"
+        source.report.count_look(source.name, f"read as {chosen.title}{raw}")
+    yield from chosen.read(source)
+
+
+def choose_format(source: Source) -> str:
+    """The name of a file's format: by its suffix, or, if that says little, by its beginning.
+
+    A format that is only likely is not chosen, but it is said how to read the file so.
+    """
+    suffix = Path(source.kind).suffix.lower()
+    usual = next((name for name, row in FORMATS.items() if suffix in row.suffixes), "text")
+    if FORMATS[usual].title or (usual in FIELD_FORMATS and source.text_field != DEFAULT_TEXT_FIELD):
+        return usual
+    beginning = Beginning(source.kind, source.beginning().decode("utf-8-sig", "replace"))
+    certainty = {name: row.recognize(beginning) for name, row in FORMATS.items() if row.recognize}
+    if certain := [name for name, found in certainty.items() if found == "certain"]:
+        return certain[0]
+    if usual == "text":
+        likely = [name for name, found in certainty.items() if found == "likely"]
+        looks = [
+            f"looks like {FORMATS[name].title}: read as it is (--input_format {name} reads its text alone)"
+            for name in likely
+        ]
+        looks += [what for start, what in UNREAD.items() if beginning.text.startswith(start)]
+        if looks:
+            source.report.count_look(source.name, looks[0])
+    return usual
+
+
+def check_format(name: str) -> None:
+    """Raise UserError if there is no format of that name."""
+    require(
+        name == AUTO_FORMAT or name in FORMATS,
+        f"--input_format {name} is unknown: use {AUTO_FORMAT}, {', '.join(FORMATS)}",
+    )

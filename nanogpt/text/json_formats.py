@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk
@@ -108,7 +108,16 @@ def read_json(source: Source) -> Iterator[Chunk]:
 
 def read_values(source: Source, read: Callable[[int], str]) -> Iterator[Chunk]:
     """The documents in JSON values, one after the other or in an array."""
-    values, number = JSONStream(read), 0
+    for where, value in json_values(source, read):
+        yield from read_record(source, where, value)
+
+
+def json_values(source: Source, read: Callable[[int], str], text: str = "") -> Iterator[tuple[str, Any]]:
+    """JSON values, one after the other or in an array, each with where it is. Broken ones are reported.
+
+    read: returns the next characters, at most so many. text: the characters before those.
+    """
+    values, number = JSONStream(read, text), 0
     while values.seek_value():
         number, begin = number + 1, values.position
         where = f"{source.name}, record {number}"
@@ -121,7 +130,7 @@ def read_values(source: Source, read: Callable[[int], str]) -> Iterator[Chunk]:
             )
             source.report.reject(where, f"not JSON ({first_line(error)}): {what} left out")
             continue
-        yield from read_record(source, where, value)
+        yield where, value
     note_byte_order_marks(source, values.byte_order_marks)
 
 
@@ -241,3 +250,13 @@ def is_final_error(error: ValueError, size: int) -> bool:
     if not isinstance(error, json.JSONDecodeError):
         return True
     return not error.msg.startswith("Unterminated string") and error.pos < size - ERROR_MARGIN_CHARS
+
+
+def as_dict(value: object) -> dict[str, Any]:
+    """A JSON object as it is; an empty one for anything else."""
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    """A JSON array as it is; an empty one for anything else."""
+    return cast(list[Any], value) if isinstance(value, list) else []

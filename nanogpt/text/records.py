@@ -14,19 +14,26 @@ import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
-from nanogpt.text.documents import MISSING, Chunk, SkipReport, field_values, split_into_chunks
+from nanogpt.text.documents import AUTO_FORMAT, MISSING, Chunk, SkipReport, field_values, split_into_chunks
 from nanogpt.text.encoding import utf8
+from nanogpt.text.speakers import EVERYBODY, Speakers
 
 MAX_RECORD_CHARS = 1 << 26
 """Longest record of JSON Lines or CSV: a longer one counts as broken."""
+
+BLOCK_CHARS = 1 << 16
+"""Characters of short texts that are joined to a block."""
+
+BEGINNING_BYTES = 1 << 16
+"""Bytes at the start of a file that show its encoding and its format."""
 
 REPLACEMENT = "\ufffd".encode()
 
@@ -47,6 +54,7 @@ class Source:
     """A file, or a member of an archive.
 
     name: its name in messages. kind: a name whose suffix is that of its format. depth: of nested archives.
+    input_format: how to read it, by name. speakers: names in chats, and what becomes of them.
     """
 
     file: BinaryIO
@@ -55,10 +63,30 @@ class Source:
     text_field: str
     report: SkipReport
     depth: int = 0
+    input_format: str = AUTO_FORMAT
+    speakers: Speakers = EVERYBODY
 
     def note(self, what: str) -> None:
         """Add a note on how the file is read."""
         self.report.note(self.name, what)
+
+    def beginning(self) -> bytes:
+        """The first bytes of the file, which are read again."""
+        return cast(io.BufferedReader, self.file).peek(BEGINNING_BYTES)[:BEGINNING_BYTES]
+
+    def speaker(self, name: str, address: str = "") -> str | None:
+        """Count a message, and return the name of who wrote it as --speakers has it; None: leave it out."""
+        self.report.speakers[name or address] += 1
+        if (rule := self.speakers.rule_for(name, address)) is not None:
+            self.report.used_rules.add(rule)
+        return self.speakers.rename(name, address)
+
+
+class Beginning(NamedTuple):
+    """What a format is recognized by: the name of a file, and its first characters."""
+
+    name: str
+    text: str
 
 
 def read_text(source: Source) -> Iterator[Chunk]:
@@ -151,11 +179,28 @@ def describe_value(value: object) -> str:
 def open_text(source: Source) -> io.TextIOWrapper:
     """Open a file of records as text, in the encoding that it has."""
     source.report.files_with_fields += 1
-    beginning = cast(io.BufferedReader, source.file).peek(1 << 16)[: 1 << 16]
-    name, notes = encoding.find_encoding(beginning, whole=False, in_records=True)
+    return decode_text(source, ESCAPE_ERRORS)
+
+
+def decode_text(source: Source, errors: str = "replace", newline: str | None = "") -> io.TextIOWrapper:
+    """Open a file as text, in the encoding that it has. newline: as of open()."""
+    name, notes = encoding.find_encoding(source.beginning(), whole=False, in_records=True)
     for note in notes:
         source.note(note)
-    return io.TextIOWrapper(source.file, name, newline="", errors=ESCAPE_ERRORS)
+    return io.TextIOWrapper(source.file, name, newline=newline, errors=errors)
+
+
+def in_blocks(texts: Iterable[str]) -> Iterator[bytes]:
+    """Join short texts to blocks of UTF-8, which are split into chunks in less time."""
+    waiting: list[str] = []
+    size = 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size >= BLOCK_CHARS:
+            yield utf8("".join(waiting))
+            waiting, size = [], 0
+    yield utf8("".join(waiting))
 
 
 def escape_bytes(error: UnicodeError) -> tuple[str, int]:
@@ -235,6 +280,6 @@ def seekable_copy(file: BinaryIO) -> Generator[BinaryIO]:
         yield cast(BinaryIO, copy)
 
 
-def missing_library(library: str) -> UserError:
-    """The error for a library that a format needs and that is not installed."""
-    return UserError(f"needs {library}: pip install -c constraints.txt -e '.[corpora]'")
+def missing_library(library: str, extra: str = "corpora") -> UserError:
+    """The error for a library that a format needs and that is not installed. extra: the one that has it."""
+    return UserError(f"needs the package {library}: pip install nanogpt[{extra}]")

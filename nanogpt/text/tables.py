@@ -57,12 +57,18 @@ def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
     csv.field_size_limit(records.MAX_RECORD_CHARS)
     rows = TableRows(Lines(open_text(source)), source)
     column = rows.read_header(delimiter)
+    for where, row in whole_rows(rows, source):
+        yield from read_record(source, where, row[column])
+
+
+def whole_rows(rows: "TableRows", source: Source) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table with the right number of fields, each with where it is. Others are reported."""
     for number, row in rows:
+        where = f"{source.name}:{number}"
         if len(row) == rows.width:
-            yield from read_record(source, f"{source.name}:{number}", row[column])
+            yield where, row
         elif row:
-            what = f"{plural(len(row), 'field')} instead of {rows.width}"
-            source.report.reject(f"{source.name}:{number}", what)
+            source.report.reject(where, f"{plural(len(row), 'field')} instead of {rows.width}")
     note_byte_order_marks(source, rows.lines.byte_order_marks)
 
 
@@ -116,12 +122,14 @@ class RowFeed:
 class TableRows:
     """The rows of a table, each with the number of its first line.
 
-    width: number of columns. reread_chars: characters that unclosed quotes have had read again.
+    names: of the columns. width: number of columns. reread_chars: characters that unclosed quotes have had
+    read again.
     """
 
     def __init__(self, lines: Lines, source: Source) -> None:
         self.lines, self.source, self.feed = lines, source, RowFeed(lines)
         self.delimiter, self.spaced, self.width, self.reread_chars = ",", False, 0, 0
+        self.names: list[str] = []
 
     def read_header(self, delimiter: str) -> int:
         """Read the header. Returns the index of the text column. Raises: UserError if there is none."""
@@ -133,6 +141,7 @@ class TableRows:
         layout = self.find_layout(match[1] if match else delimiter)
         column = find_column(self.source, layout.names)
         self.delimiter, self.spaced, self.width = layout.delimiter, layout.spaced, len(layout.names)
+        self.names = layout.names
         if layout.delimiter != delimiter:
             words = DELIMITERS.get(layout.delimiter, repr(layout.delimiter))
             self.source.note(f"columns separated by {words}, as the line of names shows")

@@ -1,0 +1,204 @@
+"""Mail as text: mbox files, Maildir folders and .eml files, each mail a document.
+
+Example:
+    for chunk in read_mbox(source): ...
+A mail becomes its From, To and Subject and its text, decoded; HTML is read where there is no plain text, and
+attachments are left out. Python's email package parses it. One mail is in memory at a time.
+
+"""
+
+import re
+from collections.abc import Iterator
+from email import policy
+from email.header import decode_header, make_header
+from email.message import Message
+from email.parser import BytesParser
+from email.utils import getaddresses
+from io import BytesIO
+from pathlib import PureWindowsPath
+from typing import Any, BinaryIO, cast
+
+from nanogpt.console import plural
+from nanogpt.errors import UserError, require
+from nanogpt.text.documents import Chunk, split_into_chunks
+from nanogpt.text.markup import decode_html, html_text, is_encoding
+from nanogpt.text.records import Beginning, Source, first_line, utf8
+from nanogpt.text.speakers import clean_name
+
+MAX_MAIL_BYTES = 1 << 26
+"""A longer mail is read up to here: its text comes before its attachments."""
+
+MAX_FIELD_CHARS = 1 << 14
+"""Characters of a field in a mail's header. A longer one is cut: decoding it takes quadratic time."""
+
+LINE_BYTES = 1 << 16
+"""Bytes of a line to read at a time."""
+
+HEADER = re.compile(rb"[!-9;-~]{1,100}:[ \t\r\n]|>From ")
+
+DATED = re.compile(rb"From .{0,200}\d{2}:\d{2}.{0,40}\d{4}")
+"""The line above a mail in an mbox file."""
+
+QUOTED_FROM = re.compile(rb"^>(>*From )", re.MULTILINE)
+
+NAMED_FIELDS = re.compile(
+    r"^(?:from|to|subject|date|message-id|received|return-path|mime-version|delivered-to|x-[\w-]+):",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+MAILDIR_FOLDERS = ("cur", "new")
+"""Folders of a Maildir that hold a mail in each file."""
+
+OTHER_ENCODINGS = ("utf-8", "cp1252")
+"""Encodings that are tried for a text that is not in the one it names."""
+
+
+def read_mbox(source: Source) -> Iterator[Chunk]:
+    """Every mail in an mbox file. Raises: UserError if it has none."""
+    number = without_text = 0
+    for raw in split_mbox(source.file):
+        number += 1
+        chunks = list(mail_chunks(source, f"{source.name}, mail {number}", raw))
+        without_text += not chunks
+        yield from chunks
+    require(number > 0, "has no mail: it is no mbox file")
+    if without_text:
+        source.note(f"{plural(without_text, 'mail')} without text, or left out by --speakers")
+
+
+def read_mail(source: Source) -> Iterator[Chunk]:
+    """A mail in a file of its own."""
+    yield from mail_chunks(source, source.name, source.file.read(MAX_MAIL_BYTES))
+
+
+def looks_like_mbox(beginning: Beginning) -> str:
+    """Whether a file is an mbox file, whatever its name."""
+    first, _, rest = beginning.text.partition("\n")
+    return "certain" if first.startswith("From ") and HEADER.match(rest.encode()) else "no"
+
+
+def looks_like_mail(beginning: Beginning) -> str:
+    """Whether a file is a mail: certainly so in a Maildir, whose files have no suffix."""
+    head = re.split(r"\r?\n\r?\n", beginning.text, maxsplit=1)[0]
+    names = {match[0].lower() for match in NAMED_FIELDS.finditer(head)}
+    lines = re.sub(r"\r?\n[ \t]+", " ", head).splitlines()
+    if not all(HEADER.match(line.encode()) for line in lines) or len(names) < 3 or "from:" not in names:
+        return "no"
+    parts = PureWindowsPath(beginning.name).parts
+    return "certain" if len(parts) > 1 and parts[-2] in MAILDIR_FOLDERS else "likely"
+
+
+def split_mbox(file: BinaryIO) -> Iterator[bytes]:
+    """The mails in an mbox file, each without the line above it. It is read in a stream."""
+    mail: list[bytes] = []
+    size, after_empty, line_begins, some_mail = 0, True, True, False
+    line = file.readline(LINE_BYTES)
+    while line:
+        following = file.readline(LINE_BYTES)
+        if line_begins and is_separator(line, following, after_empty=after_empty):
+            if some_mail:
+                yield unquote_from(mail)
+            mail, size, some_mail = [], 0, True
+        elif some_mail and size < MAX_MAIL_BYTES:
+            mail.append(line)
+            size += len(line)
+        after_empty, line_begins = not line.strip(), line.endswith(b"\n")
+        line = following
+    if some_mail:
+        yield unquote_from(mail)
+
+
+def is_separator(line: bytes, following: bytes, *, after_empty: bool) -> bool:
+    """Whether a line stands above a mail: a text may begin with "From " too, but no header follows that."""
+    return (
+        line.startswith(b"From ")
+        and (after_empty or DATED.match(line) is not None)
+        and HEADER.match(following) is not None
+    )
+
+
+def unquote_from(lines: list[bytes]) -> bytes:
+    """A mail whose lines that begin with "From " were quoted with ">"."""
+    return QUOTED_FROM.sub(rb"\1", b"".join(lines))
+
+
+def mail_chunks(source: Source, where: str, raw: bytes) -> Iterator[Chunk]:
+    """A mail as one document; none if it has no text, or if its sender is left out."""
+    try:
+        mail = BytesParser(policy=policy.compat32).parsebytes(raw)
+        text = mail_text(source, mail)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Python's email package raises many kinds of error for a malformed mail
+        source.report.reject(where, f"no mail that can be read ({first_line(error)})")
+        return
+    if text:
+        yield from split_into_chunks([utf8(text)])
+
+
+def mail_text(source: Source, mail: "Message[Any, Any]") -> str:
+    """The text of a mail below its From, To and Subject; "" if it has none, or if its sender is left out."""
+    body = body_text(mail)
+    if not body:
+        return ""
+    sender = next(iter(people(mail, "from")), ("", "unknown"))
+    name = source.speaker(*sender)
+    if name is None:
+        return ""
+    receivers = [source.speakers.rename(*person) for person in people(mail, "to")]
+    fields = {"From": name, "To": ", ".join(filter(None, receivers)), "Subject": header(mail, "subject")}
+    return "".join(f"{key}: {value}\n" for key, value in fields.items() if value) + f"\n{body}\n"
+
+
+def people(mail: "Message[Any, Any]", field: str) -> list[tuple[str, str]]:
+    """The names and addresses in a field."""
+    values = [str(value)[:MAX_FIELD_CHARS] for value in mail.get_all(field, [])[:1]]
+    return [(decoded(name), address) for name, address in getaddresses(values) if name or address]
+
+
+def header(mail: "Message[Any, Any]", field: str) -> str:
+    """The decoded text of a field, in one line."""
+    return decoded(str(mail.get(field, ""))[:MAX_FIELD_CHARS])
+
+
+def decoded(value: str) -> str:
+    """A value whose encoded words (RFC 2047) are decoded; as it is if they are broken."""
+    try:
+        return clean_name(str(make_header(decode_header(value))))
+    except (ValueError, LookupError):
+        return clean_name(value)
+
+
+def body_text(mail: "Message[Any, Any]") -> str:
+    """The plain text of a mail, or else that of its HTML; attachments are left out."""
+    found: dict[str, list[str]] = {"text/plain": [], "text/html": []}
+    for part in mail.walk():
+        kind = part.get_content_type()
+        if kind in found and part.get_content_disposition() != "attachment" and part.get_filename() is None:
+            found[kind].append(part_text(part, kind))
+    for texts in found.values():
+        text = "\n".join(texts).replace("\r\n", "\n").strip()
+        if text:
+            return text
+    return ""
+
+
+def part_text(part: "Message[Any, Any]", kind: str) -> str:
+    """The text of a part, in the encoding that it names if that fits."""
+    raw = cast(bytes, part.get_payload(decode=True) or b"")
+    named = str(part.get_content_charset() or "utf-8")
+    if kind == "text/html" and part.get_content_charset() is None:
+        return "".join(html_text(decode_html(BytesIO(raw), raw)))
+    text = decode_part(raw, named)
+    return "".join(html_text([text])) if kind == "text/html" else text
+
+
+def decode_part(raw: bytes, named: str) -> str:
+    """Decode a text in the encoding that it names, or the first other one that fits."""
+    for name in (named, *OTHER_ENCODINGS):
+        if is_encoding(name):
+            try:
+                return raw.decode(name)
+            except UnicodeDecodeError:
+                continue
+    return raw.decode("utf-8", "replace")
