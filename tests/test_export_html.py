@@ -79,7 +79,7 @@ def as_in_the_page(exported: Source) -> GPT:
 
 GREEDY = """
 const settings = { numTokens: 150, temperature: 0 };
-const found = page.all(page.NanoGPT.generateTokens(page.model(), values.prompt, settings));
+const found = page.all(page.NanoGPT.generateTokens(await page.model(), values.prompt, settings));
 return found.map(({ id, probability, top }) => [id, Math.log(probability), top.map(({ id }) => id)]);
 """
 
@@ -107,7 +107,7 @@ def test_greedy_tokens_are_those_of_the_same_weights_in_pytorch(shape: str, tmp_
 def test_the_page_has_every_number_as_it_was_written(tmp_path: Path) -> None:
     exported = source(**PRESET_SHAPES["preset cpu"])
     code = """
-    const m = page.model(), range = (length) => Array.from({ length }).keys();
+    const m = await page.model(), range = (length) => Array.from({ length }).keys();
     const rows = ({ weight, scale, rows, columns }) =>
       [...range(rows)].map((r) => [...range(columns)].map((c) => weight[r * columns + c] * scale[r]));
     return {
@@ -359,10 +359,33 @@ def test_a_vocabulary_as_large_as_gpt2s_works(tmp_path: Path) -> None:
     steps = generate(as_in_the_page(exported), torch.tensor([prompt]), num_tokens=10, temperature=0)
     code = """
     const settings = { prompt: "It was", numTokens: 10, temperature: 0 };
-    const found = page.all(page.NanoGPT.generate(page.model(), page.tokenizer(), settings));
+    const found = page.all(page.NanoGPT.generate(await page.model(), page.tokenizer(), settings));
     return found.map(({ text }) => text ?? "").join("");
     """
     assert tokenizer.decode(map(int, steps)).startswith(run(page(exported, tmp_path), code))
+
+
+@needs_node
+def test_a_piece_of_several_tokens_shows_them_all_and_a_text_ends_at_its_end(tmp_path: Path) -> None:
+    """A model that writes the two bytes of a character, then the end of the text."""
+    saved = checkpoint(TOKENIZERS["byte"], n_layer=1, tied=False, positions="rope")
+    for name, weight in saved.model.items():
+        if name.startswith("blocks") or name.endswith("bias"):
+            weight.zero_()
+    table, head = saved.model["token_embedding.weight"], saved.model["head.weight"]
+    head.zero_()
+    for token, following in ((ord("a"), 0xC3), (0xC3, 0xA9), (0xA9, 255)):
+        head[following] = table[token]
+    code = """
+    const settings = { prompt: "a", numTokens: 9, temperature: 0 };
+    return page.all(page.NanoGPT.generate(await page.model(), page.tokenizer(), settings));
+    """
+    waiting, piece = run(page(Source("small", saved, TOKENIZERS["byte"]), tmp_path), code)
+    assert waiting == {"tokens": 1}
+    assert (piece["text"], piece["tokens"]) == ("\u00e9", 1)
+    assert [part["text"] for part in piece["parts"]] == ["\\xC3", "\\xA9"]
+    first, second = (part["probability"] for part in piece["parts"])
+    assert piece["probability"] == pytest.approx(first * second)
 
 
 # --- the file ---
@@ -484,98 +507,3 @@ def test_a_line_says_what_the_checkpoint_says(progress: dict[str, Any], said: st
     )
     assert said in header["about"]
     assert b"somebody" not in path.read_bytes()
-
-
-# --- the page ---
-
-
-@needs_node
-def test_a_text_is_written_piece_by_piece_with_what_could_have_been(tmp_path: Path) -> None:
-    code = """
-    const at = await page.start(), { text, details } = at;
-    const loaded = [at.status.textContent, at.name.textContent, at.about.textContent !== ""];
-    Object.assign(at.prompt, { value: "It was" });
-    Object.assign(at.tokens, { value: "60" });
-    Object.assign(at.seed, { value: "7" });
-    const write = async () => {
-      at.form.fire("submit");
-      const running = [at.generate.disabled, at.stop.disabled];
-      await page.until(() => !at.generate.disabled);
-      return [text.textContent, running];
-    };
-    const first = await write(), again = await write(), status = at.status.textContent;
-    const pieces = text.children.slice(1).map(({ className, textContent }) => [className, textContent]);
-    const hidden = details.hidden;
-    text.fire("pointerover", { target: text.children[3] });
-    const hovered = details.textContent;
-    text.fire("pointerleave");
-    const left = details.hidden;
-    text.fire("focus");
-    for (const key of ["ArrowRight", "ArrowRight"]) text.fire("keydown", { key });
-    const place = () => text.children.findIndex((child) => child.className.includes("current"));
-    const focused = details.textContent, current = place();
-    text.fire("keydown", { key: "End" });
-    const end = place();
-    text.fire("keydown", { key: "Escape" });
-    const gone = details.hidden;
-    return { loaded, first, again, status, pieces, hidden, hovered, left, focused, current, end, gone };
-    """
-    found = run(page(source(), tmp_path), code)
-    assert found["loaded"] == ["Ready", "small", True]
-    assert found["first"] == found["again"]
-    assert found["first"][0] == "It was" + "".join(text for _, text in found["pieces"])
-    assert len(found["pieces"]) == 60
-    assert found["first"][1] == [True, False]
-    assert re.fullmatch(r"Done: 60 tokens(, \d+ a second)?, seed 7", found["status"])
-    assert {classes.split()[0] for classes, _ in found["pieces"]} <= {f"p{level}" for level in range(5)}
-    assert found["hidden"]
-    assert found["hovered"].count("%") == 6
-    assert found["left"]
-    assert found["focused"] == found["hovered"]
-    assert (found["current"], found["end"], found["gone"]) == (3, 60, True)
-
-
-@needs_node
-def test_stop_ends_a_text_and_a_prompt_of_strange_characters_is_explained(tmp_path: Path) -> None:
-    code = """
-    const at = await page.start();
-    Object.assign(at.tokens, { value: "100000" });
-    at.form.fire("submit");
-    await page.until(() => at.text.children.length > 20);
-    at.stop.fire("click");
-    await page.until(() => !at.generate.disabled);
-    const stopped = at.status.textContent, written = at.text.children.length;
-    at.prompt.value = "\\u0416";
-    at.form.fire("submit");
-    await page.until(() => !at.generate.disabled);
-    const { hidden, textContent: problem } = at.problem;
-    return { stopped, written, problem, hidden, status: at.status.textContent };
-    """
-    found = run(page(source(), tmp_path), code)
-    assert re.fullmatch(r"Stopped after \d+ tokens(, \d+ a second)?, seed \d+", found["stopped"])
-    assert 20 < found["written"] < 100_000
-    assert (found["hidden"], found["status"]) == (False, "")
-    assert found["problem"].startswith('The model has never seen "\u0416" (U+0416)')
-
-
-@needs_node
-def test_a_piece_of_several_tokens_shows_them_all_and_a_text_ends_at_its_end(tmp_path: Path) -> None:
-    """A model that writes the two bytes of a character, then the end of the text."""
-    saved = checkpoint(TOKENIZERS["byte"], n_layer=1, tied=False, positions="rope")
-    for name, weight in saved.model.items():
-        if name.startswith("blocks") or name.endswith("bias"):
-            weight.zero_()
-    table, head = saved.model["token_embedding.weight"], saved.model["head.weight"]
-    head.zero_()
-    for token, following in ((ord("a"), 0xC3), (0xC3, 0xA9), (0xA9, 255)):
-        head[following] = table[token]
-    code = """
-    const settings = { prompt: "a", numTokens: 9, temperature: 0 };
-    return page.all(page.NanoGPT.generate(page.model(), page.tokenizer(), settings));
-    """
-    waiting, piece = run(page(Source("small", saved, TOKENIZERS["byte"]), tmp_path), code)
-    assert waiting == {"tokens": 1}
-    assert (piece["text"], piece["tokens"]) == ("\u00e9", 1)
-    assert [part["text"] for part in piece["parts"]] == ["\\xC3", "\\xA9"]
-    first, second = (part["probability"] for part in piece["parts"])
-    assert piece["probability"] == pytest.approx(first * second)
