@@ -13,7 +13,7 @@ const NanoGPTLocal = (() => {
 
   /* header: as in the file. script: the source of the worker. text: a function that returns the weights. */
   function backend(header, script, text) {
-    const worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
+    let worker;
 
     function ask(request, tell, signal) {
       return new Promise((resolve, reject) => {
@@ -30,7 +30,10 @@ const NanoGPTLocal = (() => {
 
     return {
       header,
-      load: (tell) => ask({ load: { header, text: text() } }, tell),
+      async load(tell) {
+        worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
+        await ask({ load: { header, text: text() } }, tell);
+      },
       generate: (settings, tell, signal) => ask({ generate: settings }, tell, signal),
     };
   }
