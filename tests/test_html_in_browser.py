@@ -157,7 +157,7 @@ def test_alternatives_are_shown_on_hover_on_tap_and_by_keys(opened: Open, path: 
     assert "had a probability of" in hovered
     assert rows.count() in (5, 6)
     assert at.page.locator("#alternatives .chosen").count() == 1
-    shares = [float(text.strip("\u2713< %")) for text in rows.locator(".percent").all_inner_texts()]
+    shares = [float(text.strip("\u2713< \u00a0%")) for text in rows.locator(".percent").all_inner_texts()]
     bars = [bar.bounding_box()["width"] for bar in rows.locator(".bar").all()]
     tracks = [track.bounding_box()["width"] for track in rows.locator("span:has(.bar)").all()]
     for share, bar, track in zip(shares, bars, tracks, strict=True):

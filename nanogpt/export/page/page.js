@@ -32,8 +32,8 @@ function startPage(backend) {
 
   function percent(probability) {
     const value = 100 * probability;
-    if (value < 0.01) return "< 0.01 %";
-    return `${value < 1 ? value.toFixed(2) : value < 10 ? value.toFixed(1) : value.toFixed(0)} %`;
+    if (value < 0.01) return "< 0.01\u00A0%";
+    return `${value < 1 ? value.toFixed(2) : value < 10 ? value.toFixed(1) : value.toFixed(0)}\u00A0%`;
   }
 
   /* A text with its invisible characters named. */
