@@ -2,9 +2,9 @@
 
 Run:    nanogpt export --checkpoint out --format html --output my_gpt.html
         python bench/html.py my_gpt.html           some seconds for each page; --tokens 2 tries the script
-A page is opened from disk until its model is ready, then writes greedy texts after an empty prompt. The first ones
-warm up the browser's compiler; the median of the rest is printed, with WebAssembly and without. A text longer
-than the context includes reading its last half again.
+A page is opened from disk until its model is ready, then writes greedy texts after an empty prompt. The first
+ones warm up the browser's compiler; the median of the rest is printed, with WebAssembly and without. A text
+longer than the context includes reading its last half again.
 """
 
 import argparse

@@ -119,14 +119,13 @@ def test_without_webassembly_the_tokens_are_the_same(shape: str, tmp_path: Path)
 def test_products_are_those_of_float64(rows: int, columns: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randint(-127, 128, (rows, columns), generator=generator)
-    x, scale, bias, before = (
-        torch.randn(size, generator=generator) for size in (columns, rows, rows, rows)
-    )
+    x, scale, bias, before = (torch.randn(size, generator=generator) for size in (columns, rows, rows, rows))
     code = """
     const { weight, x, scale, bias, before } = values, rows = weight.length, columns = x.length;
     const { bytes, multiply } = page.NanoGPTProducts.open(rows * columns, Math.max(rows, columns));
-    const layer = { weight: new Int8Array(bytes.buffer, bytes.byteOffset, bytes.length), scale, rows, columns };
-    layer.weight.set(weight.flat());
+    const integers = new Int8Array(bytes.buffer, bytes.byteOffset, bytes.length);
+    const layer = { weight: integers, scale, rows, columns };
+    integers.set(weight.flat());
     const y = new Float32Array(rows), added = Float32Array.from(before);
     multiply(layer, Float32Array.from(x), y);
     multiply({ ...layer, bias }, Float32Array.from(x), added, true);

@@ -1,4 +1,4 @@
-"""Exports as a page, opened from disk in Chromium: its text, its keys, its looks for everybody, and no network.
+"""Exports as a page, opened from disk in Chromium: its text, its keys, axe-core, and no network.
 
 Every test ends with a check that the page wrote no message to the console and asked for no address.
 """

@@ -38,7 +38,8 @@ MARK = (0, b"<!DOCTYPE html>\n<!-- A language model")
 
 START = """
 if (globalThis.document) {
-  const content = (id) => document.getElementById(id).textContent, script = document.currentScript.textContent;
+  const script = document.currentScript.textContent;
+  const content = (id) => document.getElementById(id).textContent;
   document.addEventListener("DOMContentLoaded", () => {
     startPage(NanoGPTLocal.backend(JSON.parse(content("model")), script, () => content("weights")));
   });
@@ -110,8 +111,8 @@ def packed(source: Source, advance: Advance) -> bytes:
 def as_text(data: bytes) -> str:
     """Bytes in gzip, as a text of 7 bits a character, which HTML leaves as it is (`decode` in weights.js).
 
-    The integers are noise, of which Huffman's code saves a little and no repetition can be found. In UTF-8 7 bits
-    take a byte, unless HTML would change the character: that becomes another one, of two bytes.
+    The integers are noise: Huffman's code saves a little, and no repetition can be found. In UTF-8 7 bits take a
+    byte, unless HTML would change the character: that becomes another one, of two bytes.
     """
     gzip = zlib.compressobj(9, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
     packed = gzip.compress(data) + gzip.flush()
