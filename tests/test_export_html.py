@@ -20,6 +20,7 @@ from exported import (
     PRESET_SHAPES,
     TEXTS,
     TOKENIZERS,
+    as_in_the_page,
     checkpoint,
     source,
     trained,
@@ -38,7 +39,6 @@ from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import generate
 from nanogpt.inference.processors import process
 from nanogpt.inference.tokens import generate_tokens, score
-from nanogpt.model.gpt import GPT
 from nanogpt.model.ngram import NgramEmbedding
 from nanogpt.model.quantize import Int8Linear, quantize
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
@@ -67,15 +67,6 @@ def run(path: Path, code: str, **values: Any) -> Any:
     )
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
-
-
-def as_in_the_page(exported: Source) -> GPT:
-    """The model that a page computes: its weights rounded, everything else in float32."""
-    model = GPT(exported.config).eval()
-    weights = {name: rounded(weight) for name, weight in exported.weights.items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert (missing, unexpected) == (["head.weight"] if exported.config.tied else [], [])
-    return model
 
 
 GREEDY = """

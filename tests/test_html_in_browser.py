@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from exported import LETTERS, source
-from test_export_html import PRESET_SHAPES, as_in_the_page
+from exported import LETTERS, PRESET_SHAPES, as_in_the_page, source
 
 from nanogpt.export.registry import export
 from nanogpt.inference.generate import generate

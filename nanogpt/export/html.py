@@ -63,7 +63,7 @@ def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
     """Write the page. Raises: OSError."""
     del dtype  # 8 bits are all that there is
     weights = packed(source, advance)
-    header = {
+    header: dict[str, Any] = {
         "name": source.name,
         "about": describe(source),
         "config": to_dict(source.config),
@@ -76,6 +76,7 @@ def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
     contents = {
         "policy": POLICY.format(script=digest(script), style=digest(style)),
         "title": html.escape(source.name),
+        "about": html.escape(header["about"]),
         "style": style,
         "script": script,
         "model": json.dumps(header).replace("<", "\\u003c"),  # no text of the model ends its element
@@ -111,8 +112,8 @@ def packed(source: Source, advance: Advance) -> bytes:
 def as_text(data: bytes) -> str:
     """Bytes in gzip, as a text of 7 bits a character, which HTML leaves as it is (`decode` in weights.js).
 
-    The integers are noise: Huffman's code saves a little, and no repetition can be found. In UTF-8 7 bits take a
-    byte, unless HTML would change the character: that becomes another one, of two bytes.
+    The integers are noise: Huffman's code saves a little, and nothing repeats. In UTF-8 7 bits take a byte,
+    unless HTML would change the character: that becomes another one, of two bytes.
     """
     gzip = zlib.compressobj(9, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
     packed = gzip.compress(data) + gzip.flush()

@@ -20,7 +20,7 @@ const NanoGPTLocal = (() => {
         worker.onmessage = ({ data: { events = [], done, error } }) => {
           events.forEach(tell);
           if (done) resolve();
-          if (error) reject(new Error(error));
+          if (error !== undefined) reject(new Error(error));
         };
         worker.onerror = ({ message }) => reject(new Error(message));
         if (signal) signal.addEventListener("abort", () => worker.postMessage({ stop: true }));
