@@ -1,66 +1,84 @@
-"""Tokens a second of exported pages, in Node: the JavaScript engine of Chrome, without a browser.
+"""Tokens a second of exported pages in headless Chromium, as a person sees them: with the text that appears.
 
 Run:    nanogpt export --checkpoint out --format html --output my_gpt.html
         python bench/html.py my_gpt.html           some seconds for each page; --tokens 2 tries the script
-Greedy tokens after a line feed, up to the end of the context. The first texts warm up the engine's compiler;
-the median of the rest is printed, with the time in which the page decodes its weights. tests/html_page.js
-runs the page's own scripts.
+A page is opened from disk until its model is ready, then writes greedy texts after an empty prompt. The first
+ones warm up the browser's compiler; the median of the rest is printed, with WebAssembly and without. A text
+longer than the context includes reading its last half again.
 """
 
 import argparse
-import json
+import re
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import common
 from rich.console import Console
 from rich.table import Table
 
-HARNESS = common.FOLDER.parent / "tests" / "html_page.js"
+WARM_UP = 2
 
-CODE = """
-const begin = performance.now(), model = page.model(), loaded = performance.now() - begin, rates = [];
-const prompt = page.tokenizer().encodePrompt("");
-const numTokens = Math.min(values.tokens, model.S - prompt.length);
-for (let round = 0; round < values.rounds + 2; round++) {
-  const begin = performance.now();
-  page.all(page.NanoGPT.generateTokens(model, prompt, { numTokens, temperature: 0 }));
-  rates.push((1000 * numTokens) / (performance.now() - begin));
-}
-return { loaded, rates: rates.slice(2), numTokens, engine: process.version };
-"""
+PERMISSION = b" 'wasm-unsafe-eval'"
+"""What allows a page to use WebAssembly. Without it the page computes in JavaScript."""
+
+
+def measure(browser: Any, path: Path, tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds until a page is ready, and tokens a second of each round."""
+    page = browser.new_page()
+    start = time.perf_counter()
+    page.goto(path.resolve().as_uri())
+    page.locator("#generate:enabled").wait_for(timeout=0)
+    ready = time.perf_counter() - start
+    page.locator("summary").click()
+    page.get_by_label("Tokens").fill(str(tokens))
+    page.get_by_label("Temperature").fill("0")
+    rates = list[int]()
+    for _ in range(WARM_UP + rounds):
+        page.get_by_role("button", name="Generate").click()
+        page.locator("#generate:enabled").wait_for(timeout=0)
+        found = re.search(r"([\d,]+) a second", page.locator("#status").inner_text())
+        if found is None:
+            sys.exit(f"error: {path} wrote no text: {page.locator('#problem').inner_text()}")
+        rates.append(int(found[1].replace(",", "")))
+    page.close()
+    return {"ready_s": ready, "tokens_per_s": median(rates[WARM_UP:]), "rates": rates[WARM_UP:]}
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pages", nargs="+", type=Path)
-    parser.add_argument("--tokens", type=int, default=500)
+    parser.add_argument("--tokens", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    node = shutil.which("node")
-    if node is None:
-        sys.exit("error: Node is not installed: this measurement needs it")
-    table = Table("page", "MB", "weights decoded, ms", "tokens", "tokens/s")
-    results = list[dict[str, object]]()
-    for page in options.pages:
-        request = {"code": CODE, "values": {"tokens": options.tokens, "rounds": options.rounds}}
-        done = subprocess.run(
-            [node, str(HARNESS), str(page)],
-            input=json.dumps(request).encode(),
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        found = json.loads(done.stdout)
-        rate, size = median(found["rates"]), page.stat().st_size / 1e6
-        table.add_row(
-            page.name, f"{size:.1f}", f"{found['loaded']:.0f}", str(found["numTokens"]), f"{rate:,.0f}"
-        )
-        results.append({"page": page.name, "megabytes": size, "tokens_per_s": rate, **found})
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        sys.exit("error: Playwright is not installed: pip install nanogpt[bench]")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        sys.exit("error: Chromium is not installed: this measurement needs it")
+    table = Table("page", "MB", "ready, s", "tokens/s", "without WebAssembly")
+    results = list[dict[str, Any]]()
+    with TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        for path in options.pages:
+            plain = Path(folder) / path.name
+            plain.write_bytes(path.read_bytes().replace(PERMISSION, b"", 1))
+            found, slow = (measure(browser, one, options.tokens, options.rounds) for one in (path, plain))
+            size = path.stat().st_size / 1e6
+            rates = (f"{one['tokens_per_s']:,.0f}" for one in (found, slow))
+            table.add_row(path.name, f"{size:.1f}", f"{found['ready_s']:.2f}", *rates)
+            results.append({"page": path.name, "megabytes": size, **found, "without_webassembly": slow})
+        version = browser.version
+        browser.close()
     Console().print(table)
+    print(f"Chromium {version}, greedy, {options.tokens} tokens")
     common.write_json("html", results)
 
 

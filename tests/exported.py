@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanogpt.checkpoint.format import Checkpoint, save_checkpoint
 from nanogpt.config import SHAPE_FIELDS, TrainConfig, model_config, to_dict
+from nanogpt.export.html import rounded
 from nanogpt.export.source import Source
 from nanogpt.model.gpt import GPT
 from nanogpt.presets import PRESETS
@@ -176,3 +177,12 @@ def saved(path: Path, tokenizer: Tokenizer = LETTERS, **settings: Any) -> Path:
     """The same in a file."""
     save_checkpoint(path, checkpoint(tokenizer, **settings))
     return path
+
+
+def as_in_the_page(exported: Source) -> GPT:
+    """The model that a page computes: its weights rounded, everything else in float32."""
+    model = GPT(exported.config).eval()
+    weights = {name: rounded(weight) for name, weight in exported.weights.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["head.weight"] if exported.config.tied else [], [])
+    return model

@@ -4,7 +4,7 @@ Example:    write(source, Path("model.html"), "int8", advance)
 Every model fits, with tokenizers of characters, bytes, and BPE by GPT-2's rule for words. The page computes
 the model whose weights are `rounded`: each matrix, embeddings too, has 8 bits and a scale for each row, as in
 model/quantize.py; norms and biases stay as they are. All other numbers are float32 or more.
-The page is page/: engine.js, sampling.js and tokenizer.js know of no page, page.js of no model.
+The page is page/: page.js knows of no model, only of a backend (local.js); the rest knows of no page.
 """
 
 import base64
@@ -12,10 +12,12 @@ import hashlib
 import html
 import json
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,22 +31,25 @@ from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer
 
 PAGE = Path(__file__).parent / "page"
 
-SCRIPTS = ("engine.js", "sampling.js", "tokenizer.js", "page.js")
+SCRIPTS = ("products.js", "weights.js", "sampling.js", "tokenizer.js", "engine.js", "local.js", "page.js")
 
 MARK = (0, b"<!DOCTYPE html>\n<!-- A language model")
 """How every such file begins."""
 
 START = """
-startPage(NanoGPT.local(
-  JSON.parse(document.getElementById("model").textContent),
-  () => document.getElementById("weights").textContent,
-));
+if (globalThis.document) {
+  const script = document.currentScript.textContent;
+  const content = (id) => document.getElementById(id).textContent;
+  document.addEventListener("DOMContentLoaded", () => {
+    startPage(NanoGPTLocal.backend(JSON.parse(content("model")), script, () => content("weights")));
+  });
+} else NanoGPTLocal.serve();
 """
-"""What joins page and model."""
+"""What joins page and model. The page and its worker run the same script."""
 
 POLICY = (
-    "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
-    "base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'sha256-{script}' 'wasm-unsafe-eval'; style-src 'sha256-{style}'; "
+    "worker-src blob:; base-uri 'none'; form-action 'none'"
 )
 """Nothing may be fetched or sent, and no code may run but ours (Content Security Policy)."""
 
@@ -58,7 +63,7 @@ def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
     """Write the page. Raises: OSError."""
     del dtype  # 8 bits are all that there is
     weights = packed(source, advance)
-    header = {
+    header: dict[str, Any] = {
         "name": source.name,
         "about": describe(source),
         "config": to_dict(source.config),
@@ -71,10 +76,11 @@ def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
     contents = {
         "policy": POLICY.format(script=digest(script), style=digest(style)),
         "title": html.escape(source.name),
+        "about": html.escape(header["about"]),
         "style": style,
         "script": script,
         "model": json.dumps(header).replace("<", "\\u003c"),  # no text of the model ends its element
-        "weights": base64.b64encode(weights).decode(),
+        "weights": as_text(weights),
     }
     template = (PAGE / "page.html").read_text("utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: contents[found[1]], template)
@@ -101,6 +107,22 @@ def packed(source: Source, advance: Advance) -> bytes:
             matrices.append(integers.numpy().tobytes())
         advance(weight.numel())
     return b"".join((*vectors, *scales, *matrices))
+
+
+def as_text(data: bytes) -> str:
+    """Bytes in gzip, as a text of 7 bits a character, which HTML leaves as it is (`decode` in weights.js).
+
+    The integers are noise: Huffman's code saves a little, and nothing repeats. In UTF-8 7 bits take a byte,
+    unless HTML would change the character: that becomes another one, of two bytes.
+    """
+    gzip = zlib.compressobj(9, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
+    packed = gzip.compress(data) + gzip.flush()
+    chunk, chars = 7 << 17, list[bytes]()
+    for start in range(0, len(packed), chunk):
+        bits = np.unpackbits(np.frombuffer(packed[start : start + chunk], dtype=np.uint8))
+        groups = np.pad(bits, (0, -len(bits) % 7)).reshape(-1, 7)
+        chars.append((np.packbits(groups, axis=1) >> 1).tobytes())
+    return b"".join(chars).decode("ascii").translate({code: code + 0xC0 for code in b"\0\r<"})
 
 
 def rounded(weight: Tensor) -> Tensor:

@@ -1,67 +1,21 @@
 /* A GPT in plain JavaScript: the decode step with a KV cache, and the generation of text. It touches no page, so that
-   it runs in a browser, a worker or Node alike. sampling.js chooses tokens, tokenizer.js makes text of them, and
-   nanogpt/export/html.py writes what `open` takes.
+   it runs in a browser, a worker or Node alike. weights.js reads the weights, products.js multiplies with them,
+   sampling.js chooses tokens, tokenizer.js makes text of them, and nanogpt/export/html.py writes what `open` takes.
 
-   Example:  const model = NanoGPT.open(header, bytes), tokenizer = NanoGPTText.tokenizer(header.tokenizer);
+   Example:  const model = NanoGPT.open(header, weights), tokenizer = NanoGPTText.tokenizer(header.tokenizer);
              for (const event of NanoGPT.generate(model, tokenizer, { prompt: "It was", numTokens: 100 })) ...
 
    A step is what nanogpt/model/gpt.py computes: weights are integers of 8 bits with a scale for each row, as in
-   nanogpt/model/quantize.py, all other numbers are float32, sums float64. Whatever takes long is a generator that
-   yields every millisecond or so, and whoever runs it lets others have their turn (`run`).
+   nanogpt/model/quantize.py, all other numbers are float32, sums float64 or eight of float32 (products.js). What takes
+   more than a step is a generator that yields after each: whoever runs it decides when others have their turn.
 
    Shapes: C n_embd, V vocab_size, H heads, K heads of keys and values, D = C / H, S block_size */
 "use strict";
 
 const NanoGPT = (() => {
-  const SLICE = 1 << 19; // products between two yields, about a millisecond
-  const SLICE_MS = 12; // work between two turns of others: the page stays smooth
-
-  /* --- weights --- */
-
-  /* The bytes of a text in base64, slice by slice. */
-  function* decodeBase64(text, size) {
-    const bytes = new Uint8Array(size), chars = 1 << 20; // a multiple of 4
-    for (let from = 0, at = 0; from < text.length; from += chars) {
-      const part = atob(text.slice(from, from + chars));
-      for (let i = 0; i < part.length; i++) bytes[at++] = part.charCodeAt(i);
-      yield { loaded: Math.min(1, (from + chars) / text.length) };
-    }
-    return bytes;
-  }
-
-  /* Every tensor by name, as views of the bytes. They hold, in the order of header.tensors: all vectors, float32; the
-     scales of all matrices, the upper half of a float32 each; all matrices, 8 bits. */
-  function readTensors(list, bytes) {
-    const found = {}, matrices = list.filter(([, , columns]) => columns > 0);
-    let at = 0;
-    for (const [name, size, columns] of list) {
-      if (columns > 0) continue;
-      found[name] = new Float32Array(bytes.buffer, at, size);
-      at += 4 * size;
-    }
-    for (const [name, rows, columns] of matrices) {
-      const scale = Float32Array.from(new Uint16Array(bytes.buffer, at, rows), upperHalf);
-      found[name] = { rows, columns, scale };
-      at += 2 * rows;
-    }
-    for (const [name, rows, columns] of matrices) {
-      found[name].weight = new Int8Array(bytes.buffer, at, rows * columns);
-      at += rows * columns;
-    }
-    if (at !== bytes.length) throw new Error(`the weights are damaged: ${bytes.length} bytes, not ${at}`);
-    return found;
-  }
-
-  const word = new Uint32Array(1), asFloat = new Float32Array(word.buffer);
-
-  function upperHalf(bits) {
-    word[0] = bits << 16;
-    return asFloat[0];
-  }
-
-  /* A model with an empty cache. header: as in the file; bytes: what decodeBase64 returns. */
-  function open(header, bytes) {
-    const config = header.config, tensors = readTensors(header.tensors, bytes);
+  /* A model with an empty cache. header: as in the file; weights: what NanoGPTWeights.read returns. */
+  function open(header, { tensors, multiply }) {
+    const config = header.config;
     const C = config.n_embd, H = config.n_head, K = config.n_kv_head || H, D = C / H, S = config.block_size;
     const norm = (name) => tensors[`${name}.weight`] &&
       { gain: tensors[`${name}.weight`], bias: tensors[`${name}.bias`], centered: config.norm === "layernorm" };
@@ -78,7 +32,7 @@ const NanoGPT = (() => {
     });
     const hidden = blocks[0].fc.rows, inner = blocks[0].mlpProj.columns;
     return {
-      config, C, H, K, D, S, blocks, inner, finalNorm: norm("final_norm"),
+      config, multiply, C, H, K, D, S, blocks, inner, finalNorm: norm("final_norm"),
       tokens: tensors["token_embedding.weight"], positions: tensors["position_embedding.weight"],
       pairs: tensors["ngram_embedding.pairs.weight"], triples: tensors["ngram_embedding.triples.weight"],
       head: config.tied ? tensors["token_embedding.weight"] : linear("head"),
@@ -105,39 +59,6 @@ const NanoGPT = (() => {
   }
 
   /* --- a step --- */
-
-  /* Rows first .. end - 1 of a product: y = W x + bias, or y += W x + bias. Four sums at a time. */
-  function products({ weight, scale, bias, columns }, x, y, first, end, add) {
-    for (let row = first; row < end; row += 4) {
-      const count = Math.min(4, end - row), at = row * columns;
-      let a = 0, b = 0, c = 0, d = 0;
-      if (count === 4) {
-        const at1 = at + columns, at2 = at1 + columns, at3 = at2 + columns;
-        for (let i = 0; i < columns; i++) {
-          const v = x[i];
-          a += weight[at + i] * v, b += weight[at1 + i] * v, c += weight[at2 + i] * v, d += weight[at3 + i] * v;
-        }
-      } else {
-        for (let i = 0; i < columns; i++) {
-          a += weight[at + i] * x[i];
-          if (count > 1) b += weight[at + columns + i] * x[i];
-          if (count > 2) c += weight[at + 2 * columns + i] * x[i];
-        }
-      }
-      for (let j = 0; j < count; j++) {
-        const sum = (j === 0 ? a : j === 1 ? b : j === 2 ? c : d) * scale[row + j] + (bias ? bias[row + j] : 0);
-        y[row + j] = add ? y[row + j] + sum : sum;
-      }
-    }
-  }
-
-  function* linear(layer, x, y, add = false) {
-    const rows = 4 * Math.max(1, Math.floor(SLICE / layer.columns / 4));
-    for (let first = 0; first < layer.rows; first += rows) {
-      products(layer, x, y, first, Math.min(layer.rows, first + rows), add);
-      yield;
-    }
-  }
 
   /* Normalizes `width` numbers of x from `at` on into y, which may be x. */
   function normalize({ gain, bias, centered }, x, y, at, width) {
@@ -240,24 +161,24 @@ const NanoGPT = (() => {
   }
 
   /* Adds a token to the cache. model.logits are those after it, if they are wanted. */
-  function* step(m, token, wanted = true) {
+  function step(m, token, wanted = true) {
     const activation = ACTIVATIONS[m.config.mlp], gated = m.hidden.length > m.inner;
     embed(m, token);
     for (const block of m.blocks) {
       normalize(block.norm1, m.x, m.normed, 0, m.C);
-      yield* linear(block.qkv, m.normed, m.qkv);
+      m.multiply(block.qkv, m.normed, m.qkv);
       attention(m, block);
-      yield* linear(block.attnProj, m.attended, m.x, true);
+      m.multiply(block.attnProj, m.attended, m.x, true);
       normalize(block.norm2, m.x, m.normed, 0, m.C);
-      yield* linear(block.fc, m.normed, m.hidden);
+      m.multiply(block.fc, m.normed, m.hidden);
       for (let i = 0; i < m.inner; i++) m.hidden[i] = activation(m.hidden[i]) * (gated ? m.hidden[m.inner + i] : 1);
-      yield* linear(block.mlpProj, m.hidden, m.x, true);
+      m.multiply(block.mlpProj, m.hidden, m.x, true);
     }
     m.length++;
     m.last = [m.last[1], token];
     if (!wanted) return;
     normalize(m.finalNorm, m.x, m.normed, 0, m.C);
-    yield* linear(m.head, m.normed, m.logits);
+    m.multiply(m.head, m.normed, m.logits);
     const cap = m.config.logit_cap;
     if (cap) for (let i = 0; i < m.logits.length; i++) m.logits[i] = cap * Math.tanh(m.logits[i] / cap);
   }
@@ -267,7 +188,7 @@ const NanoGPT = (() => {
     m.length = 0;
     m.last = [-1, -1];
     for (const [i, token] of tokens.entries()) {
-      yield* step(m, token, i === tokens.length - 1);
+      step(m, token, i === tokens.length - 1);
       yield { read: (i + 1) / tokens.length };
     }
   }
@@ -275,12 +196,12 @@ const NanoGPT = (() => {
   /* --- generation --- */
 
   /* Continues a prompt as nanogpt/inference/generate.py does: a full context is followed by one that begins with the
-     last half of it. Yields { read } while it reads the prompt, a token with what `score` says, and nothing between. */
+     last half of it. Yields { read } after each token of the prompt that it reads, then each token with what `score` says. */
   function* generateTokens(m, prompt, settings) {
     const random = NanoGPTSampling.randomNumbers(settings.seed || 0), all = prompt.slice(-m.S);
     for (let count = 0; count < settings.numTokens; count++) {
       if (count === 0) yield* prefill(m, all);
-      else if (m.length < m.S) yield* step(m, all[all.length - 1]);
+      else if (m.length < m.S) step(m, all[all.length - 1]);
       else yield* prefill(m, all.slice(-Math.max(1, Math.floor(m.S / 2))));
       all.push(NanoGPTSampling.choose(m.logits, settings, random));
       yield NanoGPTSampling.score(m.logits, all[all.length - 1]);
@@ -294,7 +215,7 @@ const NanoGPT = (() => {
     const decode = tokenizer.decoder();
     let tokens = [];
     for (const event of generateTokens(m, tokenizer.encodePrompt(settings.prompt), settings)) {
-      if (!event || event.id === undefined) {
+      if (event.id === undefined) {
         yield event;
         continue;
       }
@@ -310,42 +231,5 @@ const NanoGPT = (() => {
     }
   }
 
-  /* --- turns --- */
-
-  /* A turn of others: input, painting. */
-  function turn() {
-    return new Promise((resolve) => {
-      const { port1, port2 } = new MessageChannel();
-      port1.onmessage = () => (port1.close(), resolve());
-      port2.postMessage(null);
-    });
-  }
-
-  /* Runs a generator to its end in slices of SLICE_MS, tells what it yields, and returns what it returns.
-     isStopped: asked after each slice; then it ends early. */
-  async function run(work, tell = () => {}, isStopped = () => false) {
-    while (!isStopped()) {
-      const end = Date.now() + SLICE_MS;
-      do {
-        const { value, done } = work.next();
-        if (done) return value;
-        if (value) tell(value);
-      } while (Date.now() < end);
-      await turn();
-    }
-  }
-
-  /* The backend of a page that has the model itself: what page.js needs of any.
-     header: as in the file; base64: a function that returns the weights. */
-  function local(header, base64) {
-    let model = null;
-    const tokenizer = NanoGPTText.tokenizer(header.tokenizer);
-    return {
-      header,
-      load: async (tell) => (model = open(header, await run(decodeBase64(base64(), header.bytes), tell))),
-      generate: (settings, tell, isStopped) => run(generate(model, tokenizer, settings), tell, isStopped),
-    };
-  }
-
-  return { decodeBase64, open, step, prefill, ngramRows, generateTokens, generate, run, local };
+  return { open, step, prefill, ngramRows, generateTokens, generate };
 })();
