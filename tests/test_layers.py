@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 HOUSE = (
     {"errors", "console", "notebook", "streams", "settings"},
-    {"files", "locking", "config", "cores", "graphs", "malloc", "pt_files"},
+    {"files", "locking", "config", "cores", "foreign_names", "graphs", "malloc", "pt_files"},
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer", "native"},
     {"data", "checkpoint", "inference"},

@@ -1,10 +1,10 @@
 """Families: the architectures that other programs know, and their names for our weights.
 
 Example:    family = closest_family(config); family.misfits(config) or list(pieces(family, config, weights))
-A family says which values of GPTConfig it can express, and has a table of names: ours, transformers', GGUF's.
+A family says which values of GPTConfig it can express, and has the tables of its names (foreign_names.py).
 Most weights are the same tensor under another name. Where the other side keeps several matrices that are one
-of ours (query, key and value; gate and up), ours is cut by rows.
-To add a family, write its table, a row in FAMILIES, its config.json (hf.py) and its header (gguf.py).
+of ours, ours is cut by rows.
+To add a family, write its tables, a row in FAMILIES, its config.json (hf.py) and its header (gguf.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-
-
-class Row(NamedTuple):
-    """Names of a layer, without its block and without .weight: ours, and those of its pieces elsewhere."""
-
-    ours: str
-    hf: tuple[str, ...]
-    gguf: tuple[str, ...]
+from nanogpt.foreign_names import GPT2 as GPT2_NAMES
+from nanogpt.foreign_names import GPT2_GGUF, QWEN3_GGUF, Names, foreign_names
+from nanogpt.foreign_names import QWEN3 as QWEN3_NAMES
 
 
 class Piece(NamedTuple):
@@ -42,10 +37,8 @@ class Family:
     title: str
     needs: Mapping[str, tuple[object, ...]]
     """Field of GPTConfig -> the values that it can have."""
-    outer: tuple[Row, ...]
-    block: tuple[Row, ...]
-    hf_block: str
-    """What transformers writes before the number of a block."""
+    hf: Names
+    gguf: Names
     biases: bool = False
     """Whether every linear layer and norm has a bias. If ours has none, it is zero."""
 
@@ -72,21 +65,8 @@ GPT2 = Family(
         "qk_norm": (False,),
         **PLAIN,
     },
-    outer=(
-        Row("token_embedding", ("wte",), ("token_embd",)),
-        Row("position_embedding", ("wpe",), ("position_embd",)),
-        Row("final_norm", ("ln_f",), ("output_norm",)),
-        Row("head", ("lm_head",), ("output",)),
-    ),
-    block=(
-        Row("norm_1", ("ln_1",), ("attn_norm",)),
-        Row("attn.qkv", ("attn.c_attn",), ("attn_qkv",)),
-        Row("attn.proj", ("attn.c_proj",), ("attn_output",)),
-        Row("norm_2", ("ln_2",), ("ffn_norm",)),
-        Row("mlp.fc", ("mlp.c_fc",), ("ffn_up",)),
-        Row("mlp.proj", ("mlp.c_proj",), ("ffn_down",)),
-    ),
-    hf_block="h",
+    hf=GPT2_NAMES,
+    gguf=GPT2_GGUF,
     biases=True,
 )
 
@@ -101,26 +81,8 @@ QWEN3 = Family(
         "qk_norm": (True,),
         **PLAIN,
     },
-    outer=(
-        Row("token_embedding", ("model.embed_tokens",), ("token_embd",)),
-        Row("final_norm", ("model.norm",), ("output_norm",)),
-        Row("head", ("lm_head",), ("output",)),
-    ),
-    block=(
-        Row("norm_1", ("input_layernorm",), ("attn_norm",)),
-        Row(
-            "attn.qkv",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("attn_q", "attn_k", "attn_v"),
-        ),
-        Row("attn.q_norm", ("self_attn.q_norm",), ("attn_q_norm",)),
-        Row("attn.k_norm", ("self_attn.k_norm",), ("attn_k_norm",)),
-        Row("attn.proj", ("self_attn.o_proj",), ("attn_output",)),
-        Row("norm_2", ("post_attention_layernorm",), ("ffn_norm",)),
-        Row("mlp.fc", ("mlp.gate_proj", "mlp.up_proj"), ("ffn_gate", "ffn_up")),
-        Row("mlp.proj", ("mlp.down_proj",), ("ffn_down",)),
-    ),
-    hf_block="model.layers",
+    hf=QWEN3_NAMES,
+    gguf=QWEN3_GGUF,
 )
 
 FAMILIES = (GPT2, QWEN3)
@@ -144,29 +106,20 @@ def pieces(family: Family, config: GPTConfig, weights: Mapping[str, Tensor]) -> 
 
     weights: by our names; no head.weight if it is tied.
     """
-    for row in family.outer:
-        if f"{row.ours}.weight" in weights:
-            yield from pieces_of(row, family, config, weights)
-    for number in range(config.n_layer):
-        for row in family.block:
-            numbered = Row(
-                f"blocks.{number}.{row.ours}",
-                tuple(f"{family.hf_block}.{number}.{name}" for name in row.hf),
-                tuple(f"blk.{number}.{name}" for name in row.gguf),
-            )
-            yield from pieces_of(numbered, family, config, weights)
+    for name, tensor in weights.items():
+        yield from pieces_of(name, tensor, family, config)
+        layer = name.removesuffix(".weight")
+        if family.biases and layer != name and not layer.endswith(("embedding", "head")):
+            bias = f"{layer}.bias"
+            if bias not in weights:
+                yield from pieces_of(bias, tensor.new_zeros(len(tensor)), family, config)
 
 
-def pieces_of(row: Row, family: Family, config: GPTConfig, weights: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """The weight of a layer in pieces, and its bias, if the family has one there."""
-    weight = weights[f"{row.ours}.weight"]
-    tensors = {"weight": weight}
-    if family.biases and not row.ours.endswith(("embedding", "head")):
-        tensors["bias"] = weights.get(f"{row.ours}.bias", weight.new_zeros(weight.shape[0]))
-    for kind, tensor in tensors.items():
-        cut = torch.split(tensor, piece_sizes(config, len(tensor), len(row.hf)))
-        for hf, gguf, piece in zip(row.hf, row.gguf, cut, strict=True):
-            yield Piece(f"{hf}.{kind}", f"{gguf}.{kind}", piece)
+def pieces_of(name: str, tensor: Tensor, family: Family, config: GPTConfig) -> Iterator[Piece]:
+    """A tensor as the family has it."""
+    hf, gguf = foreign_names(family.hf, name), foreign_names(family.gguf, name)
+    cut = torch.split(tensor, piece_sizes(config, len(tensor), len(hf)))
+    yield from map(Piece, hf, gguf, cut)
 
 
 def piece_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from nanogpt.config import GPTConfig
 from nanogpt.console import say
 from nanogpt.errors import UserError, require
-from nanogpt.initialize.names import GPT2, QWEN3, Names, to_our_names
+from nanogpt.foreign_names import GPT2, QWEN3, Names
+from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import (
     Need,
     Source,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError, require
-from nanogpt.initialize.names import LITGPT, LITGPT_GATED, to_our_names
+from nanogpt.foreign_names import LITGPT, LITGPT_GATED
+from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import Need, Source, count, first_line, misfits, read_torch, refuse, tensors_in
 from nanogpt.model.gpt import default_hidden_dim
 from nanogpt.tokenizer.base import Tokenizer

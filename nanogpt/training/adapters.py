@@ -15,7 +15,7 @@ from torch import Tensor
 from nanogpt.checkpoint.format import Checkpoint
 from nanogpt.config import GPTConfig
 from nanogpt.files import atomic_write, make_folder
-from nanogpt.initialize.names import GPT2, QWEN3, Names, foreign_names
+from nanogpt.foreign_names import GPT2, QWEN3, Names, foreign_names
 from nanogpt.model.lora import A, B, alpha_of
 
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
