@@ -63,8 +63,8 @@ def prepare(
 ) -> None:
     """Turn texts into a data folder: train.pt, val.pt and vocab.pt. A folder that has them already stays.
 
-    input_file: a file, a folder or a glob, or several; none: Tiny Shakespeare, downloaded. settings: flags of
-    the `data` command (PrepareConfig), as tokenizer="bpe", vocab_size=1000, overwrite=True.
+    input_file: a file, a folder, a glob or an address, or several; none: Tiny Shakespeare, downloaded.
+    settings: flags of the `data` command (PrepareConfig): tokenizer="bpe", vocab_size=1000, overwrite=True.
     Raises: UserError as the command.
     """
     several = isinstance(input_file, Iterable) and not isinstance(input_file, str)

@@ -53,7 +53,7 @@ class EvaluateConfig(Settings):
     against: str | None = None
     """Another checkpoint to compare it with, on the same text."""
     input_file: tuple[str, ...] = ()
-    """The text: files, folders, globs, - for standard input. Without it: a split of data_dir."""
+    """The text: files, folders, globs, addresses, - for standard input. Without it: a split of data_dir."""
     text_field: str = DEFAULT_TEXT_FIELD
     """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
     input_format: str = AUTO_FORMAT

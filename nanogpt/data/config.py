@@ -13,6 +13,7 @@ from typing import Literal
 from nanogpt.config import at_least
 from nanogpt.errors import require
 from nanogpt.settings import Settings
+from nanogpt.text.addresses import without_secrets
 from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD
 from nanogpt.text.speakers import Speakers
 
@@ -24,7 +25,7 @@ class PrepareConfig(Settings):
     """Turn texts into token files: train.pt, val.pt and vocab.pt in the data folder."""
 
     input_file: tuple[str, ...] = ()
-    """Your texts: files, folders, globs, - for standard input. Without it: Tiny Shakespeare, downloaded."""
+    """Your texts: files, folders, globs, addresses, - for standard input; without it, Tiny Shakespeare."""
     data_dir: str = "data"
     """Folder for the prepared data."""
     train_split: float = 0.9
@@ -93,7 +94,7 @@ def check_reading(input_format: str, speakers: tuple[str, ...]) -> None:
 
 def first_few(names: tuple[str, ...]) -> str:
     """The first three names, for messages."""
-    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+    return ", ".join([*map(without_secrets, names[:3]), *(["..."] if len(names) > 3 else [])])
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from nanogpt.data.swap import VOCAB_FILE, finish_interrupted_swap, read_journal
 from nanogpt.data.token_map import TokenFile, check_ids, open_tokens
 from nanogpt.errors import UserError, require
 from nanogpt.seals import VERIFY_BYTES, Checksum, DamageError, load_with_checksum, verify
+from nanogpt.text.addresses import without_secrets
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict
@@ -203,7 +204,7 @@ def prepare_arguments(config: PrepareConfig) -> list[str]:
     words: list[str] = []
     for name in ("input_file", "val_file"):
         values = getattr(config, name)
-        words += [f"--{name}", *values] if values else []
+        words += [f"--{name}", *map(without_secrets, values)] if values else []
     default = PrepareConfig()
     words += ["--speakers", *config.speakers] if config.speakers else []
     for name in (

@@ -62,6 +62,9 @@ OUT_OF_MEMORY_WORDS = (
 
 STDIN_FILE = "stdin.txt"
 
+DOWNLOADS = "downloads"
+"""Folder of downloaded texts within the data folder."""
+
 MAX_SHOWN = 5
 """Broken records that are printed; broken.txt lists them all."""
 
@@ -178,6 +181,7 @@ def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
         corpora[side] = find_corpus(
             files,
             config.text_field,
+            folder / DOWNLOADS,
             input_format=config.input_format,
             speakers=Speakers.parse(config.speakers),
         )

@@ -12,13 +12,14 @@ import glob
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from nanogpt.errors import UserError, require
+from nanogpt.text.addresses import is_address, local_name
 from nanogpt.text.archives import HiddenFiles, read_file, skip_on_error
 from nanogpt.text.compressed import CountingReader
 from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, Chunk, SkipReport, one_line
@@ -50,6 +51,7 @@ class Corpus:
     text_field: the field of a record that is its text; dots lead into nested records.
     unreadable: files and folders that cannot be read, each with the reason. notes: lines on what is left out
     on purpose. input_format: how to read the files, by name. speakers: what becomes of names in chats.
+    addresses: for messages, where files come from that were downloaded.
     """
 
     files: tuple[Path, ...]
@@ -58,6 +60,7 @@ class Corpus:
     notes: tuple[str, ...] = ()
     input_format: str = AUTO_FORMAT
     speakers: Speakers = EVERYBODY
+    addresses: Mapping[Path, str] = field(default_factory=dict[Path, str], hash=False)
 
     @property
     def size(self) -> int:
@@ -74,20 +77,21 @@ class Corpus:
         for where, why in self.unreadable:
             report.reject(where, why)
         for path in self.files:
-            source = partial(self.read_chunks, path, report, advance)
-            yield from source() if len(self.files) == 1 else skip_on_error(source(), str(path), report)
+            source, name = partial(self.read_chunks, path, report, advance), self.name_of(path)
+            yield from source() if len(self.files) == 1 else skip_on_error(source(), name, report)
 
     def read_chunks(
         self, path: Path, report: SkipReport, advance: Callable[[int], object]
     ) -> Iterator[Chunk]:
         """The documents in a file. Raises: UserError if it cannot be read."""
+        name = self.name_of(path)
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:
                 file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, advance), 1 << 18))
                 yield from read_file(
                     Source(
                         file,
-                        str(path),
+                        name,
                         str(path),
                         self.text_field,
                         report,
@@ -96,7 +100,11 @@ class Corpus:
                     )
                 )
         except OSError as error:
-            raise UserError(f"--input_file {path} cannot be read: {error.strerror or error}") from error
+            raise UserError(f"--input_file {name} cannot be read: {error.strerror or error}") from error
+
+    def name_of(self, path: Path) -> str:
+        """The name of a file in messages: its path, or the address that it was downloaded from."""
+        return self.addresses.get(path, str(path))
 
 
 def size_of(path: Path) -> int:
@@ -134,17 +142,22 @@ def system_device() -> int | None:
 def find_corpus(
     names: Sequence[str],
     text_field: str = DEFAULT_TEXT_FIELD,
+    downloads: Path | None = None,
     *,
     input_format: str = AUTO_FORMAT,
     speakers: Speakers = EVERYBODY,
 ) -> Corpus:
-    """The corpus of files, folders and globs, in that order. Folders are sorted; each file comes once.
+    """The corpus of files, folders, globs and addresses, in order. Folders are sorted; a file comes once.
 
-    Raises: UserError if one is missing or has no files.
+    downloads: the folder for what addresses give; None: in the user's cache.
+    Raises: UserError if one is missing or has no files, or cannot be downloaded.
     """
     search = FileSearch()
     for name in names:
-        search.add(name)
+        if is_address(name):
+            search.add_address(name, downloads)
+        else:
+            search.add(local_name(name))
     return Corpus(
         tuple(search.files.values()),
         text_field,
@@ -152,6 +165,7 @@ def find_corpus(
         search.hidden.notes(),
         input_format,
         speakers,
+        search.addresses,
     )
 
 
@@ -160,11 +174,21 @@ class FileSearch:
     """A search for files.
 
     files: the files found, by real path. unreadable: reasons, by path. hidden: hidden files left out.
+    addresses: of downloaded files, by path.
     """
 
     files: dict[str, Path] = field(default_factory=dict[str, Path])
     unreadable: dict[str, str] = field(default_factory=dict[str, str])
     hidden: HiddenFiles = field(default_factory=HiddenFiles)
+    addresses: dict[Path, str] = field(default_factory=dict[Path, str])
+
+    def add_address(self, address: str, downloads: Path | None) -> None:
+        """Download the files at an address. Raises: UserError if there are none, or one cannot be had."""
+        from nanogpt.text.remote import fetch  # it loads what speaks HTTP
+
+        for shown, path in fetch(address, downloads):
+            self.files.setdefault(os.path.realpath(path), path)
+            self.addresses[path] = shown
 
     def add(self, name: str) -> None:
         """Find the files of a file name, a folder or a glob. Raises: UserError if there are none."""
