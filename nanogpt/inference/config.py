@@ -28,8 +28,8 @@ MAX_SPECULATED = 64
 
 FACTORS = (
     ("repetition_penalty", 0.01, 100.0),
-    ("frequency_penalty", -1000.0, 1000.0),
-    ("presence_penalty", -1000.0, 1000.0),
+    ("frequency_penalty", -1e6, 1e6),
+    ("presence_penalty", -1e6, 1e6),
 )
 """Names, least and largest values of the penalties."""
 
