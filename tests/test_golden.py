@@ -5,9 +5,9 @@ golden.tar.xz was written by commit 6c7079b, before the packages: data folders o
 (bpe-run), on the second with FSDP in two processes (fsdp). All of 6 steps. golden-ngrams.tar.xz
 was written by commit 0d9ba82, when pairs of tokens were hashed and AdamW updated the n-gram tables.
 golden-formats.tar.xz has a run of every format of checkpoints, with data of every format: each made by the
-commit in FORMATS with a model of width 4, to step 6. That commit then went on to step 9 itself: without dropout
-where it drew other masks than today, or those of two processes. A new format gets a row there, with files from
-the last commit that wrote the old one.
+commit in FORMATS with a model of width 4, to step 6. That commit then went on to step 9 itself: without
+dropout where it drew other masks than today, or those of two processes. A new format gets a row there, with
+files from the last commit that wrote the old one.
 """
 
 import sys
@@ -146,9 +146,7 @@ def test_a_checkpoint_of_the_future_is_refused_with_what_it_needs(golden: Path, 
     raw = path.read_bytes()
     for command in (["sample", "--checkpoint", str(path)], ["eval", "--checkpoint", str(path)]):
         assert run_command(command[0], command[1:], command[0]) == 2
-        says = (
-            f"has format {newest + 1}, and this NanoGPT ({__version__}) reads 1 to {newest}: update NanoGPT"
-        )
+        says = f"has format {newest + 1}, and this NanoGPT ({__version__}) reads 1 to {newest}: update"
         assert says in capsys.readouterr().err
     assert run_command("train", ["--resume", "--out_dir", "format-5"], "train") == 2
     assert path.read_bytes() == raw
