@@ -10,6 +10,7 @@ dropout where it drew other masks than today, or those of two processes. A new f
 files from the last commit that wrote the old one.
 """
 
+import json
 import sys
 import tarfile
 from dataclasses import replace
@@ -138,13 +139,33 @@ def test_every_format_is_resumed_to_where_its_own_commit_came(golden: Path, name
     assert capsys.readouterr().out.startswith("A small")
 
 
+@pytest.mark.parametrize("name", [*FORMATS, *DATA_FORMATS])
+def test_every_format_is_described(golden: Path, name: str, capsys) -> None:
+    assert run_command("info", [name, "--verify", "--json"], "info") == 0
+    found = json.loads(capsys.readouterr().out)
+    version = DATA_FORMATS[name] if name in DATA_FORMATS else int(name.split("-")[1])
+    assert found["version"].startswith(f"format {version}")
+    assert found["tokenizer"]["vocab_size"] == 29
+    if name in FORMATS:
+        _, data, _ = FORMATS[name]
+        assert found["data"]["folder"] == data
+        assert found["data"]["folder_has_it"] is True
+        assert found["progress"]["step"] == 6
+        assert [point["step"] for point in found["curve"]] == [3, 6]
+        assert run_command("info", ["--diff", name, f"{name}/last.pt", "--json"], "info") == 0
+        weights = json.loads(capsys.readouterr().out)["weights"]
+        assert len(weights) > 10
+        assert {one["status"] for one in weights} == {"equal"}
+
+
 def test_a_checkpoint_of_the_future_is_refused_with_what_it_needs(golden: Path, capsys) -> None:
     newest = checkpoints.FORMAT_VERSION
     content = torch.load("format-5/last.pt", weights_only=True) | {"format": newest + 1, "experts": 8}
     path = Path("format-5/last.pt")
     write_sealed(path, content)
     raw = path.read_bytes()
-    for command in (["sample", "--checkpoint", str(path)], ["eval", "--checkpoint", str(path)]):
+    named = ["--checkpoint", str(path)]
+    for command in (["sample", *named], ["eval", *named], ["info", str(path)], ["info", "format-5"]):
         assert run_command(command[0], command[1:], command[0]) == 2
         says = f"has format {newest + 1}, and this NanoGPT ({__version__}) reads 1 to {newest}: update"
         assert says in capsys.readouterr().err
@@ -156,7 +177,7 @@ def test_data_of_the_future_are_refused_with_what_they_need(golden: Path, capsys
     path = Path("data-2/vocab.pt")
     content = torch.load(path, weights_only=True)
     seals.save_with_checksum(path, content | {"format": 3}, save=torch.save)
-    for command in (["train", "--data_dir", "data-2"], ["data", "info", "data-2"]):
+    for command in (["train", "--data_dir", "data-2"], ["data", "info", "data-2"], ["info", "data-2"]):
         assert run_command(command[0], command[1:], command[0]) == 2
         says = (
             f"data-2 has format 3, and this NanoGPT ({__version__}) reads 1 to 2: update NanoGPT, or prepare"
