@@ -37,7 +37,13 @@ from nanogpt.model.size import meta_model
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
 from nanogpt.training.fit import fit
 
-NAMES = {"hf": "exported", "gguf": "m.gguf", "safetensors": "m.safetensors", "html": "m.html"}
+NAMES = {
+    "hf": "exported",
+    "gguf": "m.gguf",
+    "safetensors": "m.safetensors",
+    "html": "m.html",
+    "onnx": "graph",
+}
 
 
 def info(*arguments: str | Path) -> int:
@@ -151,11 +157,13 @@ def test_an_export_is_described_as_its_checkpoint(name: str, tmp_path: Path, cap
     model = source(**QWEN3)
     export(model, name, path)
     found = as_json(capsys, path)
-    assert found["parameters"] == model.num_weights + (2 * model.config.n_embd if name == "gguf" else 0)
-    assert found["bytes"] == (
-        path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.iterdir())
-    )
-    if name != "gguf":
+    if name != "onnx":
+        assert found["parameters"] == model.num_weights + (2 * model.config.n_embd if name == "gguf" else 0)
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    assert found["bytes"] == sum(file.stat().st_size for file in files)
+    if name in ("gguf", "onnx"):
+        assert found["tokenizer"]["vocab_size"] == LETTERS.vocab_size + 1  # the end of a text
+    else:
         theirs, ours = GPTConfig(**found["config"]), model.config
         assert replace(theirs, n_kv_head=theirs.n_kv_head or theirs.n_head, dropout=0.0) == ours
     assert all(len(line) <= 80 for line in printed(capsys, path).replace(str(path), "m").splitlines())

@@ -1,4 +1,4 @@
-"""Descriptions of what `nanogpt export` writes: safetensors, GGUF, and pages of HTML.
+"""Descriptions of what `nanogpt export` writes: safetensors, GGUF, ONNX, and pages of HTML.
 
 Example:    describe_gguf(Path("my_gpt.gguf"))
 Its folders for transformers are read as any folder of transformers (foreign.py).
@@ -25,10 +25,26 @@ from nanogpt.info.description import (
 )
 from nanogpt.info.gguf_header import TensorFacts, read_header
 from nanogpt.initialize.ours import KEY, metadata, read_safetensors_file
-from nanogpt.initialize.source import count, first_line
+from nanogpt.initialize.source import first_line, read_json
+from nanogpt.tokenizer.registry import from_file
 
 MAX_HEADER_BYTES = 1 << 28
 """Longest header of a safetensors file that is read."""
+
+ONNX_FILE = "onnx/model.onnx"
+
+ONNX_SETTINGS = {
+    "n_layer": "layers",
+    "num_hidden_layers": "layers",
+    "n_head": "heads",
+    "num_attention_heads": "heads",
+    "n_embd": "width",
+    "hidden_size": "width",
+    "n_positions": "context",
+    "max_position_embeddings": "context",
+    "vocab_size": "vocabulary",
+}
+"""Name in config.json -> what it says of the shape."""
 
 PAGE_MODEL = re.compile(rb'<script[^>]* id="model"[^>]*>(.*?)</script>', re.DOTALL)
 """The element of a page that describes its model."""
@@ -137,6 +153,34 @@ def describe_gguf(path: Path) -> Description:
     )
 
 
+# --- ONNX ---
+
+
+def is_onnx(folder: Path) -> bool:
+    """Whether a folder is an exported graph, and not one of transformers that has a graph too."""
+    is_graph = (folder / ONNX_FILE).is_file() and (folder / "config.json").is_file()
+    return is_graph and not any(folder.glob("*.safetensors"))
+
+
+def describe_onnx(folder: Path) -> Description:
+    """A folder with a graph. Its config.json says what transformers.js needs, and no more.
+
+    Raises: UserError if it is malformed.
+    """
+    content = read_json(folder / "config.json")
+    found = {label: content[name] for name, label in ONNX_SETTINGS.items() if name in content}
+    words = ", ".join(f"{label} {value}" for label, value in found.items())
+    path = folder / "tokenizer.json"
+    return Description(
+        folder,
+        "an exported ONNX folder",
+        sizes={file.name: size_of(file) for file in sorted(folder.iterdir())},
+        config={name: value for name, value in content.items() if isinstance(value, str | int | float)},
+        model=f"to transformers.js a {content.get('model_type')}: {words}",
+        tokenizer=tokenizer_facts(from_file(path)) if path.is_file() else None,
+    )
+
+
 # --- HTML ---
 
 
@@ -166,8 +210,6 @@ def describe_page(path: Path) -> Description:
         config = from_dict(GPTConfig, content["config"])
         tokenizer = cast(dict[str, Any], content["tokenizer"])
         end = tokenizer["end"]
-        weights = count(content, "bytes")
-        require(weights < size_of(path), f"{path} is cut short")
         facts = TokenizerFacts(str(tokenizer["kind"]), config.vocab_size, end_of_text=end)
         texts = {"Name": str(content["name"]), "Says": str(content["about"])}
     except UserError:
@@ -178,7 +220,7 @@ def describe_page(path: Path) -> Description:
         path,
         "an exported page",
         "",
-        {"weights": weights, "rest": size_of(path) - weights},
+        {"file": size_of(path)},
         **shape_facts(config),
         tokenizer=facts,
         notes={**texts, "Weights": "8 bits, with a scale for each row of a matrix"},

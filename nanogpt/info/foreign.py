@@ -85,7 +85,7 @@ def open_weights(source: Source) -> Weights:
 def sizes_of(path: Path) -> dict[str, int]:
     """Bytes of weights and of the rest, in a folder or a checkpoint of nanoGPT."""
     if path.is_dir():
-        return {file.name: size_of(file) for file in sorted(path.iterdir()) if file.is_file()}
+        return {file.name: size_of(file) for file in sorted(path.iterdir())}
     content: Mapping[str, Any] = read_torch(path)
     parts = {"weights": content["model"], "optimizer": content.get("optimizer")}
     sizes = {name: bytes_of(tensors_within(part)) for name, part in parts.items()}

@@ -37,6 +37,7 @@ KINDS = (
     Kind("a data folder", ours.is_data, ours.describe_data, has_checksum=True),
     Kind("an exported safetensors file", is_safetensors, without_checksum(exports.describe_safetensors)),
     Kind("a GGUF file", is_gguf, without_checksum(exports.describe_gguf)),
+    Kind("an exported ONNX folder", exports.is_onnx, without_checksum(exports.describe_onnx)),
     Kind("an exported page", exports.is_page, without_checksum(exports.describe_page)),
     Kind(
         "a model of nanoGPT, litgpt or transformers",
