@@ -318,7 +318,7 @@ def hostile_files() -> dict[str, Any]:
             path.mkdir(), (path / "meta_1.json").write_text("{}"), torch.save({}, path / "model_1.pt")
         ),
         "data": lambda path: (path.mkdir(), torch.save({"format": 2, "x": Evil()}, path / "vocab.pt")),
-        "pipe": lambda path: os.mkfifo(path),  # no name on Windows until it is called
+        "pipe": lambda path: os.mkfifo(path, 0o600),  # Windows has none, and collects this file too
     }  # fmt: skip
 
 
