@@ -170,6 +170,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def size(count: int) -> str:
+    """A number of bytes for a person, in powers of 1,000: 812 bytes, 43.1 MB."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return plural(count, "byte")
+
+
 def plural(count: int, noun: str) -> str:
     """A number with the noun that it counts: 1 file, 3,000 files."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 
+from nanogpt import __version__
 from nanogpt.checkpoint import format as checkpoints
 from nanogpt.checkpoint.format import (
     FORMAT_VERSION,
@@ -358,7 +359,7 @@ def test_a_prepared_vocabulary_is_no_checkpoint(tmp_path):
 def test_another_format(tmp_path, original, version):
     save_checkpoint(tmp_path / "ckpt.pt", replace(original, format=version))
     message = refusal(tmp_path / "ckpt.pt")
-    assert f"has format {version}, this is {FORMAT_VERSION}" in message
+    assert f"has format {version}, and this NanoGPT ({__version__}) reads 1 to {FORMAT_VERSION}" in message
 
 
 def test_a_newer_format_with_other_parts(tmp_path, original):

@@ -118,7 +118,7 @@ def test_foreign_tokens(folder, name, kind):
 def test_a_folder_of_another_version(folder):
     vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
     torch.save({**vocabulary, "format": FORMAT_VERSION + 1}, folder / "vocab.pt")
-    with pytest.raises(UserError, match="version") as raised:
+    with pytest.raises(UserError, match="has format 3") as raised:
         load_dataset(folder)
     one_line(raised)
 

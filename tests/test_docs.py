@@ -26,7 +26,7 @@ from conftest import prepared
 import nanogpt.training.fit as fit_module
 from nanogpt.cli import main as cli
 from nanogpt.cli import plan
-from nanogpt.cli.config import EvaluateConfig
+from nanogpt.cli.config import EvaluateConfig, InfoConfig
 from nanogpt.cli.parse import parse
 from nanogpt.config import SHAPE_FIELDS, TrainConfig
 from nanogpt.errors import UserError
@@ -247,6 +247,7 @@ def test_the_readme_shows_every_command() -> None:
         "sample",
         "export",
         "serve",
+        "info",
         "presets",
     }
 
@@ -281,6 +282,13 @@ def test_every_export_flag_is_documented() -> None:
 def test_every_flag_of_the_server_is_documented() -> None:
     text = (ROOT / "docs" / "server.md").read_text("utf-8")
     assert not [field.name for field in fields(ServeConfig) if f"`--{field.name}`" not in text]
+
+
+def test_every_flag_of_info_is_documented() -> None:
+    text = (ROOT / "docs" / "info.md").read_text("utf-8")
+    flags = {field.name for field in fields(InfoConfig)} - {"path"}  # given without a flag
+    assert not [name for name in flags if f"| `--{name}` |" not in text]
+    assert "| `PATH` |" in text
 
 
 def test_every_preset_is_documented() -> None:

@@ -18,6 +18,7 @@ HOUSE = (
     {"data", "checkpoint", "inference"},
     {"evaluation", "sampler", "scoring", "export", "initialize", "server"},
     {"training"},
+    {"info"},
     {"train", "api", "cli"},
     {"__main__"},
 )

@@ -1,6 +1,7 @@
-"""The checkpoint file format: save, load and verify a checkpoint, upgrade older formats, load a model.
+"""The checkpoint file format: save, load, open and verify a checkpoint, load a model.
 
 Example:    save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
+            open_checkpoint(path).progress      # at once, however large the file
             model = load_model("out"); model, tokenizer = load_model("out/last.pt")
 A checkpoint is one self-contained file of plain types and tensors, written with torch.save and followed by a
 seal: the SHA-256 of all bytes before it. Loading verifies the seal first, then calls torch.load with
@@ -19,8 +20,9 @@ from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 
-from nanogpt import seals
+from nanogpt import __version__, seals
 from nanogpt.checkpoint import sharded, validation
+from nanogpt.checkpoint.upgrade import upgrade
 from nanogpt.config import GPTConfig, TrainConfig, from_dict, model_config
 from nanogpt.console import plural
 from nanogpt.device import pick_device
@@ -31,7 +33,7 @@ from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
 FORMAT_VERSION = 5
-"""Version of the checkpoint format. Older formats are read too: see `upgrade`."""
+"""Version of the checkpoint format. Older formats are read too (upgrade.py)."""
 
 NOT_A_CHECKPOINT = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
 
@@ -128,10 +130,10 @@ def write_sealed(path: Path, content: object) -> None:
     seals.save_with_checksum(path, content, SEAL, torch.save)
 
 
-def verify(path: Path) -> None:
-    """Verify the checksum in the seal at the end of a checkpoint file.
+def verify(path: Path) -> bool:
+    """Verify the checksum in the seal at the end of a checkpoint file. False: the file has no seal.
 
-    Raises: UserError if a single bit has changed, or if the file has no seal.
+    Raises: UserError if a single bit has changed.
     """
     remaining = path.stat().st_size - SEAL_SIZE
     digest = hashlib.sha256()
@@ -140,8 +142,19 @@ def verify(path: Path) -> None:
             digest.update(block)
             remaining -= len(block)
         seal = file.read()
-    require(seal.startswith(SEAL), f"{path} is cut short, or {NOT_A_CHECKPOINT}")
-    require(seal == SEAL + digest.digest(), f"checkpoint {path} is damaged (its checksum does not match)")
+    sealed = seal.startswith(SEAL)
+    require(
+        not sealed or seal == SEAL + digest.digest(),
+        f"checkpoint {path} is damaged (its checksum does not match)",
+    )
+    return sealed
+
+
+def has_seal(path: Path) -> bool:
+    """Whether a file ends with the seal of a checkpoint, whatever checksum is in it."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - SEAL_SIZE))
+        return file.read(len(SEAL)) == SEAL
 
 
 class ModelAndTokenizer(NamedTuple):
@@ -212,6 +225,58 @@ def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
     gather: also verify the shards of a sharded checkpoint and load their tensors; else only the file itself.
     Raises: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
+    loaded = read_checkpoint(path, verified=True)
+    if not loaded.shards or not gather:
+        return loaded
+    gathered = gather_shards(path, loaded)
+    verify_content(path, vars(gathered))
+    return gathered
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint whose tensors stay in the file until they are read (memory-mapped).
+
+    Its checksum is not verified, and the tensors of a sharded checkpoint are not there.
+    Raises: UserError as in load_checkpoint.
+    """
+    return read_checkpoint(path, verified=False)
+
+
+def read_checkpoint(path: Path, *, verified: bool) -> Checkpoint:
+    """Read the file of a checkpoint, of any format, and check its content.
+
+    verified: compare all bytes with the checksum and load the tensors; else map them.
+    Raises: UserError as in load_checkpoint.
+    """
+    check_is_file(path)
+    try:
+        sealed = verify(path) if verified else has_seal(path)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    try:
+        content = read_plain(path) if verified else read_mapped(path)
+    except Exception as error:  # torch.load may raise anything for a malicious file
+        require(sealed, f"{path} is cut short, or {NOT_A_CHECKPOINT}")
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
+    content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
+    version = content.get("format")
+    require(version is not None and not isinstance(version, torch.Tensor), f"{path} {NOT_A_CHECKPOINT}")
+    content = upgrade(content)
+    require(
+        content["format"] == FORMAT_VERSION,
+        f"checkpoint {path} has format {version}, and this NanoGPT ({__version__}) reads 1 to "
+        f"{FORMAT_VERSION}: update NanoGPT",
+    )
+    require(sealed or bool(version == 1), f"{path} is cut short, or {NOT_A_CHECKPOINT}")
+    names = {field.name for field in fields(Checkpoint)}
+    require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
+    verify_content(path, content)
+    return Checkpoint(**content)
+
+
+def check_is_file(path: Path) -> None:
+    """Raise UserError if there is no file at the path of a checkpoint."""
     try:
         if not path.exists():
             last = path.with_name("last.pt")
@@ -221,31 +286,8 @@ def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
             )
             raise UserError(f"checkpoint {path} does not exist: train one, or check the path")
         require(path.is_file(), f"checkpoint {path} is not a file: give the ckpt.pt or last.pt of a run")
-        verify(path)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    try:
-        content = read_plain(path)
-    except Exception as error:  # torch.load may raise anything for a malicious file
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {path} is not a checkpoint ({detail})") from error
-    content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
-    version = content.get("format")
-    require(version is not None and not isinstance(version, torch.Tensor), f"{path} {NOT_A_CHECKPOINT}")
-    content = upgrade(content)
-    require(
-        content["format"] == FORMAT_VERSION,
-        f"checkpoint {path} has format {version}, this is {FORMAT_VERSION}: update NanoGPT",
-    )
-    names = {field.name for field in fields(Checkpoint)}
-    require(set(content) == names, f"checkpoint {path} was saved by another version: update NanoGPT")
-    verify_content(path, content)
-    loaded = Checkpoint(**content)
-    if not loaded.shards or not gather:
-        return loaded
-    gathered = gather_shards(path, loaded)
-    verify_content(path, vars(gathered))
-    return gathered
 
 
 def verify_content(path: Path, content: Mapping[str, Any]) -> None:
@@ -272,77 +314,6 @@ def gather_shards(path: Path, header: Checkpoint) -> Checkpoint:
     return replace(header, model=model, average=average, optimizers=optimizers, shards={})
 
 
-def upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Upgrade the content of a checkpoint from an older format to the current one.
-
-    Format 1 has no EMA, only GPT-2's approximation of GELU, and in its first files one optimizer.
-    Format 2 has other field names and, in its first files, no shards.
-    Format 3 has GPT-2's names for the weights (wte, ln_f).
-    Format 4 has hashed rows for pairs of tokens, and AdamW for the n-gram tables.
-    """
-    if content["format"] == 1 and isinstance(content.get("config"), dict):
-        content = from_format_1(content)
-    if content["format"] == 2:
-        content = from_format_2(content)
-    if content["format"] == 3:
-        content = from_format_3(content)
-    return from_format_4(content) if content["format"] == 4 else content
-
-
-def from_format_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Upgrade the content of a checkpoint from format 1 to format 2."""
-    content = {"average": {}, **content, "format": 2}
-    if "optimizer" in content:
-        content["optimizers"] = [content.pop("optimizer")]
-    settings: dict[str, Any] = content["config"]
-    approximate = settings.get("mlp", "gelu") == "gelu"
-    content["config"] = {**settings, "mlp": "gelu_tanh"} if approximate else settings
-    return content
-
-
-FORMAT_2_NAMES = {"arithmetic": "precision", "parts": "shards"}
-FORMAT_2_PROGRESS = {"order": "shuffle_id", "broken": "bad_steps", "broken_at": "furthest_bad_step"}
-
-
-def from_format_2(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Upgrade the content of a checkpoint from format 2 to format 3. Malformed values stay as they are."""
-    content = {FORMAT_2_NAMES.get(name, name): value for name, value in content.items()}
-    content = {"shards": {}, **content, "format": 3}
-    progress, precision = content.get("progress"), content.get("precision")
-    if isinstance(progress, dict):
-        items = cast(dict[str, Any], progress).items()
-        content["progress"] = {FORMAT_2_PROGRESS.get(name, name): value for name, value in items}
-    if isinstance(precision, dict):
-        renamed = dict(cast(dict[str, Any], precision))
-        count = renamed.pop("pieces", "")  # format 2 saved this number as a string
-        if isinstance(count, str) and count.isdecimal():
-            renamed["num_micro_batches"] = int(count)
-        content["precision"] = renamed
-    return content
-
-
-def from_format_3(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Upgrade the content of a checkpoint from format 3 to format 4. Malformed values stay as they are."""
-    content = {**content, "format": 4}
-    for key in ("model", "average"):
-        weights = content.get(key)
-        if isinstance(weights, dict):
-            items = cast(dict[object, Any], weights).items()
-            content[key] = {
-                sharded.current_name(name) if isinstance(name, str) else name: weight
-                for name, weight in items
-            }
-    return content
-
-
-def from_format_4(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Upgrade the content of a checkpoint from format 4 to format 5. Malformed values stay as they are."""
-    settings: Any = content.get("config")
-    if isinstance(settings, dict):
-        settings = {**cast(dict[Any, Any], settings), "ngram_pairs": "hashed"}
-    return {**content, "config": settings, "format": 5}
-
-
 def peek(path: Path) -> tuple[TrainConfig, int]:
     """Read the settings and the step of a checkpoint quickly: no tensor is read, nothing is verified.
 
@@ -350,12 +321,16 @@ def peek(path: Path) -> tuple[TrainConfig, int]:
     """
     if not path.is_file():  # opening a named pipe would block
         raise FileNotFoundError(path)
-    try:
-        content = read_plain(path, mmap=True)
-    except (OSError, RuntimeError):  # this file system does not support memory maps
-        content = read_plain(path)
-    content = upgrade(cast(dict[str, Any], content))
+    content = upgrade(cast(dict[str, Any], read_mapped(path)))
     return from_dict(TrainConfig, content["config"]), int(content["progress"]["step"])
+
+
+def read_mapped(path: Path) -> object:
+    """Read a file as read_plain does, but leave its tensors in the file, if the file system can map it."""
+    try:
+        return read_plain(path, mmap=True)
+    except (OSError, RuntimeError):  # no memory maps here, or a file from before PyTorch 1.6
+        return read_plain(path)
 
 
 def read_plain(path: Path, *, mmap: bool = False) -> object:

@@ -45,6 +45,25 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class InfoConfig(Settings):
+    """Say what a checkpoint, run, data folder or export is, or what differs between two."""
+
+    path: str = "out"
+    """The file or folder."""
+    diff: tuple[str, ...] = ()
+    """Two files or folders to compare instead: settings, tokenizer, data, and weight by weight."""
+    verify: bool = False
+    """Compare all of it with its checksums; weights are read for that."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = len(self.diff)
+        require(given in (0, 2), f"--diff takes two files or folders, and {given} is given: --diff A B")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(Settings):
     """Measure the loss of a checkpoint on any text, alone or against another checkpoint."""
 

@@ -16,9 +16,9 @@ from nanogpt.device import explain_out_of_memory
 from nanogpt.errors import UserError, require
 from nanogpt.export.config import ExportConfig
 from nanogpt.export.registry import FORMATS, check_fits, check_request, default_dtype, export
-from nanogpt.export.source import Evaluation, Source
+from nanogpt.export.source import Source
+from nanogpt.info.curve import evaluations
 from nanogpt.tokenizer.registry import from_dict
-from nanogpt.training.metrics import read_rows
 
 
 def main(config: ExportConfig) -> int:
@@ -35,7 +35,7 @@ def main(config: ExportConfig) -> int:
             escape_control_characters(output.name.removesuffix(FORMATS[config.format].suffix)),
             saved,
             from_dict(saved.tokenizer),
-            evaluations(path.with_name("metrics.jsonl"), saved),
+            evaluations(path.with_name("metrics.jsonl"), saved.progress),
             training_data(saved),
         )
         check_fits(source, config.format)
@@ -51,25 +51,6 @@ def main(config: ExportConfig) -> int:
     dtype = config.dtype or default_dtype(config.format)
     say(f"{output}: {source.num_weights:,} parameters in {dtype}, format {config.format}")
     return 0
-
-
-def evaluations(path: Path, saved: Checkpoint) -> list[Evaluation]:
-    """The evaluations in a metrics.jsonl up to a checkpoint; none if it is missing, or of another run."""
-    progress = saved.progress
-    try:
-        rows = [row for _, row in read_rows(path) if row is not None] if path.is_file() else []
-    except UserError:
-        return []
-    found = [
-        Evaluation(row["step"], row["val_loss"], bits if isinstance(bits, float) else None)
-        for row in rows
-        for loss, bits in [(row.get("val_loss"), row.get("val_bits_per_byte"))]
-        if isinstance(loss, float) and isinstance(row["step"], int) and row["step"] <= progress["step"]
-    ]
-    best = min((point.loss for point in found), default=None)
-    last = max((point.step for point in found), default=None)
-    same_run = best == progress.get("best_val_loss") and last == progress.get("evaluated_at")
-    return found if same_run else []
 
 
 def training_data(saved: Checkpoint) -> Dataset | None:

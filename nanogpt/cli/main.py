@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from nanogpt import __version__, streams
-from nanogpt.cli.config import EvaluateConfig, ModelSummaryConfig, PlanConfig, PresetsConfig
+from nanogpt.cli.config import EvaluateConfig, InfoConfig, ModelSummaryConfig, PlanConfig, PresetsConfig
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import InspectConfig, PrepareConfig
@@ -56,6 +56,7 @@ COMMANDS = {
     "eval": Command(EvaluateConfig, "nanogpt.cli.evaluate"),
     "export": Command(ExportConfig, "nanogpt.cli.export", writes=True),
     "serve": Command(ServeConfig, "nanogpt.cli.serve"),
+    "info": Command(InfoConfig, "nanogpt.cli.info"),
     "presets": Command(PresetsConfig, "nanogpt.cli.presets"),
 }
 

@@ -26,9 +26,12 @@ TYRO_ERROR_CODE = 2
 
 LIST_FLAGS = (
     *("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to"),
-    "--speakers",
+    *("--speakers", "--diff"),
 )
 """Flags that take a list of values."""
+
+POSITIONAL = ("path",)
+"""Fields that are given without a flag."""
 
 SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
 """Bare switch -> the value of --compile that it stands for."""
@@ -97,6 +100,7 @@ def plain_types_registry(cls: type[Any], default: Any) -> "ConstructorRegistry":
     For any other type it imports typeguard, and with it asyncio, which takes as long as tyro itself. So
     `int | None` becomes Union[int, None], and tuple[str, ...] a class.
     """
+    from tyro.conf import Positional
     from tyro.constructors import (
         ConstructorRegistry,
         PrimitiveTypeInfo,
@@ -110,6 +114,8 @@ def plain_types_registry(cls: type[Any], default: Any) -> "ConstructorRegistry":
     plain = [
         replace(field, type=Texts, default=Texts(field.default))
         if field.type == tuple[str, ...]
+        else replace(field, type=Positional[field.type])
+        if field.name in POSITIONAL
         else replace(field, type=Union[union_members(field.type)])  # noqa: UP007 - X | Y is another type
         for field in usual.fields
     ]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from nanogpt import __version__
 from nanogpt.console import command
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.shards import Shards, Tokens
@@ -123,8 +124,14 @@ def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int],
     content = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     advice = f"{prepare_advice(folder, content)} --overwrite"
     version = content.get("format")
+    is_number = isinstance(version, int)
     require(
-        isinstance(version, int) and version in (1, FORMAT_VERSION) and "tokenizer" in content,
+        not is_number or version <= FORMAT_VERSION,
+        f"{folder} has format {version}, and this NanoGPT ({__version__}) reads 1 to {FORMAT_VERSION}: "
+        f"update NanoGPT, or {advice}",
+    )
+    require(
+        is_number and version > 0 and "tokenizer" in content,
         f"{folder} was prepared by another version of NanoGPT: {advice}",
     )
     facts = VocabFile(content, path, advice)
@@ -138,7 +145,7 @@ def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int],
         tokenizer = facts.tokenizer
     train, val = (open_split(folder, facts, split, advice) for split in SPLITS)
     require(
-        facts.tokens == {"train": len(train), "val": len(val)},
+        facts.tokens in (None, {"train": len(train), "val": len(val)}),
         f"the files in {folder} do not belong together: {advice}",
     )
     with errors_with_advice(folder, advice):
@@ -227,7 +234,8 @@ class VocabFile:
     def __init__(self, content: Mapping[str, Any], path: Path, advice: str) -> None:
         self.content, self.path, self.advice = content, path, advice
         self.fingerprint: str = self.get("fingerprint", is_string, needed=True)
-        self.tokens: dict[str, int] = self.get("tokens", is_count_per_split, needed=True)
+        first = content["format"] == 1  # its first folders have no numbers of tokens
+        self.tokens: dict[str, int] | None = self.get("tokens", is_count_per_split, needed=not first)
         self.bytes: dict[str, int] | None = self.get("bytes", is_count_per_split)
         self.characters: int | None = self.get("characters", is_count)
         shards: dict[str, int] | None = self.get("shards", is_shards)

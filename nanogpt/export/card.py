@@ -128,17 +128,22 @@ def recipe(source: Source) -> list[str]:
     elapsed = progress.get("elapsed_s")
     time = f" in {duration(elapsed)}" if elapsed else ""
     precision = source.saved.precision
-    words = [word for name in recipe_settings(config) for word in words_of(config, name)]
     average = ["", "The weights are an average (EMA) over the last updates."] if source.saved.average else []
     return [
         f"{plural(source.step, 'update')} of {config.batch_size} times {config.block_size} tokens, {seen:,} "
         f"in all{epochs}{time}, on {precision['device']} in {precision['dtype']}. The recipe:",
         "",
         "```bash",
-        shlex.join(["nanogpt", "train", *words]),
+        recipe_command(config),
         "```",
         *average,
     ]
+
+
+def recipe_command(config: TrainConfig) -> str:
+    """The settings of a training that differ from their defaults, as a command."""
+    words = [word for name in recipe_settings(config) for word in words_of(config, name)]
+    return shlex.join(["nanogpt", "train", *words])
 
 
 def recipe_settings(config: TrainConfig) -> list[str]:

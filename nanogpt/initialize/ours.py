@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from nanogpt.checkpoint.format import SEAL, SEAL_SIZE, Checkpoint, load_checkpoint, read_plain, upgrade
+from nanogpt.checkpoint.format import has_seal, load_checkpoint, open_checkpoint, read_plain
 from nanogpt.config import GPTConfig, from_dict
 from nanogpt.errors import UserError, require
 from nanogpt.initialize.source import Source, first_line, read_safetensors, refuse, to_float32
@@ -23,22 +23,26 @@ KEY, VERSION = "nanogpt", 1
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file ends with the seal of a checkpoint."""
-    if not path.is_file() or path.stat().st_size < SEAL_SIZE:
+    """Whether a file is a checkpoint: it ends with a seal, or is one of the first, which have none."""
+    if not path.is_file():
         return False
-    with open(path, "rb") as file:
-        file.seek(-SEAL_SIZE, 2)
-        return file.read(len(SEAL)) == SEAL
+    if has_seal(path):
+        return True
+    try:
+        content = read_plain(path, mmap=True)
+    except Exception:  # torch.load may raise anything for another file
+        return False
+    named = cast(dict[Any, Any], content) if isinstance(content, dict) else {}
+    return named.get("format") == 1 and {"model", "fingerprint"} <= named.keys()
 
 
 def read_checkpoint(name: str, path: Path) -> Source:
     """The model in a checkpoint. Raises: UserError if it is damaged."""
     try:
-        saved = Checkpoint(**upgrade(cast(dict[str, Any], read_plain(path, mmap=True))))
-        config = saved.model_config
-    except Exception:  # load_checkpoint says what is wrong
+        saved = open_checkpoint(path)
+    except UserError:  # load_checkpoint says whether it is damaged
         saved = load_checkpoint(path)
-        config = saved.model_config
+    config = saved.model_config
 
     def weights() -> dict[str, Tensor]:
         """The verified weights."""

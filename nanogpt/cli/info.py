@@ -1,0 +1,59 @@
+"""The `info` command: what a file or folder is, or what differs between two.
+
+Run:    nanogpt info out
+        nanogpt info --diff out/ckpt.pt my_gpt.safetensors
+No weights are read, except for --diff and --verify. The result goes to standard output.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from nanogpt.cli.config import InfoConfig
+from nanogpt.console import late_progress_bar, say
+from nanogpt.device import explain_out_of_memory
+from nanogpt.info.curve import BARS
+from nanogpt.info.difference import compare
+from nanogpt.info.registry import describe
+from nanogpt.info.show import difference_lines, lines
+
+
+def main(config: InfoConfig) -> int:
+    """Describe a file or folder, or compare two. Returns the exit code."""
+    if config.diff:
+        return compare_two(config)
+    described = describe(Path(config.path), verified=config.verify)
+    if config.json:
+        print(json.dumps(described.to_json(), allow_nan=False))
+    else:
+        print_lines(lines(described, ascii_only=not can_show(BARS)))
+    return 0
+
+
+def compare_two(config: InfoConfig) -> int:
+    """Compare the two of --diff. Returns the exit code."""
+    a, b = (describe(Path(name), verified=config.verify) for name in config.diff)
+    count, shows_bar = a.parameters or 0, not config.json
+    with explain_out_of_memory(), late_progress_bar("Comparing", count, enabled=shows_bar) as advance:
+        found = compare(a, b, advance)
+    if config.json:
+        print(json.dumps({"a": a.to_json(), "b": b.to_json(), **found.to_json()}, allow_nan=False))
+    else:
+        print_lines(difference_lines(a, b, found))
+    return 0
+
+
+def print_lines(shown: Iterable[str]) -> None:
+    """Print lines, of which the first is a title."""
+    for number, line in enumerate(shown):
+        say(line, style=None if number else "bold")
+
+
+def can_show(text: str) -> bool:
+    """Whether standard output can show these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What a file or folder is: descriptions without reading weights, and what differs between two."""
