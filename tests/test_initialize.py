@@ -372,6 +372,23 @@ def test_our_checkpoint_and_our_safetensors(trained: TrainConfig, tmp_path: Path
         started(path, dataset)
 
 
+def test_out_and_in_again_through_transformers(trained: TrainConfig, tmp_path: Path, text: str) -> None:
+    """A model of characters has no end of a text; in its tokenizer.json ours is added, with fresh weights."""
+    model, tokenizer = load_model(Path(trained.out_dir) / "ckpt.pt")
+    folder = tmp_path / "exported"
+    flags = ["--checkpoint", trained.out_dir, "--format", "hf", "--output", str(folder)]
+    assert run_command("export", flags, "") == 0
+    dataset = prepared(tmp_path / "again", text, tokenizer=str(folder / "tokenizer.json"))
+    assert dataset.tokenizer.vocab_size == tokenizer.vocab_size + 1
+    known = tokenizer.vocab_size
+    for data, rows in ((dataset, known + 1), (load_dataset(Path(trained.data_dir)), known)):
+        again = started(folder, data)
+        assert len(again.token_embedding.weight) == rows
+        idx = torch.randint(known, (2, model.config.block_size))
+        with torch.no_grad():
+            torch.testing.assert_close(again(idx)[0][..., :known], model(idx)[0], rtol=0, atol=0)
+
+
 def test_a_new_run_has_the_shape_of_its_source_and_resumes_without_it(
     trained: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,19 +93,22 @@ def match_tokens(source: Source, tokenizer: Tokenizer, data_dir: str) -> list[in
     advice = f"the data in {data_dir} has other tokens than {source.name}: prepare it with {prepare}"
     require(source.num_tokens in (None, size), advice)
     theirs = source.tokenizer()
-    if theirs.vocab_size > has:
+    added_end = theirs.end_of_text == has == theirs.vocab_size - 1  # a tokenizer.json without one got ours
+    if theirs.vocab_size > has and not added_end:
         raise UserError(
             f"--init_from {source.name} has {has} rows for the {theirs.vocab_size} of its tokenizer"
         )
     if is_same(theirs, tokenizer):
-        return list(range(size))
+        rows = [row if row < has else None for row in range(size)]
+        report_characters(source, theirs, tokenizer, rows)
+        return rows
     require(isinstance(tokenizer, CharTokenizer) and is_characters(theirs), advice)
     require(
         not source.config.ngram_vocab,
         f"{source.name} has tables of n-grams for its own characters, and {data_dir} has others: take "
         f"those that it does not have out of the text, and prepare that with {prepare}",
     )
-    row_of = {token: row for row, token in enumerate(theirs.tokens)}
+    row_of = {token: row for row, token in enumerate(theirs.tokens[:has])}
     rows = [row_of.get(token) for token in tokenizer.tokens]
     report_characters(source, theirs, tokenizer, rows)
     return rows
@@ -131,7 +134,7 @@ def report_characters(
 ) -> None:
     """Say which characters are new, and which of the source's the data does not have."""
     new = [token for token, row in zip(tokenizer.tokens, rows, strict=True) if row is None]
-    old = sorted(set(theirs.tokens) - set(tokenizer.tokens))
+    old = sorted(set(theirs.tokens[: source.config.vocab_size]) - set(tokenizer.tokens))
     if new:
         say(f"New in the vocabulary, with fresh weights: {show(new)}")
     if old:
