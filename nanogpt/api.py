@@ -1,4 +1,4 @@
-"""NanoGPT from Python, texts in and texts out: prepare, generate, score.
+"""NanoGPT from Python, texts in and texts out: prepare, generate, score, inspect_text.
 
 Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, score
          prepare("my.txt", "data")
@@ -6,8 +6,8 @@ Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, sc
          model = load_model("out")
          print(generate(model, "ROMEO:", num_tokens=200, seed=1))
          print(score(model, "To be, or not to be").loss)
-Each does what the command of that name does (score: `nanogpt eval`), with the same numbers. With quiet=True
-nothing is printed or shown. Below these: sampler.py, inference/ (tokens), scoring.py (ids), data/prepare.py.
+Each does what the command of that name does (score: `nanogpt eval`), with the same numbers; inspect_text what
+the server does at /inspect. With quiet=True nothing is printed or shown. Below these: sampler.py, inference/ (tokens), scoring.py (ids), data/prepare.py.
 
 Shapes: N tokens of a text
 """

@@ -48,7 +48,13 @@ def test_the_numbers_are_those_of_the_logits(model: GPT):
     logits = model(ids[None])[0][0].double()  # (T, V)
     expected = logits - logits.exp().sum(dim=-1, keepdim=True).log()
     first, *rest = found.tokens
-    assert (first.id, first.logprob, first.entropy, first.rank, first.top) == (int(ids[0]), None, None, None, ())
+    assert (first.id, first.logprob, first.entropy, first.rank, first.top) == (
+        int(ids[0]),
+        None,
+        None,
+        None,
+        (),
+    )
     for place, token in enumerate([*rest, found.next]):
         row = expected[place].tolist()
         order = sorted(range(20), key=lambda i: -row[i])
@@ -124,7 +130,9 @@ def plain_attention(model: GPT, layer: int, head: int, x: Tensor) -> list[list[f
 @torch.no_grad()
 def test_attention_equals_its_formula(model: GPT):
     ids, entered = text_of(), []
-    hooks = [block.register_forward_pre_hook(lambda _, args: entered.append(args[0][0])) for block in model.blocks]
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: entered.append(args[0][0])) for block in model.blocks
+    ]
     model(ids[None])
     for hook in hooks:
         hook.remove()

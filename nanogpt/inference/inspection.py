@@ -3,7 +3,7 @@
 Example: found = inspect_tokens(model, tokenizer, ids, top=5, attention=(1, 2), lens=True)
          found.tokens[7].rank, found.next.entropy, found.attention[7], found.lens[1][7]
 Log-probabilities are the model's own: of the softmax of its logits, before a sampling parameter changes them.
-The logits of many positions take long, so the work may be done in parts, between which others compute.
+A long text takes long, so the work may be done in parts, between which others compute.
 
 Shapes: T tokens of the text, N positions of a part, C n_embd, V vocab_size
 """
@@ -25,6 +25,9 @@ from nanogpt.tokenizer.base import Tokenizer
 
 LENS_TOP = 3
 """Alternatives that the logit lens names for each layer and position."""
+
+MAX_POSITIONS = 128
+"""Most positions of a part, even if the vocabulary is small: to name their alternatives takes time as well."""
 
 Alternatives = tuple[Alternative, ...]
 """The likeliest tokens at a place, likeliest first."""
@@ -171,7 +174,7 @@ def logprobs_in_parts(model: GPT, x: Tensor) -> Iterator[Tensor]:
 
     x: the residual stream, (T, C); after a block but the last, this is the logit lens (nostalgebraist, 2020).
     """
-    size = max(1, kind_of(x.device).logits_per_chunk // model.config.vocab_size)
+    size = max(1, min(MAX_POSITIONS, kind_of(x.device).logits_per_chunk // model.config.vocab_size))
     for part in cast(tuple[Tensor, ...], x.split(size)):
         yield model.logits(model.final_norm(part)).float().log_softmax(dim=-1)
 
