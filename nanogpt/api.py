@@ -6,8 +6,9 @@ Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, sc
          model = load_model("out")
          print(generate(model, "ROMEO:", num_tokens=200, seed=1))
          print(score(model, "To be, or not to be").loss)
-Each does what the command of that name does (score: `nanogpt eval`), with the same numbers; inspect_text what
-the server does at /inspect. With quiet=True nothing is printed or shown. Below these: sampler.py, inference/ (tokens), scoring.py (ids), data/prepare.py.
+Each does what the command of that name does (score: `nanogpt eval`), with the same numbers; inspect_text does
+what the server does at /inspect. With quiet=True nothing is printed or shown. Below these: sampler.py,
+inference/ (tokens), scoring.py (ids), data/prepare.py.
 
 Shapes: N tokens of a text
 """

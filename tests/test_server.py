@@ -617,6 +617,11 @@ def test_a_signal_ends_the_server_once_its_answers_are_given(out: Path, number: 
     assert "Traceback" not in err
 
 
+def test_a_client_may_connect_as_soon_as_the_address_is_known(config: ServeConfig):
+    with server_run.listen(config) as listener, socket.create_connection(listener.getsockname()[:2]):
+        pass
+
+
 def test_a_port_that_is_taken(config: ServeConfig):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -27,7 +27,7 @@ LENS_TOP = 3
 """Alternatives that the logit lens names for each layer and position."""
 
 MAX_POSITIONS = 128
-"""Most positions of a part, even if the vocabulary is small: to name their alternatives takes time as well."""
+"""Most positions of a part; of a small vocabulary the names of alternatives take longer than the logits."""
 
 Alternatives = tuple[Alternative, ...]
 """The likeliest tokens at a place, likeliest first."""
