@@ -1,4 +1,4 @@
-"""NanoGPT from Python, texts in and texts out: prepare, generate, score.
+"""NanoGPT from Python, texts in and texts out: prepare, generate, score, inspect_text.
 
 Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, score
          prepare("my.txt", "data")
@@ -6,8 +6,9 @@ Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, sc
          model = load_model("out")
          print(generate(model, "ROMEO:", num_tokens=200, seed=1))
          print(score(model, "To be, or not to be").loss)
-Each does what the command of that name does (score: `nanogpt eval`), with the same numbers. With quiet=True
-nothing is printed or shown. Below these: sampler.py, inference/ (tokens), scoring.py (ids), data/prepare.py.
+Each does what the command of that name does (score: `nanogpt eval`), with the same numbers; inspect_text does
+what the server does at /inspect. With quiet=True nothing is printed or shown. Below these: sampler.py,
+inference/ (tokens), scoring.py (ids), data/prepare.py.
 
 Shapes: N tokens of a text
 """
@@ -19,6 +20,8 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any, Literal, cast, overload
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from nanogpt import scoring
@@ -27,13 +30,15 @@ from nanogpt.config import Dtype
 from nanogpt.console import late_progress_bar, silence
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare_data
-from nanogpt.device import explain_out_of_memory
+from nanogpt.device import autocast, eager_mode, explain_out_of_memory
 from nanogpt.errors import require
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.generate import DEFAULT_PARAMS, Observer
 from nanogpt.inference.generate import generate as generate_ids
+from nanogpt.inference.inspection import Inspection, inspect_tokens
 from nanogpt.inference.prompts import device_of
 from nanogpt.inference.sampling import Randomness
+from nanogpt.inference.text import pieces_of
 from nanogpt.model.gpt import GPT
 from nanogpt.precision import pick_sampling_dtype
 from nanogpt.sampler import Completion, Sampler
@@ -254,6 +259,12 @@ class TextScore(scoring.Score):
         return f'<div>{head}</div><pre style="white-space: pre-wrap">{"".join(shown)}</pre>'
 
 
+def check_model_and_text(model: object, text: object) -> None:
+    """Raise UserError unless they are a TextModel and a text."""
+    require(isinstance(model, TextModel), f"model is a {type(model).__name__}: give what load_model returns")
+    require(isinstance(text, str), f"text is a {type(text).__name__}: give a text")
+
+
 def score(
     model: TextModel,
     text: str,
@@ -270,11 +281,7 @@ def score(
     auto: as in the training, where the device multiplies that fast. quiet: show no progress bar.
     Raises: UserError for a text of fewer than two tokens, an unknown character, or an impossible window.
     """
-    require(
-        isinstance(cast(object, model), TextModel),
-        f"model is a {type(model).__name__}: give what load_model returns",
-    )
-    require(isinstance(cast(object, text), str), f"text is a {type(text).__name__}: give a text")
+    check_model_and_text(model, text)
     ids = model.tokenizer.encode(text)
     require(len(ids) > 1, f"text has {len(ids)} tokens: give two at least, of which the second is predicted")
     sizes = scoring.token_sizes(scoring.token_lengths(model.tokenizer), ids, len(utf8(text)))
@@ -282,8 +289,32 @@ def score(
     picked = pick_sampling_dtype(dtype, device_of(model.model), model.trained_in)
     with silence(quiet), explain_out_of_memory(), late_progress_bar("Scoring", len(ids) - 1) as advance:
         losses = scoring.score(model.model, ids, context, stride, dtype=picked, advance=advance)
-    pieces = list(model.tokenizer.stream(ids.tolist()))
-    pieces[len(ids) - 1 :] = [
-        "".join(pieces[len(ids) - 1 :])
-    ]  # some tokenizers end with what no token completes
+    pieces = pieces_of(model.tokenizer, ids.tolist())
     return TextScore(losses, sizes, context, stride, tuple(pieces[1:]), pieces[0])
+
+
+# --- inspect ---
+
+
+def inspect_text(
+    model: TextModel,
+    text: str,
+    *,
+    top: int = 10,
+    attention: tuple[int, int] | None = None,
+    lens: bool = False,
+    dtype: Dtype = "auto",
+) -> Inspection:
+    """Show how the model reads a text, which fits into its context, token by token.
+
+    Each token has its log-probability, the entropy of the distribution that it was predicted with, its rank,
+    and the `top` likeliest in its place; the first has none of these. attention=(layer, head): adds how much
+    each token attends to each. lens=True: adds what each layer would say next (logit lens). dtype: see score.
+    Raises: UserError for an empty or too long text, an unknown character, or no such layer or head.
+    """
+    check_model_and_text(model, text)
+    ids = torch.from_numpy(model.tokenizer.encode(text).astype(np.int64))
+    device = device_of(model.model)
+    picked = pick_sampling_dtype(dtype, device, model.trained_in)
+    with explain_out_of_memory(), eager_mode(), autocast(device, picked):
+        return inspect_tokens(model.model, model.tokenizer, ids, top=top, attention=attention, lens=lens)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 
@@ -19,21 +19,20 @@ from nanogpt.console import warn
 from nanogpt.device import autocast, eager_mode, explain_out_of_memory
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.prompts import device_of, encode_prompt, generate_in_batches
-from nanogpt.inference.text import FinishReason, TextStream, TokenTexts, resolve_logit_bias
+from nanogpt.inference.text import (
+    Alternative,
+    FinishReason,
+    TextStream,
+    TokenTexts,
+    alternatives,
+    resolve_logit_bias,
+)
 from nanogpt.inference.tokens import SHORT_MEMORY, Token
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import sampling_copy
 from nanogpt.native.step import native_problem
 from nanogpt.precision import pick_sampling_dtype
 from nanogpt.tokenizer.base import Tokenizer
-
-
-class Alternative(NamedTuple):
-    """One of the likeliest tokens at a place of a text."""
-
-    text: str
-    id: int
-    logprob: float
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Sampler:
                 text,
                 token.id,
                 cast(float, token.logprob),
-                tuple(Alternative(self.tokenizer.decode([i]), i, logprob) for i, logprob in token.top),
+                alternatives(self.tokenizer, token.top),
             )
             for token, text in texts.add_all(row)
         )

@@ -295,3 +295,120 @@ def test_a_bug_ends_the_texts_and_not_the_engine(model: GPT):
     assert broken.listener.ended == ["a bug of the listener"]
     assert [str(error) for error in heard] == ["a bug of the listener"]
     assert later.listener.ids == alone(model, later)
+
+
+# --- calls ---
+
+
+class Gate(Hearer):
+    """Stops the engine's thread at its first token until it is opened; notes each token."""
+
+    def __init__(self, noted: list[str]):
+        super().__init__()
+        self.noted, self.reached, self.opened = noted, threading.Event(), threading.Event()
+
+    def on_token(self, token: Token) -> bool:
+        self.noted.append("token")
+        self.reached.set()
+        self.opened.wait(60)
+        return super().on_token(token)
+
+
+def parts_of(noted: list[str], name: str, count: int):
+    """Work in parts, each of which notes its name and where it is done; the result is the name."""
+    for number in range(count):
+        assert threading.current_thread().name == "engine"
+        assert not torch.is_grad_enabled()
+        noted.append(name)
+        yield name if number == count - 1 else None
+
+
+def test_calls_are_done_on_the_thread_of_the_engine_a_part_between_two_steps(model: GPT):
+    noted: list[str] = []
+    engine, gate = Engine(Scheduler(model, rows=1)), Gate(noted)
+    request = request_of([1, 2], listener=gate)
+    engine.submit([request])
+    assert gate.reached.wait(60)
+    one, two = engine.call(parts_of(noted, "one", 2)), engine.call(parts_of(noted, "two", 3))
+    gate.opened.set()
+    assert (one.result(60), two.result(60)) == ("one", "two")
+    assert gate.done.wait(60)
+    assert noted == ["token", "one", "token", "two", "token", "one", "token", "two", "token", "two", "token"]
+    assert engine.call(parts_of(noted, "alone", 1)).result(60) == "alone"
+    engine.close("over")
+    assert gate.ids == alone(model, request)
+    assert engine.scheduler.counts.steps == 6
+
+
+def test_a_cancelled_call_is_not_gone_on_with(model: GPT):
+    noted: list[str] = []
+    engine, gate = Engine(Scheduler(model, rows=1), max_waiting=2), Gate(noted)
+    engine.submit([request_of([1], listener=gate)])
+    assert gate.reached.wait(60)
+    cancelled, kept = engine.call(parts_of(noted, "cancelled", 9)), engine.call(parts_of(noted, "kept", 2))
+    assert engine.call(parts_of(noted, "too many", 1)) is None
+    assert cancelled.cancel()
+    gate.opened.set()
+    assert kept.result(60) == "kept"
+    assert engine.call(parts_of(noted, "later", 1)).result(60) == "later"
+    engine.close("over")
+    assert "cancelled" not in noted
+    assert engine.call(parts_of(noted, "late", 1)) is None
+
+
+def test_a_call_that_is_cancelled_in_its_last_part_harms_nobody(model: GPT):
+    engine = Engine(Scheduler(model, rows=1))
+    started, go_on = threading.Event(), threading.Event()
+
+    def waiting():
+        started.set()
+        go_on.wait(60)
+        yield "nobody wants this"
+
+    future = engine.call(waiting())
+    assert started.wait(60)
+    assert future.cancel()
+    go_on.set()
+    assert engine.call(iter(["still there"])).result(60) == "still there"
+    engine.close("over")
+
+
+@pytest.mark.parametrize(
+    ("error", "reported"), [(ValueError("a bug"), True), (torch.OutOfMemoryError("out of memory"), False)]
+)
+def test_a_call_that_fails_harms_no_text(model: GPT, error: Exception, reported: bool):
+    heard: list[Exception] = []
+    noted: list[str] = []
+    engine, gate = Engine(Scheduler(model, rows=1), on_bug=heard.append), Gate(noted)
+    request = request_of([1], listener=gate)
+    engine.submit([request])
+    assert gate.reached.wait(60)
+
+    def broken():
+        yield None
+        raise error
+
+    future = engine.call(broken())
+    gate.opened.set()
+    assert future.exception(60) is error
+    assert gate.done.wait(60)
+    engine.close("over")
+    assert gate.ids == alone(model, request)
+    assert heard == [error] * reported
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_closing_finishes_or_ends_every_call(model: GPT, finish: bool):
+    noted: list[str] = []
+    engine, gate = Engine(Scheduler(model, rows=1)), Gate(noted)
+    engine.submit([request_of([1], num_tokens=1, listener=gate)])
+    assert gate.reached.wait(60)
+    future = engine.call(parts_of(noted, "parts", 3))
+    engine.close("the server stops", finish=finish)
+    gate.opened.set()
+    if finish:
+        assert future.result(60) == "parts"
+    else:
+        assert str(future.exception(60)) == "the server stops"
+    engine.thread.join(60)
+    assert not engine.thread.is_alive()

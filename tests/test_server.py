@@ -22,10 +22,11 @@ import pytest
 import torch
 from waiting import HANGS, wait_until
 
-from nanogpt import TextModel, TrainConfig, fit, generate, load_model, prepare
+from nanogpt import TextModel, TrainConfig, fit, generate, inspect_text, load_model, prepare
 from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
 from nanogpt.errors import UserError
 from nanogpt.scoring import score
+from nanogpt.server import inspection as server_inspection
 from nanogpt.server import run as server_run
 from nanogpt.server.app import Service
 from nanogpt.server.config import ServeConfig
@@ -105,6 +106,15 @@ def url(config: ServeConfig) -> Iterator[str]:
 
 def post(url: str, path: str = "/v1/completions", **body) -> httpx.Response:
     return httpx.post(url + path, json=body, timeout=HANGS)
+
+
+def connect(url: str, path: str, **body) -> socket.socket:
+    """A client that has sent a request, and may leave before the answer."""
+    raw = json.dumps(body).encode()
+    client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
+    client.sendall(head.encode() + raw)
+    return client
 
 
 def text_of(url: str, **body) -> str:
@@ -325,7 +335,7 @@ def test_an_impossible_request_is_refused_by_name(url: str, body, status: int, p
     [b"", b"x", b"[]", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"prompt": NaN}', b'{"temperature": 1e999}'],
 )
 def test_a_body_that_is_no_request_is_refused(url: str, raw: bytes):
-    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/inspect"):
         answer = httpx.post(url + path, content=raw, timeout=HANGS)
         assert answer.status_code == 400, (path, answer.text)
         assert answer.json()["error"]["type"] == "invalid_request_error"
@@ -335,6 +345,133 @@ def test_unknown_paths_and_methods(url: str):
     assert httpx.get(f"{url}/v2/completions").json()["error"]["type"] == "not_found_error"
     answer = httpx.get(f"{url}/v1/completions")
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+# --- inspect ---
+
+
+def test_an_inspection_is_that_of_python(url: str, model: TextModel):
+    text = "Süß, 日本"
+    expected = inspect_text(model, text, top=3, attention=(0, 1), lens=True)
+    body = {"text": text, "top": 3, "attention": {"layer": 0, "head": 1}, "lens": True, "distribution": True}
+    found = post(url, "/inspect", **body).raise_for_status().json()
+    assert (found["layers"], found["heads"], found["context"]) == (1, 2, 64)
+    assert "".join(token["text"] for token in found["tokens"]) == text
+    assert [token["id"] for token in found["tokens"]] == list(text.encode())
+    first = found["tokens"][0]
+    assert (first["logprob"], first["entropy"], first["rank"], first["top"]) == (None, None, None, [])
+    for token, other in zip(found["tokens"][1:], expected.tokens[1:], strict=True):
+        assert token["logprob"] == pytest.approx(other.logprob, abs=1e-5)
+        assert token["entropy"] == pytest.approx(other.entropy, abs=1e-5)
+        assert token["rank"] == other.rank
+        assert [best["id"] for best in token["top"]] == [best.id for best in other.top]
+    assert found["next"]["entropy"] == pytest.approx(expected.next.entropy, abs=1e-5)
+    assert found["next"]["logprobs"] == pytest.approx(expected.next.logprobs.tolist(), abs=1e-5)
+    assert [best["id"] for best in found["next"]["top"]] == [best.id for best in expected.next.top]
+    assert found["attention"] == [[round(weight, 4) for weight in row] for row in found["attention"]]
+    assert np.allclose(found["attention"], expected.attention, atol=6e-5)
+    assert [[[best["id"] for best in top] for top in layer] for layer in found["lens"]] == [
+        [[best.id for best in top] for top in layer] for layer in expected.lens
+    ]
+    same = post(url, "/inspect", tokens=list(text.encode()), model="out").json()
+    assert [token["id"] for token in same["tokens"]] == [token["id"] for token in found["tokens"]]
+    assert (same["attention"], same["lens"], len(same["next"]["top"])) == (None, None, 10)
+    assert "logprobs" not in same["next"]
+
+
+def test_bytes_that_are_no_text_are_spelled(url: str):
+    found = post(url, "/inspect", tokens=[0xE6], top=100).json()
+    assert [token["text"] for token in found["tokens"]] == ["\ufffd"]
+    spelled = [best["text"] for best in found["next"]["top"]]
+    assert len(set(spelled)) == 100
+    assert any(text.startswith("bytes:\\x") for text in spelled)
+
+
+HEAD = {"layer": 0, "head": 0}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        ({}, 400, "text", "give text or tokens"),
+        ({"text": "a", "tokens": [1]}, 400, "text", "one of the two"),
+        ({"text": ""}, 400, "text", "empty"),
+        ({"tokens": []}, 400, "tokens", "empty"),
+        ({"tokens": [256]}, 400, "tokens", "below 256"),
+        ({"text": "a" * 65}, 400, "text", "65 tokens, but this model's context is 64"),
+        ({"text": "a", "top": 101}, 400, "top", "less"),
+        ({"text": "a", "attention": {"layer": 1, "head": 0}}, 400, "attention", "layer 1: those"),
+        ({"text": "a", "attention": {"layer": 0, "head": 2}}, 400, "attention", "head 2: those"),
+        ({"text": "a" * 9, "attention": HEAD}, 400, "attention", "at most 8 tokens, not of 9"),
+        ({"text": "a", "attention": {"layer": 0}}, 400, "attention", "required"),
+        ({"text": "a", "model": "gpt-5"}, 404, "model", "'gpt-5' is not served"),
+    ],
+)
+def test_an_impossible_inspection_is_refused_by_name(
+    url: str, body, status: int, param: str, *, message: str, monkeypatch
+):
+    monkeypatch.setattr(server_inspection, "MAX_ATTENTION_TOKENS", 8)
+    answer = post(url, "/inspect", **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param)
+    assert message in error["message"]
+
+
+def test_an_inspection_waits_for_no_text_and_ends_with_the_server(config: ServeConfig, monkeypatch):
+    services: list[Service] = []
+    with (
+        serving(replace(config, rows=1, max_tokens=10**6), services.append) as url,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        engine = services[0].served.engine
+        endless = pool.submit(post, url, prompt="a", max_tokens=10**6, ignore_eos=True)
+        wait_until(lambda: engine.scheduler.rows)
+        assert post(url, "/inspect", text="abc").status_code == 200
+        assert not endless.done()
+        closing = map(engine.close, ["the end"])
+        monkeypatch.setattr(server_inspection, "inspect_in_parts", lambda *_, **__: closing)
+        assert_error(post(url, "/inspect", text="abc"), 503, "the end")
+        assert_error(endless.result(), 503, "the end")
+        assert_error(post(url, "/inspect", text="abc"), 503, "the end")
+
+
+def test_an_inspection_that_nobody_awaits_is_given_up(config: ServeConfig, monkeypatch):
+    started, given_up = threading.Event(), threading.Event()
+
+    def endless(*_, **__) -> Iterator[None]:
+        try:
+            while True:
+                started.set()
+                yield None
+        finally:
+            given_up.set()
+
+    monkeypatch.setattr(server_inspection, "inspect_in_parts", endless)
+    with serving(config) as url:
+        client = connect(url, "/inspect", text="abc")
+        assert started.wait(HANGS)
+        client.close()
+        assert given_up.wait(HANGS)
+    given_up.clear()
+    with serving(replace(config, deadline=0.2)) as url:
+        assert post(url, "/inspect", text="abc").status_code == 504
+        assert given_up.wait(HANGS)
+
+
+def test_an_inspection_that_fails_says_so(config: ServeConfig, monkeypatch):
+    monkeypatch.setattr(
+        server_inspection, "inspect_in_parts", lambda *_, **__: map(raising, [MemoryError("much")])
+    )
+    with serving(config) as url:
+        assert_error(post(url, "/inspect", text="abc"), 500, "out of memory")
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
+def assert_error(answer: httpx.Response, status: int, message: str) -> None:
+    assert (answer.status_code, answer.json()["error"]["message"]) == (status, message)
 
 
 # --- the guard ---
@@ -395,12 +532,7 @@ def test_a_client_that_leaves_frees_its_row(config: ServeConfig):
         rows = services[0].served.engine.scheduler.rows
         for stream in (True, False):
             body = {"prompt": "a", "max_tokens": 10**6, "stream": stream, "ignore_eos": True}
-            raw = json.dumps(body).encode()
-            client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
-            client.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
-                % (len(raw), raw)
-            )
+            client = connect(url, "/v1/completions", **body)
             wait_until(lambda: len(rows) == 1)
             client.close()
             wait_until(lambda: not rows)
@@ -483,6 +615,11 @@ def test_a_signal_ends_the_server_once_its_answers_are_given(out: Path, number: 
     _, err = process.communicate(timeout=HANGS)
     assert process.returncode == code
     assert "Traceback" not in err
+
+
+def test_a_client_may_connect_as_soon_as_the_address_is_known(config: ServeConfig):
+    with server_run.listen(config) as listener, socket.create_connection(listener.getsockname()[:2]):
+        pass
 
 
 def test_a_port_that_is_taken(config: ServeConfig):

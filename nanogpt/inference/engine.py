@@ -1,19 +1,40 @@
 """Engine: the thread that owns a model, and continues the texts of all requests together.
 
 Example: engine = Engine(Scheduler(model)); engine.submit([Request(...)]); engine.close("the server stops")
-Any thread may submit. The engine's own computes everything and calls the listeners (scheduler.py).
+Any thread may submit, or call for other work with the model. The engine's own computes everything and calls
+the listeners (scheduler.py).
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from nanogpt.device import is_out_of_memory
 from nanogpt.inference.scheduler import Request, Scheduler, describe
+
+Result = TypeVar("Result")
+
+
+class Call(NamedTuple):
+    """Work in parts, and where its result is awaited."""
+
+    parts: Iterator[Any]
+    future: Future[Any]
+
+    def end(self, result: object = None, error: Exception | None = None) -> None:
+        """Tell the result, or why there is none, unless nobody awaits it any more."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            self.future.set_result(result)
+        else:
+            self.future.set_exception(error)
 
 
 @dataclass(eq=False)
@@ -22,7 +43,7 @@ class Engine:
 
     scheduler: Scheduler
     max_waiting: int = 1024
-    """Most requests that may wait."""
+    """Most requests that may wait, and most calls."""
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     """Makes the context in which tokens are computed, such as autocast."""
     after_step: Callable[[], None] = lambda: None
@@ -30,12 +51,13 @@ class Engine:
     on_bug: Callable[[Exception], None] = lambda error: None
     """Is called with an error that ended all texts, unless that was a lack of memory."""
     waiting: deque[Request] = field(default_factory=deque[Request])
+    calls: deque[Call] = field(default_factory=deque[Call])
     changed: threading.Condition = field(default_factory=threading.Condition)
-    """Guards `waiting` and `closing`, and is notified when they change."""
+    """Guards `waiting`, `calls` and `closing`, and is notified when they change."""
     closing: str = ""
     """What requests that are still there hear when the engine has closed; "": it is open."""
     finishes: bool = False
-    """Whether an engine that closes finishes the texts that it has."""
+    """Whether an engine that closes finishes the texts and calls that it has."""
 
     def __post_init__(self) -> None:
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -50,10 +72,24 @@ class Engine:
             self.changed.notify()
         return True
 
-    def close(self, reason: str, *, finish: bool = False) -> None:
-        """Take no more requests, and end the thread: at once, or once all texts have ended. Does not wait.
+    def call(self, parts: Iterator[Result | None]) -> Future[Result] | None:
+        """Let the engine's thread do some work in parts, one between two steps: None, ..., the result.
 
-        reason: what a request hears that is not finished.
+        Returns its future, or None if there are too many calls, or the engine closes. A future that is
+        cancelled ends the work after the part that is being done.
+        """
+        future: Future[Result] = Future()
+        with self.changed:
+            if self.closing or len(self.calls) >= self.max_waiting:
+                return None
+            self.calls.append(Call(parts, future))
+            self.changed.notify()
+        return future
+
+    def close(self, reason: str, *, finish: bool = False) -> None:
+        """Take nothing more, and end the thread: at once, or once all that it has is done. Does not wait.
+
+        reason: what a request or a call hears that is not finished.
         """
         with self.changed:
             self.closing, self.finishes = reason, finish
@@ -63,25 +99,57 @@ class Engine:
         """Compute until the engine is closed."""
         with torch.no_grad(), self.context():
             while self.wait_for_work():
-                try:
-                    self.scheduler.step(self.waiting)
-                except Exception as error:  # a bug, too, must not leave anyone without an answer
-                    self.scheduler.end_all(describe(error))
-                    if not is_out_of_memory(error):
-                        self.on_bug(error)
+                if self.calls:
+                    self.do_part(self.calls.popleft())
+                if self.waiting or self.scheduler.rows:
+                    self.step()
                 self.after_step()
         self.end_all()
+
+    def step(self) -> None:
+        """Add a token to every text."""
+        try:
+            self.scheduler.step(self.waiting)
+        except Exception as error:  # a bug, too, must not leave anyone without an answer
+            self.scheduler.end_all(describe(error))
+            self.report(error)
+
+    def do_part(self, call: Call) -> None:
+        """Do a part of some work, after which other calls have their turn."""
+        if call.future.cancelled():
+            return
+        try:
+            result = next(call.parts)
+        except Exception as error:
+            call.end(error=error)
+            self.report(error)
+            return
+        if result is None:
+            self.calls.append(call)
+        else:
+            call.end(result)
+
+    def report(self, error: Exception) -> None:
+        """Tell of a bug."""
+        if not is_out_of_memory(error):
+            self.on_bug(error)
 
     def wait_for_work(self) -> bool:
         """Wait until there is something to compute. Returns False once the engine is to end."""
         with self.changed:
-            while not self.waiting and not self.scheduler.rows and not self.closing:
+            while not self.is_busy() and not self.closing:
                 self.changed.wait()
-            return not self.closing or (self.finishes and bool(self.waiting or self.scheduler.rows))
+            return not self.closing or (self.finishes and self.is_busy())
+
+    def is_busy(self) -> bool:
+        """Whether there is something to compute."""
+        return bool(self.waiting or self.calls or self.scheduler.rows)
 
     def end_all(self) -> None:
         """Tell all who are left that the engine has closed."""
         self.scheduler.end_all(self.closing)
         while self.waiting:
             self.waiting.popleft().listener.on_end(self.closing)
+        while self.calls:
+            self.calls.popleft().end(error=RuntimeError(self.closing))
         self.after_step()

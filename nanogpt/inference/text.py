@@ -7,7 +7,7 @@ Knows nothing of files or of printing.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ Params = TypeVar("Params", bound=SamplingParams)
 
 FinishReason = Literal["length", "stop", "end_of_text"]
 """Why a text ends: after num_tokens, before a stop string, or because the model ends it."""
+
+
+class Alternative(NamedTuple):
+    """One of the likeliest tokens at a place of a text."""
+
+    text: str
+    id: int
+    logprob: float
 
 
 class TextStream(Iterator[str]):
@@ -170,6 +178,20 @@ def token_texts(
 ) -> Iterator[tuple[Token, str]]:
     """Each token of a text with the part of the text that it adds, as soon as that is certain."""
     return TokenTexts(tokenizer, stop).add_all(tokens)
+
+
+def alternatives(tokenizer: Tokenizer, top: Iterable[tuple[int, float]]) -> tuple[Alternative, ...]:
+    """Likely ids and their log-probabilities, with the text of each."""
+    return tuple(Alternative(tokenizer.decode([i]), i, logprob) for i, logprob in top)
+
+
+def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text that each token of a whole text adds: "" if it only begins a character.
+
+    The last one adds also what no token completes.
+    """
+    pieces = list(tokenizer.stream(ids))
+    return [*pieces[: len(ids) - 1], "".join(pieces[len(ids) - 1 :])]
 
 
 def resolve_logit_bias(params: Params, tokenizer: Tokenizer) -> Params:

@@ -77,15 +77,16 @@ def generate_tokens(
 def score(logits: Tensor, tokens: Tensor, count: int) -> list[Token]:
     """The chosen tokens, (R,), with the log-probabilities of logits, (R, V), and the `count` highest."""
     logprobs = logits.float().log_softmax(dim=-1)  # (R, V)
-    top = logprobs.topk(min(count, logprobs.shape[-1]))  # (R, N) each
     ids = cast(list[int], tokens.tolist())
     chosen = cast(list[float], logprobs.gather(1, tokens[:, None])[:, 0].tolist())
-    top_ids = cast(list[list[int]], top.indices.tolist())
-    top_values = cast(list[list[float]], top.values.tolist())
-    return [
-        Token(token, chosen[row], tuple(zip(top_ids[row], top_values[row], strict=True)))
-        for row, token in enumerate(ids)
-    ]
+    return list(map(Token, ids, chosen, likeliest(logprobs, count)))
+
+
+def likeliest(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The `count` ids with the highest log-probabilities, (R, V), of each row, likeliest first."""
+    top = logprobs.topk(min(count, logprobs.shape[-1]))  # (R, N) each
+    ids, values = cast(list[list[int]], top.indices.tolist()), cast(list[list[float]], top.values.tolist())
+    return [tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
 
 
 def generate_rows(

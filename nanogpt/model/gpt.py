@@ -212,7 +212,14 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        B, T, C = x.shape
+        q, k, v = self.queries_keys_values(x, context)
+        y = self.attend(q, k, v, context.mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(x.shape)  # (B, T, C)
+        return self.proj_dropout(self.proj(y))
+
+    def queries_keys_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """What each head attends with: (B, T, C) -> queries (B, H, T, D), keys and values (B, H, S, D)."""
+        B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.qkv_dims, dim=-1)
         q = self.q_norm(q.view(B, T, self.n_head, -1).transpose(1, 2))  # (B, H, T, D)
         k = self.k_norm(k.view(B, T, self.n_kv_head, -1).transpose(1, 2))  # (B, K, T, D)
@@ -222,11 +229,9 @@ class CausalSelfAttention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)  # (B, K, S, D): of the tokens before, too
         if self.n_kv_head < self.n_head:  # H / K query heads share one of k and v (GQA, Ainslie et al., 2023)
-            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, T, D)
+            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, S, D)
             v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
-        y = self.attend(q, k, v, context.mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.proj_dropout(self.proj(y))
+        return q, k, v
 
 
 def rotation_table(length: int, head_dim: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,6 +22,7 @@ from nanogpt.server.chat import Chat
 from nanogpt.server.completions import Completion
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.guard import Guard
+from nanogpt.server.inspection import inspect
 from nanogpt.server.jobs import Job, read_prompt
 from nanogpt.server.metrics import CONTENT_TYPE, Metrics
 from nanogpt.server.openapi import document
@@ -30,6 +31,7 @@ from nanogpt.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    InspectRequest,
     TokenizeRequest,
     json_bytes,
     json_response,
@@ -37,6 +39,8 @@ from nanogpt.server.protocol import (
 )
 from nanogpt.server.served import Served
 from nanogpt.tokenizer.base import END_OF_TEXT
+
+Result = TypeVar("Result")
 
 BODY_SECONDS = 30.0
 """Seconds in which the body of a request must arrive."""
@@ -134,6 +138,12 @@ class Service:
         text = read_prompt(self.served, given.tokens, whole=False).text if given.tokens else ""
         return json_response({"prompt": text, "content": text})
 
+    async def inspect(self, request: Request) -> Response:
+        """POST /inspect."""
+        given = parse(InspectRequest, await self.body(request))
+        self.check_model(given.model)
+        return await unless_gone(request, inspect(self.served, given, self.config))
+
     async def tokenizer_info(self, request: Request) -> Response:
         """GET /tokenizer_info."""
         tokenizer = self.served.tokenizer
@@ -201,6 +211,7 @@ class Service:
             Route("/v1/models", self.models),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/inspect", self.inspect, methods=["POST"]),
             Route("/tokenizer_info", self.tokenizer_info),
             Route("/health", self.health),
             Route("/metrics", self.metrics_page),
@@ -211,7 +222,7 @@ class Service:
 EVENTS = "text/event-stream"
 
 
-async def unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """The result of some work. Raises: ApiError, once the client has gone, who does not hear it."""
     done, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(request))
     try:

@@ -22,6 +22,8 @@ from nanogpt.server.served import Served, Text
 DEFAULT_MAX_TOKENS = 16
 """New tokens unless the request says how many, as OpenAI has it."""
 
+TOO_SLOW = "the text was not finished within this server's deadline"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -31,10 +33,12 @@ class Prompt:
     ids: list[int]
 
 
-def read_prompt(served: Served, given: str | list[int], *, whole: bool = True) -> Prompt:
+def read_prompt(
+    served: Served, given: str | list[int], *, whole: bool = True, field: str = "prompt"
+) -> Prompt:
     """A prompt of a request. Raises: ApiError if it is empty, too long, or has unknown characters or ids.
 
-    whole: whether it must fit into the context, and be continued.
+    whole: whether it must fit into the context, and be continued. field: what gave it, for messages.
     """
     tokenizer = served.tokenizer
     if isinstance(given, str):
@@ -42,20 +46,34 @@ def read_prompt(served: Served, given: str | list[int], *, whole: bool = True) -
             ids = tokenizer.encode(given).tolist()
         except UserError as error:
             if given != "\n" or tokenizer.end_of_text is None:
-                raise ApiError(400, f"prompt: {error}", param="prompt") from error
+                raise ApiError(400, f"{field}: {error}", param=field) from error
             given, ids = "", [tokenizer.end_of_text]
         prompt = Prompt(given, ids)
     else:
         if given and max(given) >= tokenizer.vocab_size:
-            message = f"prompt: the ids of this vocabulary are below {tokenizer.vocab_size}, not {max(given)}"
-            raise ApiError(400, message, param="prompt")
+            message = (
+                f"{field}: the ids of this vocabulary are below {tokenizer.vocab_size}, not {max(given)}"
+            )
+            raise ApiError(400, message, param=field)
         prompt = Prompt(tokenizer.decode(given), given)
     if not prompt.ids:
-        raise ApiError(400, "prompt is empty: give at least one token", param="prompt")
+        raise ApiError(400, f"{field} is empty: give at least one token", param=field)
     if whole and len(prompt.ids) > served.context:
-        message = f"the prompt has {len(prompt.ids)} tokens, but this model's context is {served.context}"
-        raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        message = f"{field}: {len(prompt.ids)} tokens, but this model's context is {served.context}"
+        raise ApiError(400, message, param=field, code="context_length_exceeded")
     return prompt
+
+
+def refusal(served: Served, limits: ServeConfig) -> ApiError:
+    """Why the engine takes nothing more."""
+    if served.engine.closing:
+        return ApiError(503, served.engine.closing)
+    return ApiError(429, f"more than {limits.max_queue} texts are waiting: try again in a moment")
+
+
+def failure(served: Served, error: str) -> ApiError:
+    """Why the engine could not make something."""
+    return ApiError(503 if error == served.engine.closing else 500, error)
 
 
 class Job:
@@ -106,9 +124,7 @@ class Job:
             for number, text in enumerate(self.texts)
         ]
         if not served.engine.submit(requests):
-            if served.engine.closing:
-                raise ApiError(503, served.engine.closing)
-            raise ApiError(429, f"more than {limits.max_queue} texts are waiting: try again in a moment")
+            raise refusal(served, limits)
 
     def text(self, fields: SamplingFields, ends: Sequence[int]) -> Text:
         """A new text."""
@@ -127,7 +143,7 @@ class Job:
             try:
                 await asyncio.wait_for(self.changed.wait(), left)
             except asyncio.TimeoutError as error:
-                raise ApiError(504, "the text was not finished within this server's deadline") from error
+                raise ApiError(504, TOO_SLOW) from error
             self.changed.clear()
             self.check()
             yield
@@ -136,7 +152,7 @@ class Job:
         """Raise ApiError if a text could not be made."""
         error = next((text.error for text in self.texts if text.error), "")
         if error:
-            raise ApiError(503 if error == self.served.engine.closing else 500, error)
+            raise failure(self.served, error)
 
     async def finished(self) -> None:
         """Wait until all texts have ended. Raises: as `news`."""

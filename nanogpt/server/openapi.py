@@ -12,6 +12,7 @@ from nanogpt.server.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    InspectRequest,
     Model,
     TokenizeRequest,
 )
@@ -22,6 +23,7 @@ REQUESTS: dict[str, tuple[type[Model], str, list[str]]] = {
     "/v1/completions": (CompletionRequest, "Continue prompts", [JSON, EVENTS]),
     "/v1/chat/completions": (ChatRequest, "Continue a dialogue", [JSON, EVENTS]),
     "/tokenize": (TokenizeRequest, "The tokens of a text", [JSON]),
+    "/inspect": (InspectRequest, "How the model reads a text", [JSON]),
     "/detokenize": (DetokenizeRequest, "The text of tokens", [JSON]),
 }
 """Path of a POST -> what it reads, what it does, and what it answers with."""

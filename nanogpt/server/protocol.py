@@ -201,6 +201,29 @@ class DetokenizeRequest(Model):
     tokens: list[TokenId]
 
 
+class AttentionHead(Model):
+    """An attention head."""
+
+    layer: Count
+    head: Count
+
+
+class InspectRequest(Model):
+    """POST /inspect, which is ours: how the model reads a text, or the tokens with these ids."""
+
+    model: str | None = None
+    text: str | None = None
+    tokens: list[TokenId] | None = None
+    top: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Alternatives of each token; null: 10."""
+    attention: AttentionHead | None = None
+    """The head of which the attention weights are wanted."""
+    lens: bool | None = None
+    """Whether to say what each layer would say next."""
+    distribution: bool | None = None
+    """Whether to give the log-probability of every token of the vocabulary after the text."""
+
+
 def parse(kind: type[Request], body: bytes) -> Request:
     """The request in a body. Raises: ApiError if it is not one."""
     try:

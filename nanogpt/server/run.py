@@ -60,6 +60,7 @@ def listen(config: ServeConfig) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
+        listener.listen()  # a client that reads the address and connects at once waits, and is not refused
     except OSError as error:
         listener.close()
         raise UserError(
