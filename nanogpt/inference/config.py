@@ -27,7 +27,7 @@ MAX_SPECULATED = 64
 """Upper limit of the tokens that are guessed: most guesses after the first few are wrong."""
 
 FACTORS = (
-    ("repetition_penalty", 0.01, 100.0),
+    ("repetition_penalty", 1e-6, 1e6),
     ("frequency_penalty", -1e6, 1e6),
     ("presence_penalty", -1e6, 1e6),
 )
