@@ -9,6 +9,7 @@ Shapes: B micro-batch, T tokens of a window
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import cast
 
 import numpy as np
@@ -22,8 +23,10 @@ from nanogpt.data.shards import Tokens
 from nanogpt.device import autocast, eager_mode, kind_of
 from nanogpt.distributed.parallelize import unsharded
 from nanogpt.distributed.world import ALONE, World
+from nanogpt.errors import require
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
+from nanogpt.model.kernels import IGNORED
 
 SAMPLE_TOKENS = 120
 """Length of a sample, in tokens."""
@@ -61,12 +64,13 @@ def evaluate(
     advance: Callable[[], object] = lambda: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """The mean loss over the windows, in nats per token, computed by all processes together.
+    """The mean loss over the targets that count, in nats per token, computed by all processes together.
 
     dtype: dtype of the matrix products. advance: called after each micro-batch of this process.
     interrupted: called after `advance`; if it returns True on any process, all processes return None.
     """
     losses: list[Tensor] = []  # on the device, so that the CPU does not wait for it before the end
+    counts: list[Tensor] = []
     was_training, stopped = model.training, False
     model.eval()
     with torch.no_grad(), eager_mode():
@@ -77,7 +81,8 @@ def evaluate(
             with autocast(load.device, dtype):
                 loss = model.loss(x, y)
             if index < len(windows):
-                losses.append(loss * y.numel())
+                counts.append((y != IGNORED).sum())
+                losses.append(loss * counts[-1])
             advance()
             stopped = bool(world.max_over_ranks(interrupted())[0])
             if stopped:
@@ -86,7 +91,8 @@ def evaluate(
     if stopped:
         return None
     sums = cast(list[float], torch.stack(losses).tolist() if losses else [])
-    tokens = sum(len(starts) * length for starts, length in windows)
+    tokens = sum(world.all_gather(cast(list[int], torch.stack(counts).tolist() if counts else [])))
+    require(tokens > 0, "no token of the validation batches counts for the loss: give more --eval_iters")
     # fsum is exact: any number of processes gives the same result.
     return math.fsum(world.all_gather(sums)) / tokens
 
@@ -100,13 +106,19 @@ def sample_text(
     *,
     num_tokens: int = SAMPLE_TOKENS,
 ) -> str:
-    """Sample a short text from the model, as a continuation of the validation split's first token."""
+    """Sample a short text from the model, as a continuation of the validation split's first token.
+
+    Of pairs: the completion of the first prompt there, behind it.
+    """
     generator = kind_of(device).generator(device, seed)
-    prompt = torch.from_numpy(dataset.val[:1][None].astype(np.int64)).to(device)  # (1, 1)
+    given = dataset.val[: dataset.first_prompt].astype(np.int64)
+    prompt = torch.from_numpy(given[None]).to(device)  # (1, T)
     was_training = model.training
     model.eval()
     with unsharded(model), eager_mode(), autocast(device, dtype):
         tokens = generate(model, prompt, num_tokens=num_tokens, temperature=0.8, generator=generator)
-        text = dataset.tokenizer.decode(int(token) for token in tokens)
+        ids = [int(token) for token in tokens]
     model.train(was_training)
-    return text
+    if dataset.val_mask is None:
+        return dataset.tokenizer.decode(ids)
+    return dataset.tokenizer.decode([*given.tolist(), *takewhile(dataset.tokenizer.end_of_text.__ne__, ids)])

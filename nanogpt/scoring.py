@@ -10,7 +10,7 @@ Shapes: N tokens of the text, B windows of a batch, T tokens of a window, C n_em
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from nanogpt.data.shards import Tokens
 from nanogpt.device import autocast, eager_mode, kind_of
 from nanogpt.errors import require
 from nanogpt.model.gpt import GPT
-from nanogpt.text.documents import Chunk
+from nanogpt.text.documents import Chunk, PromptChunk
 from nanogpt.text.encoding import utf8
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -135,10 +135,14 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 class EncodedText(NamedTuple):
-    """The tokens of a text. ids: (N,). sizes: bytes of text in each, (N,), in sum those of the text."""
+    """The tokens of a text. ids: (N,). sizes: bytes of text in each, (N,), in sum those of the text.
+
+    mask: (N,), which of them count for the loss: of pairs, those of completions. The others have size 0.
+    """
 
     ids: NDArray[np.integer[Any]]
     sizes: NDArray[np.int64]
+    mask: NDArray[np.bool_]
 
 
 def encode_documents(tokenizer: Tokenizer, chunks: Iterable[Chunk]) -> EncodedText:
@@ -147,14 +151,16 @@ def encode_documents(tokenizer: Tokenizer, chunks: Iterable[Chunk]) -> EncodedTe
     Raises: UserError naming characters that have no id.
     """
     ids, sizes = [np.zeros(0, tokenizer.dtype)], [np.zeros(0, np.int64)]
-    lengths = token_lengths(tokenizer)
+    masks, lengths = [np.zeros(0, np.bool_)], token_lengths(tokenizer)
     for chunk in chunks:
+        before = len(ids)
         ids.append(tokenizer.encode_batch([chunk.raw])[0])
-        sizes.append(token_sizes(lengths, ids[-1], len(chunk.raw)))
+        sizes.append(token_sizes(lengths, ids[-1], len(chunk.raw)) * chunk.counts)
         if chunk.ends and tokenizer.end_of_text is not None:
             ids.append(np.array([tokenizer.end_of_text], tokenizer.dtype))
             sizes.append(np.zeros(1, np.int64))
-    return EncodedText(np.concatenate(ids), np.concatenate(sizes))
+        masks.append(np.full(sum(map(len, ids[before:])), chunk.counts))
+    return EncodedText(np.concatenate(ids), np.concatenate(sizes), np.concatenate(masks))
 
 
 def token_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
@@ -179,15 +185,17 @@ def token_sizes(
     return sizes
 
 
-def decode_documents(tokenizer: Tokenizer, ids: NDArray[np.integer[Any]]) -> list[Chunk]:
+def decode_documents(tokenizer: Tokenizer, text: EncodedText) -> list[Chunk]:
     """The documents in the tokens of a split, the inverse of encode_documents. The last may not end."""
     documents: list[Chunk] = []
     end = -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
-    for part in np.split(ids, np.flatnonzero(ids == end) + 1):
+    borders = np.flatnonzero((text.ids[:-1] == end) | (text.mask[:-1] != text.mask[1:])) + 1
+    for part, mask in zip(np.split(text.ids, borders), np.split(text.mask, borders), strict=True):
         ended = len(part) > 0 and int(part[-1]) == end
-        text = tokenizer.decode(part[: len(part) - ended].tolist())
-        if ended or text:
-            documents.append(Chunk(utf8(text), ended))
+        decoded = tokenizer.decode(part[: len(part) - ended].tolist())
+        if ended or decoded:
+            kind = Chunk if mask[0] else PromptChunk
+            documents.append(kind(utf8(decoded), ended))
     return documents
 
 
@@ -202,7 +210,7 @@ def leave_out_unknown(
         unknown = {char for tokenizer in tokenizers for char in tokenizer.unknown_characters(text)}
         counts.update({char: text.count(char) for char in unknown})
         without = text.translate(dict.fromkeys(map(ord, unknown))).encode() if unknown else chunk.raw
-        kept.append(Chunk(without, chunk.ends))
+        kept.append(chunk._replace(raw=without))
     return kept, counts
 
 
@@ -214,18 +222,30 @@ class Score:
     """The losses of a model on a text.
 
     losses: of each token but the first, (N - 1,), in nats. sizes: bytes of text in each token, (N,).
-    context, stride: the windows.
+    context, stride: the windows. mask: which of the tokens count, (N,); None: all. The others have neither
+    loss nor bytes.
     """
 
     losses: NDArray[np.float64]
     sizes: NDArray[np.int64]
     context: int
     stride: int
+    mask: NDArray[np.bool_] | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of(cls, text: EncodedText, losses: NDArray[np.float64], context: int, stride: int) -> "Score":
+        """The score of a text from the losses of all its tokens but the first."""
+        return cls(np.where(text.mask[1:], losses, 0.0), text.sizes, context, stride, mask=text.mask)
+
+    @property
+    def count(self) -> int:
+        """Number of predictions that count."""
+        return len(self.losses) if self.mask is None else int(self.mask[1:].sum())
 
     @property
     def loss(self) -> float:
         """Mean loss, in nats a token."""
-        return math.fsum(self.losses) / len(self.losses)
+        return math.fsum(self.losses) / self.count
 
     @property
     def perplexity(self) -> float:
@@ -269,7 +289,8 @@ class Score:
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Sum of the losses in each group, and their number. groups: of each token, (N - 1,)."""
         sums = np.bincount(groups, self.losses, least).astype(np.float64)  # of no losses: integers
-        return sums, np.bincount(groups, minlength=least).astype(np.int64)
+        counted = None if self.mask is None else self.mask[1:]
+        return sums, np.bincount(groups, counted, least).astype(np.int64)
 
 
 @dataclass(frozen=True)

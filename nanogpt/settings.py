@@ -31,6 +31,9 @@ MAX_SHOWN = 60
 FREE_TEXTS = ("prompt", "stop", "logit_bias")
 """Fields that may hold any character. Others may not hold NUL, since they can be file names."""
 
+ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+"""Escape sequence, as typed in a shell -> the character that it stands for."""
+
 NO_MATCH = object()
 """The result of a conversion if the value equals no value of the type."""
 
@@ -190,3 +193,13 @@ def show_value(value: Any) -> str:
         text = f"(a very long {type(value).__name__})"
     text = " ".join(text.split())
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def unescape(text: str) -> str:
+    """Replace the escape sequences in ESCAPES, as typed in a shell, with the characters they stand for."""
+    result, i = "", 0
+    while i < len(text):
+        pair = text[i : i + 2]
+        result += ESCAPES.get(pair, text[i])
+        i += 2 if pair in ESCAPES else 1
+    return result

@@ -23,6 +23,8 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
 from nanogpt.config import TrainConfig
 from nanogpt.data.batches import BatchLoader
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.prepare import main as prepare
 from nanogpt.distributed import world
 from nanogpt.distributed.world import World
 from nanogpt.inference import graph_step
@@ -268,6 +270,20 @@ def test_a_captured_update_is_the_ordinary_one(captured, cuda):
     one, other = last(captured), last(ordinary)
     for ours, theirs in zip(one.optimizers, other.optimizers, strict=True):
         assert ours["param_groups"] == theirs["param_groups"]
+
+
+def test_a_captured_update_of_pairs_is_the_ordinary_one(there, cuda, replays, tmp_path, no_token_graphs):
+    """How many targets count differs from batch to batch: it is a number on the device."""
+    lines = [json.dumps({"q": f"{number} and what?", "a": str(number**3)}) for number in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    fields = {"prompt_field": "q", "completion_field": "a"}
+    prepare(PrepareConfig((str(tmp_path / "pairs.jsonl"),), str(tmp_path / "pairs"), **fields))
+    there = replace(there, data_dir=str(tmp_path / "pairs"), cuda_graph="on", gradient_accumulation_steps=2)
+    fit(there)
+    assert len(replays) == 8 - cuda_graph.WARM_UP_UPDATES
+    ordinary = elsewhere(there, cuda_graph="off")
+    fit(ordinary)
+    assert losses(there) == pytest.approx(losses(ordinary), rel=1e-3)
 
 
 def test_with_rates_that_float32_holds_it_is_bit_for_bit_the_ordinary_one(there, cuda):

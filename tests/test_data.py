@@ -16,7 +16,8 @@ from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
 from nanogpt.cli import sample
 from nanogpt.config import TrainConfig
 from nanogpt.data.batches import BatchLoader, BatchSampler, evaluation_batches
-from nanogpt.data.dataset import FORMAT_VERSION, SPLITS, Dataset, load_dataset
+from nanogpt.data.dataset import Dataset, load_dataset
+from nanogpt.data.vocab_file import FORMAT_VERSION, MASKED_VERSION, SPLITS
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
@@ -117,8 +118,8 @@ def test_foreign_tokens(folder, name, kind):
 
 def test_a_folder_of_another_version(folder):
     vocabulary = torch.load(folder / "vocab.pt", weights_only=True)
-    torch.save({**vocabulary, "format": FORMAT_VERSION + 1}, folder / "vocab.pt")
-    with pytest.raises(UserError, match="has format 3") as raised:
+    torch.save({**vocabulary, "format": MASKED_VERSION + 1}, folder / "vocab.pt")
+    with pytest.raises(UserError, match="has format 4") as raised:
         load_dataset(folder)
     one_line(raised)
 

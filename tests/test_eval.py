@@ -195,7 +195,7 @@ def test_bits_a_byte_are_what_they_are_defined_to_be(tokenizer: Tokenizer) -> No
 def test_the_documents_of_a_split_come_back(tokenizer: Tokenizer) -> None:
     chunks = [Chunk("Ä From".encode(), True), Chunk(b"fairest", True), Chunk(b" we", False)]
     encoded = encode_documents(tokenizer, chunks)
-    back = scoring.decode_documents(tokenizer, encoded.ids)
+    back = scoring.decode_documents(tokenizer, encoded)
     if tokenizer.end_of_text is None:
         chunks = [Chunk(b"".join(chunk.raw for chunk in chunks), False)]
     assert back == chunks

@@ -7,7 +7,7 @@ was written by commit 0d9ba82, when pairs of tokens were hashed and AdamW update
 golden-formats.tar.xz has a run of every format of checkpoints, with data of every format: each made by the
 commit in FORMATS with a model of width 4, to step 6. That commit then went on to step 9 itself: without
 dropout where it drew other masks than today, or those of two processes. A new format gets a row there, with
-files from the last commit that wrote the old one.
+files from the last commit that wrote the old one. golden-pairs.tar.xz is data of format 3, with masks.
 """
 
 import json
@@ -25,7 +25,7 @@ from nanogpt.checkpoint.format import load_checkpoint, load_model, write_sealed
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.main import run_command
 from nanogpt.cli.sample import main as sample
-from nanogpt.data import dataset
+from nanogpt.data import vocab_file
 from nanogpt.data.dataset import load_dataset
 from nanogpt.inference.config import SampleConfig
 from nanogpt.training.fit import fit
@@ -55,14 +55,14 @@ FORMATS = {
 """Run -> the commit that wrote it, its data, and the sum of all weights (their absolute values) that this
 commit reached at step 9."""
 
-DATA_FORMATS = {"data-1-first": 1, "data-1": 1, "data-2-unsealed": 2, "data-2": 2}
+DATA_FORMATS = {"data-1-first": 1, "data-1": 1, "data-2-unsealed": 2, "data-2": 2, "pairs": 3}
 """Data folder -> its format. The first of format 1 has no numbers of tokens."""
 
 
 @pytest.fixture
 def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files, which is the working folder."""
-    for name in ("golden.tar.xz", "golden-ngrams.tar.xz", "golden-formats.tar.xz"):
+    for name in ("golden.tar.xz", "golden-ngrams.tar.xz", "golden-formats.tar.xz", "golden-pairs.tar.xz"):
         with tarfile.open(Path(__file__).with_name(name)) as archive:
             archive.extractall(tmp_path, **({"filter": "data"} if sys.version_info >= (3, 12) else {}))
     monkeypatch.chdir(tmp_path)
@@ -75,6 +75,15 @@ def test_data_folders_load(golden: Path, name: str, kind: str) -> None:
     assert dataset.tokenizer.to_dict()["kind"] == kind
     text = dataset.tokenizer.decode(map(int, dataset.train))
     assert text.startswith("The owl and the pussy-cat went to sea\nIn a beautiful")
+
+
+def test_a_folder_of_pairs_loads(golden: Path) -> None:
+    dataset = load_dataset(golden / "pairs")
+    assert dataset.val_mask is not None
+    counted = dataset.val[:][dataset.val_mask[:] == 1]
+    completions = "Some honey, and plenty of money.<|endoftext|>A year and a day.<|endoftext|>"
+    assert dataset.tokenizer.decode(counted.tolist()) == completions
+    assert dataset.tokenizer.decode(dataset.val[: dataset.first_prompt].tolist()) == "What did they take?\n"
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -111,12 +120,12 @@ def test_ngram_tables_go_on_as_they_were(golden: Path) -> None:
 def test_every_format_has_a_file(golden: Path) -> None:
     formats = {torch.load(f"{name}/last.pt", weights_only=True)["format"] for name in FORMATS}
     assert formats == set(range(1, checkpoints.FORMAT_VERSION + 1))
-    assert set(DATA_FORMATS.values()) == set(range(1, dataset.FORMAT_VERSION + 1))
+    assert set(DATA_FORMATS.values()) == set(range(1, vocab_file.MASKED_VERSION + 1))
     for name, version in DATA_FORMATS.items():
         assert torch.load(f"{name}/vocab.pt", weights_only=True)["format"] == version
 
 
-@pytest.mark.parametrize("name", DATA_FORMATS)
+@pytest.mark.parametrize("name", [name for name in DATA_FORMATS if name != "pairs"])
 def test_data_of_every_format_loads(golden: Path, name: str) -> None:
     data = load_dataset(Path(name), verify_bytes=None)
     assert data.tokenizer.decode(map(int, data.train)).startswith("1 A small wheel turns within a larger one")
@@ -145,7 +154,7 @@ def test_every_format_is_described(golden: Path, name: str, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     version = DATA_FORMATS[name] if name in DATA_FORMATS else int(name.split("-")[1])
     assert found["version"].startswith(f"format {version}")
-    assert found["tokenizer"]["vocab_size"] == 29
+    assert found["tokenizer"]["vocab_size"] == (34 if name == "pairs" else 29)
     if name in FORMATS:
         _, data, _ = FORMATS[name]
         assert found["data"]["folder"] == data
@@ -176,10 +185,10 @@ def test_a_checkpoint_of_the_future_is_refused_with_what_it_needs(golden: Path, 
 def test_data_of_the_future_are_refused_with_what_they_need(golden: Path, capsys) -> None:
     path = Path("data-2/vocab.pt")
     content = torch.load(path, weights_only=True)
-    seals.save_with_checksum(path, content | {"format": 3}, save=torch.save)
+    seals.save_with_checksum(path, content | {"format": 4}, save=torch.save)
     for command in (["train", "--data_dir", "data-2"], ["data", "info", "data-2"], ["info", "data-2"]):
         assert run_command(command[0], command[1:], command[0]) == 2
         says = (
-            f"data-2 has format 3, and this NanoGPT ({__version__}) reads 1 to 2: update NanoGPT, or prepare"
+            f"data-2 has format 4, and this NanoGPT ({__version__}) reads 1 to 3: update NanoGPT, or prepare"
         )
         assert says in capsys.readouterr().err

@@ -24,6 +24,8 @@ from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import main as cli
 from nanogpt.config import GPTConfig, TrainConfig
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.prepare import main as prepare
 from nanogpt.distributed import world
 from nanogpt.distributed.dtensor import full_tensor
 from nanogpt.distributed.parallelize import checkpoint_activations, initialize_shards, shard, unsharded
@@ -170,6 +172,21 @@ def test_two_processes_train_as_one_does(plain, tmp_path, settings):
     assert out.count("Starting training") == out.count("Finished:") == out.count("Loss curve") == 1
     written = [path.name for path in RunFolder(Path(both.out_dir)).shards.glob("*")]
     assert written == (["30"] if both.parallel == "fsdp" else [])  # once
+    same_course(alone, both)
+
+
+def test_of_pairs_two_processes_count_the_tokens_of_both(plain, tmp_path):
+    """Completions of very different lengths: a process has many of the targets that count, or few."""
+    lines = [json.dumps({"q": "and " * 5, "a": "yes" * (number % 3) ** 3 + "."}) for number in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    fields = {"prompt_field": "q", "completion_field": "a"}
+    prepare(PrepareConfig((str(tmp_path / "pairs.jsonl"),), str(tmp_path / "pairs"), **fields))
+    settings = {"gradient_accumulation_steps": 5, "data_dir": str(tmp_path / "pairs")}
+    alone = replace(plain, out_dir=str(tmp_path / "alone"), max_iters=10, **settings)
+    both = replace(alone, out_dir=str(tmp_path / "both"))
+    fit(alone)
+    code, _, err = torchrun(tmp_path, both)
+    assert code == 0, err
     same_course(alone, both)
 
 

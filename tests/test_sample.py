@@ -18,13 +18,14 @@ import torch
 from conftest import prepared
 
 from nanogpt import precision
-from nanogpt.cli.sample import main, print_text, read_prompt, unescape
+from nanogpt.cli.sample import main, print_text, read_prompt
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
 from nanogpt.model.kv_cache import KVCache
+from nanogpt.settings import unescape
 from nanogpt.training.fit import fit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -116,7 +116,7 @@ def score_all(subjects: list[Subject], texts: list[EncodedText], *, shows_bar: b
         for one, text in zip(subjects, texts, strict=True):
             sizes = one.context, one.stride
             losses = score(one.model, text.ids, *sizes, dtype=one.dtype, advance=advance)
-            scores.append(Score(losses, text.sizes, *sizes))
+            scores.append(Score.of(text, losses, *sizes))
     return scores
 
 
@@ -145,7 +145,7 @@ def encode_text(
             keeps = dataset.tokenizer.kind != ForeignTokenizer.kind
             advice = "which may change the text: give the text itself, by --input_file"
             require(keeps, f"--data_dir {config.data_dir} has tokens of a tokenizer.json, {advice}")
-            chunks = decode_documents(dataset.tokenizer, text.ids)
+            chunks = decode_documents(dataset.tokenizer, text)
     chunks, unknown = leave_out_unknown(chunks, tokenizers)
     if unknown:
         prepared = {}
@@ -202,12 +202,17 @@ def read_standard_input(config: EvaluateConfig, report: SkipReport) -> Iterator[
 
 
 def open_split(dataset: Dataset, split: str) -> EncodedText:
-    """The tokens of a prepared split."""
+    """The tokens of a prepared split; of pairs, with what counts of them."""
     ids = {"train": dataset.train, "val": dataset.val}[split][:]
-    total = dataset.val_bytes
+    mask = {"train": dataset.train_mask, "val": dataset.val_mask}[split]
+    lengths, total = token_lengths(dataset.tokenizer), dataset.val_bytes
+    if mask is not None and dataset.counted_bytes is not None:
+        counted, sizes = mask[:].astype(np.bool_), np.zeros(len(ids), np.int64)
+        sizes[counted] = token_sizes(lengths, ids[counted], dataset.counted_bytes[split])
+        return EncodedText(ids, sizes, counted)
     if split == "train" and dataset.bytes is not None and total is not None:
         total = dataset.bytes - total
-    return EncodedText(ids, token_sizes(token_lengths(dataset.tokenizer), ids, total))
+    return EncodedText(ids, token_sizes(lengths, ids, total), np.ones(len(ids), np.bool_))
 
 
 def names(characters: Counter[str]) -> str:
@@ -224,8 +229,9 @@ def report(subjects: list[Subject], scores: list[Score], difference: Difference 
     for label, one, of in zip(LABELS, subjects, scores, strict=False):
         if difference is not None:
             yield f"{label}: {one.path}"
+        which = "" if of.count == len(of.losses) else " of completions"
         yield (
-            f"Text: {len(of.losses):,} tokens, {of.bytes:,} bytes, "
+            f"Text: {of.count:,} tokens{which}, {of.bytes:,} bytes, "
             f"in windows of {of.context:,} tokens that move by {of.stride:,}"
         )
         yield (
@@ -278,7 +284,7 @@ def summary(one: Subject, of: Score) -> dict[str, Any]:
         "loss": finite(of.loss),
         "perplexity": finite(of.perplexity),
         "bits_per_byte": finite(of.bits_per_byte),
-        "tokens": len(of.losses),
+        "tokens": of.count,
         "bytes": of.bytes,
         "context": of.context,
         "stride": of.stride,

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, get_origin
 
-from nanogpt.cli.prompts import print_text, unescape
+from nanogpt.cli.prompts import print_text
 from nanogpt.console import warn
 from nanogpt.device import is_out_of_memory
 from nanogpt.errors import UserError, require
@@ -26,7 +26,7 @@ from nanogpt.inference.prompts import device_of, encode_prompt, generators_for
 from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.text import generate_text, resolve_logit_bias
 from nanogpt.model.gpt import GPT
-from nanogpt.settings import field_types, show_value
+from nanogpt.settings import field_types, show_value, unescape
 from nanogpt.tokenizer.base import Tokenizer
 
 if TYPE_CHECKING:

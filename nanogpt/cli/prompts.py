@@ -1,6 +1,6 @@
-r"""Prompts from the command line or a file, and the output of texts.
+"""Prompts from a file, and the output of texts.
 
-Example: prompt = unescape("ROMEO:\\n"); print_text(prompt)
+Example: prompt = read_prompt("prompt.txt"); print_text(prompt)
 """
 
 import io
@@ -11,9 +11,6 @@ from nanogpt.console import escape_control_characters, warn
 from nanogpt.errors import UserError, require
 from nanogpt.inference.tokens import SHORT_MEMORY
 from nanogpt.text.encoding import decode_file
-
-ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
-"""Escape sequence, as typed in a shell -> the character that it stands for."""
 
 MAX_PROMPT_BYTES = 1 << 24
 """Maximum size of a prompt file, in bytes: far more than any model sees."""
@@ -63,13 +60,3 @@ def print_text(text: str) -> None:
 def one_after_the_other() -> None:
     """Say that a batch does not fit into memory."""
     warn(SHORT_MEMORY)
-
-
-def unescape(text: str) -> str:
-    """Replace the escape sequences in ESCAPES, as typed in a shell, with the characters they stand for."""
-    result, i = "", 0
-    while i < len(text):
-        pair = text[i : i + 2]
-        result += ESCAPES.get(pair, text[i])
-        i += 2 if pair in ESCAPES else 1
-    return result

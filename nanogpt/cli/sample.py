@@ -16,7 +16,7 @@ import torch
 
 from nanogpt.checkpoint.format import Checkpoint, build_model, checkpoint_at, load_checkpoint
 from nanogpt.cli import interactive, prompts_file
-from nanogpt.cli.prompts import one_after_the_other, print_text, read_prompt, unescape
+from nanogpt.cli.prompts import one_after_the_other, print_text, read_prompt
 from nanogpt.console import warn
 from nanogpt.data.dataset import load_dataset
 from nanogpt.device import autocast, eager_mode, explain_out_of_memory, pick_device
@@ -30,6 +30,7 @@ from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import prepare_for_sampling
 from nanogpt.native.step import native_problem, switched_off
 from nanogpt.precision import pick_sampling_dtype
+from nanogpt.settings import unescape
 from nanogpt.tokenizer.base import Tokenizer
 
 SEPARATOR = "\n" + "-" * 40 + "\n"

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt.data.shards import Tokens
+from nanogpt.data.shards import MaskedTokens, Tokens
 from nanogpt.device import kind_of
 from nanogpt.errors import require
+from nanogpt.model.kernels import IGNORED
 
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
 """Share of a GPU's free memory that a split may take, and the most bytes of a token there."""
@@ -111,11 +112,12 @@ class BatchLoader:
 
     A split that takes at most RESIDENT_SHARE of a GPU's free memory is copied there once; then only the
     start positions of a batch are sent. Otherwise the windows are sent, in the background if their memory
-    is pinned.
+    is pinned. mask: which tokens count for the loss, (N,); None: all. Targets that do not are IGNORED.
     """
 
-    def __init__(self, tokens: Tokens, device: torch.device) -> None:
-        self.tokens, self.device = tokens, device
+    def __init__(self, tokens: Tokens, device: torch.device, mask: Tokens | None = None) -> None:
+        self.tokens = tokens if mask is None else MaskedTokens(tokens, mask)
+        self.device, self.masked = device, mask is not None
         self.resident: Tensor | None = None
         kind = kind_of(device)
         if kind.is_async and RESIDENT_BYTES * len(tokens) <= kind.free_memory(device) * RESIDENT_SHARE:
@@ -137,7 +139,8 @@ class BatchLoader:
         else:
             offsets = torch.arange(length + 1, device=self.device)
             windows = self.resident[self.send(torch.from_numpy(starts))[:, None] + offsets].long()
-        return windows[:, :-1], windows[:, 1:]
+        x, y = windows[:, :-1], windows[:, 1:]
+        return (x.maximum(~x), y.clamp(min=IGNORED)) if self.masked else (x, y)
 
     def send(self, values: Tensor) -> Tensor:
         """Send contiguous values to the device.

@@ -12,9 +12,9 @@ from typing import Literal
 
 from nanogpt.config import at_least
 from nanogpt.errors import require
-from nanogpt.settings import Settings
+from nanogpt.settings import Settings, unescape
 from nanogpt.text.addresses import without_secrets
-from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD
+from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, PairFields
 from nanogpt.text.speakers import Speakers
 
 SplitKind = Literal["tail", "documents"]
@@ -44,6 +44,12 @@ class PrepareConfig(Settings):
     """How to read the files: auto (by name and content), text (as they are), html, mbox, whatsapp, ..."""
     speakers: tuple[str, ...] = ()
     """Names in chats and mail: "Anna Müller=Anna" renames, "Bot=" leaves out, "*=..." is for all others."""
+    prompt_field: str | None = None
+    """Pairs instead of texts: which field is the prompt, whose tokens do not count for the loss."""
+    completion_field: str | None = None
+    """Pairs instead of texts: which field is the completion, on whose tokens alone the loss is."""
+    separator: str = "\\n"
+    """Text between prompt and completion; \\n and \\t are understood. A prompt to sample from ends in it."""
     shard_tokens: int | None = None
     """Cut each split into files of at most this many tokens; None: one file."""
     strict: bool = False
@@ -62,6 +68,15 @@ class PrepareConfig(Settings):
             "--split documents and --val_file both say what validates: give one of them",
         )
         require(
+            (self.prompt_field is None) == (self.completion_field is None),
+            "--prompt_field and --completion_field belong together: give both",
+        )
+        both = "two ways to read a record: leave one out"
+        require(
+            self.pair is None or self.text_field == DEFAULT_TEXT_FIELD,
+            f"--text_field {self.text_field} and --prompt_field {self.prompt_field} are {both}",
+        )
+        require(
             (self.input_file + self.val_file).count("-") <= 1,
             "- is given twice, but there is one standard input: save it to a file first",
         )
@@ -71,6 +86,13 @@ class PrepareConfig(Settings):
             check_name(self.tokenizer, self.vocab_size)
         check_reading(self.input_format, self.speakers)
         at_least(self, "shard_tokens", 1)
+
+    @property
+    def pair(self) -> PairFields | None:
+        """The fields of a pair; None: documents are texts."""
+        if self.prompt_field is None or self.completion_field is None:
+            return None
+        return PairFields(self.prompt_field, self.completion_field, unescape(self.separator))
 
     @property
     def source(self) -> str:

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from nanogpt.console import new_figure, plural, progress_bar, say, terminal, warn
 from nanogpt.data.config import InspectConfig
-from nanogpt.data.dataset import SPLITS, Dataset, load_dataset
+from nanogpt.data.dataset import Dataset, load_dataset
+from nanogpt.data.vocab_file import SPLITS
 from nanogpt.errors import UserError
 from nanogpt.files import atomic_write
 
@@ -81,6 +82,9 @@ def summary(dataset: Dataset) -> Iterator[str]:
             f"Text: {dataset.characters:,} characters, {dataset.bytes:,} bytes of UTF-8; a token is "
             f"{dataset.characters / tokens:.2f} characters, {dataset.bytes / tokens:.2f} bytes"
         )
+    if dataset.counted is not None:
+        counted = sum(dataset.counted.values())
+        yield f"Loss: on completions alone, {counted:,} of the tokens ({counted / tokens:.0%})"
     yield f"Fingerprint: {dataset.fingerprint}"
     if not dataset.sealed:
         yield "Checksums: none, it was prepared by an earlier version (data.py --overwrite adds them)"

@@ -3,8 +3,9 @@
 Run:    python data.py                                          Tiny Shakespeare into data/
         python data.py --input_file books/ dump.jsonl.gz --tokenizer bpe --data_dir my_data
 Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer, counts,
-        a fingerprint of the text, and the SHA-256 of each token file). An earlier set is replaced
-        when the new one is complete (data/swap.py).
+        a fingerprint of the text, and the SHA-256 of each token file). Of pairs (--prompt_field), also
+        train_mask.pt and val_mask.pt: which tokens count for the loss. An earlier set is replaced when
+        the new one is complete (data/swap.py).
 The first pass over the corpus scans it (data/scan.py), the second encodes it. Each holds a few chunks of
 text in memory, whatever the size, and shares the work among threads. The second resumes after a kill.
 """
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanogpt.console import ceil_div, plural, progress_bar, say, warn
 from nanogpt.data.config import PrepareConfig
-from nanogpt.data.dataset import FORMAT_VERSION, SPLITS, load_dataset, prepare_arguments, shard_names
+from nanogpt.data.dataset import load_dataset, prepare_arguments
 from nanogpt.data.saved_tokenizer import given_tokenizer, with_characters_of
 from nanogpt.data.scan import (
     CorpusText,
@@ -35,12 +37,13 @@ from nanogpt.data.scan import (
 )
 from nanogpt.data.swap import WORK, finish_swap, make_new_folder, replace_dataset
 from nanogpt.data.token_writer import EncodingJob, write_tokens
+from nanogpt.data.vocab_file import FORMAT_VERSION, MASKED_VERSION, MASKS, SPLITS, shard_names
 from nanogpt.errors import UserError, require
 from nanogpt.files import atomic_write
 from nanogpt.locking import lock
 from nanogpt.seals import Checksum, save_with_checksum
 from nanogpt.text.corpus import Corpus, find_corpus
-from nanogpt.text.documents import Chunk, SkipReport
+from nanogpt.text.documents import Chunk, PairFields, SkipReport
 from nanogpt.text.speakers import Speakers
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
 from nanogpt.tokenizer.base import Ids, Tokenizer
@@ -130,6 +133,8 @@ def prepare(config: PrepareConfig) -> None:
     facts = write_dataset(config, folder, work, fingerprint)
     work.remove()
     print_summary(folder, facts, work.tokenizer, split)
+    if config.pair is not None:
+        print_pairs(facts, config.pair)
 
 
 def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, fingerprint: str) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
     assert work.scanned is not None
     tokens, sizes = (dict(zip(SPLITS, values, strict=True)) for values in (work.tokens, work.bytes))
     facts: dict[str, Any] = {
-        "format": FORMAT_VERSION,
+        "format": FORMAT_VERSION if config.pair is None else MASKED_VERSION,
         "tokenizer": work.tokenizer.to_dict(),
         "fingerprint": fingerprint,
         "arguments": prepare_arguments(config),
@@ -153,12 +158,16 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
     counts = {name: ceil_div(count, shard_size) for name, count in tokens.items()}
     if config.shard_tokens is not None:
         facts["shards"] = counts
+    if config.pair is not None:
+        for key, values in (("counted", work.counted), ("counted_bytes", work.counted_bytes)):
+            facts[key] = dict(zip(SPLITS, values, strict=True))
     new, seals = make_new_folder(folder), dict[str, Checksum]()
-    for split, count in tokens.items():
-        names = [f"{split}.pt"] if config.shard_tokens is None else shard_names(split, counts[split])
+    for array, split in zip(work.names, SPLITS * 2, strict=False):
+        count = tokens[split]
+        names = [f"{array}.pt"] if config.shard_tokens is None else shard_names(array, counts[split])
         for name, first in zip(names, range(0, count, shard_size), strict=True):
             size = min(shard_size, count - first)
-            seals[name] = write_tokens(work.token_path(split), new / name, work.tokenizer.dtype, first, size)
+            seals[name] = write_tokens(work.token_path(array), new / name, work.dtype(array), first, size)
     facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
     facts["blocks"] = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
     save_with_checksum(new / "vocab.pt", facts)
@@ -184,6 +193,7 @@ def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
             folder / DOWNLOADS,
             input_format=config.input_format,
             speakers=Speakers.parse(config.speakers),
+            pair=config.pair,
         )
     return corpora
 
@@ -242,10 +252,15 @@ def print_skip_report(report: SkipReport, folder: Path) -> None:
 
 
 class EncodedBatch(NamedTuple):
-    """The tokens of a batch for one split, and the bytes of text in them."""
+    """The tokens of a batch for one split, and the bytes of text in them; of pairs, also what counts of it.
+
+    mask: (N,), which of the ids count for the loss; None: all, as they do of texts. counted_bytes: in these.
+    """
 
     ids: Ids
     bytes: int
+    mask: NDArray[np.bool_] | None
+    counted_bytes: int
 
 
 def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
@@ -271,9 +286,12 @@ def encode_corpora(
         left = islice(group_into_batches(chunks, lambda chunk: len(chunk[0].raw)), work.batches, None)
         began = saved = time.monotonic()
         with work.open_token_files() as files:
-            for sides in map_in_order(partial(encode_batch, work.tokenizer), left):
+            encode = partial(encode_batch, work.tokenizer, work.masked)
+            for sides in map_in_order(encode, left):
                 for side, part in enumerate(sides):
                     work.append(files, side, part.ids, part.bytes)
+                    if part.mask is not None:
+                        work.append_mask(files, side, part.mask, part.counted_bytes)
                 work.batches += 1
                 reject_many_files(work.tokens, shard_tokens)
                 if time.monotonic() - saved > SAVE_SECONDS:
@@ -283,22 +301,30 @@ def encode_corpora(
                 work.save_state(files)
 
 
-def encode_batch(tokenizer: Tokenizer, batch: list[tuple[Chunk, int]]) -> list[EncodedBatch]:
-    """Encode a batch: the tokens of each split, with an end-of-text token after each document."""
+def encode_batch(tokenizer: Tokenizer, masked: bool, batch: list[tuple[Chunk, int]]) -> list[EncodedBatch]:
+    """Encode a batch: the tokens of each split, with an end-of-text token after each document.
+
+    masked: find out, too, which of them count for the loss.
+    """
     encoded: list[EncodedBatch] = []
     for side in range(len(SPLITS)):
         chunks = [chunk for chunk, chunk_side in batch if chunk_side == side]
         ids, lengths = tokenizer.encode_batch([chunk.raw for chunk in chunks])
+        counts = np.array([chunk.counts for chunk in chunks], np.bool_)
+        mask = np.repeat(counts, lengths) if masked else None
         if tokenizer.end_of_text is not None:
             ends = np.array([chunk.ends for chunk in chunks], np.bool_)
-            ids = np.insert(ids, np.cumsum(lengths)[ends], tokenizer.end_of_text)
-        encoded.append(EncodedBatch(ids, sum(len(chunk.raw) for chunk in chunks)))
+            places = np.cumsum(lengths)[ends]
+            ids = np.insert(ids, places, tokenizer.end_of_text)
+            mask = None if mask is None else np.insert(mask, places, counts[ends])
+        counted_bytes = sum(len(chunk.raw) for chunk in chunks if chunk.counts)
+        encoded.append(EncodedBatch(ids, sum(len(chunk.raw) for chunk in chunks), mask, counted_bytes))
     return encoded
 
 
 def token_file_names(folder: Path) -> list[str]:
     """Names of the token files in a folder."""
-    patterns = [re.compile(rf"{split}(-\d{{5,}})?\.pt") for split in SPLITS]
+    patterns = [re.compile(rf"{name}(-\d{{5,}})?\.pt") for name in (*SPLITS, *MASKS.values())]
     return [path.name for path in folder.iterdir() if any(p.fullmatch(path.name) for p in patterns)]
 
 
@@ -319,3 +345,13 @@ def print_summary(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, 
     for name, size in facts["tokens"].items():
         files = f"-*.pt ({plural(facts['shards'][name], 'file')})" if "shards" in facts else ".pt"
         say(f"{folder / name}{files}: {plural(size, 'token')} ({size / total:.0%})")
+
+
+def print_pairs(facts: Mapping[str, Any], pair: PairFields) -> None:
+    """Print what counts for the loss, and how a prompt to sample from ends."""
+    share = sum(facts["counted"].values()) / sum(facts["tokens"].values())
+    say(f"Loss: on the tokens of {pair.completion!r} alone, {share:.0%} of all")
+    if pair.separator:
+        say(
+            f'To sample, end the prompt in the separator, as here: --prompt "...{repr(pair.separator)[1:-1]}"'
+        )

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from nanogpt.console import plural, progress_bar
 from nanogpt.cores import usable_cores
 from nanogpt.data.config import PrepareConfig
-from nanogpt.data.dataset import FORMAT_VERSION
 from nanogpt.data.saved_tokenizer import open_saved
+from nanogpt.data.vocab_file import FORMAT_VERSION
 from nanogpt.errors import require
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import Chunk, SkipReport
@@ -142,6 +142,7 @@ def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:
         config.split,
         config.train_split,
         scanned.first_val,
+        *([] if config.pair is None else ["pairs"]),
     )
     return hashlib.sha256(
         f"nanogpt data {FORMAT_VERSION} {shape}\n".encode() + scanned.digests.tobytes()
@@ -198,8 +199,8 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 class Split:
     """The training and the validation split.
 
-    tail: the last part of the characters is for validation. documents: whole documents are, drawn by a hash
-    of their text, so that a document stays in its split when the corpus grows.
+    tail: the last part of the characters is for validation; of pairs, those that end in it. documents: whole
+    documents are, drawn by a hash of their text, so that a document stays in its split when the corpus grows.
     Raises: UserError if a split is too small.
     """
 
@@ -214,6 +215,8 @@ class Split:
             self.by_document = np.arange(len(digests)) >= scanned.first_val
         elif config.split == "documents":
             self.by_document = digests >= np.uint64(min(config.train_split, 1 - 2**-53) * 2.0**64)
+        elif config.pair is not None:  # a prompt and its completion stay together
+            self.by_document = np.cumsum(np.frombuffer(scanned.characters, np.uint64)) > self.boundary
         if self.by_document is None:
             sizes = self.boundary, scanned.total_characters - self.boundary
         else:

@@ -1,4 +1,4 @@
-"""Shards: several token files that read as one array.
+"""Token files that read as one array: the shards of a split, and a split with its mask.
 
 Example:
     tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
@@ -41,3 +41,22 @@ class Shards:
 
 Tokens = NDArray[Any] | Shards
 """The tokens of a split, (N,)."""
+
+
+class MaskedTokens:
+    """Tokens with their mask in their signs, (N,) int64: ~id, which is negative, if one does not count.
+
+    tokens: (N,) ids. mask: (N,), 1 where a token counts for the loss, else 0.
+    """
+
+    dtype: np.dtype[Any] = np.dtype(np.int64)
+
+    def __init__(self, tokens: Tokens, mask: Tokens) -> None:
+        self.tokens, self.mask = tokens, mask
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int | slice | NDArray[np.int64]) -> NDArray[np.int64]:
+        ids = self.tokens[index].astype(np.int64)
+        return np.where(self.mask[index], ids, ~ids)

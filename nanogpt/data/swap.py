@@ -28,7 +28,7 @@ WORK, NEW, JOURNAL = "preparing", "new", "swap.json"
 VOCAB_FILE = "vocab.pt"
 """The file that is moved last, since it lists the others."""
 
-FILE_NAME = re.compile(r"(train|val)(-\d{5,})?\.pt|vocab\.pt")
+FILE_NAME = re.compile(r"(train|val)(_mask)?(-\d{5,})?\.pt|vocab\.pt")
 """The names of the files of a data set."""
 
 WAIT_SECONDS = 10.0

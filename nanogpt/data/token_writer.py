@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanogpt.data.config import PrepareConfig
-from nanogpt.data.dataset import FORMAT_VERSION, SPLITS
 from nanogpt.data.scan import ScanResult, tokenizer_settings
+from nanogpt.data.vocab_file import FORMAT_VERSION, MASKS, SPLITS
 from nanogpt.errors import UserError, require
 from nanogpt.files import atomic_write
 from nanogpt.pt_files import Stream, save
@@ -38,9 +38,10 @@ COPY_BYTES = 1 << 22
 class EncodingJob:
     """An encoding in progress, with its state in a folder of its own, so that it resumes after a kill.
 
-    scanned: None if there is nothing to resume. tokens, bytes: of each split so far. batches: batches of text
-    encoded so far. ranges: of each split, the end, in bytes, and the SHA-256 of each range of tokens that was
-    saved. unsaved: the running SHA-256 of the tokens after the last range.
+    scanned: None if there is nothing to resume. tokens, bytes: of each split so far. counted, counted_bytes:
+    those that count for the loss. batches: batches of text encoded so far. masked: whether splits have masks.
+    names: of the growing files: the splits, then the masks. ranges: of each file, the end, in bytes, and the
+    SHA-256 of each range that was saved. unsaved: the running SHA-256 of what is after the last range.
     """
 
     def __init__(self, folder: Path, config: PrepareConfig, files: Sequence[Path]) -> None:
@@ -55,12 +56,16 @@ class EncodingJob:
         )
         self.key = hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
         self.scanned: ScanResult | None = None
+        self.masked = config.pair is not None
+        self.names = [*SPLITS, *(MASKS.values() if self.masked else ())]
         self.tokens, self.bytes, self.batches = [0, 0], [0, 0], 0
-        self.ranges: list[list[tuple[int, str]]] = [[], []]
-        self.unsaved = [hashlib.sha256(), hashlib.sha256()]
+        self.counted, self.counted_bytes = [0, 0], [0, 0]
+        self.ranges: list[list[tuple[int, str]]] = [[] for _ in self.names]
+        self.unsaved = [hashlib.sha256() for _ in self.names]
         state = self.load_state()
         if state is not None:
-            self.tokens, self.bytes, self.batches = state["tokens"], state["bytes"], state["batches"]
+            for name in ("tokens", "bytes", "batches", "counted", "counted_bytes"):
+                setattr(self, name, state[name])
             self.ranges = state["stretches"]
             self.tokenizer = from_dict(state["tokenizer"])
             self.scanned = ScanResult(first_val=state["first_val"])
@@ -71,7 +76,7 @@ class EncodingJob:
 
     def load_state(self) -> dict[str, Any] | None:
         """The saved state of this very preparation, if the token files match its checksums; else None."""
-        paths = [self.folder / "state.pt", *map(self.token_path, SPLITS)]
+        paths = [self.folder / "state.pt", *map(self.token_path, self.names)]
         if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would block
             return None
         try:
@@ -87,7 +92,7 @@ class EncodingJob:
             return None
 
     def token_path(self, name: str) -> Path:
-        """Path of the growing tokens of a split."""
+        """Path of the growing tokens of a split, or of its mask."""
         return self.folder / f"{name}.tokens"
 
     def start(self, scanned: ScanResult, tokenizer: Tokenizer) -> None:
@@ -98,13 +103,12 @@ class EncodingJob:
     @contextmanager
     def open_token_files(self) -> Generator[list[BinaryIO]]:
         """Open the files to append to, cut back to the saved state. Raises: UserError for a full disk."""
-        width = np.dtype(self.tokenizer.dtype).itemsize
         try:
             with ExitStack() as stack:
                 files: list[BinaryIO] = []
-                for name, count in zip(SPLITS, self.tokens, strict=True):
+                for name, size in zip(self.names, self.sizes(), strict=True):
                     file = stack.enter_context(open(self.token_path(name), "ab"))
-                    file.truncate(width * count)
+                    file.truncate(size)
                     files.append(file)
                 yield files
         except OSError as error:
@@ -113,13 +117,32 @@ class EncodingJob:
                 "command again: it goes on where it was"
             ) from error
 
+    def dtype(self, name: str) -> type[np.unsignedinteger[Any]]:
+        """The type of the values in a file."""
+        return self.tokenizer.dtype if name in SPLITS else np.uint8
+
+    def sizes(self) -> list[int]:
+        """Bytes in each file so far."""
+        counts = [*self.tokens, *self.tokens][: len(self.names)]
+        dtypes = map(self.dtype, self.names)
+        return [np.dtype(dtype).itemsize * count for dtype, count in zip(dtypes, counts, strict=True)]
+
     def append(self, files: Sequence[BinaryIO], side: int, ids: Ids, size: int) -> None:
         """Append the tokens of `size` bytes of text to a split. Raises: OSError if the disk is full."""
-        raw = ids.tobytes()
-        files[side].write(raw)
-        self.unsaved[side].update(raw)
+        self.write(files, side, ids.tobytes())
         self.tokens[side] += len(ids)
         self.bytes[side] += size
+
+    def append_mask(self, files: Sequence[BinaryIO], side: int, mask: NDArray[np.bool_], size: int) -> None:
+        """Append which tokens count, with `size` bytes of text in them, to the mask of a split."""
+        self.write(files, len(SPLITS) + side, mask.astype(np.uint8).tobytes())
+        self.counted[side] += int(mask.sum())
+        self.counted_bytes[side] += size
+
+    def write(self, files: Sequence[BinaryIO], number: int, raw: bytes) -> None:
+        """Append to a file."""
+        files[number].write(raw)
+        self.unsaved[number].update(raw)
 
     def save_state(self, files: Sequence[BinaryIO]) -> None:
         """Sync the token files, and save how far the encoding is."""
@@ -127,15 +150,16 @@ class EncodingJob:
         for file in files:
             file.flush()
             os.fsync(file.fileno())
-        width = np.dtype(self.tokenizer.dtype).itemsize
-        for side, count in enumerate(self.tokens):
-            self.ranges[side].append((width * count, self.unsaved[side].hexdigest()))
-            self.unsaved[side] = hashlib.sha256()
+        for number, size in enumerate(self.sizes()):
+            self.ranges[number].append((size, self.unsaved[number].hexdigest()))
+            self.unsaved[number] = hashlib.sha256()
         state = {
             "key": self.key,
             "tokenizer": self.tokenizer.to_dict(),
             "tokens": self.tokens,
             "bytes": self.bytes,
+            "counted": self.counted,
+            "counted_bytes": self.counted_bytes,
             "batches": self.batches,
             "stretches": self.ranges,
             "first_val": self.scanned.first_val,

@@ -114,6 +114,8 @@ def data(source: Source) -> list[str]:
         lines.append(f"- Validation split: {len(known.val):,} tokens")
         if known.bytes is not None:
             lines.append(f"- Text: {known.bytes:,} bytes of UTF-8")
+        if known.counted is not None:
+            lines.append("- It is pairs of prompt and completion: losses are those of completions alone")
     return [
         *lines,
         f"- Fingerprint (SHA-256 of the documents and their preparation): `{source.saved.fingerprint}`",

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from nanogpt.config import GPTConfig
 from nanogpt.model import kernels
-from nanogpt.model.kernels import Dropout
+from nanogpt.model.kernels import IGNORED, Dropout
 from nanogpt.model.kv_cache import CacheStep
 from nanogpt.model.ngram import NgramEmbedding
 
@@ -62,7 +62,8 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Logits for the token after each position, (B, T, V), and the mean loss if targets are given.
 
-        idx, targets: (B, T) int64. The loss is the cross-entropy in nats per token, a scalar.
+        idx, targets: (B, T) int64. The loss is the cross-entropy in nats per token, a scalar; targets of -1
+        do not count (kernels.IGNORED), and if none counts, it is 0.
         positions, mask: see `trunk`. cache: where idx goes on; the logits are those after it, (B, 1, V).
         Raises: ValueError if T > block_size.
         """
@@ -70,7 +71,9 @@ class GPT(nn.Module):
         logits = self.logits(cache.last(x) if cache else x)  # (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        wanted = targets.flatten()  # (B T,)
+        total = F.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum")
+        return logits, total / (wanted != IGNORED).sum().clamp(min=1)
 
     def trunk(
         self,

@@ -22,6 +22,9 @@ from torch.utils import checkpoint as checkpointing
 
 from nanogpt.device import kind_of
 
+IGNORED = -1
+"""A target that does not count for the loss."""
+
 CHUNKED_LOSS_MIN_VOCAB = 4096
 """From this vocabulary size on, the loss is computed in chunks to save memory."""
 
@@ -225,7 +228,8 @@ def chunked_cross_entropy(
 
     The logits of GPT-2's 50,257 tokens take 30 times the memory of the activations they come from. So a few
     positions are taken at a time: their logits, their loss and its gradient, then the next ones.
-    head: (n, C) -> (n, V); soft_cap: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64.
+    head: (n, C) -> (n, V); soft_cap: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64,
+    IGNORED where they do not count.
     A Head's weight is padded once for all positions, and the logits that this adds are set to -inf. To cut
     them off instead would cost a copy of all gradients of logits, which the product wants padded as well.
     """
@@ -269,6 +273,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(x), chunk):
             x_chunk = x[first : first + chunk].detach().requires_grad_(differentiate)  # (n, C)
             wanted = targets[first : first + chunk]  # (n,)
+            counts = (wanted != IGNORED).float()[:, None]  # (n, 1)
             with torch.set_grad_enabled(differentiate):
                 # A view, since PyTorch's MemTracker (memory_estimate.py) cannot hook a leaf.
                 logits = output(x_chunk.view_as(x_chunk), *narrow)  # (n, V + padding)
@@ -276,25 +281,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if padding:
                 exact[:, -padding:] = float("-inf")
             log_probs = F.log_softmax(exact, dim=-1)
-            total += F.nll_loss(log_probs, wanted, reduction="sum")
+            total += F.nll_loss(log_probs, wanted, ignore_index=IGNORED, reduction="sum")
             if not differentiate:
                 continue
             slope = log_probs.exp_()  # the gradient of the logits is softmax, less 1 at the target
             slope[torch.arange(len(wanted), device=x.device), wanted] -= 1
-            # Divided by N later: in float16 the quotient would be lost.
-            chunk_grads = torch.autograd.grad(logits, (x_chunk, *narrow), slope.to(logits.dtype))
+            # Cast and set to 0 where the target is ignored, in one pass. Divided by their number later: in
+            # float16 the quotient would be lost.
+            slope = torch.mul(slope, counts, out=torch.empty_like(logits))
+            chunk_grads = torch.autograd.grad(logits, (x_chunk, *narrow), slope)
             x_grad[first : first + chunk] = chunk_grads[0]
             for grad, more in zip(grads, chunk_grads[1:], strict=True):
                 grad.add_(more)
         rounded = [g[: len(w)].to(w.dtype) for g, w in zip(grads, weights, strict=differentiate)]
         ctx.save_for_backward(x_grad, *rounded)
-        ctx.positions = len(x)
-        return total / len(x)
+        ctx.counted = (targets != IGNORED).sum().clamp(min=1)
+        return total / ctx.counted
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Scale the gradients that the forward pass has computed."""
-        scale = grad_outputs[0] / ctx.positions
+        scale = grad_outputs[0] / ctx.counted
         return None, None, None, None, None, *[grad * scale for grad in ctx.saved_tensors]
 
 

@@ -312,7 +312,7 @@ def discord_messages(source: Source) -> Iterator[Message]:
     """The messages of a channel."""
     csv.field_size_limit(records.MAX_RECORD_CHARS)
     rows = TableRows(Lines(open_text(source)), replace(source, text_field="Content"))
-    said = rows.read_header(",")
+    (said,) = rows.read_header(",").values()
     require("Author" in rows.names, "has no column 'Author': it is no export of DiscordChatExporter")
     author = rows.names.index("Author")
     for _, row in whole_rows(rows, source):

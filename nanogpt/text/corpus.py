@@ -22,7 +22,14 @@ from nanogpt.errors import UserError, require
 from nanogpt.text.addresses import is_address, local_name
 from nanogpt.text.archives import HiddenFiles, read_file, skip_on_error
 from nanogpt.text.compressed import CountingReader
-from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, Chunk, SkipReport, one_line
+from nanogpt.text.documents import (
+    AUTO_FORMAT,
+    DEFAULT_TEXT_FIELD,
+    Chunk,
+    PairFields,
+    SkipReport,
+    one_line,
+)
 from nanogpt.text.records import Source
 from nanogpt.text.speakers import EVERYBODY, Speakers
 
@@ -48,7 +55,8 @@ PROC_FOLDER = "/proc"
 class Corpus:
     """Documents in files, in order.
 
-    text_field: the field of a record that is its text; dots lead into nested records.
+    text_field: the field of a record that is its text; dots lead into nested records. pair: the fields of a
+    prompt and its completion, which are read in its place.
     unreadable: files and folders that cannot be read, each with the reason. notes: lines on what is left out
     on purpose. input_format: how to read the files, by name. speakers: what becomes of names in chats.
     addresses: for messages, where files come from that were downloaded.
@@ -61,6 +69,7 @@ class Corpus:
     input_format: str = AUTO_FORMAT
     speakers: Speakers = EVERYBODY
     addresses: Mapping[Path, str] = field(default_factory=dict[Path, str], hash=False)
+    pair: PairFields | None = None
 
     @property
     def size(self) -> int:
@@ -97,6 +106,7 @@ class Corpus:
                         report,
                         input_format=self.input_format,
                         speakers=self.speakers,
+                        pair=self.pair,
                     )
                 )
         except OSError as error:
@@ -146,6 +156,7 @@ def find_corpus(
     *,
     input_format: str = AUTO_FORMAT,
     speakers: Speakers = EVERYBODY,
+    pair: PairFields | None = None,
 ) -> Corpus:
     """The corpus of files, folders, globs and addresses, in order. Folders are sorted; a file comes once.
 
@@ -166,6 +177,7 @@ def find_corpus(
         input_format,
         speakers,
         search.addresses,
+        pair,
     )
 
 

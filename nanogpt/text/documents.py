@@ -38,6 +38,14 @@ MISSING: Final = object()
 """Marks a field that a record does not have. (None is a value: null.)"""
 
 
+class PairFields(NamedTuple):
+    """The fields of a record that are a prompt and its completion, and the text between the two."""
+
+    prompt: str
+    completion: str
+    separator: str
+
+
 class Chunk(NamedTuple):
     """A part of a document, in UTF-8. ends: it is the last part."""
 
@@ -45,10 +53,26 @@ class Chunk(NamedTuple):
     ends: bool
 
     @property
+    def counts(self) -> bool:
+        """Whether its tokens count for the loss."""
+        return True
+
+    @property
     def characters(self) -> int:
         """Number of characters."""
         beyond = self.raw.translate(None, ASCII)  # the multi-byte characters
         return len(self.raw) - len(beyond) + len(beyond.decode())
+
+
+class PromptChunk(Chunk):
+    """A part of the prompt of a pair: its tokens do not count for the loss."""
+
+    __slots__ = ()
+
+    @property
+    def counts(self) -> bool:
+        """Whether its tokens count for the loss."""
+        return False
 
 
 @dataclass

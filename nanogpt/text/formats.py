@@ -68,7 +68,7 @@ FORMATS: dict[str, Format] = {
 """The formats by name. Of several that recognize a file, the first is chosen."""
 
 FIELD_FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
-"""Formats of records: with --text_field they are read as such, whatever else they look like."""
+"""Formats of records: with the flag of a field they are read as such, whatever else they look like."""
 
 BINARY_FORMATS = ("pdf", "epub", "docx")
 """Formats whose files are no plain text."""
@@ -81,9 +81,17 @@ UNREAD: dict[str, str] = {
 
 
 def read_document(source: Source) -> Iterator[Chunk]:
-    """The documents in a file that is neither compressed nor an archive."""
+    """The documents in a file that is neither compressed nor an archive.
+
+    Raises: UserError if pairs are wanted, and it has no records.
+    """
     name = choose_format(source) if source.input_format == AUTO_FORMAT else source.input_format
     chosen = FORMATS[name]
+    require(
+        source.pair is None or name in FIELD_FORMATS,
+        f"is read as {chosen.title or 'plain text'}, which has no pairs: give JSON Lines, JSON, CSV, TSV or "
+        "Parquet (--input_format jsonl, if that is what it is)",
+    )
     if chosen.title:
         raw = "" if name in BINARY_FORMATS else " (--input_format text: as plain text, as it is)"
         source.report.count_look(source.name, f"read as {chosen.title}{raw}")
@@ -97,7 +105,8 @@ def choose_format(source: Source) -> str:
     """
     suffix = Path(source.kind).suffix.lower()
     usual = next((name for name, row in FORMATS.items() if suffix in row.suffixes), "text")
-    if FORMATS[usual].title or (usual in FIELD_FORMATS and source.text_field != DEFAULT_TEXT_FIELD):
+    has_field = source.pair is not None or source.text_field != DEFAULT_TEXT_FIELD
+    if FORMATS[usual].title or (usual in FIELD_FORMATS and has_field):
         return usual
     beginning = Beginning(source.kind, source.beginning().decode("utf-8-sig", "replace"))
     certainty = {name: row.recognize(beginning) for name, row in FORMATS.items() if row.recognize}

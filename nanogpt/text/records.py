@@ -22,7 +22,17 @@ from typing import BinaryIO, NamedTuple, cast
 from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
-from nanogpt.text.documents import AUTO_FORMAT, MISSING, Chunk, SkipReport, field_values, split_into_chunks
+from nanogpt.text.documents import (
+    AUTO_FORMAT,
+    MISSING,
+    Chunk,
+    PairFields,
+    PromptChunk,
+    SkipReport,
+    field_values,
+    is_blank,
+    split_into_chunks,
+)
 from nanogpt.text.encoding import utf8
 from nanogpt.text.speakers import EVERYBODY, Speakers
 
@@ -55,6 +65,7 @@ class Source:
 
     name: its name in messages. kind: a name whose suffix is that of its format. depth: of nested archives.
     input_format: how to read it, by name. speakers: names in chats, and what becomes of them.
+    pair: the fields of a prompt and its completion, which are read in the place of text_field.
     """
 
     file: BinaryIO
@@ -65,6 +76,14 @@ class Source:
     depth: int = 0
     input_format: str = AUTO_FORMAT
     speakers: Speakers = EVERYBODY
+    pair: PairFields | None = None
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Flag -> the field that it names: that of the text, or those of a pair."""
+        if self.pair is None:
+            return {"--text_field": self.text_field}
+        return {"--prompt_field": self.pair.prompt, "--completion_field": self.pair.completion}
 
     def note(self, what: str) -> None:
         """Add a note on how the file is read."""
@@ -138,21 +157,60 @@ def normalize_line_ends(blocks: Iterator[bytes], source: Source) -> Iterator[byt
 
 
 def read_record(source: Source, where: str, value: object) -> Iterator[Chunk]:
-    """The documents in a record: the record itself if it is a string, else the values of text_field."""
+    """The documents in a record: the record itself if it is a string, else the values of text_field.
+
+    If pairs are wanted: its pair.
+    """
+    if source.pair is not None:
+        yield from read_pair(source, where, value, source.pair.separator)
+        return
     for text in field_values(value, source.text_field.split(".")):
         if isinstance(text, str):
-            raw = utf8(text)
-            source.report.repaired += len(raw) != len(text) and "\ufffd" not in text and REPLACEMENT in raw
-            yield from split_into_chunks([raw])
+            yield from split_into_chunks([record_bytes(source, text)])
         else:
-            source.report.reject(where, explain_missing_text(source.text_field, text, value))
+            source.report.reject(where, explain_missing_text("--text_field", source.text_field, text, value))
 
 
-def explain_missing_text(text_field: str, found: object, record: object) -> str:
-    """The reason why a record has no text: the field is missing, or is not a string."""
+def record_bytes(source: Source, text: str) -> bytes:
+    """A text of a record in UTF-8. What is no character becomes U+FFFD, and is counted."""
+    raw = utf8(text)
+    source.report.repaired += len(raw) != len(text) and "\ufffd" not in text and REPLACEMENT in raw
+    return raw
+
+
+def read_pair(source: Source, where: str, record: object, separator: str) -> Iterator[Chunk]:
+    """A record as one document: prompt and separator, which do not count for the loss, and completion."""
+    try:
+        prompt, completion = (text_of_pair(source, record, flag) for flag in source.fields)
+    except ValueError as error:
+        source.report.reject(where, str(error))
+        return
+    for chunk in split_into_chunks([prompt + utf8(separator)]):
+        yield PromptChunk(chunk.raw, ends=False)
+    yield from split_into_chunks([completion])
+
+
+def text_of_pair(source: Source, record: object, flag: str) -> bytes:
+    """The text in the field that `flag` names, in UTF-8. Raises: ValueError that says why there is none."""
+    name = source.fields[flag]
+    if isinstance(record, str):
+        raise ValueError(f"a text, not a record with the field {name!r}")
+    found = list(field_values(record, name.split(".")))
+    if len(found) != 1:
+        raise ValueError(f"the field {name!r} holds {plural(len(found), 'value')}, a pair has one")
+    if not isinstance(found[0], str):
+        raise ValueError(explain_missing_text(flag, name, found[0], record))
+    raw = record_bytes(source, found[0])
+    if is_blank(raw):
+        raise ValueError(f"the field {name!r} is empty")
+    return raw
+
+
+def explain_missing_text(flag: str, text_field: str, found: object, record: object) -> str:
+    """The reason why a record has no text: the field, which `flag` names, is missing or is not a string."""
     names = list(cast(dict[str, object], record)) if isinstance(record, dict) else []
     if found is MISSING:
-        known = f" (it has {join_names(names)}): give --text_field" if names else ""
+        known = f" (it has {join_names(names)}): give {flag}" if names else ""
         return f"no text in the field {text_field!r}{known}"
     if not isinstance(record, (dict, list)):
         return f"{describe_value(found)}, neither text nor a record with the field {text_field!r}"

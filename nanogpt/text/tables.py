@@ -53,12 +53,12 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
-    """The documents in a CSV or TSV file with a header: text_field names the column."""
+    """The documents in a CSV or TSV file with a header: text_field names the column, or a pair's two."""
     csv.field_size_limit(records.MAX_RECORD_CHARS)
     rows = TableRows(Lines(open_text(source)), source)
-    column = rows.read_header(delimiter)
+    columns = rows.read_header(delimiter)
     for where, row in whole_rows(rows, source):
-        yield from read_record(source, where, row[column])
+        yield from read_record(source, where, {name: row[index] for name, index in columns.items()})
 
 
 def whole_rows(rows: "TableRows", source: Source) -> Iterator[tuple[str, list[str]]]:
@@ -131,32 +131,36 @@ class TableRows:
         self.delimiter, self.spaced, self.width, self.reread_chars = ",", False, 0, 0
         self.names: list[str] = []
 
-    def read_header(self, delimiter: str) -> int:
-        """Read the header. Returns the index of the text column. Raises: UserError if there is none."""
+    def read_header(self, delimiter: str) -> dict[str, int]:
+        """Read the header. Returns the index of each wanted column by its name.
+
+        Raises: UserError if one is missing.
+        """
         while (line := self.lines.read()) and not line.strip():
             pass
         match = SEPARATOR_LINE.fullmatch(line)
         if line and not match:
             self.lines.give_back([line])
         layout = self.find_layout(match[1] if match else delimiter)
-        column = find_column(self.source, layout.names)
+        columns = find_columns(self.source, layout.names)
         self.delimiter, self.spaced, self.width = layout.delimiter, layout.spaced, len(layout.names)
         self.names = layout.names
         if layout.delimiter != delimiter:
             words = DELIMITERS.get(layout.delimiter, repr(layout.delimiter))
             self.source.note(f"columns separated by {words}, as the line of names shows")
-        return column
+        return columns
 
     def find_layout(self, delimiter: str) -> HeaderLayout:
-        """The layout in which the header has the text field; if none does, the one with the most names."""
-        field, layouts = self.source.text_field, list[HeaderLayout]()
+        """The layout in which the header has the wanted fields; if none does, the one with the most names."""
+        wanted, layouts = set(self.source.fields.values()), list[HeaderLayout]()
         for candidate in (delimiter, *(other for other in DELIMITERS if other != delimiter)):
             for spaced in (False, True):
                 names = self.split_header(candidate, spaced)
                 layouts.append(HeaderLayout(candidate, spaced, names))
                 self.feed.give_back()
-        found = [layout for layout in layouts if field in layout.names]
-        found += [layout for layout in layouts if field.split(".")[0] in layout.names]
+        found = [layout for layout in layouts if wanted <= {*layout.names}]
+        beginnings = {field.split(".")[0] for field in wanted}
+        found += [layout for layout in layouts if beginnings <= {*layout.names}]
         best = found[0] if found else max(layouts[1::2], key=lambda layout: len(layout.names))
         self.split_header(best.delimiter, best.spaced)
         return best
@@ -273,7 +277,7 @@ class TableRows:
 
 
 def read_parquet(source: Source) -> Iterator[Chunk]:
-    """The documents in a column of a Parquet file."""
+    """The documents in a column of a Parquet file, or in a pair's two."""
     try:
         from pyarrow.parquet import ParquetFile
     except ModuleNotFoundError as error:
@@ -283,30 +287,34 @@ def read_parquet(source: Source) -> Iterator[Chunk]:
     with seekable_copy(source.file) as file:
         table: Any = ParquetFile(file)
         names = list(map(str, table.schema_arrow.names))
-        name = names[find_column(source, names)]
-        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[name]):
-            for value in batch.column(batch.schema.names.index(name)):
+        wanted = list(find_columns(source, names))
+        for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=wanted):
+            columns = [batch.column(batch.schema.names.index(name)) for name in wanted]
+            for row in zip(*columns, strict=True):
                 number += 1
                 where = f"{source.name}, row {number}"
                 try:
-                    record = {name: value.as_py()}
+                    record = {name: value.as_py() for name, value in zip(wanted, row, strict=True)}
                 except UnicodeDecodeError as error:
                     source.report.reject(where, f"bytes that are not text ({first_line(error)})")
                     continue
                 yield from read_record(source, where, record)
 
 
-def find_column(source: Source, names: Sequence[str]) -> int:
-    """The index of the column that text_field names or leads into.
+def find_columns(source: Source, names: Sequence[str]) -> dict[str, int]:
+    """The columns that the wanted fields name or lead into: the index of each by its name.
 
-    Raises: UserError if there is none.
+    Raises: UserError if one is missing.
     """
-    path = source.text_field.split(".")
-    for size in range(len(path), 0, -1):
-        name = ".".join(path[:size])
-        if name in names:
-            if names.count(name) > 1:
-                source.note(f"several columns {name!r}: the first is read")
-            return list(names).index(name)
-    known = join_names(names) or "none"
-    raise UserError(f"has no column {source.text_field!r}: give --text_field, one of {known}")
+    found: dict[str, int] = {}
+    for flag, field in source.fields.items():
+        path = field.split(".")
+        beginnings = [".".join(path[:size]) for size in range(len(path), 0, -1)]
+        name = next((beginning for beginning in beginnings if beginning in names), None)
+        if name is None:
+            known = join_names(names) or "none"
+            raise UserError(f"has no column {field!r}: give {flag}, one of {known}")
+        if names.count(name) > 1:
+            source.note(f"several columns {name!r}: the first is read")
+        found[name] = list(names).index(name)
+    return found

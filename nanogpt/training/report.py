@@ -48,6 +48,8 @@ def print_plan(run: Run) -> None:
     say(f"Arithmetic: {name_of(run.dtype)} ({run.precision.reason})")
     if config.optimizer == "muon":
         say(f"Muon orthogonalizes in {name_of(run.muon_precision.dtype)} ({run.muon_precision.reason})")
+    if run.dataset.counted is not None:
+        say(f"Loss: on completions alone, {run.dataset.counted['train']:,} of the training tokens")
     start = f", from step {progress.step:,}" if config.resume else ""
     say(
         f"Plan: {max(0, config.max_iters - progress.step):,} steps of {tokens:,} tokens, "

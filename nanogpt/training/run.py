@@ -6,10 +6,11 @@ trainer.py moves a Run, checkpointing.py writes it and reads it back.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 from nanogpt.checkpoint.format import Progress
@@ -22,6 +23,7 @@ from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.distributed.world import World
 from nanogpt.evaluation import Windows, evaluation_windows
 from nanogpt.model.gpt import GPT
+from nanogpt.model.kernels import IGNORED
 from nanogpt.model.size import flops_per_token
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.memory_estimate import Memory
@@ -210,6 +212,17 @@ class Run(TrainState):
             micro_batch=ceil_div(self.config.batch_size, self.num_micro_batches * self.world.size),
             max_batches=max_batches,
         )
+
+    def loss_weights(self, targets: Tensor) -> Sequence[float | Tensor]:
+        """The weight of each micro-batch in the mean loss of the batch; their sum over all processes is 1.
+
+        It is the share of its targets, of (B, T) here, in those that count: all, or what the mask says.
+        """
+        parts = targets.tensor_split(self.num_micro_batches)
+        if self.dataset.train_mask is None:
+            return [len(part) / self.config.batch_size for part in parts]
+        counts = torch.stack([(part != IGNORED).sum() for part in parts])
+        return (counts / self.world.all_reduce_sum(counts.sum()).clamp(min=1)).unbind()
 
     @property
     def eval_model(self) -> GPT:

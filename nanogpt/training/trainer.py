@@ -131,10 +131,9 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
     x, y = run.captured_batch or next_batch(run)  # (B, T) each
     loss_share = torch.zeros((), device=run.device)
     count = run.num_micro_batches
-    micro_batches = zip(x.tensor_split(count), y.tensor_split(count), strict=True)
-    for number, (x_micro, y_micro) in enumerate(micro_batches, 1):
-        weight = len(x_micro) / run.config.batch_size
-        if weight == 0:  # no sequence is left; with FSDP every process has to take part all the same
+    micro_batches = zip(x.tensor_split(count), y.tensor_split(count), run.loss_weights(y), strict=True)
+    for number, (x_micro, y_micro, weight) in enumerate(micro_batches, 1):
+        if len(x_micro) == 0:  # no sequence is left; with FSDP every process has to take part all the same
             x_micro, y_micro = x[:1], y[:1]  # noqa: PLW2901
         with parallelize.sync_gradients(run.loss_fn, when=sync and number == count):
             with autocast(run.device, run.dtype):

@@ -1,6 +1,7 @@
 """What only a GPU can show of a training in one process. Skipped where there is none (conftest.py)."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.batches import BatchLoader
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.prepare import main as prepare
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.generate import decode, generate
 from nanogpt.model.gpt import GPT
-from nanogpt.model.kernels import Head, chunked_cross_entropy
+from nanogpt.model.kernels import IGNORED, Head, chunked_cross_entropy
 from nanogpt.training import trainer
 from nanogpt.training.cuda_graph import WARM_UP_UPDATES, UpdateGraph
 from nanogpt.training.fit import fit
@@ -205,6 +208,26 @@ def test_a_captured_update_is_the_plain_one(
     assert numbers(captured, "val_loss") == pytest.approx(numbers(config, "val_loss"), rel=2e-2)
 
 
+def test_of_pairs_a_captured_update_is_the_plain_one(
+    config: TrainConfig, gpu_alone: torch.device, tmp_path: Path, capsys
+) -> None:
+    """How many targets count differs from batch to batch: it is a number on the device."""
+    lines = [json.dumps({"q": f"{number} and what?", "a": str(number**3)}) for number in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    fields = {"prompt_field": "q", "completion_field": "a"}
+    prepare(PrepareConfig((str(tmp_path / "pairs.jsonl"),), str(tmp_path / "pairs"), **fields))
+    config = replace(
+        config, data_dir=str(tmp_path / "pairs"), dtype="bfloat16", gradient_accumulation_steps=2
+    )
+    fit(config)
+    captured = replace(config, cuda_graph="on", out_dir=str(tmp_path / "captured"))
+    capsys.readouterr()
+    fit(captured)
+    assert "captured" not in capsys.readouterr().err  # that it could not be
+    assert numbers(captured) == pytest.approx(numbers(config), rel=2e-2)
+    assert numbers(captured, "val_loss") == pytest.approx(numbers(config, "val_loss"), rel=2e-2)
+
+
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_a_compiled_update_is_captured(config: TrainConfig, gpu_alone, tmp_path: Path, capsys) -> None:
     config = replace(config, **MODERN, dtype="bfloat16", compile="on", max_iters=8)
@@ -291,6 +314,7 @@ def test_the_chunked_loss_is_that_of_a_cpu(place: torch.device) -> None:
     x, head = torch.randn(300, 64, requires_grad=True), nn.Linear(64, 5000, bias=False)
     x_gpu, head_gpu = x.detach().to(place).requires_grad_(), deepcopy(head).to(place)
     targets = torch.randint(5000, (300,))
+    targets[torch.rand(300) < 0.3] = IGNORED
     chunked_cross_entropy(head, torch.tanh, x, targets, 5000).backward()
     chunked_cross_entropy(head_gpu, torch.tanh, x_gpu, targets.to(place), 5000).backward()
     torch.testing.assert_close(x_gpu.grad.cpu(), x.grad, rtol=1e-2, atol=1e-4)
