@@ -147,8 +147,8 @@ class Service:
     async def inspect(self, request: Request) -> Response:
         """POST /inspect."""
         given = parse(InspectRequest, await self.body(request))
-        self.check_model(given.model)
-        return await unless_gone(request, inspect(self.served, given, self.config))
+        served = await self.models.get(given.model)
+        return await unless_gone(request, inspect(served, given, self.config))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """GET /tokenizer_info."""

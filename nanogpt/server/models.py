@@ -29,7 +29,7 @@ REPLACED = "the model was replaced"
 
 
 class Models:
-    """The served checkpoint and the kept ones of its run. Everything happens on the event loop."""
+    """The served checkpoint and the kept ones of its run. All but `describe` is for the event loop."""
 
     def __init__(self, config: ServeConfig, current: Served | None) -> None:
         """current: the served checkpoint; None: its run has none yet."""

@@ -35,8 +35,8 @@ MAX_LISTENERS = 32
 MAX_ROWS = 20_000
 """Rows of a description, about: of a longer curve, every second or third update is left out."""
 
-BLOCK = 1 << 20
-"""Bytes of metrics.jsonl that are read at a time."""
+BLOCK, MAX_LINE = 1 << 20, 1 << 26
+"""Bytes of metrics.jsonl that are read at a time, and most bytes of a line."""
 
 NUMBER_LIMIT = 2.0**63
 
@@ -101,14 +101,14 @@ class Reader:
             self.last_line = new[-1]
 
     def read_block(self) -> bytes:
-        """The last line and a block after it; less at the end of the file, nothing if there is no file."""
+        """The last line and about a block after it, in whole lines but for the end; b"" without a file."""
         path = self.folder.metrics
         try:
             if not path.is_file():  # opening a named pipe would block
                 return b""
             with open(path, "rb") as file:
                 file.seek(self.position - len(self.last_line))
-                return file.read(len(self.last_line) + BLOCK)
+                return file.read(len(self.last_line) + BLOCK) + file.readline(MAX_LINE)
         except OSError:
             return b""
 
