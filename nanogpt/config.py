@@ -26,6 +26,8 @@ OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "trapezoid", "constant"]
 SINK_NAMES = ("jsonl", "tensorboard", "wandb")
 """Names of the metric sinks, as `--log_to` takes them (the table SINKS in training/sinks.py)."""
+MIN_KEPT = 3
+"""Least number of kept checkpoints: the first, the best and the newest."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ class TrainConfig(Architecture):
     """Updates between log lines."""
     save_seconds: float = 60.0
     """Seconds between saves of last.pt, or up to ten times that if saving is slow; 0: after every update."""
+    keep_checkpoints: int = 0
+    """Evaluations whose model is kept, spread over the training, in out_dir/checkpoints; 0: none."""
     tensorboard: bool = False
     """Write TensorBoard events to out_dir/runs: the same as --log_to tensorboard."""
     log_to: tuple[str, ...] = ("jsonl",)
@@ -228,6 +232,12 @@ class TrainConfig(Architecture):
             at_least(self, name, 1)
         for name in ("warmup_iters", "weight_decay", "grad_clip", "seed", "save_seconds", "lora_rank"):
             at_least(self, name, 0)
+        at_least(self, "keep_checkpoints", 0)
+        require(
+            self.keep_checkpoints == 0 or self.keep_checkpoints >= MIN_KEPT,
+            f"--keep_checkpoints {self.keep_checkpoints} is too few: the first, the best and the newest are "
+            f"always among them, so give {MIN_KEPT} or more",
+        )
         check_fine_tuning(self)
         check_seed(self.seed)
         require(

@@ -2,6 +2,7 @@
 
 Example:    with lock(folder, "another training is writing to out: use another --out_dir") as folder_lock: ...
             folder_lock.confirm()    before writing what could damage the files of another process
+            if is_locked(folder): print("a training is running")
 The operating system holds the lock (flock) and releases it when the process ends, however it ends. The file
 .lock is locked and, where possible, the folder too, so that deleting .lock lets nobody in. On a file system
 without locks (Google Drive, sshfs, some NFS and FUSE), a file .owner names the process, with a warning.
@@ -34,6 +35,9 @@ NO_LOCKS_ERRORS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, 
 POLL_SECONDS = 0.05
 """Seconds between attempts to take a lock that another process holds."""
 
+LOOK_SECONDS = 0.25
+"""How long a lock that is held is tried for: `is_locked` may hold it for an instant."""
+
 START_TIME_TOLERANCE = 2.0
 """Seconds by which two readings of the start time of one process may differ."""
 
@@ -62,7 +66,7 @@ class FolderLock:
         if sys.platform == "win32":
             self.windows_lock = FileLock(self.path)
             try:
-                self.windows_lock.acquire(timeout=0)
+                self.windows_lock.acquire(timeout=LOOK_SECONDS)
             except Timeout as error:
                 raise BusyError from error
             return
@@ -144,15 +148,37 @@ def lock(folder: Path, busy: str, *, wait: float = 0.0) -> Generator[FolderLock]
         folder_lock.release()
 
 
-def open_locked(path: Path, flags: int) -> int:
-    """Open and lock a file or folder. Raises: BusyError, NoLocksError, OSError; UserError for a device."""
-    import fcntl
+def is_locked(folder: Path) -> bool:
+    """Whether a program holds the lock on a folder. Creates nothing; False if that cannot be told."""
+    path, owner = folder / ".lock", folder / ".owner"
+    if sys.platform == "win32":
+        try:
+            if path.is_file():
+                FileLock(path).acquire(timeout=0).lock.release()
+        except (Timeout, OSError) as error:
+            return isinstance(error, Timeout)
+        return False
+    if owner.is_file() and is_owner_alive(owner):
+        return True
+    try:
+        os.close(open_locked(path, os.O_RDONLY | os.O_NONBLOCK, shared=True))
+    except BusyError:
+        return True
+    except (NoLocksError, OSError, UserError):
+        return False
+    return False
 
+
+def open_locked(path: Path, flags: int, *, shared: bool = False) -> int:
+    """Open and lock a file or folder. shared: as flock.
+
+    Raises: BusyError, NoLocksError, OSError; UserError for a device.
+    """
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         kind = os.fstat(descriptor).st_mode
         require(stat.S_ISREG(kind) or stat.S_ISDIR(kind), f"{path} is not a file: delete it")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(descriptor, shared=shared)
     except OSError as error:
         os.close(descriptor)
         if error.errno in LOCK_HELD_ERRORS:
@@ -164,6 +190,24 @@ def open_locked(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def flock(descriptor: int, *, shared: bool) -> None:
+    """Lock an open file or folder: alone, or only against those who want it alone (shared).
+
+    A lock that another holds is tried for LOOK_SECONDS; a shared one once. Raises: OSError.
+    """
+    import fcntl
+
+    end = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in LOCK_HELD_ERRORS or shared or time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def is_open_path(descriptor: int, path: Path) -> bool:

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from nanogpt import files, locking
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.errors import UserError
-from nanogpt.locking import lock
+from nanogpt.locking import is_locked, lock
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -149,3 +150,36 @@ def test_a_lock_that_fails_for_another_reason_is_an_error(tmp_path, no_locks):
     no_locks(errno.EIO)
     with pytest.raises(UserError, match="cannot be written"):
         RunFolder(tmp_path / "out").locked().__enter__()
+
+
+# Looking
+
+
+def test_who_looks_sees_an_owner_and_makes_nothing(tmp_path):
+    folder = tmp_path / "out"
+    assert not is_locked(folder)
+    assert not folder.exists()
+    with lock(folder, "busy"):
+        assert is_locked(folder)
+    assert not is_locked(folder)
+    (folder / ".lock").unlink()
+    os.mkfifo(folder / ".lock")
+    assert not is_locked(folder)
+
+
+def test_who_looks_sees_an_owner_without_locks(tmp_path, no_locks):
+    no_locks(errno.ENOTSUP)
+    with lock(tmp_path, "busy"):
+        assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
+
+
+def test_who_looks_keeps_nobody_out(tmp_path, monkeypatch):
+    """A look lasts an instant; however long that is, an owner who comes meanwhile waits."""
+    monkeypatch.setattr(locking, "LOOK_SECONDS", 600.0)
+    (tmp_path / ".lock").touch()
+    look = locking.open_locked(tmp_path / ".lock", os.O_RDONLY, shared=True)
+    assert not is_locked(tmp_path)  # another who looks is no owner
+    threading.Timer(0.1, lambda: os.close(look)).start()
+    with lock(tmp_path, "busy"):
+        pass

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from waiting import HANGS, wait_for
 
 from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.checkpoint.kept import kept_checkpoints
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import main as cli
 from nanogpt.config import GPTConfig, TrainConfig
@@ -126,6 +127,15 @@ def same_course(one: TrainConfig, other: TrainConfig) -> None:
     weights = [load_checkpoint(Path(config.out_dir) / "last.pt").model for config in (one, other)]
     for name, tensor in weights[0].items():
         assert (weights[1][name] - tensor).norm() < 5e-3 * tensor.norm(), name
+
+
+def same_kept(one: TrainConfig, other: TrainConfig) -> None:
+    """Both runs kept the same steps, each in one file, with the same weights but for rounding."""
+    ours, theirs = (kept_checkpoints(Path(config.out_dir) / "checkpoints") for config in (one, other))
+    assert list(ours) == list(theirs)
+    for step, path in ours.items():
+        a, b = load_checkpoint(path).model, load_checkpoint(theirs[step], gather=False).model
+        assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
 def last_step(config: TrainConfig) -> int:
@@ -308,7 +318,7 @@ def test_sharded_processes_refuse_float16(plain, tmp_path):
 def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_since_the_last_save(
     plain, tmp_path, kind
 ):
-    often = replace(plain, save_seconds=0.0, parallel=kind)
+    often = replace(plain, save_seconds=0.0, parallel=kind, keep_checkpoints=3)
     calm, hit = (replace(often, out_dir=str(tmp_path / name)) for name in ("calm", "hit"))
     fit(calm)
     kill = "if rank == 1 and life < 2 and at == 12 + 9 * life: os.kill(os.getpid(), signal.SIGKILL)"
@@ -322,6 +332,7 @@ def test_a_process_killed_in_the_middle_of_a_step_costs_no_more_than_the_steps_s
     assert "Traceback" not in err.split("torch.distributed.elastic")[0]
     assert re.search("from step 1[0-2]", out)  # 12, or what was in place while that was written
     same_course(calm, hit)
+    same_kept(calm, hit)
 
 
 def test_a_process_that_fails_ends_all_with_its_message(plain, tmp_path):

@@ -22,6 +22,7 @@ from waiting import wait_for
 import nanogpt.training.fit as fit_module
 from nanogpt import files
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
+from nanogpt.checkpoint.kept import kept_checkpoints
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.locking import lock
@@ -80,11 +81,20 @@ def end_of(config: TrainConfig) -> tuple[Checkpoint, Checkpoint, list[tuple[floa
     return load_checkpoint(folder / "last.pt"), load_checkpoint(folder / "ckpt.pt"), losses
 
 
+def kept(config: TrainConfig) -> dict[int, Checkpoint]:
+    """The checkpoints that a run has kept."""
+    found = kept_checkpoints(Path(config.out_dir) / "checkpoints")
+    return {step: load_checkpoint(path) for step, path in found.items()}
+
+
 def assert_same_end(one: TrainConfig, other: TrainConfig) -> None:
-    """Weights, optimizer state, progress and logged losses are equal, bit for bit."""
+    """Weights, optimizer state, progress, logged losses and kept checkpoints are equal, bit for bit."""
     (*files_one, losses_one), (*files_other, losses_other) = end_of(one), end_of(other)
     assert losses_one == losses_other
-    for a, b in zip(files_one, files_other, strict=True):
+    kept_one, kept_other = kept(one), kept(other)
+    assert kept_one.keys() == kept_other.keys()
+    pairs = zip((*files_one, *kept_one.values()), (*files_other, *kept_other.values()), strict=True)
+    for a, b in pairs:
         assert a.progress | {"elapsed_s": 0} == b.progress | {"elapsed_s": 0}
         assert_equal(a.model, b.model)
         assert_equal(a.average, b.average)
@@ -118,7 +128,7 @@ MODERN = {
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", **MODERN}],
+    [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "keep_checkpoints": 5, **MODERN}],
     ids=["float32", "bfloat16", "modern-muon-bfloat16"],
 )
 def test_killed_20_times_ends_as_if_never_killed(config: TrainConfig, tmp_path: Path, options) -> None:

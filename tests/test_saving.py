@@ -113,7 +113,7 @@ def test_without_memory_for_a_copy_the_training_waits(run: Run, gate, monkeypatc
         monkeypatch.setattr(type(run.kind), "copy_to_host", refuse)
     run.checkpointer.save_last(run)
     assert not run.checkpointer.is_writing
-    assert gate.threads == ["MainThread"]
+    assert gate.threads == ["save_0"]
     assert load_checkpoint(run.folder.last).progress["step"] == 1
 
 

@@ -1,7 +1,6 @@
 """The server: OpenAI's API over a checkpoint, with the texts of `generate`; what it refuses; how it ends."""
 
 import asyncio
-import contextlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from serving import connect, post, serving, text_of
 from waiting import HANGS, wait_until
 
 from nanogpt import TextModel, TrainConfig, fit, generate, inspect_text, load_model, prepare
@@ -55,43 +55,6 @@ def model(out: Path) -> TextModel:
     return load_model(out, "cpu")
 
 
-@contextlib.contextmanager
-def serving(config: ServeConfig, prepare: Callable[[Service], None] = lambda service: None) -> Iterator[str]:
-    """A server in a thread, at the address that is yielded. prepare: is called with its service first."""
-    listener = server_run.listen(config)
-    ready, stop = threading.Event(), threading.Event()
-
-    class Told(server_run.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            ready.set()
-
-        async def on_tick(self, counter: int) -> bool:
-            if stop.is_set():
-                self.stopping.set()
-                return True
-            return await super().on_tick(counter)
-
-    def create(service: Service):
-        prepare(service)
-        return plain(service)
-
-    plain = server_run.create_app
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_run, "Server", Told)
-        patch.setattr(server_run, "create_app", create)
-        thread = threading.Thread(target=lambda: asyncio.run(server_run.run(config, listener)))
-        thread.start()
-        try:
-            assert ready.wait(HANGS)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            stop.set()
-            thread.join(HANGS)
-            listener.close()
-            assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def config(out: Path) -> ServeConfig:
     return ServeConfig(checkpoint=str(out), port=0, device="cpu", rows=4, grace=5.0)
@@ -102,23 +65,6 @@ def url(config: ServeConfig) -> Iterator[str]:
     """The address of a server that all tests share."""
     with serving(config) as url:
         yield url
-
-
-def post(url: str, path: str = "/v1/completions", **body) -> httpx.Response:
-    return httpx.post(url + path, json=body, timeout=HANGS)
-
-
-def connect(url: str, path: str, **body) -> socket.socket:
-    """A client that has sent a request, and may leave before the answer."""
-    raw = json.dumps(body).encode()
-    client = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n"
-    client.sendall(head.encode() + raw)
-    return client
-
-
-def text_of(url: str, **body) -> str:
-    return post(url, **body).raise_for_status().json()["choices"][0]["text"]
 
 
 # --- clients ---

@@ -2,7 +2,7 @@
 
 Example:    folder = RunFolder(Path("out")); with folder.locked(): folder.archive_previous(); ...
 Files:      ckpt.pt (best), last.pt (newest), shards/ (tensors of last.pt with --parallel fsdp),
-            metrics.jsonl, loss.png, runs/ (TensorBoard), adapter/ (LoRA, for peft),
+            checkpoints/ (kept.py), metrics.jsonl, loss.png, runs/ (TensorBoard), adapter/ (LoRA, for peft),
             previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
 """
 
@@ -36,6 +36,8 @@ class RunFolder:
         self.shards = path / "shards"
         self.old_shards = path / "parts"
         """Folder of the shards in older versions."""
+        self.kept = path / "checkpoints"
+        """Folder of the kept checkpoints (kept.py)."""
         self.metrics = path / "metrics.jsonl"
         self.plot = path / "loss.png"
         self.runs = path / "runs"
@@ -115,6 +117,12 @@ class RunFolder:
                     return peek(folder / name)[0]
         return None
 
+    def best_step(self) -> int | None:
+        """Step of ckpt.pt; None if there is none, or it cannot be read."""
+        with contextlib.suppress(Exception):  # `newest_valid` reports a damaged file
+            return peek(self.best)[1]
+        return None
+
     def is_restart_of(self, config: TrainConfig, job: str, *, restarted: bool) -> bool:
         """Whether a training is a restart of the one in this folder, so that it resumes without --resume.
 
@@ -142,7 +150,7 @@ class RunFolder:
 
     def run_files(self, folder: Path) -> list[Path]:
         """The files and folders of a run in `folder`, in the order to move them: last.pt comes last."""
-        names = (self.runs, self.adapter, self.plot, self.metrics, self.shards, self.old_shards)
+        names = (self.runs, self.adapter, self.kept, self.plot, self.metrics, self.shards, self.old_shards)
         return [
             path for name in (*names, self.best, self.last) if os.path.lexists(path := folder / name.name)
         ]

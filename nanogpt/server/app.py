@@ -25,7 +25,8 @@ from nanogpt.server.guard import Guard
 from nanogpt.server.inspection import inspect
 from nanogpt.server.jobs import Job, read_prompt
 from nanogpt.server.metrics import CONTENT_TYPE, Metrics
-from nanogpt.server.openapi import document
+from nanogpt.server.models import Models
+from nanogpt.server.openapi import EVENTS, JSON, document
 from nanogpt.server.protocol import (
     ApiError,
     ChatRequest,
@@ -38,6 +39,7 @@ from nanogpt.server.protocol import (
     parse,
 )
 from nanogpt.server.served import Served
+from nanogpt.server.training import Training
 from nanogpt.tokenizer.base import END_OF_TEXT
 
 Result = TypeVar("Result")
@@ -61,40 +63,44 @@ class Answer(Protocol):
 
 
 class Service:
-    """What the paths answer, for the model that is being served."""
+    """What the paths answer."""
 
-    def __init__(self, config: ServeConfig, served: Served) -> None:
+    def __init__(self, config: ServeConfig, served: Served | None) -> None:
+        """served: the model of the checkpoint; None: there is none yet."""
         self.config = config
-        self.served = served
-        """The model that new requests get."""
-        self.metrics = Metrics(lambda: self.served)
+        self.models = Models(config, served)
+        self.training = Training(config, self.models)
+        self.metrics = Metrics(lambda: self.models.loaded)
+
+    @property
+    def served(self) -> Served:
+        """The model of the checkpoint. Raises: ApiError if there is none yet."""
+        return self.models.checkpoint()
+
+    def close(self, reason: str, *, finish: bool = False) -> None:
+        """Take no more requests, and end the streams of news; see Engine.close."""
+        self.models.close(reason, finish=finish)
+        self.training.close()
 
     # --- texts ---
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         given = parse(CompletionRequest, await self.body(request))
-        self.check_model(given.model)
-        return await self.answer(request, Completion(self.served, given, self.config), stream=given.stream)
+        served = await self.models.get(given.model)
+        return await self.answer(request, Completion(served, given, self.config), stream=given.stream)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         given = parse(ChatRequest, await self.body(request))
-        self.check_model(given.model)
-        return await self.answer(request, Chat(self.served, given, self.config), stream=given.stream)
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError if a request asks for another model."""
-        if name and name != self.served.name:
-            message = f"the model {name!r} is not served here, but {self.served.name!r} is"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        served = await self.models.get(given.model)
+        return await self.answer(request, Chat(served, given, self.config), stream=given.stream)
 
     async def answer(self, request: Request, answer: Answer, *, stream: bool | None) -> Response:
         """The texts of a request, whole or as a stream."""
         started = time.perf_counter()
         if stream:
-            events = self.events(answer, started)
-            return StreamingResponse(events, headers={"Cache-Control": "no-store"}, media_type=EVENTS)
+            return event_stream(self.events(answer, started))
         try:
             return json_response(await unless_gone(request, answer.whole()))
         finally:
@@ -141,8 +147,8 @@ class Service:
     async def inspect(self, request: Request) -> Response:
         """POST /inspect."""
         given = parse(InspectRequest, await self.body(request))
-        self.check_model(given.model)
-        return await unless_gone(request, inspect(self.served, given, self.config))
+        served = await self.models.get(given.model)
+        return await unless_gone(request, inspect(served, given, self.config))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """GET /tokenizer_info."""
@@ -153,19 +159,25 @@ class Service:
             described | {"eos_token": end, "bos_token": None, "model_max_length": self.served.context}
         )
 
+    # --- the training ---
+
+    async def run(self, request: Request) -> Response:
+        """GET /run."""
+        return Response(await self.training.describe(), media_type=JSON)
+
+    async def run_events(self, request: Request) -> Response:
+        """GET /run/events. Without a training there is no content: a browser does not come again."""
+        if request.method == "HEAD":
+            return Response(media_type=EVENTS)
+        events = await self.training.events()
+        return event_stream(events) if events else Response(status_code=204)
+
     # --- the server ---
 
-    async def models(self, request: Request) -> Response:
+    async def list_models(self, request: Request) -> Response:
         """GET /v1/models."""
-        served = self.served
-        model = {
-            "id": served.name,
-            "object": "model",
-            "created": served.created,
-            "owned_by": "nanogpt",
-            "max_model_len": served.context,
-        }
-        return json_response({"object": "list", "data": [model]})
+        found = await asyncio.to_thread(self.models.describe)
+        return json_response({"object": "list", "data": found})
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
@@ -208,7 +220,9 @@ class Service:
         return [
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/models", self.models),
+            Route("/v1/models", self.list_models),
+            Route("/run", self.run),
+            Route("/run/events", self.run_events),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/inspect", self.inspect, methods=["POST"]),
@@ -219,7 +233,9 @@ class Service:
         ]
 
 
-EVENTS = "text/event-stream"
+def event_stream(events: AsyncIterator[bytes]) -> Response:
+    """Server-sent events as an answer."""
+    return StreamingResponse(events, headers={"Cache-Control": "no-store"}, media_type=EVENTS)
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:

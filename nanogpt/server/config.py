@@ -22,6 +22,8 @@ class ServeConfig(Settings):
 
     checkpoint: str = "out/ckpt.pt"
     """The checkpoint to serve; everything needed is inside it."""
+    run: str | None = None
+    """Run folder to serve instead, while train.py writes there: its first checkpoint and all that follow."""
     name: str | None = None
     """Name of the model in the API; None: that of the checkpoint's folder."""
     host: str = LOOPBACK
@@ -70,4 +72,9 @@ class ServeConfig(Settings):
             f"--max_queue {self.max_queue} is less than --max_texts {self.max_texts}",
         )
         require(self.api_key != "", '--api_key "" is empty: leave it out, or give a key')
+        require(self.run != "", '--run "" is empty: give a run folder, as --run out')
+        require(
+            self.run is None or self.checkpoint == ServeConfig.checkpoint,
+            f"--run {self.run} serves the checkpoints of that run: leave out --checkpoint {self.checkpoint}",
+        )
         require(self.name != "", '--name "" is empty: leave it out, or give a name')

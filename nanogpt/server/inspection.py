@@ -6,7 +6,8 @@ a thread of its own, so that nobody waits for that either. Its form is in docs/s
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any, cast
 
 import torch
@@ -33,11 +34,18 @@ ATTENTION_DECIMALS = 4
 """Decimals of an attention weight."""
 
 
-async def inspect(served: Served, request: InspectRequest, limits: ServeConfig) -> Response:
-    """The answer to a request. Raises: ApiError for an impossible one, or if the engine cannot do it."""
+def inspect(served: Served, request: InspectRequest, limits: ServeConfig) -> Awaitable[Response]:
+    """Ask the engine at once; the answer comes later. Raises: ApiError for an impossible request."""
     future = served.engine.call(parts_of(served, request))
     if future is None:
         raise refusal(served, limits)
+    return answer(served, request, limits, future)
+
+
+async def answer(
+    served: Served, request: InspectRequest, limits: ServeConfig, future: "Future[Inspection]"
+) -> Response:
+    """The answer to a request. Raises: ApiError if the engine could not do it."""
     try:
         found = await asyncio.wait_for(asyncio.wrap_future(future), limits.deadline)
     except asyncio.TimeoutError as error:

@@ -1,9 +1,9 @@
 """Metrics for Prometheus: GET /metrics, under vLLM's names where they mean the same.
 
-Example: metrics = Metrics(lambda: served); metrics.count(job); body = metrics.render()
+Example: metrics = Metrics(lambda: [served]); metrics.count(job); body = metrics.render()
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,47 +19,56 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 
 
 class EngineCollector(Collector):
-    """The numbers of the engine, read when they are asked for."""
+    """The numbers of the engines, read when they are asked for."""
 
-    def __init__(self, served: Callable[[], Served]) -> None:
-        self.served = served
+    def __init__(self, loaded: Callable[[], Sequence[Served]]) -> None:
+        self.loaded = loaded
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics."""
-        served = self.served()
-        scheduler, waiting = served.engine.scheduler, len(served.engine.waiting)
-        counts, running = scheduler.counts, len(scheduler.rows)
-        usage = sum(len(row.text) for row in scheduler.rows) / (len(scheduler.contents) * served.context)
-        gauges = {
-            "num_requests_running": (running, "Texts that are being made"),
-            "num_requests_waiting": (waiting, "Texts that wait for a row of the KV cache"),
-            "kv_cache_usage_perc": (min(1.0, usage), "Share of the KV cache that is in use, 1 being all"),
-        }
-        counters = {
-            "prompt_tokens": (counts.prompt_tokens, "Tokens of prompts"),
-            "generation_tokens": (counts.new_tokens, "New tokens"),
-            "prefix_cache_queries": (
-                counts.prompt_tokens,
-                "Prompt tokens that were looked for in the cache",
-            ),
-            "prefix_cache_hits": (
-                counts.reused_tokens,
-                "Prompt tokens that were copied within the cache",
-            ),
-        }
-        for kind, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-            for name, (value, meaning) in rows.items():
-                family = kind(f"vllm:{name}", meaning, labels=["model_name"])
-                family.add_metric([served.name], value)
-                yield family
+        """The metrics, each with a value for every model."""
+        models = [(served.name, numbers_of(served)) for served in self.loaded()]
+        for name, (kind, meaning) in ENGINE_METRICS.items():
+            family = kind(f"vllm:{name}", meaning, labels=["model_name"])
+            for model, numbers in models:
+                family.add_metric([model], numbers[name])
+            yield family
+
+
+ENGINE_METRICS = {
+    "num_requests_running": (GaugeMetricFamily, "Texts that are being made"),
+    "num_requests_waiting": (GaugeMetricFamily, "Texts that wait for a row of the KV cache"),
+    "kv_cache_usage_perc": (GaugeMetricFamily, "Share of the KV cache that is in use, 1 being all"),
+    "prompt_tokens": (CounterMetricFamily, "Tokens of prompts"),
+    "generation_tokens": (CounterMetricFamily, "New tokens"),
+    "prefix_cache_queries": (CounterMetricFamily, "Prompt tokens that were looked for in the cache"),
+    "prefix_cache_hits": (CounterMetricFamily, "Prompt tokens that were copied within the cache"),
+}
+"""Name -> kind, and meaning."""
+
+
+def numbers_of(served: Served) -> dict[str, float]:
+    """The values of ENGINE_METRICS for a model."""
+    scheduler, waiting = served.engine.scheduler, len(served.engine.waiting)
+    counts = scheduler.counts
+    usage = sum(len(row.text) for row in scheduler.rows) / (len(scheduler.contents) * served.context)
+    return {
+        "num_requests_running": len(scheduler.rows),
+        "num_requests_waiting": waiting,
+        "kv_cache_usage_perc": min(1.0, usage),
+        "prompt_tokens": counts.prompt_tokens,
+        "generation_tokens": counts.new_tokens,
+        "prefix_cache_queries": counts.prompt_tokens,
+        "prefix_cache_hits": counts.reused_tokens,
+    }
 
 
 class Metrics:
     """All metrics of a server."""
 
-    def __init__(self, served: Callable[[], Served]) -> None:
+    def __init__(self, loaded: Callable[[], Sequence[Served]]) -> None:
+        """loaded: gives the models that are loaded."""
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(served))
+        self.registry.register(EngineCollector(loaded))
         self.first, self.between, self.whole = (
             Histogram(f"vllm:{name}", meaning, ["model_name"], buckets=SECONDS, registry=self.registry)
             for name, meaning in (

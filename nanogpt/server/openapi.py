@@ -29,7 +29,9 @@ REQUESTS: dict[str, tuple[type[Model], str, list[str]]] = {
 """Path of a POST -> what it reads, what it does, and what it answers with."""
 
 PAGES = {
-    "/v1/models": ("The model that is served", JSON),
+    "/v1/models": ("The models that are served", JSON),
+    "/run": ("The training of the model: settings, curve, kept checkpoints", JSON),
+    "/run/events": ("News of the training while it runs", EVENTS),
     "/tokenizer_info": ("The tokenizer", JSON),
     "/health": ("Whether the server answers", JSON),
     "/metrics": ("Metrics for Prometheus", TEXT),
@@ -41,12 +43,12 @@ ERRORS = {
     "400": "The request is impossible; the message says why",
     "401": "The API key is missing or wrong",
     "403": "The Host or the origin is not allowed",
-    "404": "There is no such model",
+    "404": "There is no such model, or no run",
     "408": "The request did not arrive in time",
     "413": "The request is too long",
-    "429": "Too many texts are waiting; Retry-After says when to come again",
+    "429": "Too many clients or texts are waiting; Retry-After says when to come again",
     "500": "A text could not be made",
-    "503": "The server stops",
+    "503": "The server stops, or there is no checkpoint yet",
     "504": "The text was not finished in time",
 }
 
@@ -89,8 +91,10 @@ def document() -> dict[str, Any]:
         for path, (kind, summary, forms) in REQUESTS.items()
     }
     for path, (summary, form) in PAGES.items():
-        few = {status: errors[status] for status in ("401", "403", "503")}
+        more = ("404", "429") if path.startswith("/run") else ()
+        few = {status: errors[status] for status in ("401", "403", "503", *more)}
         paths[path] = {"get": {"summary": summary, "responses": {"200": success({form: {}}), **few}}}
+    paths["/run/events"]["get"]["responses"]["204"] = {"description": "No training runs"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "NanoGPT", "version": __version__},

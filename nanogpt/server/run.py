@@ -1,6 +1,6 @@
 """The server as a process: load the model, listen, watch the checkpoint, and stop without losing an answer.
 
-Run:    nanogpt serve --checkpoint out/ckpt.pt
+Run:    nanogpt serve --checkpoint out/ckpt.pt           nanogpt serve --run out, while train.py runs
 When a signal asks it to stop, it takes no more connections, lets running requests finish for --grace seconds,
 and ends those that are left with an error that says so.
 """
@@ -8,15 +8,16 @@ and ends those that are left with an error that says so.
 import asyncio
 import socket
 import sys
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from nanogpt.console import say, warn
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, require
 from nanogpt.server.app import Service, create_app
 from nanogpt.server.config import LOOPBACK, ServeConfig
-from nanogpt.server.served import Served, load, stamp_of
+from nanogpt.server.served import Served, load, newest_stamp
 
 WATCH_SECONDS = 1.0
 """Seconds between two looks at the checkpoint."""
@@ -71,8 +72,7 @@ def listen(config: ServeConfig) -> socket.socket:
 
 async def run(config: ServeConfig, listener: socket.socket) -> None:
     """Serve on a socket until a signal comes."""
-    served = await asyncio.to_thread(load, config, asyncio.get_running_loop())
-    service = Service(config, served)
+    service = Service(config, await first_model(config))
     server = Server(
         uvicorn.Config(
             create_app(service),
@@ -83,56 +83,72 @@ async def run(config: ServeConfig, listener: socket.socket) -> None:
             timeout_graceful_shutdown=int(config.grace) + 5,
         )
     )
-    announce(config, served, listener)
+    announce(service, listener)
     tasks = [asyncio.create_task(shut_down(server, service))]
-    if config.watch:
+    if config.watch or config.run:
         tasks.append(asyncio.create_task(watch(service)))
     try:
         await server.serve(sockets=[listener])
     finally:
         for task in tasks:
             task.cancel()
-        service.served.engine.close(CLOSING)
-        service.served.engine.thread.join(config.grace)
+        service.close(CLOSING)
+        for served in service.models.loaded:
+            served.engine.thread.join(config.grace)
 
 
-def announce(config: ServeConfig, served: Served, listener: socket.socket) -> None:
+async def first_model(config: ServeConfig) -> Served | None:
+    """The model to begin with; None if --run has none yet. Raises: UserError if there has to be one."""
+    if config.run:
+        require(not Path(config.run).is_file(), f"--run {config.run} is a file: give a run folder")
+        if newest_stamp(config) == (0, 0):
+            return None
+    return await asyncio.to_thread(load, config, asyncio.get_running_loop())
+
+
+def announce(service: Service, listener: socket.socket) -> None:
     """Say what is served, and where."""
+    config, served = service.config, service.models.current
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    size = served.model.num_parameters()
-    say(f"Model: {served.path}, {size:,} parameters, context of {served.context} tokens, as {served.name!r}")
+    say(describe(served) if served else f"Waiting for the first checkpoint in {config.run}")
     say(f"Serving at http://{shown}:{port} (Ctrl-C stops it)")
     if config.host != LOOPBACK and not config.api_key:
         warn("Whoever reaches this address can use the model: give --api_key, or $NANOGPT_API_KEY")
 
 
+def describe(served: Served) -> str:
+    """The line about a model."""
+    size, context = served.model.num_parameters(), served.context
+    return f"Model: {served.path}, {size:,} parameters, context of {context} tokens, as {served.name!r}"
+
+
 async def shut_down(server: Server, service: Service) -> None:
     """When a signal has come: give running requests their time, then end them."""
     await server.stopping.wait()
-    engine = service.served.engine
-    engine.close(CLOSING, finish=True)
+    service.close(CLOSING, finish=True)
+    engines = [served.engine for served in service.models.loaded]
     deadline = server.loop.time() + service.config.grace
-    while engine.thread.is_alive() and server.loop.time() < deadline and not server.force_exit:
+    while any(engine.thread.is_alive() for engine in engines):
+        if server.loop.time() >= deadline or server.force_exit:
+            break
         await asyncio.sleep(0.02)
-    engine.close(CLOSING)
+    service.close(CLOSING)
 
 
 async def watch(service: Service) -> None:
     """Serve the checkpoint anew whenever its file has changed; a damaged one is reported and passed over."""
-    passed_over = (0, 0)
-    while True:
+    passed_over, models = (0, 0), service.models
+    while not models.closing:
         await asyncio.sleep(WATCH_SECONDS)
-        served = service.served
-        stamp = stamp_of(served.path)
-        if stamp in {served.stamp, passed_over, (0, 0)} or served.engine.closing:
+        served, stamp = models.current, await asyncio.to_thread(newest_stamp, service.config)
+        if stamp in {served and served.stamp, passed_over, (0, 0)}:
             continue
         try:
             newer = await asyncio.to_thread(load, service.config, asyncio.get_running_loop())
         except (UserError, OSError) as error:
-            warn(f"Still serving the earlier checkpoint: {error}")
+            warn(f"{'Still serving the earlier checkpoint' if served else 'No checkpoint yet'}: {error}")
             passed_over = stamp
             continue
-        service.served = newer
-        served.engine.close("the model was replaced", finish=True)
-        say(f"Serving the new {newer.path}")
+        models.replace(newer)
+        say(f"Serving the new {newer.path}" if served else describe(newer))

@@ -18,6 +18,7 @@ import torch
 
 from nanogpt.checkpoint.format import TextModel, checkpoint_at, load_model
 from nanogpt.device import autocast, eager_mode
+from nanogpt.errors import UserError
 from nanogpt.inference.engine import Engine
 from nanogpt.inference.prompts import device_of
 from nanogpt.inference.scheduler import Scheduler
@@ -135,9 +136,33 @@ class Text:
             self.changed.set()
 
 
+def checkpoint_path(config: ServeConfig) -> Path:
+    """The checkpoint to serve. Raises: UserError if it is in a folder that has none."""
+    if config.run:
+        return checkpoint_at(Path(config.run), "--run")
+    return checkpoint_at(Path(config.checkpoint), "--checkpoint")
+
+
+def run_folder(config: ServeConfig) -> Path:
+    """The folder of the checkpoint."""
+    path = Path(config.run or config.checkpoint).resolve()
+    return path if config.run or path.is_dir() else path.parent
+
+
+def model_name(config: ServeConfig) -> str:
+    """Name of the served checkpoint in the API."""
+    return config.name or run_folder(config).name or "nanogpt"
+
+
 def load(config: ServeConfig, loop: asyncio.AbstractEventLoop) -> Served:
-    """Load the checkpoint, and start its engine. Raises: UserError as load_model."""
-    path = checkpoint_at(Path(config.checkpoint), "--checkpoint")
+    """Load the checkpoint to serve, and start its engine. Raises: UserError as load_model."""
+    return load_file(checkpoint_path(config), model_name(config), config, loop, config.rows)
+
+
+def load_file(
+    path: Path, name: str, config: ServeConfig, loop: asyncio.AbstractEventLoop, rows: int
+) -> Served:
+    """Load a checkpoint, and start its engine, for so many rows. Raises: UserError as load_model."""
     stamp = stamp_of(path)
     loaded = load_model(path, config.device)
     model, dtype = prepared(loaded, config)
@@ -150,13 +175,12 @@ def load(config: ServeConfig, loop: asyncio.AbstractEventLoop) -> Served:
             yield
 
     engine = Engine(
-        Scheduler(model, config.rows, dtype=dtype),
+        Scheduler(model, rows, dtype=dtype),
         config.max_queue,
         context=computing,
         after_step=bridge.flush,
         on_bug=traceback.print_exception,
     )
-    name = config.name or path.resolve().parent.name or "nanogpt"
     return Served(name, path, stamp, model, loaded.tokenizer, dtype, engine, bridge)
 
 
@@ -166,6 +190,14 @@ def prepared(loaded: TextModel, config: ServeConfig) -> tuple[GPT, torch.dtype]:
     dtype = pick_sampling_dtype(config.dtype, device, loaded.trained_in)
     by_columns = device.type == "cpu" and bool(native_problem())
     return cast(GPT, sampling_copy(loaded.model, dtype, config.quantize, by_columns=by_columns)), dtype
+
+
+def newest_stamp(config: ServeConfig) -> tuple[int, int]:
+    """The stamp of the checkpoint to serve; zeros if there is none."""
+    try:
+        return stamp_of(checkpoint_path(config))
+    except UserError:
+        return 0, 0
 
 
 def stamp_of(path: Path) -> tuple[int, int]:

@@ -6,6 +6,8 @@ training goes on; if memory has no room for a copy, the training waits. A checkp
 place: a process that is killed before that resumes from the one before.
 A checkpoint file: checkpoint/format.py. With FSDP, last.pt is sharded (checkpoint/sharded.py): every process
 writes its shards. ckpt.pt is always one file. At a best evaluation last.pt is a copy of ckpt.pt.
+With --keep_checkpoints, an evaluation is also kept as a file without optimizer state (checkpoint/kept.py). It
+is written first, so that no run resumes from a step whose evaluation it lacks; losing it ends no training.
 """
 
 import math
@@ -19,6 +21,7 @@ from typing import Any
 
 from nanogpt.checkpoint import sharded
 from nanogpt.checkpoint.format import Checkpoint, Progress, save_checkpoint, shards_folder
+from nanogpt.checkpoint.kept import forget_after, kept_path, thin_out
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.checkpoint.validation import check_states
 from nanogpt.console import warn
@@ -47,6 +50,8 @@ class PendingSave:
     state: TrainState
     header: Checkpoint
     """The state when the save began, without its tensors."""
+    kept: "Future[Digests] | None"
+    """The writing of the kept checkpoint, if this evaluation has one."""
     best: "Future[Digests] | None"
     """The writing of ckpt.pt, at a best evaluation."""
     last: "Future[Digests]"
@@ -57,7 +62,7 @@ class PendingSave:
     @property
     def futures(self) -> "list[Future[Digests]]":
         """Everything that this process writes."""
-        return [self.best, self.last] if self.best else [self.last]
+        return [future for future in (self.kept, self.best, self.last) if future]
 
 
 class Checkpointer:
@@ -78,6 +83,8 @@ class Checkpointer:
         """Step of the newest checkpoint that this process has written or read."""
         self.best_val_loss = math.inf
         """The validation loss of ckpt.pt."""
+        self.best_step: int | None = None
+        """Its step, if this process knows it."""
         self.last_progress: dict[str, Any] | None = None
         """The progress that last.pt holds, if this process knows it."""
         self.shards: Path | None = None
@@ -115,6 +122,7 @@ class Checkpointer:
             with self.world.raise_on_all():
                 if self.world.is_first:
                     self.prepare_folder()
+            kept = self.begin_kept(state)
             best_file = self.begin_file(state, self.folder.best) if best else None
             folder = self.new_shards_folder(state) if parallelize.is_sharded(state.model) else None
             if folder:
@@ -123,7 +131,7 @@ class Checkpointer:
                 last = self.begin_copy(best_file)
             else:
                 last = self.begin_file(state, self.folder.last)
-            self.pending = PendingSave(state, header(state), best_file, last, folder)
+            self.pending = PendingSave(state, header(state), kept, best_file, last, folder)
 
     def prepare_folder(self) -> None:
         """Check that the folder is still this run's, and write what a checkpoint counts on."""
@@ -133,11 +141,18 @@ class Checkpointer:
             with atomic_write(self.folder.job) as file:
                 file.write(self.world.job.encode())
 
-    def begin_file(self, state: TrainState, path: Path) -> "Future[Digests]":
+    def begin_kept(self, state: TrainState) -> "Future[Digests] | None":
+        """Begin to write a kept checkpoint, if they are wanted and the state is that of an evaluation."""
+        step = state.progress.step
+        if not state.config.keep_checkpoints or state.progress.evaluated_at != step:  # at step 0 they agree
+            return None
+        return self.begin_file(state, kept_path(self.folder.kept, step), model_only=True)
+
+    def begin_file(self, state: TrainState, path: Path, *, model_only: bool = False) -> "Future[Digests]":
         """Begin to write a checkpoint in one file, on the first process. With FSDP all gather it there."""
         if not self.world.is_first and not parallelize.is_sharded(state.model):
             return self.submit(Digests, in_background=False)
-        snapshot = take_snapshot(state)
+        snapshot = take_snapshot(state, model_only=model_only)
 
         def write() -> Digests:
             """Write the file once the tensors are copied."""
@@ -163,14 +178,13 @@ class Checkpointer:
         return self.submit(copy if self.world.is_first else Digests, in_background=not best_file.done())
 
     def submit(self, work: Callable[[], Digests], *, in_background: bool) -> "Future[Digests]":
-        """Do the work now or in the thread, one after the other. Its failure is the future's."""
-        if in_background:
-            return self.thread.submit(work)
-        future: Future[Digests] = Future()
-        try:
-            future.set_result(work())
-        except (UserError, OSError) as error:
-            future.set_exception(error)
+        """Let the thread do the work, one after the other; wait for it unless in_background.
+
+        Its failure is the future's.
+        """
+        future = self.thread.submit(work)
+        if not in_background:
+            wait([future])
         return future
 
     def new_shards_folder(self, state: TrainState) -> Path:
@@ -201,6 +215,14 @@ class Checkpointer:
                 if self.world.is_first and pending.folder:
                     self.folder.delete_shards(keep=self.shards)
                 raise
+            finally:
+                self.finish_kept(pending)
+
+    def finish_kept(self, pending: PendingSave) -> None:
+        """Report a kept checkpoint that could not be written, and delete those that are too many."""
+        if pending.kept and self.world.is_first:
+            attempt(pending.kept.result)
+            thin_out(self.folder.kept, pending.state.config.keep_checkpoints, self.best_step)
 
     def complete(self, pending: PendingSave) -> None:
         """Let a save count that all processes have written. Raises: UserError if one of them could not."""
@@ -209,6 +231,7 @@ class Checkpointer:
             with self.world.raise_on_all():
                 pending.best.result()
             self.best_val_loss, self.saved_step = progress["best_val_loss"], int(progress["step"])
+            self.best_step = self.saved_step
         with self.world.raise_on_all():
             digests = pending.last.result()
         if pending.folder:
@@ -282,9 +305,18 @@ class Checkpointer:
         self.saved_step, self.best_val_loss = state.progress.step, state.progress.best_val_loss
         if self.folder.resumed == self.folder.last and saved.config == saved_settings(state):
             self.last_progress = saved.progress  # nothing to save before something changes
+        if self.world.is_first:
+            self.restore_kept(state)
+
+    def restore_kept(self, state: TrainState) -> None:
+        """Let the kept checkpoints be those that a run has which was never stopped."""
+        self.best_step = self.folder.best_step()
+        forget_after(self.folder.kept, state.progress.evaluated_at)
+        if state.config.keep_checkpoints:
+            thin_out(self.folder.kept, state.config.keep_checkpoints, self.best_step)
 
 
-def attempt(write: Callable[[], None]) -> bool:
+def attempt(write: Callable[[], object]) -> bool:
     """Whether writing worked; a failure is reported."""
     try:
         write()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.checkpoint.kept import refuse_kept
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import TrainConfig, from_dict, to_dict
 from nanogpt.console import say, silence, warn
@@ -84,12 +85,12 @@ def run_to_end(
     """As fit, which explains the arguments."""
     folder = RunFolder(Path(config.out_dir))
     dataset: Dataset | None = None
-    if not config.resume:
+    if config.resume:
+        refuse_kept(folder.path)
+        missing = f"no checkpoint to resume in {folder.path}: start without --resume, or check --out_dir"
+        require(folder.path.is_dir(), missing)
+    else:
         dataset = load_dataset(Path(config.data_dir))  # checked before a folder is made in vain
-    elif not folder.path.is_dir():
-        raise UserError(
-            f"no checkpoint to resume in {folder.path}: start without --resume, or check --out_dir"
-        )
     with (
         one_at_a_time(),
         StopRequest() as stop,  # around the world: torchrun's SIGTERM must not overtake its message

@@ -11,6 +11,7 @@ import shlex
 import numpy as np
 import torch
 
+from nanogpt.checkpoint.kept import kept_checkpoints
 from nanogpt.checkpoint.validation import state_names
 from nanogpt.config import TrainConfig
 from nanogpt.console import MIB, command, duration, in_notebook, say, show_in_notebook, warn
@@ -144,6 +145,8 @@ def print_summary(run: Run, reason: StopReason) -> None:
     }
     say(f"Finished: {why[reason]}, in {duration(progress.elapsed_s)} of training")
     say(f"Best validation loss: {progress.best_val_loss:.4f} ({folder.best})")
+    if kept := kept_checkpoints(folder.kept):
+        say(f"Kept checkpoints: {len(kept)}, from step {min(kept):,} to {max(kept):,} ({folder.kept})")
     try:
         plot_losses(folder.metrics, folder.plot)
         say(f"Loss curve: {folder.plot}")

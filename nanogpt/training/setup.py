@@ -163,8 +163,14 @@ def digest(value: object) -> str:
 def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> None:
     """Compare the settings with those of the checkpoint, and print the ones that have changed.
 
-    Raises: UserError if the architecture, the preset, the optimizer or the data have changed.
+    Raises: UserError if the architecture, the preset, the optimizer or the data have changed, or if the
+    checkpoint was kept for sampling.
     """
+    require(
+        bool(saved.optimizers),
+        f"the checkpoint in {config.out_dir} is one that --keep_checkpoints kept, without optimizer state: "
+        "give the last.pt of its run, or start a new run with --init_from",
+    )
     before = saved.train_config
     for item in fields(TrainConfig):
         old, new = getattr(before, item.name), getattr(config, item.name)

@@ -33,20 +33,22 @@ class Snapshot:
     """When the device has copied the tensors; None: they are there already."""
 
 
-def take_snapshot(state: TrainState) -> Snapshot:
+def take_snapshot(state: TrainState, *, model_only: bool = False) -> Snapshot:
     """The state as a checkpoint, its tensors copied if memory allows.
 
+    model_only: leave out what sampling does not need.
     With FSDP all processes call it together: the tensors are gathered, and the first process alone has them.
     """
+    contents = model_of if model_only else checkpoint_of
     gathers = is_sharded(state.model)  # which makes copies in any case
     if gathers or fits_in_main_memory(state):
         kind = kind_of(state.device)
         try:
-            return Snapshot(checkpoint_of(state, copier(kind)), True, kind.record_event(state.device))
+            return Snapshot(contents(state, copier(kind)), True, kind.record_event(state.device))
         except (RuntimeError, MemoryError) as error:
             if gathers or not is_out_of_memory(error):
                 raise
-    return Snapshot(checkpoint_of(state, Tensor.detach), False)
+    return Snapshot(contents(state, Tensor.detach), False)
 
 
 def fits_in_main_memory(state: TrainState) -> bool:
@@ -80,17 +82,25 @@ def named_tensors(state: TrainState) -> dict[str, Tensor]:
 
 def checkpoint_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkpoint:
     """The state as a checkpoint, with what `copy` returns for its tensors. With FSDP: see take_snapshot."""
-
-    def full(values: dict[str, Any]) -> dict[str, Any]:
-        """Gather and copy."""
-        return full_state(values, is_destination=state.world.is_first, copy=copy)
-
+    average = full(state, state.ema_model.state_dict(keep_vars=True), copy) if state.ema_model else {}
     return replace(
         header(state),
-        model=full(state.model.state_dict(keep_vars=True)),
-        average=full(state.ema_model.state_dict(keep_vars=True)) if state.ema_model else {},
-        optimizers=[full(optimizer.state_dict()) for optimizer in state.optimizers],
+        model=full(state, state.model.state_dict(keep_vars=True), copy),
+        average=average,
+        optimizers=[full(state, optimizer.state_dict(), copy) for optimizer in state.optimizers],
     )
+
+
+def model_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkpoint:
+    """The model that is evaluated as a checkpoint to sample from, without the optimizers' states."""
+    model = state.ema_model or state.model
+    weights = full(state, model.state_dict(keep_vars=True), copy)
+    return replace(header(state), model=weights, optimizers=[], scaler={})
+
+
+def full(state: TrainState, values: dict[str, Any], copy: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Gather and copy tensors of a state."""
+    return full_state(values, is_destination=state.world.is_first, copy=copy)
 
 
 def header(state: TrainState) -> Checkpoint:

@@ -21,6 +21,7 @@ from lives import STREAMS, Life
 from waiting import written_rows
 
 from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.checkpoint.kept import kept_checkpoints
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 
@@ -62,6 +63,8 @@ TINY = [
     "--learning_rate",
     "1e-2",
     "--no_compile",
+    "--keep_checkpoints",
+    "4",
 ]
 """A training of a second or so."""
 
@@ -106,7 +109,8 @@ def logged(folder: Path) -> list[int]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Two runs ended with the same weights, moments and logged losses, bit for bit."""
+    """Two runs ended with the same weights, moments, logged losses and kept steps, bit for bit."""
+    assert list(kept_checkpoints(one / "checkpoints")) == list(kept_checkpoints(other / "checkpoints"))
     ours, theirs = (load_checkpoint(folder / "last.pt") for folder in (one, other))
     assert ours.progress | {"elapsed_s": 0} == theirs.progress | {"elapsed_s": 0}
     for name, tensor in theirs.model.items():
