@@ -26,7 +26,6 @@ from nanogpt.locking import lock
 from nanogpt.scoring import score
 from nanogpt.server.config import ServeConfig
 
-pytest.importorskip("nanogpt.server.training", reason="the page shows the training that the server describes")
 api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-python is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
