@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_what_was_there(
         "safetensors.metadata",
         "safetensors.write_tensors",
         "html.describe",
-        "html.digest",
+        "html.assemble",
     ],
 )
 def test_a_kill_leaves_what_was_there_and_the_next_export_is_whole(

@@ -66,8 +66,16 @@ class Opened(NamedTuple):
 
     def alternatives(self) -> str:
         """What the panel of alternatives says; "": it is hidden."""
-        panel = self.page.locator("#details")
+        panel = self.page.locator("#alternatives")
         return panel.inner_text() if panel.is_visible() else ""
+
+    def tab_to(self, name: str) -> None:
+        """Press Tab until the element of this id has the focus."""
+        for _ in range(40):
+            self.page.keyboard.press("Tab")
+            if self.page.evaluate("() => document.activeElement.id") == name:
+                return
+        raise AssertionError(f"Tab does not reach {name}")
 
 
 Open = Callable[..., Opened]
@@ -80,6 +88,7 @@ def opened(browser: Any) -> Iterator[Open]:
 
     def start(path: Path, *, ready: bool = True, **options: Any) -> Opened:
         context = browser.new_context(**options)
+        context.add_init_script("localStorage.setItem('nanogpt.tour', '1')")  # its tests are in test_page.py
         contexts.append(context)
         context.set_default_timeout(PATIENCE_MS)
         page, messages = context.new_page(), list[str]()
@@ -154,7 +163,7 @@ def test_alternatives_are_shown_on_hover_on_tap_and_by_keys(opened: Open, path: 
     hovered = at.alternatives()
     rows = at.page.locator("#alternatives li")
     assert "had a probability of" in hovered
-    assert rows.count() in (5, 6)
+    assert rows.count() in (10, 11)
     assert at.page.locator("#alternatives .chosen").count() == 1
     shares = [float(text.strip("\u2713< \u00a0%")) for text in rows.locator(".percent").all_inner_texts()]
     bars = [bar.bounding_box()["width"] for bar in rows.locator(".bar").all()]
@@ -168,11 +177,12 @@ def test_alternatives_are_shown_on_hover_on_tap_and_by_keys(opened: Open, path: 
     at.page.get_by_role("button", name="Close the alternatives").click()
     assert at.alternatives() == ""
     at.page.get_by_role("button", name="Generate").focus()
-    at.page.keyboard.press("Tab")
-    assert at.page.locator("#text").evaluate("(text) => text === document.activeElement")
+    at.tab_to("text")
     for _ in range(3):
         at.page.keyboard.press("ArrowRight")
     assert at.alternatives() == hovered
+    at.page.keyboard.press("Escape")
+    at.page.keyboard.press("ArrowRight")
     places = []
     for key in ("End", "ArrowRight", "ArrowUp", "Home", "ArrowLeft", "ArrowDown"):
         at.page.keyboard.press(key)
@@ -193,18 +203,43 @@ def test_a_text_is_made_with_the_keyboard_alone(opened: Open, path: Path) -> Non
     assert len(at.text()) == len("It was") + 300
     at.page.keyboard.press("Tab")
     at.page.keyboard.press("Enter")  # opens the settings
-    at.page.keyboard.press("Tab")
+    at.tab_to("tokens")
     at.page.keyboard.press("Control+A")
     at.page.keyboard.type("100000")
-    for _ in range(5):
-        at.page.keyboard.press("Tab")
-    assert at.page.evaluate(focused) == "generate"
+    at.tab_to("generate")
     at.page.keyboard.press("Enter")
     at.page.locator("#text span").nth(30).wait_for()
     assert at.page.evaluate(focused) == "stop"
     at.page.keyboard.press("Enter")
     at.page.locator("#generate:enabled").wait_for()
     assert at.page.evaluate(focused) == "generate"
+
+
+# --- insight ---
+
+
+def test_the_model_in_the_page_explains_a_text_and_takes_another_way(opened: Open, path: Path) -> None:
+    at = opened(path)
+    assert not at.page.locator("#tab-training").is_visible()
+    at.page.get_by_label("Prompt").fill("It was the best of times. " * 4)  # longer than the context
+    at.page.get_by_role("button", name="Measure").click()
+    at.page.locator("#surprise-body svg").wait_for()
+    assert at.page.locator("#surprise-body dd").last.inner_text() == "104"
+    pieces = at.page.locator("#text span")
+    pieces.nth(3).click()
+    at.page.get_by_role("tab", name="Attention").click()
+    at.page.locator("#attention-body canvas").wait_for()
+    assert at.page.locator("#attention-body .links li").count() == 4
+    at.page.get_by_role("tab", name="Lens").click()
+    assert at.page.locator("#lens-body tbody tr").nth(2).inner_text().startswith("layer 2")
+    at.page.get_by_role("tab", name="Alternatives").click()
+    at.page.locator("#distribution svg").wait_for()
+    at.page.locator("#alternatives li:not(.chosen) button").first.click()
+    at.page.locator("#tree li").nth(1).wait_for()
+    at.page.locator("#generate:enabled").wait_for()
+    assert at.text()[:3] == "It "
+    assert at.text()[3] != "w"
+    assert pieces.count() > 200
 
 
 # --- mistakes ---
@@ -233,12 +268,13 @@ def test_a_setting_that_is_wrong_opens_the_settings(opened: Open, path: Path) ->
     assert at.page.evaluate("() => document.activeElement.id") == "top-p"
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5], ids=["within the weights", "half"])
+@pytest.mark.parametrize("share", [0.9, 0.5], ids=["nearly whole", "half"])
 def test_a_file_of_which_a_part_is_missing_says_so(
     share: float, opened: Open, path: Path, tmp_path: Path
 ) -> None:
     content = path.read_bytes()
-    (tmp_path / "part.html").write_bytes(content[: int(share * len(content))])
+    weights = content.index(b'id="weights"')
+    (tmp_path / "part.html").write_bytes(content[: weights + int(share * (len(content) - weights))])
     at = opened(tmp_path / "part.html", ready=False)
     alert = at.page.get_by_role("alert")
     alert.wait_for()

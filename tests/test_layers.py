@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 HOUSE = (
     {"errors", "console", "notebook", "streams", "settings"},
-    {"files", "locking", "config", "cores", "foreign_names", "graphs", "malloc", "pt_files"},
+    {"files", "locking", "config", "cores", "foreign_names", "graphs", "malloc", "pt_files", "page"},
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer", "native"},
     {"data", "checkpoint", "inference"},
@@ -36,6 +36,7 @@ NO_TORCH = (
     "cores",
     "malloc",
     "pt_files",
+    "page",
     "presets",
     "text",
 )

@@ -4,14 +4,11 @@ Example:    write(source, Path("model.html"), "int8", advance)
 Every model fits, with tokenizers of characters, bytes, and BPE by GPT-2's rule for words. The page computes
 the model whose weights are `rounded`: each matrix, embeddings too, has 8 bits and a scale for each row, as in
 model/quantize.py; norms and biases stay as they are. All other numbers are float32 or more.
-The page is page/: page.js knows of no model, only of a backend (local.js); the rest knows of no page.
+The page is nanogpt/page; its backend is local.js, which has the model in a worker.
 """
 
-import base64
-import hashlib
 import html
 import json
-import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +23,14 @@ from nanogpt.console import plural
 from nanogpt.export import gguf_vocabulary
 from nanogpt.export.source import Advance, Source
 from nanogpt.model.quantize import quantize_rows
+from nanogpt.page.assemble import assemble
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer
 
-PAGE = Path(__file__).parent / "page"
+BACKEND = ("products.js", "weights.js", "tokenizer.js", "engine.js", "local.js")
+"""The scripts that run a model."""
 
-SCRIPTS = ("products.js", "weights.js", "sampling.js", "tokenizer.js", "engine.js", "local.js", "page.js")
+COMMENT = "A language model and all that runs it, in one file. Nothing is fetched, nothing is sent."
 
 MARK = (0, b"<!DOCTYPE html>\n<!-- A language model")
 """How every such file begins."""
@@ -71,25 +70,20 @@ def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
         "bytes": len(weights),
         "tokenizer": tokenizer_header(source.tokenizer),
     }
-    style = (PAGE / "page.css").read_text("utf-8")
-    script = "".join((PAGE / name).read_text("utf-8") for name in SCRIPTS) + START
+    model = json.dumps(header).replace("<", "\\u003c")  # no text of the model ends its element
     contents = {
-        "policy": POLICY.format(script=digest(script), style=digest(style)),
+        "comment": COMMENT,
+        "head": '<meta http-equiv="Content-Security-Policy" content="{policy}">\n',
         "title": html.escape(source.name),
         "about": html.escape(header["about"]),
-        "style": style,
-        "script": script,
-        "model": json.dumps(header).replace("<", "\\u003c"),  # no text of the model ends its element
-        "weights": as_text(weights),
+        "promise": "The model runs in this page, on this device. Nothing is fetched and nothing is sent.",
+        "data": f'<script type="application/json" id="model">{model}</script>\n'
+        f'<script type="text/plain" id="weights">{as_text(weights)}</script>\n',
     }
-    template = (PAGE / "page.html").read_text("utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda found: contents[found[1]], template)
+    page, _ = assemble(
+        BACKEND, START, contents, lambda script, style: POLICY.format(script=script, style=style)
+    )
     path.write_bytes(page.encode())
-
-
-def digest(text: str) -> str:
-    """The SHA-256 of a script or a style, as a policy names it."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def packed(source: Source, advance: Advance) -> bytes:

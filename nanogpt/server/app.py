@@ -40,6 +40,7 @@ from nanogpt.server.protocol import (
 )
 from nanogpt.server.served import Served
 from nanogpt.server.training import Training
+from nanogpt.server.web import page_at_root
 from nanogpt.tokenizer.base import END_OF_TEXT
 
 Result = TypeVar("Result")
@@ -218,6 +219,7 @@ class Service:
     def routes(self) -> list[Route]:
         """The paths."""
         return [
+            Route("/", page_at_root),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.list_models),

@@ -3,7 +3,7 @@
 A web page anywhere can let a browser send requests to a server on this machine. So the name in the Host
 header must be one of this machine's (else a page can make its own name point here: DNS rebinding), and a page
 of another origin is refused unless the user has allowed it (--cors). With a key, every request must carry it,
-but for GET /health.
+but for GET / and GET /health.
 """
 
 import ipaddress
@@ -23,8 +23,8 @@ from nanogpt.server.protocol import ApiError
 KEY_VARIABLE = "NANOGPT_API_KEY"
 """Environment variable that holds the key, which a command line would show to other users."""
 
-OPEN_PATHS = frozenset({"/health"})
-"""Paths that need no key."""
+OPEN_PATHS = frozenset({"/health", "/"})
+"""Paths that need no key: the page asks for it, and sends it with what it asks."""
 
 
 class Guard:

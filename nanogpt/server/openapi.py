@@ -17,7 +17,7 @@ from nanogpt.server.protocol import (
     TokenizeRequest,
 )
 
-JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
+JSON, TEXT, HTML, EVENTS = "application/json", "text/plain", "text/html", "text/event-stream"
 
 REQUESTS: dict[str, tuple[type[Model], str, list[str]]] = {
     "/v1/completions": (CompletionRequest, "Continue prompts", [JSON, EVENTS]),
@@ -29,6 +29,7 @@ REQUESTS: dict[str, tuple[type[Model], str, list[str]]] = {
 """Path of a POST -> what it reads, what it does, and what it answers with."""
 
 PAGES = {
+    "/": ("The page for a browser", HTML),
     "/v1/models": ("The models that are served", JSON),
     "/run": ("The training of the model: settings, curve, kept checkpoints", JSON),
     "/run/events": ("News of the training while it runs", EVENTS),

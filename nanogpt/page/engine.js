@@ -37,7 +37,7 @@ const NanoGPT = (() => {
       pairs: tensors["ngram_embedding.pairs.weight"], triples: tensors["ngram_embedding.triples.weight"],
       head: config.tied ? tensors["token_embedding.weight"] : linear("head"),
       rotation: config.positions === "rope" ? rotationTable(S, D) : null,
-      length: 0, last: [-1, -1], // tokens in the cache, and the last two of them; -1: before the text
+      length: 0, ids: [], // how many tokens are in the cache; which
       x: new Float32Array(C), normed: new Float32Array(C), attended: new Float32Array(C),
       qkv: new Float32Array((H + 2 * K) * D), hidden: new Float32Array(hidden),
       scores: new Float32Array(S), logits: new Float32Array(config.vocab_size),
@@ -107,7 +107,7 @@ const NanoGPT = (() => {
     addRow(m.tokens, token, m.x);
     if (m.positions) addRow(m.positions, m.length, m.x);
     if (m.pairs) {
-      const [pair, triple] = ngramRows(m, [...m.last, token]);
+      const [pair, triple] = ngramRows(m, [m.ids[m.length - 2] ?? -1, m.ids[m.length - 1] ?? -1, token]); // -1: before the text
       addRow(m.pairs, pair, m.x);
       addRow(m.triples, triple, m.x);
     }
@@ -123,8 +123,10 @@ const NanoGPT = (() => {
     }
   }
 
-  /* Keys and values of the token into the cache; then each head gathers from the tokens up to this one. */
-  function attention(m, block) {
+  /* Keys and values of the token into the cache; then each head gathers from the tokens up to this one. Returns how
+     much the watched head takes from each of them. */
+  function attention(m, block, watched) {
+    let shares = null;
     const { H, K, D, S, qkv, length } = m;
     for (let head = 0; head < K; head++) {
       const k = (H + head) * D, v = k + K * D, at = (head * S + length) * D;
@@ -136,8 +138,10 @@ const NanoGPT = (() => {
     for (let head = 0; head < H; head++) {
       if (block.qNorm) normalizeHead(block.qNorm, qkv, head * D, D);
       if (m.rotation) rotate(m, qkv, head * D, length);
-      attend(m, block, head * D, Math.floor(head / (H / K)) * S * D);
+      const total = attend(m, block, head * D, Math.floor(head / (H / K)) * S * D);
+      if (head === watched) shares = Array.from(m.scores.subarray(0, length + 1), (score) => score / total);
     }
+    return shares;
   }
 
   function normalizeHead(norm, x, at, D) {
@@ -145,7 +149,7 @@ const NanoGPT = (() => {
     normalize(norm, head, head, 0, D);
   }
 
-  /* What the query at qkv[q] gathers. from: where its keys and values begin. */
+  /* What the query at qkv[q] gathers. from: where its keys and values begin. Returns the sum of m.scores. */
   function attend({ qkv, D, length, scores, attended }, { keys, values }, q, from) {
     let highest = -Infinity, total = 0;
     for (let s = 0; s <= length; s++) {
@@ -158,37 +162,48 @@ const NanoGPT = (() => {
     attended.fill(0, q, q + D);
     for (let s = 0; s <= length; s++)
       for (let i = 0, at = from + s * D, share = scores[s] / total; i < D; i++) attended[q + i] += share * values[at + i];
+    return total;
   }
 
-  /* Adds a token to the cache. model.logits are those after it, if they are wanted. */
-  function step(m, token, wanted = true) {
-    const activation = ACTIVATIONS[m.config.mlp], gated = m.hidden.length > m.inner;
-    embed(m, token);
-    for (const block of m.blocks) {
-      normalize(block.norm1, m.x, m.normed, 0, m.C);
-      m.multiply(block.qkv, m.normed, m.qkv);
-      attention(m, block);
-      m.multiply(block.attnProj, m.attended, m.x, true);
-      normalize(block.norm2, m.x, m.normed, 0, m.C);
-      m.multiply(block.fc, m.normed, m.hidden);
-      for (let i = 0; i < m.inner; i++) m.hidden[i] = activation(m.hidden[i]) * (gated ? m.hidden[m.inner + i] : 1);
-      m.multiply(block.mlpProj, m.hidden, m.x, true);
-    }
-    m.length++;
-    m.last = [m.last[1], token];
-    if (!wanted) return;
+  /* What the numbers in m.x say about the next token, as m.logits. */
+  function predict(m) {
     normalize(m.finalNorm, m.x, m.normed, 0, m.C);
     m.multiply(m.head, m.normed, m.logits);
     const cap = m.config.logit_cap;
     if (cap) for (let i = 0; i < m.logits.length; i++) m.logits[i] = cap * Math.tanh(m.logits[i] / cap);
   }
 
-  /* Empties the cache and adds tokens, S at most. */
+  /* Adds a token to the cache. model.logits are those after it, if they are wanted. watch: what to report of the way
+     there: { layer, head }, counted from 0, whose attention it returns; onLayer, called with m.x complete after the
+     embeddings and after each block. */
+  function step(m, token, wanted = true, { layer = -1, head = -1, onLayer = () => {} } = {}) {
+    const activation = ACTIVATIONS[m.config.mlp], gated = m.hidden.length > m.inner;
+    let shares = null;
+    embed(m, token);
+    onLayer();
+    for (const [i, block] of m.blocks.entries()) {
+      normalize(block.norm1, m.x, m.normed, 0, m.C);
+      m.multiply(block.qkv, m.normed, m.qkv);
+      shares = attention(m, block, i === layer ? head : -1) || shares;
+      m.multiply(block.attnProj, m.attended, m.x, true);
+      normalize(block.norm2, m.x, m.normed, 0, m.C);
+      m.multiply(block.fc, m.normed, m.hidden);
+      for (let i = 0; i < m.inner; i++) m.hidden[i] = activation(m.hidden[i]) * (gated ? m.hidden[m.inner + i] : 1);
+      m.multiply(block.mlpProj, m.hidden, m.x, true);
+      onLayer();
+    }
+    m.ids[m.length++] = token;
+    if (wanted) predict(m);
+    return shares;
+  }
+
+  /* Makes the cache hold these tokens, S at most. What it has of them is kept, but for the last: its logits are wanted. */
   function* prefill(m, tokens) {
-    m.length = 0;
-    m.last = [-1, -1];
-    for (const [i, token] of tokens.entries()) {
-      step(m, token, i === tokens.length - 1);
+    let kept = 0;
+    while (kept < Math.min(m.length, tokens.length - 1) && m.ids[kept] === tokens[kept]) kept++;
+    m.length = kept;
+    for (let i = kept; i < tokens.length; i++) {
+      step(m, tokens[i], i === tokens.length - 1);
       yield { read: (i + 1) / tokens.length };
     }
   }
@@ -203,25 +218,28 @@ const NanoGPT = (() => {
       if (count === 0) yield* prefill(m, all);
       else if (m.length < m.S) step(m, all[all.length - 1]);
       else yield* prefill(m, all.slice(-Math.max(1, Math.floor(m.S / 2))));
-      all.push(NanoGPTSampling.choose(m.logits, settings, random));
+      const forced = count === 0 ? settings.first ?? null : null;
+      all.push(forced ?? NanoGPTSampling.choose(m.logits, settings, random));
       yield NanoGPTSampling.score(m.logits, all[all.length - 1]);
     }
   }
 
   /* The same with text: each event with `text` is a character, or more, of one or several tokens, with the probability
-     of them all. settings: prompt, numTokens, temperature, topK, topP (null: off), seed. The text ends at the token
-     that ends a document. Throws an Error, for people, if the prompt cannot be encoded. */
+     of them all. settings: prompt, a text, or ids, which go before it; first, the id of the first new token, or null;
+     numTokens, temperature, topK, topP (null: off), seed. The text ends at the token that ends a document. The first event
+     has the ids of the prompt. Throws an Error, for people, if the prompt cannot be encoded. */
   function* generate(m, tokenizer, settings) {
-    const decode = tokenizer.decoder();
+    const decode = tokenizer.decoder(), ids = settings.ids || tokenizer.encodePrompt(settings.prompt);
     let tokens = [];
-    for (const event of generateTokens(m, tokenizer.encodePrompt(settings.prompt), settings)) {
+    for (const id of settings.ids || []) decode(id); // a character may have begun
+    yield { read: 0, prompt: ids };
+    for (const event of generateTokens(m, ids, settings)) {
       if (event.id === undefined) {
         yield event;
         continue;
       }
       if (event.id === tokenizer.end) return;
-      const named = ({ id, probability }) => ({ text: tokenizer.name(id), probability });
-      tokens.push({ ...named(event), top: event.top.map(named) });
+      tokens.push(named(tokenizer, event));
       const text = decode(event.id);
       if (text === "") yield { tokens: 1 };
       else {
@@ -231,5 +249,40 @@ const NanoGPT = (() => {
     }
   }
 
-  return { open, step, prefill, ngramRows, generateTokens, generate };
+  /* A token that was scored, with the names of all ids. */
+  function named(tokenizer, { top, ...token }) {
+    const withName = (one) => ({ ...one, text: tokenizer.name(one.id) });
+    return { ...withName(token), top: top.map(withName) };
+  }
+
+  /* --- inspection --- */
+
+  /* What the model expected at each token of a text. wish: ids, S at most; attention, null or { layer, head }; lens,
+     whether each layer's guesses are wanted. Yields { read }, then { found }:
+       tokens     for each token what `generate` says, and `adds`, the text that it adds; the first has no probability
+       attention  for each token how much it takes from each up to itself, or null
+       lens       for the embeddings and each block, for each token, the three likeliest next ones; or null */
+  function* inspect(m, tokenizer, { ids, attention: head, lens: wanted }) {
+    const decode = tokenizer.decoder();
+    const tokens = [], attention = [], lens = Array.from({ length: m.blocks.length + 1 }, () => []);
+    const top = () => (predict(m), named(tokenizer, NanoGPTSampling.score(m.logits, 0, 3)).top);
+    m.length = 0;
+    for (const id of ids) {
+      const scored = tokens.length ? NanoGPTSampling.score(m.logits, id) : { id, top: [] };
+      tokens.push({ ...named(tokenizer, scored), adds: decode(id) });
+      let layer = 0;
+      attention.push(step(m, id, true, { ...head, onLayer: wanted ? () => lens[layer++].push(top()) : undefined }));
+      yield { read: tokens.length / ids.length };
+    }
+    yield { found: { tokens, attention: head ? attention : null, lens: wanted ? lens : null } };
+  }
+
+  /* What comes after some tokens: yields { read }, then { found }: { entropy, top, logits } */
+  function* next(m, tokenizer, { ids }) {
+    yield* prefill(m, ids.slice(-m.S));
+    const { entropy, top } = named(tokenizer, NanoGPTSampling.score(m.logits, 0));
+    yield { found: { entropy, top, logits: m.logits.slice() } };
+  }
+
+  return { open, step, prefill, ngramRows, generateTokens, generate, inspect, next };
 })();

@@ -5,7 +5,7 @@
 "use strict";
 
 const NanoGPTSampling = (() => {
-  const ALTERNATIVES = 5;
+  const ALTERNATIVES = 10;
 
   /* Random numbers in [0, 1) that a seed decides (sfc32, Chris Doty-Humphrey). */
   function randomNumbers(seed) {
@@ -65,20 +65,27 @@ const NanoGPTSampling = (() => {
     return ids[last];
   }
 
-  /* The model's own probabilities, before sampling changes them: of a token, and of the likeliest ones. */
-  function score(logits, token) {
+  /* The model's own probabilities, before sampling changes them: of a token, and of the likeliest ones. With the
+     token's rank, from 1, and the entropy of them all, in nats. */
+  function score(logits, token, count = ALTERNATIVES) {
     const highest = logits[argmax(logits)], top = [];
-    let total = 0;
+    let total = 0, weighted = 0, rank = 1;
     for (let id = 0; id < logits.length; id++) {
-      total += Math.exp(logits[id] - highest);
-      if (top.length === ALTERNATIVES && logits[id] <= logits[top[ALTERNATIVES - 1]]) continue;
+      const above = logits[id] - highest, weight = Math.exp(above);
+      total += weight;
+      if (weight > 0) weighted += weight * above;
+      if (logits[id] > logits[token] || (logits[id] === logits[token] && id < token)) rank++;
+      if (top.length === count && logits[id] <= logits[top[count - 1]]) continue;
       let place = top.length;
       while (place > 0 && logits[top[place - 1]] < logits[id]) place--;
       top.splice(place, 0, id);
-      top.length = Math.min(top.length, ALTERNATIVES);
+      top.length = Math.min(top.length, count);
     }
     const probability = (id) => Math.exp(logits[id] - highest) / total;
-    return { id: token, probability: probability(token), top: top.map((id) => ({ id, probability: probability(id) })) };
+    return {
+      id: token, probability: probability(token), rank, entropy: Math.log(total) - weighted / total,
+      top: top.map((id) => ({ id, probability: probability(id) })),
+    };
   }
 
   return { randomNumbers, candidates, choose, score };
