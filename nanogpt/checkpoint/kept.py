@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from nanogpt.errors import require
+from nanogpt.errors import UserError
 from nanogpt.files import TEMPORARY_SUFFIX
 
 
@@ -70,8 +70,9 @@ def refuse_kept(out_dir: Path) -> None:
     is_run = any((out_dir / name).is_file() for name in ("ckpt.pt", "last.pt"))
     folder = out_dir if out_dir.is_dir() else out_dir.parent
     found = list(kept_checkpoints(folder).values())
-    require(
-        is_run or (out_dir not in found and not (out_dir == folder and found)),
-        f"--resume cannot go on from {out_dir}: kept checkpoints have no optimizer state: give the run, "
-        f"--out_dir {folder.parent}, or start a new one with --init_from {found[-1] if found else ''}",
-    )
+    if found and not is_run and out_dir in (folder, *found):
+        start = out_dir if out_dir in found else found[-1]
+        raise UserError(
+            f"--resume cannot go on from {out_dir}: kept checkpoints have no optimizer state: give the run, "
+            f"--out_dir {folder.parent}, or start a new one with --init_from {start}"
+        )
