@@ -8,8 +8,7 @@ letters that arrive, whatever a server says. `nanogpt serve` has it in f32, bf16
 process of its own, one after the other, with as many threads, and is asked for the same texts by the clients,
 which have a process of their own too. A client asks for its next text as soon as it has the last one. The
 table has the medians of the rounds; a warm-up comes first. Letters that come together are 0 s apart. vLLM is
-left out: 336 MB, and CUDA. Adds a row for each round to bench/server.jsonl. Needs the dev extra, and fastapi
-for transformers.
+left out: 336 MB, and CUDA. Adds a row for each round to bench/server.jsonl. Needs the dev extra.
 """
 
 import argparse
