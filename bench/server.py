@@ -120,9 +120,9 @@ def wait_for_answer(url: str, process: "subprocess.Popen[bytes]") -> None:
 # --- clients ---
 
 
-def prompts(text: str, count: int) -> list[str]:
-    """Parts of a text, none of which begins as another does."""
-    chance = random.Random(1)
+def prompts(text: str, count: int, round_number: int) -> list[str]:
+    """Parts of a text, others in every round, so that no server has them in its cache."""
+    chance = random.Random(1000 * round_number + count)
     starts = chance.sample(range(len(text) - PROMPT_LENGTHS[1]), count)
     return [text[start : start + chance.randint(*PROMPT_LENGTHS)] for start in starts]
 
@@ -196,7 +196,7 @@ def measure(
     body = {"max_tokens": NEW_TOKENS, "stream": True, "temperature": 1.0, **plain_sampling(name, folder)}
     for round_number in range(options.rounds + 1):
         for clients in options.clients:
-            texts = prompts(text, clients * options.requests)
+            texts = prompts(text, clients * options.requests, round_number)
             asked = [url, body, clients, texts]
             found = subprocess.run(
                 python(__file__, "--load"),
