@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.config import GPTConfig
+from nanogpt.inference import scheduler as scheduler_module
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.engine import Engine
 from nanogpt.inference.generate import generate
@@ -147,6 +148,30 @@ def test_a_prompt_is_computed_once_for_many_texts(model: GPT):
     assert scheduler.counts.prompt_tokens == 100
     assert scheduler.counts.reused_tokens == 80
     assert [request.listener.ids for request in requests] == [alone(model, request) for request in requests]
+
+
+def test_a_step_computes_so_many_prompts_and_copies_more(model: GPT, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "PREFILL_TOKENS", 30)
+    different = [[i] * 20 for i in range(4)]
+    for prompts, admitted in ((different, [2, 4]), ([different[0]] * 4, [4, 4])):
+        scheduler, waiting = Scheduler(model, rows=4), deque(map(request_of, prompts))
+        found = []
+        for _ in range(2):
+            scheduler.step(waiting)
+            found.append(len(scheduler.rows))
+        assert found == admitted
+
+
+def test_a_request_that_nobody_wants_leaves_the_queue_while_others_run(model: GPT):
+    engine = Engine(Scheduler(model, rows=1))
+    running, unwanted = request_of([1], num_tokens=10**6), request_of([2])
+    engine.submit([running, unwanted])
+    unwanted.listener.cancelled = True
+    assert unwanted.listener.done.wait(60)
+    assert unwanted.listener.ended == ["cancelled"]
+    assert not running.listener.ended
+    engine.close("over")
+    engine.thread.join(60)
 
 
 def test_the_beginning_of_a_prompt_is_copied_where_that_is_exact(model: GPT):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.processors import PENALTIES, PROCESSORS, History, check_logit_bias, process
-from nanogpt.inference.sampling import sample
+from nanogpt.inference.sampling import draw, sample
 
 quick = settings(deadline=None, derandomize=True, max_examples=200)
 V = 9
@@ -136,6 +136,21 @@ def test_logits_are_left_as_they_were(logits, made, given_) -> None:
     after = before.clone()
     process(after, SamplingParams(**given_), history([made], [made]))
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("size", [1, 2, 65, 5000])
+def test_rows_are_drawn_as_multinomial_draws_them(size: int) -> None:
+    """The same tokens, and the same states of the generators afterwards; some tokens are ruled out."""
+    probabilities = (3 * torch.randn(6, size, generator=torch.Generator().manual_seed(size))).softmax(dim=-1)
+    probabilities[:3, 1::2] = 0
+    ours, theirs = ([torch.Generator().manual_seed(seed) for seed in range(6)] for _ in range(2))
+    for _ in range(20):
+        rows = zip(probabilities, theirs, strict=True)
+        expected = torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
+        assert torch.equal(draw(probabilities, ours), expected)
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, theirs, strict=True))
+    with pytest.raises(RuntimeError, match="not numbers"):
+        draw(probabilities * float("nan"), ours)
 
 
 def test_defaults_do_nothing() -> None:

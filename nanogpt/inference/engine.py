@@ -99,6 +99,7 @@ class Engine:
         """Compute until the engine is closed."""
         with torch.no_grad(), self.context():
             while self.wait_for_work():
+                self.drop_cancelled()
                 if self.calls:
                     self.do_part(self.calls.popleft())
                 if self.waiting or self.scheduler.rows:
@@ -144,6 +145,15 @@ class Engine:
     def is_busy(self) -> bool:
         """Whether there is something to compute."""
         return bool(self.waiting or self.calls or self.scheduler.rows)
+
+    def drop_cancelled(self) -> None:
+        """Take out the waiting requests that nobody wants any more: others may wait in their places."""
+        with self.changed:
+            gone = [request for request in self.waiting if request.listener.cancelled]
+            for request in gone:
+                self.waiting.remove(request)
+        for request in gone:
+            request.listener.on_end("cancelled")
 
     def end_all(self) -> None:
         """Tell all who are left that the engine has closed."""

@@ -34,8 +34,19 @@ def sample(
 
 
 def draw(probabilities: Tensor, generator: Randomness) -> Tensor:
-    """Draw a token for each row of probabilities: (R, V) -> (R,) int64."""
+    """Draw a token for each row of probabilities: (R, V) -> (R,) int64.
+
+    With a generator for each row, the tokens are those of torch.multinomial, drawn as it draws them: each
+    token waits for a time that is exponentially distributed, the shorter the likelier it is, and the first
+    one wins. But the rows share all except their random numbers.
+    Raises: RuntimeError if a probability is not a number.
+    """
     if not isinstance(generator, Sequence):
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-    rows = zip(probabilities, generator, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
+    times = torch.empty_like(probabilities)
+    for row, own in zip(times.unbind(), generator, strict=True):
+        row.exponential_(generator=own)
+    race = probabilities / times
+    if race.isnan().any():
+        raise RuntimeError("the probabilities of the next token are not numbers")
+    return race.argmax(dim=-1)

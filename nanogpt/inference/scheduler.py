@@ -29,8 +29,8 @@ from nanogpt.inference.tokens import Token, score
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache, integers
 
-PREFILL_TOKENS = 2048
-"""Prompt tokens of a step, about: with more, the texts that are being made would falter."""
+PREFILL_TOKENS = 512
+"""Prompt tokens that a step computes, about: with more, the texts that are being made would falter."""
 
 MIN_PREFIX = 16
 """Least number of tokens that are copied from another row: fewer are computed as fast."""
@@ -100,6 +100,11 @@ class Counts:
     new_tokens: int = 0
     reused_tokens: int = 0
     """Prompt tokens that were copied from another row instead of being computed."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompt tokens that were computed."""
+        return self.prompt_tokens - self.reused_tokens
 
 
 class Scheduler:
@@ -198,13 +203,12 @@ class Scheduler:
         """
         self.counts.steps += 1
         logits = self.next_logits()
-        room = PREFILL_TOKENS
-        while waiting and self.free and room > 0:
+        enough = self.counts.computed_tokens + PREFILL_TOKENS
+        while waiting and self.free and self.counts.computed_tokens < enough:
             request = waiting.popleft()
             if request.listener.cancelled:
                 request.listener.on_end("cancelled")
                 continue
-            room -= len(request.prompt)
             taken = list(self.free)
             try:
                 admitted = self.admit(request)

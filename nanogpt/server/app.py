@@ -14,9 +14,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from nanogpt.server.chat import Chat
 from nanogpt.server.completions import Completion
@@ -101,13 +102,13 @@ class Service:
         """The texts of a request, whole or as a stream."""
         started = time.perf_counter()
         if stream:
-            return event_stream(self.events(answer, started))
+            return EventStream(self.events(answer), lambda: self.end(answer.job, started))
         try:
             return json_response(await unless_gone(request, answer.whole()))
         finally:
             self.end(answer.job, started)
 
-    async def events(self, answer: Answer, started: float) -> AsyncIterator[bytes]:
+    async def events(self, answer: Answer) -> AsyncIterator[bytes]:
         """The chunks of an answer as server-sent events."""
         try:
             async with aclosing(answer.chunks()) as chunks:
@@ -115,13 +116,11 @@ class Service:
                     yield b"data: " + json_bytes(chunk) + b"\n\n"
         except ApiError as error:
             yield b"data: " + json_bytes(error.body) + b"\n\n"
-        finally:
-            self.end(answer.job, started)
         yield b"data: [DONE]\n\n"
 
     def end(self, job: Job, started: float) -> None:
         """Free the rows of a request that has ended, however it did."""
-        job.cancel()
+        job.end()
         self.metrics.count(job, started, time.perf_counter())
 
     # --- tokens ---
@@ -171,7 +170,7 @@ class Service:
         if request.method == "HEAD":
             return Response(media_type=EVENTS)
         events = await self.training.events()
-        return event_stream(events) if events else Response(status_code=204)
+        return EventStream(events) if events else Response(status_code=204)
 
     # --- the server ---
 
@@ -213,6 +212,8 @@ class Service:
 
         try:
             return await asyncio.wait_for(read(), BODY_SECONDS)
+        except ClientDisconnect as error:
+            raise ApiError(499, GONE) from error
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:g} s") from error
 
@@ -235,9 +236,26 @@ class Service:
         ]
 
 
-def event_stream(events: AsyncIterator[bytes]) -> Response:
+class EventStream(StreamingResponse):
     """Server-sent events as an answer."""
-    return StreamingResponse(events, headers={"Cache-Control": "no-store"}, media_type=EVENTS)
+
+    media_type = EVENTS
+
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None] = lambda: None) -> None:
+        """end: is called at the end, even where a client had gone before there was anything to send."""
+        super().__init__(events, headers={"Cache-Control": "no-store"})
+        self.end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.end()
+
+
+GONE = "the client has gone"
+"""The error that nobody hears."""
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
@@ -246,7 +264,7 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     try:
         await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
-            raise ApiError(499, "the client has gone")
+            raise ApiError(499, GONE)
         return done.result()
     finally:
         done.cancel()

@@ -42,6 +42,8 @@ class ServeConfig(Settings):
     """Most texts that grow at the same time; each has a row of the KV cache."""
     max_queue: int = 256
     """Most texts that may wait for a row; further requests get 429."""
+    max_connections: int = 512
+    """Most connections at the same time; further ones get 503."""
     max_tokens: int = 4096
     """Most tokens that a request may ask for, for each of its texts."""
     max_texts: int = 64
@@ -63,7 +65,7 @@ class ServeConfig(Settings):
         super().__post_init__()
         at_least(self, "port", 0)
         require(self.port <= MAX_PORT, f"--port {self.port} is too large: ports end at {MAX_PORT}")
-        for name in ("rows", "max_tokens", "max_texts", "max_body"):
+        for name in ("rows", "max_connections", "max_tokens", "max_texts", "max_body"):
             at_least(self, name, 1)
         require(self.deadline > 0, f"--deadline {self.deadline:g} is too small: try 600")
         require(self.grace >= 0, f"--grace {self.grace:g} is negative: try 10")

@@ -38,7 +38,7 @@ def inspect(served: Served, request: InspectRequest, limits: ServeConfig) -> Awa
     """Ask the engine at once; the answer comes later. Raises: ApiError for an impossible request."""
     future = served.engine.call(parts_of(served, request))
     if future is None:
-        raise refusal(served, limits)
+        raise refusal(served)
     return answer(served, request, limits, future)
 
 

@@ -1,7 +1,7 @@
 """Jobs: the texts of a request, from the request to their end.
 
 Example: job = Job(served, prompts, fields, limits); await job.finished(); job.texts[0].parts
-A job that nobody waits for any more is cancelled, which frees the rows of its texts.
+Each job has to be ended, which frees the rows and the memory of its texts.
 """
 
 import asyncio
@@ -23,6 +23,13 @@ DEFAULT_MAX_TOKENS = 16
 """New tokens unless the request says how many, as OpenAI has it."""
 
 TOO_SLOW = "the text was not finished within this server's deadline"
+
+
+MAX_ENTRIES = 2_000_000
+"""Most tokens of a request with those that it wants to know besides (logprobs); each takes some 100 bytes."""
+
+ALL_ENTRIES = 2 * MAX_ENTRIES
+"""The same for all requests together."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,11 @@ def read_prompt(
     return prompt
 
 
-def refusal(served: Served, limits: ServeConfig) -> ApiError:
+def refusal(served: Served) -> ApiError:
     """Why the engine takes nothing more."""
     if served.engine.closing:
         return ApiError(503, served.engine.closing)
-    return ApiError(429, f"more than {limits.max_queue} texts are waiting: try again in a moment")
+    return ApiError(429, "too many texts are waiting: try again in a moment")
 
 
 def failure(served: Served, error: str) -> ApiError:
@@ -99,9 +106,17 @@ class Job:
         if count * len(prompts) > limits.max_texts:
             message = f"{count * len(prompts)} texts are more than this server's limit, {limits.max_texts}"
             raise ApiError(400, message, param="n")
-        self.served, self.prompts, self.count = served, prompts, count
+        entries = count * sum(
+            num_tokens * (1 + (logprobs or 0)) + len(prompt.ids) * (1 + (prompt_logprobs or 0))
+            for prompt in prompts
+        )
+        if entries > MAX_ENTRIES:
+            message = f"texts with {entries:,} tokens and alternatives are too much: at most {MAX_ENTRIES:,}"
+            raise ApiError(400, message, param="max_tokens")
+        self.served, self.prompts, self.count, self.entries = served, prompts, count, entries
         self.changed = asyncio.Event()
-        self.deadline = asyncio.get_running_loop().time() + limits.deadline
+        self.late = False
+        """Whether the deadline is over."""
         params = fields.sampling_params(served.tokenizer.vocab_size)
         end = served.tokenizer.end_of_text
         ends = tuple(fields.stop_token_ids or ())
@@ -123,8 +138,10 @@ class Job:
             )
             for number, text in enumerate(self.texts)
         ]
-        if not served.engine.submit(requests):
-            raise refusal(served, limits)
+        if served.load.entries + entries > ALL_ENTRIES or not served.engine.submit(requests):
+            raise refusal(served)
+        served.load.entries += entries
+        self.timer = asyncio.get_running_loop().call_later(limits.deadline, self.expire)
 
     def text(self, fields: SamplingFields, ends: Sequence[int]) -> Text:
         """A new text."""
@@ -136,17 +153,23 @@ class Job:
     async def news(self) -> AsyncIterator[None]:
         """Wait for news of the texts, again and again, until all have ended.
 
+        The last news may come at any time: before anyone waits for it, or while someone reads the one before.
         Raises: ApiError if a text could not be made, or the deadline is over.
         """
-        while any(text.finish_reason is None for text in self.texts):
-            left = self.deadline - asyncio.get_running_loop().time()
-            try:
-                await asyncio.wait_for(self.changed.wait(), left)
-            except asyncio.TimeoutError as error:
-                raise ApiError(504, TOO_SLOW) from error
+        over = False
+        while not over:
+            await self.changed.wait()
             self.changed.clear()
             self.check()
+            over = all(text.finish_reason is not None for text in self.texts)
+            if self.late and not over:
+                raise ApiError(504, TOO_SLOW)
             yield
+
+    def expire(self) -> None:
+        """Let whoever waits know that the deadline is over."""
+        self.late = True
+        self.changed.set()
 
     def check(self) -> None:
         """Raise ApiError if a text could not be made."""
@@ -159,8 +182,10 @@ class Job:
         async for _ in self.news():
             pass
 
-    def cancel(self) -> None:
-        """Give up the texts that have not ended."""
+    def end(self) -> None:
+        """Give up the texts that have not ended. Is called once, as the texts are not needed any more."""
+        self.timer.cancel()
+        self.served.load.entries -= self.entries
         for text in self.texts:
             text.cancelled = True
 

@@ -87,12 +87,13 @@ class Metrics:
     def count(self, job: Job, started: float, ended: float) -> None:
         """Count a request that has ended. started, ended: values of time.perf_counter()."""
         name = job.served.name
+        first, between = self.first.labels(name), self.between.labels(name)
         self.whole.labels(name).observe(ended - started)
         for text in job.texts:
             if text.times:
-                self.first.labels(name).observe(text.times[0] - started)
+                first.observe(text.times[0] - started)
             for earlier, later in zip(text.times, text.times[1:], strict=False):
-                self.between.labels(name).observe(later - earlier)
+                between.observe(later - earlier)
             if text.error or text.finish_reason is None:
                 reason = "abort"
             else:

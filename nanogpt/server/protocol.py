@@ -20,11 +20,17 @@ MAX_LOGPROBS = 100
 MAX_STOPS = 64
 """Most stop strings of a request, and most ids in stop_token_ids."""
 
+MAX_STOP_LENGTH = 256
+"""Most characters of a stop string: each token is compared with every beginning of it."""
+
+MAX_BIASES = 1024
+"""Most entries of logit_bias."""
+
 SEED_LIMIT = 2**63
 
 TokenId = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
-StopString = Annotated[str, StringConstraints(min_length=1)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class ApiError(Exception):
@@ -103,7 +109,7 @@ class SamplingFields(Model):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
     """Id -> bias, from -100 to 100."""
     user: str | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None

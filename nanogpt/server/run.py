@@ -17,6 +17,7 @@ from nanogpt.console import say, warn
 from nanogpt.errors import UserError, require
 from nanogpt.server.app import Service, create_app
 from nanogpt.server.config import LOOPBACK, ServeConfig
+from nanogpt.server.connection import Connection
 from nanogpt.server.served import Served, load, newest_stamp
 
 WATCH_SECONDS = 1.0
@@ -76,7 +77,10 @@ async def run(config: ServeConfig, listener: socket.socket) -> None:
     server = Server(
         uvicorn.Config(
             create_app(service),
-            log_level="warning",
+            http=Connection,
+            ws="none",
+            limit_concurrency=config.max_connections + 1,
+            log_level="error",  # whatever clients send is no reason to warn of
             access_log=False,
             lifespan="off",
             server_header=False,

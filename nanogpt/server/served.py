@@ -32,6 +32,14 @@ from nanogpt.server.config import ServeConfig
 from nanogpt.tokenizer.base import Tokenizer
 
 
+@dataclass
+class Load:
+    """What requests have asked for and not taken yet."""
+
+    entries: int = 0
+    """See jobs.MAX_ENTRIES."""
+
+
 @dataclass(frozen=True)
 class Served:
     """A model that is being served."""
@@ -45,6 +53,7 @@ class Served:
     dtype: torch.dtype
     engine: Engine
     bridge: "Bridge"
+    load: Load = field(default_factory=Load)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
