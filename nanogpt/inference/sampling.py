@@ -36,10 +36,8 @@ def sample(
 def draw(probabilities: Tensor, generator: Randomness) -> Tensor:
     """Draw a token for each row of probabilities: (R, V) -> (R,) int64.
 
-    With a generator for each row, the tokens are those of torch.multinomial, drawn as it draws them: each
-    token waits for a time that is exponentially distributed, the shorter the likelier it is, and the first
-    one wins. But the rows share all except their random numbers.
-    Raises: RuntimeError if a probability is not a number.
+    With a generator for each row as torch.multinomial draws: each token waits for an exponentially distributed
+    time, the shorter the likelier it is, and the first one wins. Raises: RuntimeError for NaN.
     """
     if not isinstance(generator, Sequence):
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
