@@ -3,7 +3,6 @@
 Example: token = sample(logits, SamplingParams(temperature=0.8, top_k=40))
 The parameters change the logits first, each in its turn: processors.py has a function for each, and
 docs/sampling.md works an example through. Then one token is drawn.
-
 Shapes: R rows (texts), V vocab_size
 """
 
@@ -36,8 +35,8 @@ def sample(
 def draw(probabilities: Tensor, generator: Randomness) -> Tensor:
     """Draw a token for each row of probabilities: (R, V) -> (R,) int64.
 
-    With a generator for each row as torch.multinomial draws: each token waits for an exponentially distributed
-    time, the shorter the likelier it is, and the first one wins. Raises: RuntimeError for NaN.
+    With a generator for each row as torch.multinomial does: each token waits for an exponentially distributed
+    time, the shorter the likelier it is; the first one wins. Raises: RuntimeError for NaN.
     """
     if not isinstance(generator, Sequence):
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

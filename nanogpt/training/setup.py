@@ -167,7 +167,7 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
     checkpoint was kept for sampling.
     """
     require(
-        bool(saved.optimizers),
+        bool(saved.optimizers) or not saved.train_config.keep_checkpoints,
         f"the checkpoint in {config.out_dir} is one that --keep_checkpoints kept, without optimizer state: "
         "give the last.pt of its run, or start a new run with --init_from",
     )
