@@ -18,9 +18,10 @@ from waiting import HANGS, wait_until
 from nanogpt import TextModel, generate
 from nanogpt.server import connection, jobs
 from nanogpt.server.app import Service
+from nanogpt.server.chat import Chat, chat_prompt
 from nanogpt.server.completions import Completion
 from nanogpt.server.config import ServeConfig
-from nanogpt.server.protocol import ApiError, CompletionRequest
+from nanogpt.server.protocol import ApiError, ChatRequest, CompletionRequest, Message
 from nanogpt.server.served import load
 
 __all__ = ["config", "model", "out", "url"]  # fixtures
@@ -51,6 +52,29 @@ def test_no_end_of_a_text_is_lost_whenever_it_is_heard(config: ServeConfig, mode
         assert "".join(asyncio.run(asked(first, ends=False))) == expected
     with pytest.raises(ApiError, match="the end"):
         asyncio.run(asked(0, ends=True))
+
+
+def test_a_chat_that_is_read_slowly_loses_nothing(config: ServeConfig, model: TextModel):
+    """While a chunk is on its way the text grows, and ends."""
+    messages = [Message(role="user", content="Hi")]
+
+    async def asked() -> list[dict]:
+        """The choices of all chunks: the first one read at once, and the rest when the text is over."""
+        served = await asyncio.to_thread(load, config, asyncio.get_running_loop())
+        answer = Chat(served, ChatRequest(messages=messages, max_tokens=100, seed=1), config)
+        chunks = answer.chunks()
+        found = [await anext(chunks)]
+        while answer.job.texts[0].finish_reason is None:
+            await asyncio.sleep(0.001)
+        found += [chunk async for chunk in chunks]
+        served.engine.close("over")
+        return [chunk["choices"][0] for chunk in found]
+
+    choices = asyncio.run(asked())
+    expected = generate(model, chat_prompt(messages), num_tokens=100, seed=1, stop=["\nUser:"])
+    assert "".join(choice["delta"]["content"] for choice in choices) == expected
+    assert choices[-1]["finish_reason"] is not None
+    assert [choice["delta"].get("role") for choice in choices] == ["assistant", *[None] * (len(choices) - 1)]
 
 
 def test_a_request_that_nobody_waits_for_leaves_the_queue(config: ServeConfig):

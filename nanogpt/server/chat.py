@@ -79,13 +79,8 @@ class Chat:
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks, as it is made. Raises: ApiError if a text could not be made."""
         head = self.head | {"object": "chat.completion.chunk"}
-        sent, over = [0] * len(self.job.texts), [False] * len(self.job.texts)
-        async for _ in self.job.news():
-            for index, text in enumerate(self.job.texts):
-                if over[index] or (len(text.parts) == sent[index] and text.finish_reason is None):
-                    continue
-                yield head | {"choices": [self.choice(index, text, sent[index], "delta")]}
-                sent[index], over[index] = len(text.parts), text.finish_reason is not None
+        async for index, first in self.job.growth():
+            yield head | {"choices": [self.choice(index, self.job.texts[index], first, "delta")]}
         options = self.request.stream_options
         if options and options.include_usage:
             yield head | {"choices": [], "usage": self.job.usage()}

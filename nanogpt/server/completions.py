@@ -131,8 +131,8 @@ class Completion:
         """The answer, once all texts have ended. Raises: ApiError if one could not be made."""
         await self.job.finished()
         choices = [
-            self.choice(self.n * number + place, text, self.parts(text, prompt), 0)
-            for number, prompt in enumerate(self.prompts)
+            self.choice(self.n * number + place, text)
+            for number in range(len(self.prompts))
             for place, text in enumerate(self.best(number))
         ]
         return self.head | {"choices": choices, "usage": self.job.usage()}
@@ -147,17 +147,16 @@ class Completion:
             : -self.n - 1 : -1
         ]
 
-    def parts(self, text: Text, prompt: Prompt) -> list[tuple[Token, str]]:
-        """The tokens of an answer with their texts, those of the prompt too if it is to be echoed."""
-        if not self.request.echo:
-            return text.parts
-        return prompt_parts(self.served.tokenizer, prompt, text.prompt_tokens) + text.parts
+    def choice(self, index: int, text: Text, first: int = 0, offset: int = 0) -> dict[str, Any]:
+        """An answer's text, or the part of it that begins with token `first`, at character `offset`.
 
-    def choice(
-        self, index: int, text: Text, parts: list[tuple[Token, str]], offset: int, first: int = 0
-    ) -> dict[str, Any]:
-        """An answer's text, or the part of it that begins with token `first`, at character `offset`."""
-        found, tokenizer = pieces(parts[first:], offset), self.served.tokenizer
+        The prompt stands before the first token, if it is to be echoed.
+        """
+        prompt, tokenizer = self.prompts[index // self.n], self.served.tokenizer
+        parts = text.parts[first:]
+        if self.request.echo and first == 0:
+            parts = prompt_parts(tokenizer, prompt, text.prompt_tokens) + parts
+        found = pieces(parts, offset)
         scored = self.request.logprobs is not None
         reason = text.finish_reason
         choice: dict[str, Any] = {
@@ -166,7 +165,6 @@ class Completion:
             "logprobs": describe_logprobs(tokenizer, found) if scored else None,
             "finish_reason": None if reason is None else FINISH_REASONS[reason],
         }
-        prompt = self.prompts[index // self.n]
         if self.request.return_token_ids:
             choice["token_ids"] = [piece.token.id for piece in found]
             choice["prompt_token_ids"] = prompt.ids if first == 0 else None
@@ -179,16 +177,10 @@ class Completion:
         options = self.request.stream_options
         usage = bool(options and options.include_usage)
         always = usage and bool(options and options.continuous_usage_stats)
-        sent = [0] * len(self.job.texts)
-        offsets, over = list(sent), [False] * len(sent)
-        async for _ in self.job.news():
-            for index, text in enumerate(self.job.texts):
-                parts = self.parts(text, self.prompts[index // self.n])
-                if over[index] or (len(parts) == sent[index] and text.finish_reason is None):
-                    continue
-                choice = self.choice(index, text, parts, offsets[index], sent[index])
-                over[index] = text.finish_reason is not None
-                sent[index], offsets[index] = len(parts), offsets[index] + len(choice["text"])
-                yield self.head | {"choices": [choice]} | ({"usage": self.job.usage()} if always else {})
+        offsets = [0] * len(self.job.texts)
+        async for index, first in self.job.growth():
+            choice = self.choice(index, self.job.texts[index], first, offsets[index])
+            offsets[index] += len(choice["text"])
+            yield self.head | {"choices": [choice]} | ({"usage": self.job.usage()} if always else {})
         if usage:
             yield self.head | {"choices": [], "usage": self.job.usage()}

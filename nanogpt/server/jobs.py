@@ -166,6 +166,20 @@ class Job:
                 raise ApiError(504, TOO_SLOW)
             yield
 
+    async def growth(self) -> AsyncIterator[tuple[int, int]]:
+        """Wait as `news` does: the number of each text that has grown or ended, and its tokens before that.
+
+        The text has to be read at once: it may grow again while anything is awaited.
+        """
+        known, over = [0] * len(self.texts), [False] * len(self.texts)
+        async for _ in self.news():
+            for number, text in enumerate(self.texts):
+                ended, before = text.finish_reason is not None, known[number]
+                if over[number] or (len(text.parts) == before and not ended):
+                    continue
+                known[number], over[number] = len(text.parts), ended
+                yield number, before
+
     def expire(self) -> None:
         """Let whoever waits know that the deadline is over."""
         self.late = True
