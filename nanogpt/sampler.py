@@ -19,6 +19,7 @@ from nanogpt.console import warn
 from nanogpt.device import autocast, eager_mode, explain_out_of_memory
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.prompts import device_of, encode_prompt, generate_in_batches
+from nanogpt.inference.steps import copy_for_steps
 from nanogpt.inference.text import (
     Alternative,
     FinishReason,
@@ -29,9 +30,6 @@ from nanogpt.inference.text import (
 )
 from nanogpt.inference.tokens import SHORT_MEMORY, Token
 from nanogpt.model.gpt import GPT
-from nanogpt.model.quantize import sampling_copy
-from nanogpt.native.step import native_problem
-from nanogpt.precision import pick_sampling_dtype
 from nanogpt.tokenizer.base import Tokenizer
 
 
@@ -82,9 +80,7 @@ class Sampler:
     @classmethod
     def of(cls, given: TextModel, prompts: list[str], config: SampleConfig) -> "Sampler":
         """The sampler for a model. Raises: UserError for a wrong logit_bias."""
-        dtype = pick_sampling_dtype(config.dtype, device_of(given.model), given.trained_in)
-        by_columns = device_of(given.model).type == "cpu" and bool(native_problem())
-        model = cast(GPT, sampling_copy(given.model, dtype, config.quantize, by_columns=by_columns))
+        model, dtype = copy_for_steps(given.model, given.trained_in, config.dtype, config.quantize)
         seed = secrets.randbits(32) if config.seed is None else config.seed
         return cls(model, given.tokenizer, prompts, resolve_logit_bias(config, given.tokenizer), seed, dtype)
 

@@ -133,12 +133,10 @@ class Scheduler:
         None: it wanted nothing but the log-probabilities of its prompt.
         """
         prompt, listener = request.prompt.to(self.device), request.listener
-        logits = None
+        seen = prompt[-self.size :]
         if request.prompt_logprobs is not None:
-            logits, _ = self.model(prompt[None, -self.size :])  # (1, T, V)
-            ids = prompt[-logits.shape[1] :][1:]
-            listener.on_prompt(score(logits[0, :-1], ids, request.prompt_logprobs))
-            logits = logits[:, -1]  # (1, V)
+            logits, _ = self.model(seen[None])  # (1, T, V)
+            listener.on_prompt(score(logits[0, :-1], seen[1:], request.prompt_logprobs))
         if request.num_tokens == 0:
             self.counts.prompt_tokens += len(prompt)
             return None
@@ -149,7 +147,7 @@ class Scheduler:
         text = cast(list[int], prompt.tolist())
         slot, filled = self.take_slot(text[-self.size :])
         row = Row(request, slot, generator, history, text)
-        computed = self.fill(slot, prompt[-self.size :], filled)
+        computed = self.fill(slot, seen, filled)
         self.rows.append(row)
         self.counts.prompt_tokens += len(prompt)
         self.counts.reused_tokens += filled

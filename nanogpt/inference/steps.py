@@ -5,11 +5,19 @@ On a CPU that is C (native/step.py), on a GPU a CUDA graph (graph_step.py), else
 guesses, a few tokens at a time (speculation.py).
 """
 
+from typing import cast
+
+import torch
+
+from nanogpt.config import Dtype
 from nanogpt.device import kind_of
+from nanogpt.inference.config import Quantization
 from nanogpt.inference.graph_step import GraphGPT
 from nanogpt.inference.speculation import NgramGuesses, Speculator
 from nanogpt.model.gpt import GPT
-from nanogpt.native.step import NativeGPT, is_watched, with_native_steps
+from nanogpt.model.quantize import sampling_copy
+from nanogpt.native.step import NativeGPT, is_watched, native_problem, with_native_steps
+from nanogpt.precision import pick_sampling_dtype
 
 StepModel = GPT | NativeGPT | GraphGPT | Speculator
 """What computes tokens with a cache, with the same numbers."""
@@ -27,3 +35,16 @@ def fastest_steps(model: GPT, speculate: int = 0, guesses: NgramGuesses | None =
     if native is model and graphs is not None and not model.training and not is_watched(model):
         return GraphGPT(model, graphs)
     return native
+
+
+def copy_for_steps(
+    model: GPT, trained_in: str, dtype: Dtype, quantization: Quantization
+) -> tuple[GPT, torch.dtype]:
+    """Copy a model into the form in which steps read it fastest. Returns the dtype of its products too.
+
+    trained_in: name of the dtype of its training, which dtype "auto" takes where the device is fast at it.
+    """
+    device = next(model.parameters()).device
+    picked = pick_sampling_dtype(dtype, device, trained_in)
+    by_columns = device.type == "cpu" and bool(native_problem())
+    return cast(GPT, sampling_copy(model, picked, quantization, by_columns=by_columns)), picked

@@ -12,22 +12,19 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from nanogpt.checkpoint.format import TextModel, checkpoint_at, load_model
+from nanogpt.checkpoint.format import checkpoint_at, load_model
 from nanogpt.device import autocast, eager_mode
 from nanogpt.errors import UserError
 from nanogpt.inference.engine import Engine
 from nanogpt.inference.prompts import device_of
 from nanogpt.inference.scheduler import Scheduler
+from nanogpt.inference.steps import copy_for_steps
 from nanogpt.inference.text import FinishReason, TokenTexts
 from nanogpt.inference.tokens import Token
 from nanogpt.model.gpt import GPT
-from nanogpt.model.quantize import sampling_copy
-from nanogpt.native.step import native_problem
-from nanogpt.precision import pick_sampling_dtype
 from nanogpt.server.config import ServeConfig
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -174,7 +171,7 @@ def load_file(
     """Load a checkpoint, and start its engine, for so many rows. Raises: UserError as load_model."""
     stamp = stamp_of(path)
     loaded = load_model(path, config.device)
-    model, dtype = prepared(loaded, config)
+    model, dtype = copy_for_steps(loaded.model, loaded.trained_in, config.dtype, config.quantize)
     bridge = Bridge(loop)
 
     @contextmanager
@@ -191,14 +188,6 @@ def load_file(
         on_bug=traceback.print_exception,
     )
     return Served(name, path, stamp, model, loaded.tokenizer, dtype, engine, bridge)
-
-
-def prepared(loaded: TextModel, config: ServeConfig) -> tuple[GPT, torch.dtype]:
-    """The model in the form in which its weights are read fastest, and the dtype of its products."""
-    device = device_of(loaded.model)
-    dtype = pick_sampling_dtype(config.dtype, device, loaded.trained_in)
-    by_columns = device.type == "cpu" and bool(native_problem())
-    return cast(GPT, sampling_copy(loaded.model, dtype, config.quantize, by_columns=by_columns)), dtype
 
 
 def newest_stamp(config: ServeConfig) -> tuple[int, int]:
