@@ -34,9 +34,9 @@ def wait_for(happened: Callable[[], bool], process: "BaseProcess | subprocess.Po
 def wait_until(happened: Callable[[], object]) -> None:
     """Until it has happened, in this process."""
     deadline = time.monotonic() + HANGS
-    while not happened():
-        assert time.monotonic() < deadline, "it hangs"
+    while not (done := happened()) and time.monotonic() < deadline:
         time.sleep(0.002)
+    assert done, "it has not happened"
 
 
 def written_rows(path: Path) -> list[dict[str, Any]]:
