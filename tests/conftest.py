@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,31 @@ def prepared(folder: Path, text: str, **settings: Any) -> Dataset:
     path.write_bytes(text.encode("utf-8"))
     prepare(PrepareConfig(input_file=(str(path),), data_dir=str(folder), **settings))
     return load_dataset(folder)
+
+
+def tiny_run(folder: Path, text: str, **settings: Any) -> Path:
+    """Train a tiny model on the bytes of a text, so that a character is in several tokens: its run folder."""
+    from nanogpt.training.fit import fit
+
+    prepared(folder / "data", text, tokenizer="byte")
+    folders = {"data_dir": str(folder / "data"), "out_dir": str(folder / "out")}
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 32, "batch_size": 8, "device": "cpu", "dtype": "float32"}
+    fit(TrainConfig(**folders, **{**small, **settings}), quiet=True)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")  # while it runs, no other test of the process can run an event loop
+def browser() -> Iterator[Any]:
+    """Headless Chromium, or the test is skipped."""
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("Chromium is not installed")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path)
+        yield started
+        started.close()
 
 
 def texts_in(path: Path, raw: str | bytes, text_field: str = "text") -> tuple[list[str], SkipReport]:

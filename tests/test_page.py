@@ -17,19 +17,17 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import torch
+from conftest import tiny_run
 from serving import serving
 from waiting import HANGS
 
-from nanogpt import TextModel, TrainConfig, fit, load_model, prepare
+from nanogpt import TextModel, load_model
 from nanogpt.inference.generate import generate
 from nanogpt.locking import lock
 from nanogpt.scoring import score
 from nanogpt.server.config import ServeConfig
 
-api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 axe = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-python is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 TEXT = (
     "S\u00fc\u00df: from fairest creatures we desire increase, that thereby beauty's rose might never die.\n"
@@ -38,31 +36,18 @@ KEY = "a key"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium."""
-    with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with kept checkpoints: bytes, so that a character is in several tokens."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "my.txt").write_text(TEXT * 30, "utf-8")
-    prepare(folder / "my.txt", folder / "data", tokenizer="byte", quiet=True)
-    tiny: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 48, "batch_size": 8}
-    steps: dict[str, Any] = {
+    settings: dict[str, Any] = {
+        "n_layer": 2,
+        "block_size": 48,
         "max_iters": 120,
         "eval_interval": 40,
         "log_interval": 10,
         "keep_checkpoints": 3,
         "learning_rate": 1e-2,
     }
-    folders = {"data_dir": str(folder / "data"), "out_dir": str(folder / "out")}
-    fit(TrainConfig(**tiny, **steps, **folders, device="cpu", dtype="float32"), quiet=True)
-    return folder / "out"
+    return tiny_run(tmp_path_factory.mktemp("run"), TEXT * 30, **settings)
 
 
 @pytest.fixture(scope="module")

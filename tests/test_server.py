@@ -19,10 +19,11 @@ import numpy as np
 import openai
 import pytest
 import torch
+from conftest import tiny_run
 from serving import connect, post, serving, text_of
 from waiting import HANGS, wait_until
 
-from nanogpt import TextModel, TrainConfig, fit, generate, inspect_text, load_model, prepare
+from nanogpt import TextModel, generate, inspect_text, load_model
 from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
 from nanogpt.errors import UserError
 from nanogpt.scoring import score
@@ -38,16 +39,8 @@ PROMPT = "from fairest"
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder: bytes, so that characters of the text are in several tokens."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "my.txt").write_text(TEXT, "utf-8")
-    prepare(folder / "my.txt", folder / "data", tokenizer="byte", quiet=True)
-    tiny = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 8, "max_iters": 150}
-    config = TrainConfig(
-        **tiny, data_dir=str(folder / "data"), out_dir=str(folder / "out"), device="cpu", dtype="float32"
-    )
-    fit(config, quiet=True)
-    return folder / "out"
+    """A run folder."""
+    return tiny_run(tmp_path_factory.mktemp("run"), TEXT, block_size=64, max_iters=150)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from conftest import tiny_run
 from waiting import HANGS
 
-from nanogpt import TextModel, TrainConfig, fit, generate, load_model, prepare
+from nanogpt import TextModel, generate, load_model
 from nanogpt.scoring import score
 
 LINES = [f"{name} {verb} the {thing}.\n" for name in ("Ann", "Bob", "Eve") for verb in ("saw", "ate")
@@ -23,15 +24,8 @@ LINES = [f"{name} {verb} the {thing}.\n" for name in ("Ann", "Bob", "Eve") for v
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder, which knows its few lines."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "my.txt").write_text("".join(LINES) * 40, "utf-8")
-    prepare(folder / "my.txt", folder / "data", tokenizer="byte", quiet=True)
-    tiny = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 48, "batch_size": 16, "max_iters": 100}
-    config = TrainConfig(
-        **tiny, data_dir=str(folder / "data"), out_dir=str(folder / "out"), device="cpu", dtype="float32"
-    )
-    fit(config, quiet=True)
-    return folder / "out"
+    settings = {"block_size": 48, "batch_size": 16, "max_iters": 100}
+    return tiny_run(tmp_path_factory.mktemp("run"), "".join(LINES) * 40, **settings)
 
 
 @pytest.fixture(scope="module")

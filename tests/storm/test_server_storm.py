@@ -20,10 +20,11 @@ from statistics import quantiles
 import httpx
 import pytest
 from clients import CUT, Body, Clients
+from conftest import tiny_run
 from test_storm import SEEDS
 from waiting import HANGS, wait_until
 
-from nanogpt import TrainConfig, fit, generate, load_model, prepare
+from nanogpt import generate, load_model
 
 CLIENTS = int(os.environ.get("NANOGPT_STORM_CLIENTS", "100"))
 SECONDS = float(os.environ.get("NANOGPT_STORM_SECONDS", "6"))
@@ -41,15 +42,7 @@ EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder."""
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "my.txt").write_text(TEXT, "utf-8")
-    prepare(folder / "my.txt", folder / "data", tokenizer="byte", quiet=True)
-    tiny = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 8, "max_iters": 100}
-    config = TrainConfig(
-        **tiny, data_dir=str(folder / "data"), out_dir=str(folder / "out"), device="cpu", dtype="float32"
-    )
-    fit(config, quiet=True)
-    return folder / "out"
+    return tiny_run(tmp_path_factory.mktemp("run"), TEXT, block_size=64, max_iters=100)
 
 
 @pytest.fixture(scope="module")
