@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerator import CudaLike, MpsLike, OnDevice, WaitedError, forbid_waiting, standing_in_for
+from test_engine import Hearer
+from test_engine import run as run_scheduler
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -28,8 +30,9 @@ from nanogpt.data.prepare import main as prepare
 from nanogpt.distributed import world
 from nanogpt.distributed.world import World
 from nanogpt.inference import graph_step
-from nanogpt.inference.config import SampleConfig
+from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.generate import generate
+from nanogpt.inference.scheduler import Request, Scheduler
 from nanogpt.model.kernels import chunked_cross_entropy
 from nanogpt.training import autosize, cuda_graph, trainer
 from nanogpt.training.fit import fit
@@ -146,6 +149,22 @@ def test_it_samples_what_a_cpu_samples(there, kind, capsys, settings):
         usual = {"seed": 1, "num_tokens": 40, "top_k": 10, "top_p": 0.9}
         sample.main(SampleConfig(checkpoint=path, device=place, **usual | settings))
         texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_texts_of_many_requests_grow_there_as_on_a_cpu(there, kind):
+    """Rows of several lengths and of the same prompt, with a penalty, and beyond the context."""
+    fit(there)
+    greedy = SamplingParams(temperature=0)
+    asked = [([1], greedy), ([2, 3, 4], greedy), ([2, 3, 4], SamplingParams(temperature=0, top_p=0.9))]
+    asked.append(([5, 6], SamplingParams(temperature=0, frequency_penalty=1.0)))
+    texts: list[list[list[int]]] = []
+    for place in ("gpu", "cpu"):
+        model, _ = load_model(Path(there.out_dir), place)
+        requests = [Request(torch.tensor(ids), params, 40, 1, Hearer()) for ids, params in asked]
+        run_scheduler(Scheduler(model, rows=3), requests)
+        assert [request.listener.ended for request in requests] == [[""]] * 4
+        texts.append([request.listener.ids for request in requests])
     assert texts[0] == texts[1]
 
 

@@ -194,6 +194,7 @@ class Scheduler:
 
     # --- tokens ---
 
+    @torch.no_grad()
     def step(self, waiting: "deque[Request]") -> None:
         """Admit requests as far as there is room, and add a token to every text.
 
