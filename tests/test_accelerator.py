@@ -183,6 +183,32 @@ def replays(monkeypatch) -> list[accelerator.Tape]:
     return replayed
 
 
+def test_captured_tokens_of_many_requests_are_those_of_a_cpu(there, cuda, replays):
+    """Some rows of the cache, in any order, as texts come and go; all of them; n-gram tables and RoPE."""
+    for settings in ({}, MODERN):
+        config = replace(there, out_dir=f"{there.out_dir}-{len(settings)}", **settings)
+        fit(config)
+        lengths = [33, 60, 9, 41, 25, 70, 12]
+        found: list[list[list[int]]] = []
+        for place in ("gpu", "cpu"):
+            model, _ = load_model(Path(config.out_dir) / "ckpt.pt", place)
+            params = SamplingParams(temperature=0)
+            requests = [
+                Request(torch.tensor([row, 3, 5][: 1 + row % 3]), params, length, 1, Hearer())
+                for row, length in enumerate(lengths)
+            ]
+            scheduler = Scheduler(model, rows=4)
+            replays.clear()
+            run_scheduler(scheduler, requests)
+            found.append([request.listener.ids for request in requests])
+            if place == "gpu":
+                assert len(replays) > 30
+                assert {(4, True), (4, False), (2, False), (1, False)} >= scheduler.steps.captured.keys()
+                assert len(scheduler.steps.captured) > 2
+        assert found[0] == found[1]
+        assert list(map(len, found[0])) == lengths
+
+
 def test_a_captured_token_is_the_ordinary_one(there, cuda, replays):
     """Texts of several rows and lengths, past the context, with n-gram tables and RoPE too."""
     for settings in ({}, MODERN):

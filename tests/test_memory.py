@@ -1,6 +1,7 @@
 """Memory is counted before an update as it turns out to be; a limit on it is seen."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from nanogpt import cores, device
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.model.gpt import GPT
+from nanogpt.model.size import meta_model
 from nanogpt.training import memory_estimate
 from nanogpt.training import optimizer as optim_module
 from nanogpt.training.memory_estimate import Memory
@@ -74,6 +76,30 @@ def test_many_layers_follow_from_few(monkeypatch, mode, dtype, optimizer):
     followed = predict(config, dtype=dtype)
     monkeypatch.setattr(memory_estimate, "FEW_LAYERS", 7)
     assert followed == predict(config, dtype=dtype)
+
+
+AT_MOST: list[dict[str, Any]] = [
+    {},
+    {"optimizer": "muon", "ema_decay": 0.9, "n_layer": 1},
+    {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "qk_norm": True, "bias": False},
+    {"flash_attn": False, "n_head": 8, "block_size": 256},
+    {"ngram_vocab": 4096, "mlp": "relu2", "tied": False, "logit_cap": 15.0},
+    {"dropout": 0.2, "mlp_width": 700, "n_embd": 32, "batch_size": 1},
+    {"block_size": 8, "batch_size": 2, "n_layer": 5},
+]
+
+
+@pytest.mark.parametrize("settings", AT_MOST, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [65, 5000])
+def test_no_update_takes_more_than_the_formula_says(settings, dtype, vocab_size):
+    config = replace(SMALL, **settings)
+    shape = model_config(config, vocab_size)
+    for kind in (device.KINDS["cpu"], device.KINDS["cuda"]):
+        with device.simulated(kind):
+            counted = memory_estimate.predict(shape, config, CPU, dtype, config.batch_size)
+        bound = memory_estimate.at_most(shape, meta_model(shape).num_parameters(), config.batch_size)
+        assert counted.total - counted.weights <= bound
 
 
 def test_counting_takes_no_memory_and_leaves_no_trace():

@@ -94,6 +94,14 @@ def test_micro_batches_that_fit_are_foreseen(config, monkeypatch, capsys, micro,
 
 
 @pytest.mark.usefixtures("counted")
+def test_where_there_is_plenty_nothing_is_counted(config, monkeypatch):
+    run = set_up(config, RunFolder(Path(config.out_dir)))
+    monkeypatch.setattr(memory_estimate, "free", lambda _: 1e12)
+    fit_to_memory(run)
+    assert (run.memory, run.num_micro_batches) == (None, 1)
+
+
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("kind", [CudaLike, MpsLike])
 def test_they_are_foreseen_on_a_gpu_too(config, monkeypatch, capsys, kind):
     """Windows and macOS go on in main memory, or on the disk, instead of running out."""

@@ -171,6 +171,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--modes", nargs="+", default=MODES, help='ways to compile; "" or no: not at all')
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--only", default="", help="only models whose name has this in it")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--gpt2_batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -184,7 +185,7 @@ def main() -> None:
         peak = common.ceiling(dtype, place, size)
         results.add({"model": f"matrix products, {options.dtype}", "tflops": peak / 1e12})
         for mode in ("" if mode == "no" else mode for mode in options.modes):
-            for case in cases(options):
+            for case in (case for case in cases(options) if options.only in case.name):
                 makers = {
                     "bare": partial(bare_update, case, mode, place, dtype),
                     "train": partial(train_update, case, mode, place, dtype, Path(folder)),

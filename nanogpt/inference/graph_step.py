@@ -2,12 +2,15 @@
 
 Example: model = GraphGPT(model, graphs)           then used as the model itself
 The kernels of a token are shorter than the time in which the CPU launches them. So that always the same ones
-run on the same memory, the places of the tokens are numbers on the device, and each attends to the whole
-memory of the cache, masked behind its own place: the same numbers, up to rounding.
+run on the same memory, the rows of the texts and the places of their tokens are numbers on the device, and
+each attends to the whole memory of the cache, masked behind its own place: the same numbers, up to rounding.
+There is a graph for each number of texts, or for the next power of two where they are some rows of the cache
+among others (continuous batching): the last text is then computed more than once, into the same place.
 
-Shapes: R rows of the cache, V vocab_size, S length of the cache, K n_kv_head, D head_dim
+Shapes: B rows of a step, R rows of the cache, V vocab_size, S length of the cache, K n_kv_head, D head_dim
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,21 +20,21 @@ from torch import Tensor
 from nanogpt.config import GPTConfig
 from nanogpt.graphs import Graphs
 from nanogpt.model.gpt import GPT
-from nanogpt.model.kv_cache import CacheStep, KVCache
+from nanogpt.model.kv_cache import CacheStep
 
 WARM_UP_TOKENS = 8
-"""Tokens before the capture, which takes as long as some of them: short texts do without."""
+"""Tokens before a capture, which takes as long as some of them: short texts do without."""
 
 
 class FixedStep(CacheStep):
-    """A step of one token in every row, whose places are known on the device alone."""
+    """A step of one token in each of its rows. Which they are, and where, is known on the device alone."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a layer's keys and values, (R, K, 1, D) each. Returns the memory of all, (R, K, S, D)."""
-        keys, values = self.cache.allocated(k)[:, layer].unbind()  # (R, K, S, D) each
-        place = self.positions[:, None, :, None].expand_as(k)  # (R, K, 1, D)
-        keys.scatter_(2, place, k)
-        values.scatter_(2, place, v)
+        """Add a layer's keys and values, (B, K, 1, D) each. Returns all of these rows, (B, K, S, D)."""
+        memory = self.cache.allocated(k)[:, layer]  # (2, R, K, S, D)
+        for whole, new in zip(memory, (k, v), strict=True):
+            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2)  # (B, 1, K, D)
+        keys, values = memory if has_every_row(self) else memory[:, self.index]
         return keys, values
 
 
@@ -39,25 +42,34 @@ class FixedStep(CacheStep):
 class Captured:
     """A graph with the memory that it reads and writes."""
 
-    cache: KVCache
+    step: FixedStep
+    """Its index (B,), positions (B, 1) and, with n-gram tables, before (B, NGRAM_TOKENS) are read anew."""
     idx: Tensor
-    """(R, 1)."""
-    positions: Tensor
-    """(R, 1)."""
-    before: Tensor | None
-    """(R, NGRAM_TOKENS)."""
+    """(B, 1)."""
     replay: Callable[[], None]
     logits: Tensor
-    """(R, 1, V)."""
+    """(B, 1, V)."""
+
+    def __call__(self, idx: Tensor, step: CacheStep) -> Tensor:
+        """The logits after the tokens idx, (B, 1), of which there may be fewer here: (B, 1, V)."""
+        write(self.idx, idx)
+        write(self.step.index, step.index)
+        write(self.step.positions, step.positions.expand_as(idx))
+        if self.step.before is not None and step.before is not None:
+            write(self.step.before, step.before)
+        self.replay()
+        return self.logits[: len(idx)].clone()
 
 
 class GraphGPT:
-    """A GPT of which steps of one token in every row are replayed as a graph, all others computed."""
+    """A GPT of which steps of one token are replayed as a graph, all others computed. Serves one cache."""
 
     def __init__(self, model: GPT, graphs: Graphs) -> None:
         self.model, self.graphs = model, graphs
-        self.warm_up_left = WARM_UP_TOKENS
-        self.captured: Captured | None = None
+        self.captured: dict[tuple[int, bool], Captured] = {}
+        """For each number of rows, and whether they are all that the cache has."""
+        self.steps_of: Counter[tuple[int, bool]] = Counter()
+        """Steps so far, by the same key."""
         self.possible = True
 
     @property
@@ -67,43 +79,60 @@ class GraphGPT:
 
     def __call__(self, idx: Tensor, *, cache: CacheStep) -> tuple[Tensor, None]:
         """What the model returns for idx (B, T): the logits after the last token of each row, (B, 1, V)."""
-        every_row = cache.rows == list(range(len(cache.cache.lengths)))
-        if not self.possible or not every_row or idx.shape[1] > 1 or not cache.starts[0]:
+        if not self.possible or idx.shape[1] > 1 or not cache.starts[0]:
             return self.model(idx, cache=cache)
-        if self.warm_up_left:
-            self.warm_up_left -= 1
+        every = has_every_row(cache)
+        rows = len(idx) if every else 1 << (len(idx) - 1).bit_length()  # the next power of two
+        self.steps_of[rows, every] += 1
+        if self.steps_of[rows, every] <= WARM_UP_TOKENS:
             return self.model(idx, cache=cache)
-        if self.captured is None:
+        if (rows, every) not in self.captured:
             try:
-                self.captured = self.capture(idx, cache)
+                self.captured[rows, every] = self.capture(rows, idx, cache)
             except RuntimeError:  # a part of the model waits for the device
                 self.possible = False
                 return self.model(idx, cache=cache)
-        captured = self.captured
-        captured.idx.copy_(idx)
-        captured.positions.copy_(cache.positions.expand_as(idx))
-        if captured.before is not None and cache.before is not None:
-            captured.before.copy_(cache.before)
-        captured.replay()
-        return captured.logits.clone(), None
+        return self.captured[rows, every](idx, cache), None
 
-    def capture(self, idx: Tensor, step: CacheStep) -> Captured:
-        """Capture a step. Raises: RuntimeError if a part of it cannot be captured."""
-        idx, positions = idx.clone(), step.positions.expand_as(idx).clone()
-        before = None if step.before is None else step.before.clone()
+    def capture(self, rows: int, idx: Tensor, step: CacheStep) -> Captured:
+        """Capture a step of so many rows. Raises: RuntimeError if a part of it cannot be captured."""
+        tokens, index, positions = (
+            repeat_last(x, rows) for x in (idx, step.index, step.positions.expand_as(idx))
+        )
+        before = None if step.before is None else repeat_last(step.before, rows)
         keys = torch.arange(step.cache.length, device=idx.device)
 
-        def work() -> Tensor:
-            """The logits of the tokens that are in idx, at the places in positions."""
-            mask = keys <= positions[:, None, :, None]  # (R, 1, 1, S)
-            fixed = FixedStep(
-                step.cache, step.rows, step.index, step.starts, step.counts, positions, mask, None, before
+        def fixed(mask: Tensor | None) -> FixedStep:
+            """The step, on memory of its own."""
+            return FixedStep(
+                step.cache, step.rows, index, step.starts, step.counts, positions, mask, None, before
             )
-            return self.model(idx, cache=fixed)[0]
+
+        def work() -> Tensor:
+            """The logits of the tokens, at the places in positions."""
+            mask = keys <= positions[:, None, :, None]  # (B, 1, 1, S)
+            return self.model(tokens, cache=fixed(mask))[0]
 
         torch.clear_autocast_cache()  # what is cast now belongs to the graph
         self.graphs.warm_up(work)
         torch.clear_autocast_cache()
         replay, logits = self.graphs.capture(work)
         torch.clear_autocast_cache()
-        return Captured(step.cache, idx, positions, before, replay, logits)
+        return Captured(fixed(None), tokens, replay, logits)
+
+
+def has_every_row(step: CacheStep) -> bool:
+    """Whether a step adds to all rows of the cache, in order."""
+    return step.rows == list(range(len(step.cache.lengths)))
+
+
+def repeat_last(x: Tensor, rows: int) -> Tensor:
+    """A copy of (B, ...) with so many rows: the last one again for those that lack."""
+    return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
+
+
+def write(memory: Tensor, x: Tensor) -> None:
+    """Write (B, ...) into memory of as many rows or more, as `repeat_last`."""
+    memory[: len(x)] = x
+    if len(x) < len(memory):
+        memory[len(x) :] = x[-1]

@@ -2,10 +2,10 @@
 
 Example: memory = predict(model_config(config, 65), config, device, dtype, micro_batch=16)
          fits = memory.total < HEADROOM * free(device)
-Memory is counted, not computed by a formula: PyTorch runs an update on tensors that have shapes but no
-content (FakeTensorMode) and counts what it would allocate (MemTracker). It does so for models of two and of
-three layers. Every further layer adds the same again, so counting takes no longer for a deep model.
-Only what FSDP gathers is computed by a formula: `gathered_bytes`.
+Memory is counted, not computed by a formula (unless `at_most` says that there is plenty): PyTorch runs an
+update on tensors that have shapes but no content (FakeTensorMode) and counts what it would allocate
+(MemTracker). It does so for models of two and of three layers. Every further layer adds the same again, so
+counting takes no longer for a deep model. Only what FSDP gathers is computed by a formula: `gathered_bytes`.
 """
 
 from contextlib import suppress
@@ -22,7 +22,7 @@ from nanogpt.console import ceil_div
 from nanogpt.cores import cgroup_folders
 from nanogpt.device import autocast, kind_of
 from nanogpt.distributed import parallelize
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import GPT, default_hidden_dim
 from nanogpt.model.lora import add_adapters
 from nanogpt.model.size import meta_model
 from nanogpt.training.optimizer import build_optimizers, trained_parameters
@@ -117,6 +117,19 @@ def predict(  # noqa: PLR0917
         shards[0], shards[1], shards[2], forward, backward, step,
         gathered=gathered_bytes(model, dtype), saving=shards[0] + shards[2] + weights + state,
     )  # fmt: skip
+
+
+def at_most(shape: GPTConfig, parameters: int, micro_batch: int) -> int:
+    """More bytes than an update in one process allocates beside weights and their EMA, by a formula.
+
+    Counting takes up to 4 s on a machine that has not imported sympy lately. Where twice this is free, there
+    is no need for it. Everything is taken as float32, and as kept: what a block makes of a token, the weights
+    of plain attention, all logits; gradients, AdamW's state, and as much again for the step.
+    """
+    hidden = 2 * (shape.mlp_width or default_hidden_dim(shape.n_embd, gated=False))
+    block = 16 * shape.n_embd + 4 * hidden + 3 * shape.n_head * shape.block_size
+    token = shape.n_layer * block + 8 * shape.n_embd + 6 * shape.vocab_size
+    return torch.float32.itemsize * (micro_batch * shape.block_size * token + 6 * parameters)
 
 
 def count_passes(  # noqa: PLR0917

@@ -1,10 +1,10 @@
 """Out of memory: predict it, recover from it with smaller micro-batches, or explain it.
 
 Example: fit_to_memory(run); loss = halve_on_out_of_memory(run, forward_backward)
-Smaller micro-batches compute the same update. Memory is predicted before the first update, since running out
-of memory does not always raise an error: on a CPU the system kills the process, Windows and macOS swap and
-become slow, and with FSDP the other processes are left waiting in the middle of the model. Where it raises an
-error (CUDA on Linux), the error is caught and the micro-batches are halved.
+Smaller micro-batches compute the same update. Unless there is plenty, memory is predicted before the first
+update, since running out of memory does not always raise an error: on a CPU the system kills the process,
+Windows and macOS swap and become slow, and with FSDP the other processes are left waiting in the middle of
+the model. Where it raises an error (CUDA on Linux), the error is caught and the micro-batches are halved.
 """
 
 from collections.abc import Callable, Generator
@@ -67,6 +67,8 @@ def fit_to_memory(run: Run) -> None:
     run_flops = run.flops_per_update * (config.max_iters - run.progress.step)
     if run.flops_per_update < MIN_UPDATE_FLOPS and run_flops < MIN_RUN_FLOPS:
         return
+    if world.size == 1 and 2 * allocated_at_most(run) < HEADROOM * memory_estimate.free(run.device):
+        return
     run.memory = wanted = predict(run, run.num_micro_batches)
     if config.micro_batch != "auto":
         return
@@ -91,6 +93,12 @@ def fit_to_memory(run: Run) -> None:
             f"{run.memory.need(run.device) / GIB:,.1f} GiB"
         )
     run.num_micro_batches = most
+
+
+def allocated_at_most(run: Run) -> int:
+    """More bytes than an update in one process allocates beside its weights."""
+    sequences = ceil_div(run.config.batch_size, run.num_micro_batches)
+    return memory_estimate.at_most(run.model.config, run.model.num_parameters(), sequences)
 
 
 def predict(run: Run, num_micro_batches: int) -> Memory:
