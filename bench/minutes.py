@@ -122,17 +122,19 @@ def print_plan(data: Path, minutes: float) -> None:
         }
         actions: dict[str, Callable[[], object]] = {}
         for number, (what, changed) in enumerate(trainings.items()):
+            if what.endswith("rate"):
+                continue  # which takes the time of the choice
             folder_of_its_own = Path(folder) / str(number)
             own = replace(TrainConfig(), data_dir=str(data), out_dir=str(folder_of_its_own), **changed)
             folder_of_its_own.mkdir()
             actions[what] = partial(train_step, set_up(own, RunFolder(folder_of_its_own)))
-        paces: dict[str, list[float]] = {what: [] for what in trainings}
+        paces: dict[str, list[float]] = {what: [] for what in actions}
         for _ in range(ROUNDS):
             for what, action in actions.items():
                 paces[what] += [common.seconds(action) for _ in range(UPDATES)][1:]
     seconds = training_seconds(minutes)
     updates = {what: max(2, round(seconds / median(pace))) for what, pace in paces.items()}
-    print(json.dumps({what: (trainings[what], updates[what]) for what in trainings}))
+    print(json.dumps({what: (trainings[what], updates.get(what, updates["choice"])) for what in trainings}))
 
 
 def train(data: Path, seed: int, settings: dict[str, Any], updates: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -183,10 +184,26 @@ def check_copy(function: Any, args: Any, kwargs: Any, target: str | None) -> Non
         waits("a copy that is not in the background")
 
 
+class Borrowed:
+    """A tensor in memory that a tape does not own: a replay finds what is there then, if it is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.dtype = tensor.dtype
+        self.place = tensor.storage_offset(), tensor.size(), tensor.stride()
+
+    def tensor(self) -> Tensor:
+        """The tensor. Raises: AssertionError if nobody has kept its memory."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        assert storage is not None, "a replay reads memory that is no longer there"
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
 class Tape:
     """What a CUDA graph is: operations with their numbers, on the same memory in each replay.
 
-    A capture leaves everything as it was. What the host decides or writes is not on the tape.
+    A capture leaves everything as it was. What the host decides or writes is not on the tape. The memory of
+    results belongs to the tape, all other memory to whoever keeps it.
     """
 
     def __init__(self) -> None:
@@ -212,9 +229,25 @@ class Tape:
             self.operations.append((function, args, kwargs, new))
         return result
 
+    def finish(self) -> None:
+        """Undo what the capture has written, and let go of the memory of others."""
+        for storage, before in self.before.values():
+            storage.copy_(before)
+        self.before.clear()
+
+        def borrow(x: Any) -> Any:
+            owned = not isinstance(x, Tensor) or x.untyped_storage().data_ptr() in self.made
+            return x if owned else Borrowed(x)
+
+        self.operations = [
+            (function, *tree_map(borrow, (args, kwargs)), outputs)
+            for function, args, kwargs, outputs in self.operations
+        ]
+
     def replay(self) -> None:
         """Do all operations once more."""
-        for function, args, kwargs, outputs in self.operations:
+        for function, *given, outputs in self.operations:
+            args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, Borrowed) else x, given)
             results = [x for x in tree_flatten(function(*args, **kwargs))[0] if isinstance(x, Tensor)]
             for output, result in zip(outputs, results if outputs else [], strict=True):
                 output.copy_(result)
@@ -244,8 +277,7 @@ class Recorder:
         finally:
             State.tape = None
             torch.set_rng_state(random)
-            for storage, before in tape.before.values():
-                storage.copy_(before)
+            tape.finish()
         return tape.replay, result
 
 

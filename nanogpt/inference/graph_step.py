@@ -100,7 +100,6 @@ class GraphGPT:
             repeat_last(x, rows) for x in (idx, step.index, step.positions.expand_as(idx))
         )
         before = None if step.before is None else repeat_last(step.before, rows)
-        keys = torch.arange(step.cache.length, device=idx.device)
 
         def fixed(mask: Tensor | None) -> FixedStep:
             """The step, on memory of its own."""
@@ -110,6 +109,7 @@ class GraphGPT:
 
         def work() -> Tensor:
             """The logits of the tokens, at the places in positions."""
+            keys = torch.arange(step.cache.length, device=idx.device)  # in memory that the graph keeps
             mask = keys <= positions[:, None, :, None]  # (B, 1, 1, S)
             return self.model(tokens, cache=fixed(mask))[0]
 

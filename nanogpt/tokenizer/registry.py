@@ -68,21 +68,27 @@ def existing_tokenizer(name: str) -> Tokenizer | None:
 
 
 def from_dict(saved: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that to_dict described. Raises: UserError if its kind is unknown, or it is malformed."""
+    """The tokenizer that to_dict described.
+
+    Raises: UserError if its kind is unknown, or it is malformed; ImportError without the library it runs in.
+    """
     kind = saved.get("kind")
     if not isinstance(kind, str) or kind not in TOKENIZERS:
         kind = kind if isinstance(kind, str) else None
         raise UserError(f"unknown tokenizer {kind!r:.40}: update NanoGPT")
     try:
         return TOKENIZERS[kind].from_dict(saved)
-    except (MemoryError, KeyboardInterrupt, SystemExit):
+    except (MemoryError, ImportError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # compiled code panics in a class of its own
         raise UserError(f"malformed tokenizer of kind {kind}") from error
 
 
 def from_file(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json. Raises: UserError if the file is missing or is no tokenizer.json."""
+    """The tokenizer in a tokenizer.json.
+
+    Raises: UserError if the file is missing or is no tokenizer.json; ImportError as `from_dict`.
+    """
     require(  # reading a pipe would wait without end
         not path.exists() or path.is_file(), f"--tokenizer {path} cannot be read: it is not a file"
     )
@@ -93,6 +99,8 @@ def from_file(path: Path) -> Tokenizer:
         raise UserError(f"--tokenizer {path} cannot be read: {reason}") from error
     try:
         foreign = ForeignTokenizer(source)
+    except ImportError:
+        raise
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"--tokenizer {path} is not a tokenizer.json: {error}") from error
     if not is_byte_level(json.loads(source)):

@@ -1,7 +1,7 @@
 """Tokens a second of exported pages in headless Chromium, as a person sees them: with the text that appears.
 
 Run:    nanogpt export --checkpoint out --format html --output my_gpt.html
-        python bench/html.py my_gpt.html           some seconds for each page; --tokens 2 tries the script
+        python bench/page.py my_gpt.html           some seconds for each page; --tokens 2 tries the script
 A page is opened from disk until its model is ready, then writes greedy texts after an empty prompt. The first
 ones warm up the browser's compiler; the median of the rest is printed, with WebAssembly and without. A text
 longer than the context includes reading its last half again.
@@ -79,7 +79,7 @@ def main() -> None:
         browser.close()
     Console().print(table)
     print(f"Chromium {version}, greedy, {options.tokens} tokens")
-    common.write_json("html", results)
+    common.write_json("page", results)
 
 
 if __name__ == "__main__":
