@@ -21,6 +21,7 @@ from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training import autosize, deadline
 from nanogpt.training import run as run_module
 from nanogpt.training.autosize import Text, choose_settings
+from nanogpt.training.checkpointing import BYTES_PER_SECOND
 from nanogpt.training.fit import fit
 from nanogpt.training.optimizer import learning_rate, lr_multiplier
 from nanogpt.training.run import Deadline
@@ -188,7 +189,7 @@ def test_a_new_decay_begins_where_the_rate_is_and_changes_nothing_before(pairs, 
 
 def big(run):
     """The tensors of a run that takes a second to save."""
-    return {"weight": torch.empty(int(deadline.BYTES_SAVED_PER_SECOND) // 4, device="meta")}
+    return {"weight": torch.empty(int(BYTES_PER_SECOND) // 4, device="meta")}
 
 
 class FakeRun(SimpleNamespace):
@@ -200,13 +201,15 @@ class FakeRun(SimpleNamespace):
         )
         super().__init__(config=config, progress=Progress(), world=ALONE, first_step=0, saved=[])
         self.deadline, self.clock, self.update_s = Deadline(clock.now), clock, update_s
+        self.disk = BYTES_PER_SECOND
         self.deadline.evaluation_s = 10 * update_s(0.0)
         self.dataset = SimpleNamespace(
             train=range(10**9), val=range(20_000), tokenizer=SimpleNamespace(vocab_size=65)
         )
         self.checkpointer = SimpleNamespace(
-            begin_save=self.begin_save, finish_save=self.finish_save, saved_step=0, pending=None
-        )
+            begin_save=self.begin_save, finish_save=self.finish_save, saved_step=0, pending=None,
+            bytes_per_second=BYTES_PER_SECOND,
+        )  # fmt: skip
         self.console = SimpleNamespace(set_total=lambda _: None)
 
     def begin_save(self, run):
@@ -230,6 +233,7 @@ class FakeRun(SimpleNamespace):
             self.progress.step += 1
         deadline.keep_to_time(self)
         self.evaluate()
+        self.clock.now += 2 * big(self)["weight"].nbytes / self.disk  # ckpt.pt and last.pt
 
     def evaluate(self):
         self.clock.now += 10 * self.update_s(self.clock.now)
@@ -266,6 +270,13 @@ def test_the_time_is_kept_whatever_becomes_of_the_machine(clock, slowdown, capsy
     first = decay_spans(run.config.decays)[0]
     assert "The learning rate falls from step" in capsys.readouterr().out
     assert first[0] > 10
+
+
+def test_a_slow_disk_has_its_time_at_the_end(clock):
+    run = FakeRun(1.0, clock, lambda _: 0.05)
+    run.disk = run.checkpointer.bytes_per_second = BYTES_PER_SECOND / 8  # 16 s for two files
+    run.train()
+    assert clock.now - 100 == pytest.approx(60, rel=0.03)
 
 
 def test_a_training_ends_when_the_text_has_no_more_to_teach(clock):

@@ -39,6 +39,12 @@ MAX_SAVE_FRACTION = 0.02
 MAX_STRETCH = 10
 """How many times --save_seconds the interval between saves may become."""
 
+BYTES_PER_SECOND = 3e8
+"""Speed at which an ordinary disk takes a checkpoint, as long as none has been written."""
+
+MIN_TIMED_BYTES = 10_000_000
+"""Size of a file from which on the speed of writing it says something of others."""
+
 Digests = dict[str, str]
 """Name of each file that a process has written into a folder of shards -> its SHA-256."""
 
@@ -77,6 +83,8 @@ class Checkpointer:
         self.pending: PendingSave | None = None
         self.saved_at = time.perf_counter()
         """When the newest save began."""
+        self.bytes_per_second = BYTES_PER_SECOND
+        """Speed at which the newest large file was written."""
         self.held_up = 0.0
         """Seconds for which the newest save has held up the training."""
         self.saved_step: int | None = None
@@ -158,7 +166,11 @@ class Checkpointer:
             """Write the file once the tensors are copied."""
             if snapshot.ready:
                 snapshot.ready.synchronize()
+            began = time.perf_counter()
             save_checkpoint(path, snapshot.checkpoint)
+            size = path.stat().st_size
+            if size >= MIN_TIMED_BYTES:
+                self.bytes_per_second = size / (time.perf_counter() - began)
             return {}
 
         return self.submit(write if self.world.is_first else Digests, in_background=snapshot.is_copied)

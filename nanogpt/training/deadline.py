@@ -27,10 +27,10 @@ TOLERANCE = 0.03
 """Share of the whole time by which the end may be off before it is decided anew."""
 
 END_SECONDS = 0.4
-"""Time that the end takes after the last evaluation: a save, the loss curve, the end of the process."""
+"""Time of the end after the last evaluation, besides writing: the loss curve, the end of the process."""
 
-BYTES_SAVED_PER_SECOND = 3e8
-"""Of a checkpoint on an ordinary disk, while the training goes on."""
+FILES_AT_END = 2
+"""Checkpoints that are written then: ckpt.pt, and last.pt as a copy of it."""
 
 
 def process_began() -> float:
@@ -48,7 +48,8 @@ def updates_left(run: Run, deadline: Deadline) -> int:
     assert config.minutes is not None
     update_s = median(deadline.update_s)
     evaluation_s = deadline.evaluation_s
-    left_s = 60 * config.minutes - END_SECONDS - deadline.last_s - evaluation_s  # that of the end
+    end_s = evaluation_s + FILES_AT_END * deadline.save_s + END_SECONDS
+    left_s = 60 * config.minutes - deadline.last_s - end_s
     about = step + max(0, math.floor(left_s / (update_s + evaluation_s / config.eval_interval)))
     others = about // config.eval_interval - step // config.eval_interval
     return max(0, min(useful, math.floor((left_s - others * evaluation_s) / update_s)))
@@ -85,7 +86,10 @@ def keep_to_time(run: Run) -> None:
     if config.minutes is None or deadline is None or step >= config.max_iters:
         return
     wait_for_record(run, deadline)
-    if not deadline.read_lap(run.world, run.progress):
+    if not deadline.state_bytes and step > run.first_step:  # from now on the optimizers have their states
+        deadline.state_bytes = sum(tensor.nbytes for tensor in named_tensors(run).values())
+    save_s = deadline.state_bytes / run.checkpointer.bytes_per_second
+    if not deadline.read_lap(run.world, run.progress, save_s):
         return
     run.progress.used_s = deadline.last_s
     end = max(step + updates_left(run, deadline), step + 1)
@@ -98,7 +102,8 @@ def keep_to_time(run: Run) -> None:
         is_new = off_s > enough_s and deadline.last_s - deadline.decided_s > enough_s
         is_new = is_new and deadline.unrecorded is None
     if is_new:
-        start = step + min(updates_of_a_save(run, deadline), (end - step) // 4)
+        updates_of_a_save = math.ceil(deadline.save_s / median(deadline.update_s))
+        start = step + min(updates_of_a_save, (end - step) // 4)
         if config.decays:  # they are in the order of their beginnings, and the newest counts
             start = max(start, decay_spans(config.decays)[-1][0] + 1)
         end = max(end, start + 1)
@@ -108,12 +113,6 @@ def keep_to_time(run: Run) -> None:
         say(f"The learning rate falls from step {start:,} to step {end:,}, when the time is over")
         wait_for_record(run, deadline)
     run.console.set_total(run.config.max_iters)
-
-
-def updates_of_a_save(run: Run, deadline: Deadline) -> int:
-    """About how many updates are made while the run is saved."""
-    size = sum(tensor.nbytes for tensor in named_tensors(run).values())
-    return math.ceil(size / BYTES_SAVED_PER_SECOND / median(deadline.update_s))
 
 
 def wait_for_record(run: Run, deadline: Deadline) -> None:

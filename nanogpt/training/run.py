@@ -117,17 +117,22 @@ class Deadline:
     update_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=RECENT_UPDATES))
     evaluation_s: float = 0.0
     """Seconds of the last evaluation, or what they were forecast to be."""
+    state_bytes: int = 0
+    """Size of what a save writes, once it is known."""
+    save_s: float = 0.0
+    """Seconds that a save takes."""
     decided_s: float = 0.0
     """`last_s` when the end was decided last."""
     unrecorded: int | None = None
     """The step of a decision that may not be in a checkpoint yet."""
 
-    def read_lap(self, world: World, progress: Progress) -> bool:
+    def read_lap(self, world: World, progress: Progress, save_s: float) -> bool:
         """Take the time since the last call: of an update or of an evaluation. Whether it was an update's.
 
-        All processes take the time of the slowest.
+        save_s: seconds that this process takes for a save. All processes take the times of the slowest.
         """
-        now_s = world.max_over_ranks(round(1e6 * (time.perf_counter() - self.began)))[0] / 1e6
+        times_s = time.perf_counter() - self.began, save_s
+        now_s, self.save_s = (us / 1e6 for us in world.max_over_ranks(*(round(1e6 * s) for s in times_s)))
         lap_s, (step, evaluated_at) = now_s - self.last_s, self.at
         self.last_s, self.at = now_s, (progress.step, progress.evaluated_at)
         if progress.evaluated_at != evaluated_at:
