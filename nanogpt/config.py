@@ -39,7 +39,7 @@ class Architecture(Settings):
     n_layer: int = 6
     """Number of transformer blocks."""
     n_head: int = 6
-    """Attention heads in each block; must divide n_embd."""
+    """Attention heads in each block; must divide n_embd, unless head_dim is given."""
     n_embd: int = 384
     """Embedding dimension C: the size of a token's vector."""
     dropout: float = 0.2
@@ -51,10 +51,14 @@ class Architecture(Settings):
 
     n_kv_head: int | None = None
     """Key-value heads, each shared by a group of query heads (GQA); None: as many as n_head."""
+    head_dim: int | None = None
+    """Width of an attention head; None: n_embd / n_head."""
     norm: Norm = "layernorm"
     """Normalization: layernorm (GPT-2) or rmsnorm."""
     positions: Positions = "learned"
     """Position embedding: learned (GPT-2) or rope (rotary)."""
+    rope_base: float = 10_000.0
+    """RoPE's base, at least 1: the larger, the slower its slowest rotations, for longer contexts."""
     mlp: MLPKind = "gelu"
     """Activation of the MLP: gelu, gelu_tanh (as in GPT-2), relu2 (squared ReLU) or swiglu (gated)."""
     mlp_width: int | None = None
@@ -76,8 +80,9 @@ class Architecture(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "mlp_width"):
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "mlp_width"):
             at_least(self, name, 1)
+        at_least(self, "rope_base", 1)
         for name in ("logit_cap", "ngram_vocab"):
             at_least(self, name, 0)
         kv = self.n_kv_head or self.n_head
@@ -86,12 +91,12 @@ class Architecture(Settings):
             f"--n_kv_head {kv} does not divide --n_head {self.n_head}: try --n_kv_head 1",
         )
         require(
-            self.positions == "learned" or (self.n_embd // self.n_head) % 2 == 0,
-            f"--positions rope needs heads of even width, not {self.n_embd // self.n_head}: "
-            "change --n_head or --n_embd",
+            self.positions == "learned" or self.head_width % 2 == 0,
+            f"--positions rope needs heads of even width, not {self.head_width}: "
+            f"change {'--n_head or --n_embd' if self.head_dim is None else '--head_dim'}",
         )
         require(
-            self.n_embd % self.n_head == 0,
+            self.head_dim is not None or self.n_embd % self.n_head == 0,
             f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}: "
             f"try --n_embd {max(1, round(self.n_embd / self.n_head)) * self.n_head}",
         )
@@ -100,9 +105,9 @@ class Architecture(Settings):
             require(0 <= value < 1, f"--{name} {value} is outside [0, 1): try 0.2, or 0 for none")
 
     @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        return self.n_embd // self.n_head
+    def head_width(self) -> int:
+        """Width D of an attention head."""
+        return self.head_dim or self.n_embd // self.n_head
 
 
 FREE_FIELDS = ("dropout", "attn_dropout", "flash_attn")

@@ -2,21 +2,25 @@
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nanogpt.checkpoint.format import Checkpoint, save_checkpoint
 from nanogpt.config import SHAPE_FIELDS, TrainConfig, model_config, to_dict
+from nanogpt.export.gguf_vocabulary import QWEN2_WORDS
 from nanogpt.export.html import rounded
 from nanogpt.export.source import Source
 from nanogpt.model.gpt import GPT
 from nanogpt.presets import PRESETS
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, byte_level_json, train_bpe
+from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer, ForeignTokenizer, byte_level_json, spell, train_bpe
 
 SHAPE: dict[str, Any] = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64, "dropout": 0.0}
 GPT2_SHAPES: dict[str, dict[str, Any]] = {
@@ -32,6 +36,7 @@ QWEN3: dict[str, Any] = {
 }  # fmt: skip
 QWEN3_SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": QWEN3,
+    "qwen3 published": QWEN3 | {"tied": True, "head_dim": 32, "rope_base": 1e6},
     "qwen3 tied": QWEN3 | {"tied": True},
     "qwen3 all heads": QWEN3 | {"n_kv_head": None, "mlp_width": 96},
 }
@@ -42,6 +47,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "--logit_cap 15": {"logit_cap": 15.0},
     "--ngram_vocab 97": {"ngram_vocab": 97},
     "--n_kv_head 2": {"n_kv_head": 2},
+    "--head_dim 32": {"head_dim": 32},
     "--norm rmsnorm": {"norm": "rmsnorm"},
     "--bias": QWEN3 | {"bias": True},
     "--no_qk_norm": QWEN3 | {"qk_norm": False},
@@ -94,6 +100,33 @@ def without_end() -> BPETokenizer:
     return BPETokenizer(json.dumps(described | {"added_tokens": []}))
 
 
+def qwen3(merges: Sequence[tuple[str, str]] | None = None) -> Tokenizer:
+    """A tokenizer.json as that of the published Qwen3, small. merges: as they are spelled; None: learned."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    if merges is not None:
+        vocabulary = [*map(CHAR_OF.__getitem__, range(256)), *dict.fromkeys(a + b for a, b in merges)]
+        backend.model = models.BPE({token: i for i, token in enumerate(vocabulary)}, [*merges])
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    backend.post_processor = processors.ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    backend.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    if merges is None:
+        alphabet = [*CHAR_OF.values()]
+        trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator([BPE_TEXT.decode()], trainer)
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.add_tokens(
+        [tokenizers.AddedToken(name, normalized=False) for name in ("<tool_call>", "<think>", "</think>")]
+    )
+    return BPETokenizer(backend.to_str())
+
+
+MARKED = ["<think>", "</think>", "<|im_end|>", "'RE", "'\u017f", "\u0301", "\u0338"]
+"""What only Qwen3's tokenizer treats as more than characters."""
 ALPHABET = "".join(
     sorted({*WORDS, *SIGNS, *map(chr, range(0x250)), *"e\u0301\u200b\u2028\ufeff▁Ġ\ue000\U0010ffff"})
 )
@@ -103,12 +136,13 @@ TOKENIZERS: dict[str, Tokenizer] = {
     "byte": ByteTokenizer(),
     "bpe": train_bpe(BPE_TEXT, 300),
     "bpe without end": without_end(),
+    "qwen3": qwen3(),
     "tokenizer.json": foreign(),
 }
 TEXTS = st.one_of(
     st.text(),
     st.text(ALPHABET),
-    st.lists(st.sampled_from([*(WORDS + SIGNS).split(" "), " ", "\n"])).map("".join),
+    st.lists(st.sampled_from([*(WORDS + SIGNS).split(" "), *MARKED, " ", "\n"])).map("".join),
 )
 """Texts of all kinds: any characters, those of ALPHABET, words that BPE has merged."""
 
@@ -135,8 +169,8 @@ def checkpoint(tokenizer: Tokenizer = LETTERS, **settings: Any) -> Checkpoint:
     )
 
 
-def word_probe() -> tuple[BPETokenizer, list[str]]:
-    """A BPE that shows where a text is split into words, and texts with characters of all kinds.
+def word_probe(kind: str = "bpe") -> tuple[Tokenizer, list[str]]:
+    """A BPE, by GPT-2's rule for words or Qwen3's, that shows where a text is split into words, and texts with characters of all kinds.
 
     It merges a letter, a digit and a sign with the first byte of any character: if they are in one word.
     The characters are those of Unicode 3.2, which every program knows.
@@ -146,6 +180,8 @@ def word_probe() -> tuple[BPETokenizer, list[str]]:
     points = (chr(point) for point in range(1, 0x110000, 7) if not 0xD800 <= point < 0xE000)
     known = [char for char in points if unicodedata.ucd_3_2_0.category(char) != "Cn"]
     texts = ["\n".join(f"{before}{char}{before}" for char in known) for before in "a1!"]
+    if kind == "qwen3":
+        return qwen3([(spell(before), spell(first)) for before, first in merges]), texts
     return BPETokenizer(byte_level_json(merges)), texts
 
 

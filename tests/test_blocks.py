@@ -34,6 +34,8 @@ OPTIONS = {
     "untied": {"tied": False},
     "zero_init": {"zero_init": True, "tied": False},
     "logit_cap": {"logit_cap": 5.0},
+    "head_dim": {"head_dim": 12},
+    "rope_base": {"positions": "rope", "rope_base": 1e6},
     "ngrams": {"ngram_vocab": 97},
     "hashed pairs": {"ngram_vocab": 97, "ngram_pairs": "hashed"},
     "plain": {"flash_attn": False},
@@ -60,7 +62,10 @@ PRESET = replace(
 )
 
 
-@pytest.mark.parametrize("config", [QWEN3, PRESET], ids=["options", "preset"])
+PUBLISHED = replace(QWEN3, head_dim=12, rope_base=1e6)
+
+
+@pytest.mark.parametrize("config", [QWEN3, PRESET, PUBLISHED], ids=["options", "preset", "published"])
 def test_equals_qwen3_of_transformers(config: GPTConfig) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -74,11 +79,11 @@ def test_equals_qwen3_of_transformers(config: GPTConfig) -> None:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=8,
+            head_dim=config.head_width,
             max_position_embeddings=16,
             rms_norm_eps=1e-6,
             tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
         )
     ).eval()
     state = {
@@ -146,7 +151,7 @@ def test_the_summary_counts_every_parameter(option) -> None:
 def test_rotation_sees_distances_alone() -> None:
     """The product of two rotated vectors depends on how far apart they are, not on where."""
     torch.manual_seed(1)
-    table = rotation_table(32, 8, torch.device("cpu"))
+    table = rotation_table(replace(TINY, block_size=32), torch.device("cpu"))
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 32, 8)
     scores = (rotate(q, table) @ rotate(k, table).mT)[0, 0]
     for distance in (0, 1, 5):
@@ -232,6 +237,9 @@ def test_dropout_is_off_in_evaluation_and_follows_the_seed() -> None:
     [
         ({"n_kv_head": 4}, "--n_kv_head 4 does not divide --n_head 6"),
         ({"positions": "rope", "n_embd": 18}, "--positions rope needs heads of even width, not 3"),
+        ({"positions": "rope", "head_dim": 15}, "--positions rope needs heads of even width, not 15: change"),
+        ({"head_dim": 0}, "--head_dim 0 is too small"),
+        ({"rope_base": 0.5}, "--rope_base 0.5 is too small"),
         ({"logit_cap": -1.0}, "--logit_cap -1.0"),
         ({"ngram_vocab": -1}, "--ngram_vocab -1"),
         ({"attn_dropout": 1.0}, "--attn_dropout 1.0"),

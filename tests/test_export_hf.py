@@ -110,8 +110,9 @@ def test_every_text_has_our_ids_and_comes_back(pair: tuple[Tokenizer, Any], text
     assert theirs.decode(ids) == ours.decode(ids)
 
 
-def test_words_are_split_alike_beside_characters_of_every_kind(tmp_path: Path) -> None:
-    tokenizer, texts = word_probe()
+@pytest.mark.parametrize("kind", ["bpe", "qwen3"])
+def test_words_are_split_alike_beside_characters_of_every_kind(kind: str, tmp_path: Path) -> None:
+    tokenizer, texts = word_probe(kind)
     export(source(tokenizer), "hf", tmp_path / "model")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model", model_max_length=10**9)
     for text in texts:

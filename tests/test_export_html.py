@@ -396,8 +396,9 @@ def test_texts_are_encoded_and_decoded_as_here(
 
 
 @needs_node
-def test_words_are_split_as_here(tmp_path: Path) -> None:
-    tokenizer, texts = word_probe()
+@pytest.mark.parametrize("kind", ["bpe", "qwen3"])
+def test_words_are_split_as_here(kind: str, tmp_path: Path) -> None:
+    tokenizer, texts = word_probe(kind)
     code = "return values.texts.map((text) => page.tokenizer().encode(text))"
     expected = [tokenizer.encode(text).tolist() for text in texts]
     assert run(page(source(tokenizer), tmp_path), code, texts=texts) == expected
@@ -435,7 +436,7 @@ def test_the_prompt_begins_a_text_as_for_sample(tmp_path: Path) -> None:
                     | {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}}
                 )
             ),
-            "a tokenizer.json that splits words unlike GPT-2",
+            "a tokenizer.json that splits words unlike GPT-2 and Qwen2",
         ),
     ],
     ids=["foreign", "words"],

@@ -187,7 +187,7 @@ def test_the_cache_is_as_config_json_says(shape: str, model_type: str, layers: i
     names = [f"past_key_values.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
     assert [each.name for each in described] == ["input_ids", "attention_mask", "position_ids", *names]
     heads = config.get("num_key_value_heads", config.get("n_head"))
-    width = made.config.head_dim
+    width = made.config.head_width
     assert described[-1].shape == ["batch_size", heads, "past_sequence_length", width]
 
 

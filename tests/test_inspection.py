@@ -112,7 +112,7 @@ def turned(x: Tensor, position: int) -> Tensor:
 def plain_attention(model: GPT, layer: int, head: int, x: Tensor) -> list[list[float]]:
     """The weights by their formula, one query and one key at a time. x: what enters the block, (T, C)."""
     config, attn = model.config, model.blocks[layer].attn
-    D, kv_heads, rms = config.head_dim, config.n_kv_head or config.n_head, config.norm == "rmsnorm"
+    D, kv_heads, rms = config.head_width, config.n_kv_head or config.n_head, config.norm == "rmsnorm"
     y = normed(x, model.blocks[layer].norm_1, rms) @ attn.qkv.weight.T
     y = y + attn.qkv.bias if config.bias else y
     shared = head // (config.n_head // kv_heads)

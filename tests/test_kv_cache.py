@@ -30,6 +30,9 @@ SHAPES: dict[str, dict[str, Any]] = {
                "tied": False, "logit_cap": 15.0, "ngram_vocab": 97},
     "hashed pairs": {"ngram_vocab": 97, "ngram_pairs": "hashed"},
     "qwen3": {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2},
+    "wide heads": {"positions": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "n_kv_head": 2,
+                   "head_dim": 20, "rope_base": 1e6},
+    "narrow heads": {"head_dim": 3},
 }  # fmt: skip
 
 quick = settings(deadline=None, derandomize=True, max_examples=25)

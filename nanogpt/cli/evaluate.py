@@ -51,7 +51,6 @@ from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.records import Source
 from nanogpt.text.speakers import Speakers, require_known
 from nanogpt.tokenizer.base import Tokenizer, describe_character
-from nanogpt.tokenizer.bpe import ForeignTokenizer
 
 MAX_SHOWN = 5
 """Notes, broken records and unknown characters that are shown."""
@@ -142,9 +141,11 @@ def encode_text(
         text, of = open_split(dataset, split), dataset.tokenizer.to_dict()
         prepared = {i: text for i, tokenizer in enumerate(tokenizers) if tokenizer.to_dict() == of}
         if len(prepared) < len(tokenizers):
-            keeps = dataset.tokenizer.kind != ForeignTokenizer.kind
             advice = "which may change the text: give the text itself, by --input_file"
-            require(keeps, f"--data_dir {config.data_dir} has tokens of a tokenizer.json, {advice}")
+            require(
+                dataset.tokenizer.keeps_text,
+                f"--data_dir {config.data_dir} has tokens of a tokenizer.json, {advice}",
+            )
             chunks = decode_documents(dataset.tokenizer, text)
     chunks, unknown = leave_out_unknown(chunks, tokenizers)
     if unknown:

@@ -103,7 +103,7 @@ def shard(model: GPT, device: torch.device, dtype: torch.dtype) -> None:
     register_fsdp_forward_method(model, "loss")  # it is called from outside, as forward is
     model.to_empty(device=device)
     if model.rotation is not None:  # to_empty leaves buffers without content
-        model.rotation = rotation_table(model.config.block_size, model.config.head_dim, device)
+        model.rotation = rotation_table(model.config, device)
 
 
 @torch.no_grad()

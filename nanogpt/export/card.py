@@ -87,6 +87,7 @@ def shape(source: Source, dtype: str) -> list[str]:
         "width": config.n_embd,
         "heads": config.n_head,
         "key-value heads": config.n_kv_head or config.n_head,
+        "width of a head": config.head_width,
         "context": f"{config.block_size:,} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens",
         "parameters": f"{source.num_weights:,}, in {dtype}",

@@ -46,6 +46,8 @@ class Family:
         """The settings that it cannot express, as flags."""
         if config.n_kv_head == config.n_head:
             config = replace(config, n_kv_head=None)
+        if config.n_head * config.head_width == config.n_embd:
+            config = replace(config, head_dim=None)
         return [
             flag(config, name) for name, values in self.needs.items() if getattr(config, name) not in values
         ]
@@ -62,6 +64,7 @@ GPT2 = Family(
         "norm": ("layernorm",),
         "mlp": ("gelu", "gelu_tanh"),
         "n_kv_head": (None,),
+        "head_dim": (None,),
         "qk_norm": (False,),
         **PLAIN,
     },
@@ -126,5 +129,5 @@ def piece_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
     """Rows of each piece: queries, keys and values, if there are three of them; else all equal."""
     if count != 3:
         return [rows // count] * count
-    keys = (config.n_kv_head or config.n_head) * config.head_dim
-    return [config.n_head * config.head_dim, keys, keys]
+    keys = (config.n_kv_head or config.n_head) * config.head_width
+    return [config.n_head * config.head_width, keys, keys]

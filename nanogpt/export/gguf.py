@@ -123,10 +123,10 @@ def qwen3_header(writer: "GGUFWriter", config: GPTConfig) -> None:
     """What llama.cpp asks of a Qwen3."""
     writer.add_feed_forward_length(config.mlp_width or default_hidden_dim(config.n_embd, gated=True))
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_rope_dimension_count(config.head_width)
+    writer.add_key_length(config.head_width)
+    writer.add_value_length(config.head_width)
 
 
 HEADERS: dict[str, Callable[[Any, GPTConfig], None]] = {"gpt2": gpt2_header, "qwen3": qwen3_header}

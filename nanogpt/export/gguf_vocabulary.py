@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt.export.tokenizer_json import tokenizer_json
 from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, added_tokens, spell
+from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, added_tokens, plain_tokens, spell
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of tokens: text, never text, text that is never split, and none."""
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+"""Qwen2's rule for words, which Qwen3 has too. It is compared, not run."""
 
 NO_MERGE = " ".join([spell(b"\xc0")] * 2)
 """A merge of bytes that UTF-8 does not have: the list of merges may not be empty."""
@@ -48,23 +54,27 @@ def misfits(tokenizer: Tokenizer) -> list[str]:
     """What of a tokenizer llama.cpp cannot express."""
     if isinstance(tokenizer, ForeignTokenizer):
         return ["a tokenizer.json other than byte-level BPE"]
-    if isinstance(tokenizer, BPETokenizer) and not splits_like_gpt2(json.loads(tokenizer.source)):
-        return ["a tokenizer.json that splits words unlike GPT-2"]
+    if isinstance(tokenizer, BPETokenizer) and rule_for_words(json.loads(tokenizer.source)) is None:
+        return ["a tokenizer.json that splits words unlike GPT-2 and Qwen2"]
     return []
 
 
-def splits_like_gpt2(described: Mapping[str, Any]) -> bool:
-    """Whether a byte-level BPE is as GPT-2's but for its vocabulary and merges."""
-    words: dict[str, Any] = described.get("pre_tokenizer") or {}
+def rule_for_words(described: Mapping[str, Any]) -> str | None:
+    """The rule by which a byte-level BPE splits a text into words: gpt-2 or qwen2; None: another."""
     model: dict[str, Any] = described["model"]
-    return bool(
-        words.get("type") == "ByteLevel"
-        and words.get("use_regex", True)
-        and words.get("add_prefix_space") is False
-        and not model.get("ignore_merges")
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-    )
+    if any(model.get(name) for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")):
+        return None
+    words: dict[str, Any] = described.get("pre_tokenizer") or {}
+    parts: list[dict[str, Any]] = words.get("pretokenizers") or [words]
+    *splits, last = parts
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
+        return None
+    uses_regex, qwen2 = last.get("use_regex", True), {"Regex": QWEN2_WORDS}
+    if not splits and uses_regex:
+        return "gpt-2"
+    isolated = [("Split", qwen2, "Isolated", False)]
+    found = [tuple(split.get(key) for key in ("type", "pattern", "behavior", "invert")) for split in splits]
+    return "qwen2" if found == isolated and not uses_regex else None
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -102,16 +112,20 @@ def byte_vocabulary(tokenizer: ByteTokenizer) -> Vocabulary:
 def bpe_vocabulary(tokenizer: BPETokenizer) -> Vocabulary:
     """The tokens and merges of a tokenizer.json."""
     described = tokenizer_json(tokenizer)
+    rule = rule_for_words(described)
+    assert rule is not None
     names: dict[int, str] = {i: token for token, i in described["model"]["vocab"].items()}
     added = {i: token for token, i in added_tokens(described).items()}
+    types = dict.fromkeys(names, NORMAL) | dict.fromkeys(added, CONTROL)
+    types |= {token["id"]: USER_DEFINED for token in plain_tokens(described)}
     ids = range(tokenizer.vocab_size)
     merges: list[str | list[str]] = described["model"]["merges"]
     return Vocabulary(
         tokens=[added.get(i, names.get(i, f"[unused {i}]")) for i in ids],
-        types=[CONTROL if i in added else NORMAL if i in names else UNUSED for i in ids],
+        types=[types.get(i, UNUSED) for i in ids],
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
         end_of_text=tokenizer.end_of_text or 0,
-        pre="gpt-2",
+        pre=rule,
     )
 
 

@@ -1,7 +1,8 @@
 """HTML: one page that runs the model in a browser, from disk, without a network.
 
 Example:    write(source, Path("model.html"), "int8", advance)
-Every model fits, with tokenizers of characters, bytes, and BPE by GPT-2's rule for words. The page computes
+Every model fits, with tokenizers of characters, bytes, and BPE by GPT-2's or Qwen2's rule for
+words. The page computes
 the model whose weights are `rounded`: each matrix, embeddings too, has 8 bits and a scale for each row, as in
 model/quantize.py; norms and biases stay as they are. All other numbers are float32 or more.
 The page is nanogpt/page; its backend is local.js, which has the model in a worker.
@@ -25,7 +26,7 @@ from nanogpt.export.source import Advance, Source
 from nanogpt.model.quantize import quantize_rows
 from nanogpt.page.assemble import assemble
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer
+from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer, plain_tokens
 
 BACKEND = ("products.js", "weights.js", "tokenizer.js", "engine.js", "local.js")
 """The scripts that run a model."""
@@ -160,15 +161,20 @@ def byte_header(tokenizer: ByteTokenizer) -> dict[str, Any]:
 def bpe_header(tokenizer: BPETokenizer) -> dict[str, Any]:
     """The bytes of each id, each as the character of its number; the ids of single bytes; the merges.
 
-    A merge is three ids: left, right and both in one.
+    A merge is three ids: left, right and both in one. Then the rule for words, the normalizer, and the added
+    tokens that are found in a text.
     """
-    model = json.loads(tokenizer.source)["model"]
+    described = json.loads(tokenizer.source)
+    model = described["model"]
     ids: dict[str, int] = model["vocab"]
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return {
         "tokens": [token.decode("latin-1") for token in tokenizer.tokens],
         "single": [ids.get(CHAR_OF[byte], -1) for byte in range(256)],
         "merges": [ids[name] for left, right in pairs for name in (left, right, left + right)],
+        "words": gguf_vocabulary.rule_for_words(described),
+        "normalizer": (described.get("normalizer") or {}).get("type"),
+        "added": {token["content"]: token["id"] for token in plain_tokens(described)},
     }
 
 

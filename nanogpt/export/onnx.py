@@ -80,6 +80,6 @@ def model_config(config: GPTConfig, cache_layers: int) -> dict[str, Any]:
         "num_hidden_layers": cache_layers,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_kv_head or config.n_head,
-        "head_dim": config.head_dim,
+        "head_dim": config.head_width,
         **vocabulary,
     }

@@ -6,7 +6,7 @@ file, weights are computed with in float32: runtimes convert them once, when the
 outputs have the names that transformers.js and Hugging Face's Optimum expect.
 
 Shapes: B batch, T new tokens, P tokens in the cache, S = P + T, C n_embd, V vocab_size, H n_head,
-K n_kv_head, G = H / K, D head_dim
+K n_kv_head, G = H / K, D head_width
 """
 
 import math
@@ -126,8 +126,8 @@ class GPTGraph(Graph):
 
     def rotations(self) -> tuple[str, str]:
         """Cosines and sines of RoPE, (B, 1, T, D / 2) each, for any position."""
-        D = self.config.head_dim
-        frequency = 10_000.0 ** (-torch.arange(0, D, 2) / D)  # (D / 2,)
+        D = self.config.head_width
+        frequency = self.config.rope_base ** (-torch.arange(0, D, 2) / D)  # (D / 2,)
         positions = self("Cast", "position_ids", to=FLOAT)
         positions = self("Unsqueeze", positions, self.constant([1, 3]))  # (B, 1, T, 1)
         angle = self("Mul", positions, self.tensor("frequency", frequency))
@@ -154,7 +154,7 @@ class GPTGraph(Graph):
 
     def attention(self, x: str, layer: int) -> str:
         """(B, T, C) -> (B, T, C)."""
-        K, D, G = self.n_kv_head, self.config.head_dim, self.config.n_head // self.n_kv_head
+        K, D, G = self.n_kv_head, self.config.head_width, self.config.n_head // self.n_kv_head
         name = f"blocks.{layer}.attn"
         q, k, v = self.split(self.linear(x, f"{name}.qkv"), [K * G * D, K * D, K * D])
         q, k, v = (self("Reshape", part, self.constant([0, 0, -1, D])) for part in (q, k, v))
@@ -185,7 +185,7 @@ class GPTGraph(Graph):
         """Turn each pair (i, i + D / 2) of (B, H, T, D) by its position's angle."""
         assert self.rotation is not None
         cos, sin = self.rotation
-        a, b = self.split(x, [self.config.head_dim // 2] * 2)  # (B, H, T, D / 2) each
+        a, b = self.split(x, [self.config.head_width // 2] * 2)  # (B, H, T, D / 2) each
         left = self("Sub", self("Mul", a, cos), self("Mul", b, sin))
         right = self("Add", self("Mul", b, cos), self("Mul", a, sin))
         return self("Concat", left, right, axis=-1)
@@ -220,7 +220,7 @@ class GPTGraph(Graph):
         values are the ids of the tokens plus 1; 0 stands for what is before a text, which padding is, too.
         """
         config = self.config
-        V, K, D = config.vocab_size, self.n_kv_head, config.head_dim
+        V, K, D = config.vocab_size, self.n_kv_head, config.head_width
         is_token = self.slice("attention_mask", self.minus_T, self.constant([END]), 1)  # (B, T)
         new = self("Mul", self("Add", "input_ids", self.constant(1)), is_token)
         wide = self("Unsqueeze", self("Cast", new, to=FLOAT), self.constant([1, 3]))  # (B, 1, T, 1)
@@ -263,7 +263,7 @@ class GPTGraph(Graph):
         B, T, P, S = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
         value = helper.make_tensor_value_info
         names = [f"{layer}.{kind}" for layer in range(cache_layers(config)) for kind in ("key", "value")]
-        heads, D = self.n_kv_head, config.head_dim
+        heads, D = self.n_kv_head, config.head_width
         inputs = [
             value("input_ids", INT64, [B, T]),
             value("attention_mask", INT64, [B, S]),

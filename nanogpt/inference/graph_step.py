@@ -7,7 +7,7 @@ each attends to the whole memory of the cache, masked behind its own place: the 
 There is a graph for each number of texts, or for the next power of two where they are some rows of the cache
 among others (continuous batching): the last text is then computed more than once, into the same place.
 
-Shapes: B rows of a step, R rows of the cache, V vocab_size, S length of the cache, K n_kv_head, D head_dim
+Shapes: B rows of a step, R rows of the cache, V vocab_size, S length of the cache, K n_kv_head, D head_width
 """
 
 from collections import Counter

@@ -24,13 +24,15 @@ from nanogpt.initialize.source import (
     count,
     first_line,
     misfits,
+    number,
+    own_head_dim,
+    own_width,
     read_json,
     read_safetensors,
     read_torch,
     refuse,
     tensors_in,
 )
-from nanogpt.model.gpt import default_hidden_dim
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_file
 
@@ -62,7 +64,6 @@ QWEN3_NEEDS = {
     **COMMON_NEEDS,
     "hidden_act": Need(("silu",), "silu"),
     "rms_norm_eps": Need((1e-6,), 1e-6),
-    "rope_theta": Need((10_000.0,), 10_000.0),
     "rope_type": Need(("default",), "default"),
     "rope_parameters": Need(([], None), None),
     "attention_bias": Need((False,), False),
@@ -202,9 +203,11 @@ def qwen3_config(content: Mapping[str, Any]) -> GPTConfig:
         n_layer=count(content, "num_hidden_layers"),
         n_head=heads,
         n_kv_head=None if kv_heads == heads else kv_heads,
+        head_dim=own_head_dim(count(content, "head_dim", 128), width, heads),
         n_embd=width,
         norm="rmsnorm",
         positions="rope",
+        rope_base=number(content, "rope_theta", 10_000.0),
         mlp="swiglu",
         mlp_width=own_width(count(content, "intermediate_size"), width, gated=True),
         bias=False,
@@ -215,19 +218,9 @@ def qwen3_config(content: Mapping[str, Any]) -> GPTConfig:
 
 
 def qwen3_problems(content: Mapping[str, Any]) -> list[str]:
-    """Heads of another width than ours, and layers that see a part of the text."""
-    width, heads = count(content, "hidden_size"), count(content, "num_attention_heads")
-    head_dim = count(content, "head_dim", 128)
-    found: list[str] = []
-    if head_dim * heads != width:
-        found.append(f"head_dim is {head_dim} (here hidden_size / num_attention_heads, {width / heads:g})")
+    """Layers that see a part of the text."""
     layers = set(cast("list[str]", content.get("layer_types") or [])) - {"full_attention"}
-    return [*found, *(f"layer_types has {kind} (here full_attention)" for kind in sorted(layers))]
-
-
-def own_width(width: int, n_embd: int, *, gated: bool) -> int | None:
-    """The value of mlp_width for a width; None for the default."""
-    return None if width == default_hidden_dim(n_embd, gated=gated) else width
+    return [f"layer_types has {kind} (here full_attention)" for kind in sorted(layers)]
 
 
 FAMILIES = {

@@ -15,8 +15,19 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError, require
 from nanogpt.foreign_names import LITGPT, LITGPT_GATED
 from nanogpt.initialize.names import to_our_names
-from nanogpt.initialize.source import Need, Source, count, first_line, misfits, read_torch, refuse, tensors_in
-from nanogpt.model.gpt import default_hidden_dim
+from nanogpt.initialize.source import (
+    Need,
+    Source,
+    count,
+    first_line,
+    misfits,
+    number,
+    own_head_dim,
+    own_width,
+    read_torch,
+    refuse,
+    tensors_in,
+)
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_file
 
@@ -37,7 +48,6 @@ NEEDS = {
     "norm_2": Need((True,), True),
     "parallel_residual": Need((False,), True),
     "rotary_percentage": Need((1.0,), 0.25),
-    "rope_base": Need((10_000,), 10_000),
     "rope_condense_ratio": Need((1,), 1),
     "n_expert": Need((0,), 0),
     **dict.fromkeys(
@@ -112,10 +122,6 @@ def other_problems(content: Mapping[str, Any]) -> list[str]:
     model = str(content.get("name"))
     if "Gemma" in model or "OLMo" in model:
         problems.append(f"norms as {model} has them")
-    width, heads = count(content, "n_embd"), count(content, "n_head")
-    head_size = content.get("head_size") or width // heads
-    if head_size * heads != width:
-        problems.append(f"head_size is {head_size} (here n_embd / n_head, {width / heads:g})")
     return problems
 
 
@@ -132,11 +138,13 @@ def config_of(content: Mapping[str, Any]) -> GPTConfig:
         n_layer=count(content, "n_layer"),
         n_head=heads,
         n_kv_head=None if groups == heads else groups,
+        head_dim=own_head_dim(count(content, "head_size", width // heads), width, heads),
         n_embd=width,
         norm="rmsnorm" if content.get("norm_class_name") == "RMSNorm" else "layernorm",
         positions="rope",
+        rope_base=number(content, "rope_base", 10_000),
         mlp="swiglu" if gated else "gelu" if exact else "gelu_tanh",
-        mlp_width=None if hidden == default_hidden_dim(width, gated=gated) else hidden,
+        mlp_width=own_width(hidden, width, gated=gated),
         bias=bool(content.get("bias", True)),
         qk_norm=bool(content.get("norm_qk", False)),
         tied=False,

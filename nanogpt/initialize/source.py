@@ -17,6 +17,7 @@ from torch import Tensor
 from nanogpt.checkpoint.format import read_plain
 from nanogpt.config import SHAPE_FIELDS, GPTConfig
 from nanogpt.errors import UserError, require
+from nanogpt.model.gpt import default_hidden_dim
 from nanogpt.settings import show_value
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -84,6 +85,24 @@ def count(content: Mapping[str, Any], name: str, default: int | None = None) -> 
     value = default if value is None else value
     require(type(value) is int and value > 0, f"the model's settings have {name} {show_value(value)}")
     return cast(int, value)
+
+
+def number(content: Mapping[str, Any], name: str, default: float) -> float:
+    """A number in the settings of a model. Raises: UserError if there is none."""
+    value = content.get(name)
+    value = default if value is None else value
+    require(type(value) in (int, float), f"the model's settings have {name} {show_value(value)}")
+    return float(cast(float, value))
+
+
+def own_head_dim(width: int, n_embd: int, n_head: int) -> int | None:
+    """The value of head_dim for heads of this width; None for the default."""
+    return None if width * n_head == n_embd else width
+
+
+def own_width(width: int, n_embd: int, *, gated: bool) -> int | None:
+    """The value of mlp_width for a width; None for the default."""
+    return None if width == default_hidden_dim(n_embd, gated=gated) else width
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def value_of(config: Architecture, name: str) -> Any:
     value = getattr(config, name)
     if name == "n_kv_head":
         return value or config.n_head
+    if name == "head_dim":
+        return config.head_width
     if name == "mlp_width":
         return value or default_hidden_dim(config.n_embd, gated=ACTIVATIONS[config.mlp].gated)
     return value

@@ -2,12 +2,12 @@
 
 Example:    model = GPT(GPTConfig(vocab_size=65)); logits, loss = model(x, y)
 By default this is GPT-2: learned positions, pre-norm blocks, GELU, the output layer tied to the embedding.
-The fields of GPTConfig (nanogpt/config.py) that change it: positions, norm, mlp, n_kv_head, qk_norm, bias,
-tied, zero_init, logit_cap, ngram_vocab. kernels.py has nn.Dropout and the norms of PyTorch in slightly other
-forms, and computes attention and a large vocabulary's loss faster than their formulas here. Knows nothing of
-files, training or sampling.
+The fields of GPTConfig (nanogpt/config.py) that change it: positions, rope_base, norm, mlp, n_kv_head,
+head_dim, qk_norm, bias, tied, zero_init, logit_cap, ngram_vocab. kernels.py has nn.Dropout and the norms of
+PyTorch in slightly other forms, and computes attention and a large vocabulary's loss faster than their
+formulas here. Knows nothing of files, training or sampling.
 
-Shapes: B batch, T tokens, C n_embd, V vocab_size, H n_head, K n_kv_head, D head_dim = C / H, S keys
+Shapes: B batch, T tokens, C n_embd, V vocab_size, H n_head, K n_kv_head, D head_width, S keys
 """
 
 import math
@@ -35,12 +35,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding = None
-        rotation = None
-        if config.positions == "learned":
-            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        else:
-            rotation = rotation_table(config.block_size, config.head_dim, self.token_embedding.weight.device)
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        rotation = None if learned else rotation_table(config, self.token_embedding.weight.device)
         self.register_buffer("rotation", rotation, persistent=False)
         self.ngram_embedding = NgramEmbedding(config) if config.ngram_vocab else None
         self.dropout = Dropout(config.dropout)
@@ -204,11 +201,11 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer  # the place of its keys and values in a cache
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.qkv_dims = [config.head_dim * heads for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        self.qkv_dims = [config.head_width * heads for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
         self.qkv = nn.Linear(config.n_embd, sum(self.qkv_dims), bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(self.qkv_dims[0], config.n_embd, bias=config.bias)
+        self.q_norm = make_norm(config, config.head_width) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, config.head_width) if config.qk_norm else nn.Identity()
         self.attend = kernels.attention if config.flash_attn else attention
         self.dropout = config.attn_dropout
         self.proj_dropout = Dropout(config.dropout)
@@ -217,7 +214,7 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         q, k, v = self.queries_keys_values(x, context)
         y = self.attend(q, k, v, context.mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(x.shape)  # (B, T, C)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H D)
         return self.proj_dropout(self.proj(y))
 
     def queries_keys_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,11 +234,11 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
 
-def rotation_table(length: int, head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines of RoPE (Su et al., 2021) for each position, (2, length, D / 2)."""
-    cpu = torch.device("cpu")  # on the meta device PyTorch would import sympy for it: 0.8 s
-    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=cpu) / head_dim)  # (D / 2,)
-    angle = torch.arange(length, device=cpu)[:, None] * frequency  # (length, D / 2)
+def rotation_table(config: GPTConfig, device: torch.device) -> Tensor:
+    """Cosines and sines of RoPE (Su et al., 2021) for each position, (2, block_size, D / 2)."""
+    cpu, D = torch.device("cpu"), config.head_width  # on the meta device PyTorch would import sympy: 0.8 s
+    frequency = config.rope_base ** (-torch.arange(0, D, 2, device=cpu) / D)  # (D / 2,)
+    angle = torch.arange(config.block_size, device=cpu)[:, None] * frequency  # (block_size, D / 2)
     return torch.stack((angle.cos(), angle.sin())).to(device)
 
 

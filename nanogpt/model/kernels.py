@@ -5,7 +5,7 @@ activations. What is fast depends on the device: device.py says what each kind p
 the measurements. Each function here equals its formula, by test (dropout: in distribution). Knows no
 configuration and no GPT.
 
-Shapes: B batch, T queries, S keys, H heads, D head_dim; N positions (B T), C width, V vocab_size
+Shapes: B batch, T queries, S keys, H heads, D head_width; N positions (B T), C width, V vocab_size
 """
 
 import functools

@@ -5,7 +5,7 @@ Example: cache = KVCache(model.config, rows=1, length=256)
 A row is a text. Rows have lengths of their own, so texts of different lengths share a batch. What a model
 computes with a cache equals what it computes without one, up to rounding. Knows nothing of sampling.
 
-Shapes: L layers, R rows of the cache, B rows of a step, T tokens of a step, K n_kv_head, S keys, D head_dim
+Shapes: L layers, R rows of the cache, B rows of a step, T tokens of a step, K n_kv_head, S keys, D head_width
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ class KVCache:
         """The memory of the cache, (2, L, R, K, S, D), which is float32 from now on."""
         if self.keys_values is None:
             K = self.config.n_kv_head or self.config.n_head
-            self.allocated(torch.empty(0, K, 0, self.config.head_dim, dtype=torch.float32, device="cpu"))
+            self.allocated(torch.empty(0, K, 0, self.config.head_width, dtype=torch.float32, device="cpu"))
         assert self.keys_values is not None
         self.keys_values = self.keys_values.float()
         return self.keys_values

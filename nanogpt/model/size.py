@@ -21,11 +21,12 @@ def meta_model(config: GPTConfig) -> GPT:
 def flops_per_token(model: GPT) -> int:
     """Floating-point operations of one training step, forward and backward, for each token.
 
-    6 for each weight of a linear layer, or 4 if it is not trained, plus 12 * layers * width * context for the
-    attention (Chowdhery et al., PaLM, 2022, appendix B). Tables that are only looked up cost nothing.
+    6 for each weight of a linear layer, or 4 if it is not trained, plus 12 * layers * heads * width of a head *
+    context for the attention (Chowdhery et al., PaLM, 2022, appendix B). Tables that are only looked up cost
+    nothing.
     """
     config = model.config
     layers = (module for module in model.modules() if isinstance(module, (nn.Linear, LoRALinear)))
     weights = (weight for layer in layers for weight in layer.parameters() if weight.dim() == 2)
     products = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
-    return products + 12 * config.n_layer * config.n_embd * config.block_size
+    return products + 12 * config.n_layer * config.n_head * config.head_width * config.block_size

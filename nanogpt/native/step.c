@@ -5,7 +5,7 @@
    time is that in which the weights are read. step.py fills the structs and has the checks; each function is
    a formula of gpt.py, which explains it. Weights are float32, bfloat16 or int8, numbers between them float32.
 
-   Shapes: N tokens of B rows, C width, V vocab_size, H heads, K heads of keys and values, D head_dim = C / H,
+   Shapes: N tokens of B rows, C width, V vocab_size, H heads, K heads of keys and values, D head_dim,
            R rows and S length of the cache */
 
 #include <math.h>
@@ -354,7 +354,7 @@ static void attention(const Model *m, const Block *block, const Step *step, int6
                     float *q = qkv + n * width + h * D;
                     if (block->q_norm.gain) normalize(&block->q_norm, q, q, 1, D);
                     if (m->rotation) rotate(m, q, step->positions[n]);
-                    attend(m, q, step->positions[n], keys, values, thread->scores, y + n * m->width + h * D);
+                    attend(m, q, step->positions[n], keys, values, thread->scores, y + (n * m->heads + h) * D);
                 }
             }
 }
@@ -362,7 +362,7 @@ static void attention(const Model *m, const Block *block, const Step *step, int6
 /* --- the step --- */
 
 typedef struct {
-    float *x, *qkv, *attended, *hidden; /* of all threads: (N, C), (N, (H + 2 K) D), (N, C), (N, hidden) */
+    float *x, *qkv, *attended, *hidden; /* of all threads: (N, C), (N, (H + 2 K) D), (N, H D), (N, hidden) */
 } Shared;
 
 /* What each thread does. Where it waits, the next line needs what the others have computed. */
@@ -414,11 +414,13 @@ static int is_valid(const Model *m, const Step *step) {
 int decode_step(const Model *m, const Step *step, int threads) {
     if (!is_valid(m, step)) return 2;
     int64_t N = step->rows_of_step * step->tokens_of_row, C = m->width;
-    int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim, widest = m->hidden > C ? m->hidden : C;
+    int64_t heads = m->heads * m->head_dim, qkv = heads + 2 * m->kv_heads * m->head_dim;
+    int64_t widest = m->hidden > C ? m->hidden : C; /* inputs of a linear layer */
+    widest = widest > heads ? widest : heads;
     int64_t own = N * C + step->length + widest * (UNIT + padded(N)) + 16; /* 16: 64 bytes between threads */
-    float *memory = malloc((N * (2 * C + qkv + m->hidden) + threads * own) * sizeof(float));
+    float *memory = malloc((N * (C + heads + qkv + m->hidden) + threads * own) * sizeof(float));
     if (!memory) return 1;
-    float *attended = memory + N * C, *hidden = attended + N * C;
+    float *attended = memory + N * C, *hidden = attended + N * heads;
     Shared shared = {.x = memory, .attended = attended, .hidden = hidden, .qkv = hidden + N * m->hidden};
     Barrier barrier = {.threads = 1};
 #ifdef _OPENMP

@@ -199,7 +199,7 @@ class NativeGPT:
             block_size=config.block_size,
             heads=config.n_head,
             kv_heads=config.n_kv_head or config.n_head,
-            head_dim=config.head_dim,
+            head_dim=config.head_width,
             hidden=first.mlp.proj.in_features,
             layers=config.n_layer,
             activation=ACTIVATIONS[config.mlp],

@@ -9,14 +9,15 @@
    nanogpt/model/quantize.py, all other numbers are float32, sums float64 or eight of float32 (products.js). What takes
    more than a step is a generator that yields after each: whoever runs it decides when others have their turn.
 
-   Shapes: C n_embd, V vocab_size, H heads, K heads of keys and values, D = C / H, S block_size */
+   Shapes: C n_embd, V vocab_size, H heads, K heads of keys and values, D width of a head, S block_size */
 "use strict";
 
 const NanoGPT = (() => {
   /* A model with an empty cache. header: as in the file; weights: what NanoGPTWeights.read returns. */
   function open(header, { tensors, multiply }) {
     const config = header.config;
-    const C = config.n_embd, H = config.n_head, K = config.n_kv_head || H, D = C / H, S = config.block_size;
+    const C = config.n_embd, H = config.n_head, K = config.n_kv_head || H;
+    const D = config.head_dim || C / H, S = config.block_size;
     const norm = (name) => tensors[`${name}.weight`] &&
       { gain: tensors[`${name}.weight`], bias: tensors[`${name}.bias`], centered: config.norm === "layernorm" };
     const linear = (name) => ({ ...tensors[`${name}.weight`], bias: tensors[`${name}.bias`] });
@@ -36,19 +37,19 @@ const NanoGPT = (() => {
       tokens: tensors["token_embedding.weight"], positions: tensors["position_embedding.weight"],
       pairs: tensors["ngram_embedding.pairs.weight"], triples: tensors["ngram_embedding.triples.weight"],
       head: config.tied ? tensors["token_embedding.weight"] : linear("head"),
-      rotation: config.positions === "rope" ? rotationTable(S, D) : null,
+      rotation: config.positions === "rope" ? rotationTable(config.rope_base, S, D) : null,
       length: 0, ids: [], // how many tokens are in the cache; which
-      x: new Float32Array(C), normed: new Float32Array(C), attended: new Float32Array(C),
+      x: new Float32Array(C), normed: new Float32Array(C), attended: new Float32Array(H * D),
       qkv: new Float32Array((H + 2 * K) * D), hidden: new Float32Array(hidden),
       scores: new Float32Array(S), logits: new Float32Array(config.vocab_size),
     };
   }
 
   /* Cosines, then sines of RoPE: (S, D / 2) each, with the roundings of float32 that PyTorch makes. */
-  function rotationTable(S, D) {
+  function rotationTable(base, S, D) {
     const half = D / 2, table = new Float32Array(2 * S * half);
     for (let i = 0; i < half; i++) {
-      const frequency = Math.fround(10000 ** Math.fround((-2 * i) / D));
+      const frequency = Math.fround(base ** Math.fround((-2 * i) / D));
       for (let position = 0; position < S; position++) {
         const angle = Math.fround(position * frequency);
         table[position * half + i] = Math.cos(angle);

@@ -12,12 +12,20 @@
 const NanoGPTText = (() => {
   const utf8 = (text) => new TextEncoder().encode(text);
 
-  /* GPT-2's rule for words. \s of the original has no U+FEFF, unlike JavaScript's. */
-  const WORDS = new RegExp(
-    "'(?:s|t|re|ve|m|ll|d)| ?\\p{L}+| ?\\p{N}+| ?[^\\p{White_Space}\\p{L}\\p{N}]+" +
-      "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",
-    "gu",
-  );
+  /* Rules for words. \s of the originals has no U+FEFF, unlike JavaScript's. \u017f is an s, whatever the case. */
+  const WORDS = {
+    "gpt-2": new RegExp(
+      "'(?:s|t|re|ve|m|ll|d)| ?\\p{L}+| ?\\p{N}+| ?[^\\p{White_Space}\\p{L}\\p{N}]+" +
+        "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",
+      "gu",
+    ),
+    qwen2: new RegExp(
+      "'(?:[sS\u017f]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" +
+        "| ?[^\\p{White_Space}\\p{L}\\p{N}]+[\\r\\n]*|\\p{White_Space}*[\\r\\n]+" +
+        "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",
+      "gu",
+    ),
+  };
 
   function describe(point) {
     return `"${String.fromCodePoint(point)}" (U+${point.toString(16).toUpperCase().padStart(4, "0")})`;
@@ -70,8 +78,9 @@ const NanoGPTText = (() => {
   }
 
   /* tokens: the bytes of each id, each as the character of its number. single: the id of each byte, or -1.
-     merges: left, right and merged id, one merge after the other. */
-  function pairs({ tokens, single, merges, end }) {
+     merges: left, right and merged id, one merge after the other. words: the rule; normalizer: NFC or null; added: the
+     texts that are a token each -> id. */
+  function pairs({ tokens, single, merges, words, normalizer, added, end }) {
     const rank = new Map(), merged = [], size = tokens.length;
     for (let i = 0; i < merges.length; i += 3) {
       rank.set(merges[i] * size + merges[i + 1], i / 3);
@@ -95,7 +104,17 @@ const NanoGPTText = (() => {
         ids = next;
       }
     }
-    return ofBytes((text) => (text.match(WORDS) || []).flatMap(encodeWord), bytesOf, end);
+
+    function encodeText(text) {
+      const normal = normalizer ? text.normalize(normalizer) : text;
+      return (normal.match(WORDS[words]) || []).flatMap(encodeWord);
+    }
+
+    const names = Object.keys(added).sort((a, b) => b.length - a.length).map((name) => name.replace(/\W/g, "\\$&"));
+    const isAdded = names.length > 0 && new RegExp(`(${names.join("|")})`); // in parentheses, so that split keeps them
+    const encode = (text) =>
+      (isAdded ? text.split(isAdded) : [text]).flatMap((part, i) => (i % 2 ? added[part] : encodeText(part)));
+    return ofBytes(encode, bytesOf, end);
   }
 
   const KINDS = { char: characters, byte: bytes, bpe: pairs };

@@ -66,6 +66,8 @@ class Tokenizer(ABC):
     """Least --vocab_size; None: the vocabulary does not depend on --vocab_size."""
     tokens: list[bytes]
     end_of_text: int | None = None
+    keeps_text: bool = True
+    """Whether decode is the inverse of encode; a normalizer, for one, changes the text first."""
 
     @classmethod
     def from_text(cls, text: TrainingText, vocab_size: int) -> "Tokenizer":

@@ -50,7 +50,8 @@ BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding as a tokenizer.json describes it, in gigatoken.
 
-    source: the whole text of the tokenizer.json, a byte-level BPE without a normalizer (`is_byte_level`).
+    source: the whole text of the tokenizer.json, a byte-level BPE (`is_byte_level`). With a normalizer (NFC),
+    characters are composed first: e and an accent become é.
     """
 
     kind = "bpe"
@@ -70,7 +71,8 @@ class BPETokenizer(Tokenizer):
         for token, i in added.items():
             self.tokens[i] = token.encode()
         self.end_of_text = find_end_of_text(self.tokens, added)
-        described["added_tokens"] = []  # so that the same characters in a text are text
+        self.keeps_text = described.get("normalizer") is None
+        described["added_tokens"] = plain_tokens(described)  # what spells a special token in a text is text
         self.backend = gigatoken.Tokenizer.from_json(json.dumps(described))
 
     @classmethod
@@ -101,10 +103,11 @@ class BPETokenizer(Tokenizer):
 class ForeignTokenizer(Tokenizer):
     """Any other tokenizer.json, in the library that defined the format: slower, and right by definition.
 
-    It may change the text, as normalizers do: then decode is not the inverse of encode.
+    It may change the text, as normalizers do.
     """
 
     kind = "tokenizer.json"
+    keeps_text = False
 
     def __init__(self, source: str) -> None:
         from tokenizers import Tokenizer as Backend
@@ -155,18 +158,18 @@ class ForeignTokenizer(Tokenizer):
 
 
 def is_byte_level(described: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is a byte-level BPE that does not change the text."""
+    """Whether a tokenizer.json is a byte-level BPE, of a text as it is or of its composed characters (NFC)."""
     model: dict[str, Any] = described["model"]
     decoder: dict[str, Any] = described.get("decoder") or {}
-    added: list[dict[str, Any]] = described.get("added_tokens") or []
-    special = all(token.get("special") for token in added)
+    flags = ("normalized", "single_word", "lstrip", "rstrip")
+    exact = not any(token.get(flag) for token in plain_tokens(described) for flag in flags)
     return bool(
         model.get("type") == "BPE"
         and not model.get("dropout")
         and not model.get("byte_fallback")
-        and described.get("normalizer") is None
+        and described.get("normalizer") in (None, {"type": "NFC"})
         and decoder.get("type") == "ByteLevel"
-        and special
+        and exact
     )
 
 
@@ -174,6 +177,12 @@ def added_tokens(described: Mapping[str, Any]) -> dict[str, int]:
     """The tokens that a tokenizer.json adds to its model's vocabulary: token -> id."""
     tokens: list[dict[str, Any]] = described.get("added_tokens") or []
     return {token["content"]: token["id"] for token in tokens}
+
+
+def plain_tokens(described: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens that are found in a text, as Qwen's <think>; special ones are not."""
+    added: list[dict[str, Any]] = described.get("added_tokens") or []
+    return [token for token in added if not token.get("special")]
 
 
 def find_end_of_text(tokens: list[bytes], added: Mapping[str, int]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanogpt.errors import UserError, require
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, download_gpt2, is_byte_level
+from nanogpt.tokenizer.bpe import BPETokenizer, ForeignTokenizer, added_tokens, download_gpt2, is_byte_level
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "char": CharTokenizer,
@@ -31,7 +31,7 @@ PUBLISHED: dict[str, Callable[[], Tokenizer]] = {"gpt2": download_gpt2}
 SAVED_SUFFIXES = (".pt", ".safetensors")
 """Suffixes of our files with a tokenizer inside, whose path --tokenizer takes (data/saved_tokenizer.py)."""
 
-PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 \u00a0 x==y;{}\n\u200bЁё 'll ''s   \x00 end  "
+PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 e\u0301 \u00a0 x==y;{}\n\u200bЁё 'll ''s   \x00 end  "
 """Text with one of everything, on which two implementations of a tokenizer must agree."""
 
 
@@ -103,11 +103,13 @@ def from_file(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"--tokenizer {path} is not a tokenizer.json: {error}") from error
-    if not is_byte_level(json.loads(source)):
+    described = json.loads(source)
+    if not is_byte_level(described):
         return foreign
     try:
         fast = BPETokenizer(source)
     except Exception:  # gigatoken does not know the pre-tokenizer
         return foreign
-    same = fast.encode(PROBE).tolist() == foreign.encode(PROBE).tolist()
+    probe = " ".join([PROBE, *added_tokens(described), PROBE])
+    same = fast.encode(probe).tolist() == foreign.encode(probe).tolist()
     return fast if same else foreign

@@ -60,9 +60,10 @@ def names_of(config: GPTConfig) -> Names | None:
     """Transformers' names for the layers of a model; None if it has no such architecture."""
     if config.logit_cap or config.ngram_vocab:
         return None
-    gpt2 = ("learned", "layernorm", False, config.n_head), ("gelu", "gelu_tanh")
-    qwen3 = ("rope", "rmsnorm", True, config.n_kv_head or config.n_head), ("swiglu",)
-    shape = (config.positions, config.norm, config.qk_norm, config.n_kv_head or config.n_head)
+    kv_heads, heads_width = config.n_kv_head or config.n_head, config.n_head * config.head_width
+    gpt2 = ("learned", "layernorm", False, config.n_head, config.n_embd), ("gelu", "gelu_tanh")
+    qwen3 = ("rope", "rmsnorm", True, kv_heads, heads_width), ("swiglu",)
+    shape = (config.positions, config.norm, config.qk_norm, kv_heads, heads_width)
     for names, (wanted, activations) in ((GPT2, gpt2), (QWEN3, qwen3)):
         if shape == wanted and config.mlp in activations and (names is GPT2 or not config.bias):
             return names
@@ -92,8 +93,8 @@ def part_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
     """Rows of each part of a layer: queries, keys and values, if there are three of them; else all equal."""
     if count != 3:
         return [rows // count] * count
-    keys = (config.n_kv_head or config.n_head) * config.head_dim
-    return [config.n_head * config.head_dim, keys, keys]
+    keys = (config.n_kv_head or config.n_head) * config.head_width
+    return [config.n_head * config.head_width, keys, keys]
 
 
 def target(name: str) -> str:
