@@ -110,9 +110,7 @@ def qwen3(merges: Sequence[tuple[str, str]] | None = None) -> Tokenizer:
     words = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
-    backend.post_processor = processors.ByteLevel(
-        add_prefix_space=False, trim_offsets=False, use_regex=False
-    )
+    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     backend.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
     if merges is None:
         alphabet = [*CHAR_OF.values()]
@@ -170,7 +168,9 @@ def checkpoint(tokenizer: Tokenizer = LETTERS, **settings: Any) -> Checkpoint:
 
 
 def word_probe(kind: str = "bpe") -> tuple[Tokenizer, list[str]]:
-    """A BPE, by GPT-2's rule for words or Qwen3's, that shows where a text is split into words, and texts with characters of all kinds.
+    """A BPE that shows where a text is split into words, and texts with characters of all kinds.
+
+    kind: bpe, with GPT-2's rule for words, or qwen3, with Qwen3's.
 
     It merges a letter, a digit and a sign with the first byte of any character: if they are in one word.
     The characters are those of Unicode 3.2, which every program knows.

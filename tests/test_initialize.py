@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import prepared
+from exported import qwen3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,10 +22,11 @@ from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.errors import UserError
 from nanogpt.initialize import original
 from nanogpt.initialize.registry import open_source
-from nanogpt.initialize.start import first_weights
+from nanogpt.initialize.start import first_weights, is_same
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import CharTokenizer
-from nanogpt.tokenizer.bpe import train_bpe
+from nanogpt.tokenizer.bpe import BPETokenizer, gpt2_tokenizer, train_bpe
+from nanogpt.tokenizer.registry import from_file
 from nanogpt.training.fit import fit
 
 SMALL_GPT2 = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -33,6 +35,11 @@ SMALL_QWEN3 = {
     "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }  # fmt: skip
+PUBLISHED_QWEN3: dict[str, Any] = {
+    "head_dim": 12, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}  # fmt: skip
+"""What a published Qwen3 has unlike SMALL_QWEN3."""
 TOKENS = 270
 
 
@@ -102,6 +109,66 @@ def test_qwen3_of_transformers(tied: bool, tmp_path: Path, text: str) -> None:
     same_logits(started(tmp_path / "hf", dataset), lambda idx: model(idx).logits)
 
 
+def test_a_published_qwen3_in_and_out_again(
+    tmp_path: Path, text: str, config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wide heads, slow rotations, more rows than tokens, and settings as version 4 of transformers has."""
+    import transformers
+
+    tokenizer, folder = qwen3(), tmp_path / "hf"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizer.to_dict()["tokenizer.json"], "utf-8")
+    dataset = prepared(tmp_path / "qwen_data", text, tokenizer=str(folder / "tokenizer.json"))
+    assert dataset.tokenizer.to_dict() == tokenizer.to_dict()
+    rows = tokenizer.vocab_size + 13
+    original = transformers_model("qwen3", **PUBLISHED_QWEN3, vocab_size=rows)
+    original.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["rope_parameters"], settings["layer_types"]
+    settings |= {
+        "rope_theta": 1_000_000,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "max_window_layers": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    same_logits(started(folder, dataset), lambda idx: original(idx).logits)
+
+    shape = {**open_source(str(folder)).settings, "block_size": 32}
+    config = replace(
+        config, **shape, init_from=str(folder), data_dir=str(tmp_path / "qwen_data"), max_iters=2
+    )
+    fit(config)
+    again = str(tmp_path / "again")
+    flags = ["--checkpoint", config.out_dir, "--format", "hf", "--output", again]
+    assert run_command("export", flags, "") == 0
+    tuned, _ = load_model(Path(config.out_dir) / "ckpt.pt")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(again)
+    same_logits(tuned, lambda idx: theirs(idx).logits)
+    assert theirs.config.vocab_size == tokenizer.vocab_size
+    written = transformers.AutoTokenizer.from_pretrained(again)
+    assert written("<think>Ohne e\u0301")["input_ids"] == tokenizer.encode("<think>Ohne \u00e9").tolist()
+    capsys.readouterr()
+    flags = f"--checkpoint {config.out_dir} --prompt cafe\u0301 --num_tokens 3 --device cpu".split()
+    assert run_command("sample", flags, "sample") == 0
+    assert capsys.readouterr().out.startswith("caf")
+
+
+def test_gpt2_of_the_hub_has_the_tokens_that_data_is_prepared_with(tmp_path: Path) -> None:
+    """Its tokenizer.json has the end of a text in the vocabulary, too, and settings that make no odds."""
+    merges = json.loads(train_bpe(b"It was the best of times" * 20, TOKENS).source)["model"]["merges"]
+    ours = gpt2_tokenizer("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    published = json.loads(ours.source)
+    published["model"]["vocab"]["<|endoftext|>"] = ours.end_of_text
+    published["added_tokens"][0]["normalized"] = True
+    published["decoder"]["add_prefix_space"] = True
+    published["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(published), "utf-8")
+    theirs = from_file(tmp_path / "tokenizer.json")
+    assert isinstance(theirs, BPETokenizer)
+    assert is_same(theirs, ours)
+
+
 def test_files_of_other_kinds_in_a_folder_of_transformers(tmp_path: Path, text: str) -> None:
     """Several files with an index; a pickle; names without prefix; constants of old versions; bfloat16."""
     dataset = tokens_of(tmp_path / "hf", text)
@@ -153,12 +220,12 @@ def test_a_model_of_the_hub(tmp_path: Path, text: str, monkeypatch: pytest.Monke
 
 def test_all_that_does_not_fit_is_listed_in_one_message(tmp_path: Path, text: str) -> None:
     tokens_of(tmp_path / "hf", text)
-    rope = {"rope_type": "default", "rope_theta": 1_000_000.0}
-    transformers_model("qwen3", rope_parameters=rope, head_dim=16).save_pretrained(tmp_path / "hf")
+    rope = {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 2.0}
+    transformers_model("qwen3", rope_parameters=rope, rms_norm_eps=1e-5).save_pretrained(tmp_path / "hf")
     with pytest.raises(UserError) as error:
         open_source(str(tmp_path / "hf"))
-    assert "rope_theta is 1000000.0" in str(error.value)
-    assert "head_dim is 16" in str(error.value)
+    for problem in ("rope_type is linear", "rope_parameters is ['factor']", "rms_norm_eps is 1e-05"):
+        assert problem in str(error.value)
     transformers_model("gpt2").save_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"n_layer": 3, "n_inner": 100}))
@@ -301,12 +368,13 @@ def test_a_pickle_builds_plain_values_alone(
 # --- litgpt ---
 
 
-def test_litgpt(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("settings", [{}, PUBLISHED_QWEN3 | {"tie_word_embeddings": False}], ids=str)
+def test_litgpt(settings: dict[str, Any], tmp_path: Path, text: str) -> None:
     """litgpt's Qwen3 keeps the matrices of transformers' under other names, with q, k and v in one."""
     import yaml
 
     dataset = tokens_of(tmp_path / "lit", text)
-    model = transformers_model("qwen3", tie_word_embeddings=False)
+    model = transformers_model("qwen3", **{"tie_word_embeddings": False, **settings})
     theirs = model.state_dict()
     weights = {"transformer.wte.weight": theirs["model.embed_tokens.weight"],
                "transformer.ln_f.weight": theirs["model.norm.weight"],
@@ -321,19 +389,20 @@ def test_litgpt(tmp_path: Path, text: str) -> None:
             "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj",
         }.items():  # fmt: skip
             weights[f"{new}{ours}.weight"] = theirs[f"{old}{name}.weight"]
-    settings = {
+    content = {
         "name": "small", "block_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_query_groups": 2,
-        "head_size": 8,
+        "head_size": model.config.head_dim,
         "vocab_size": TOKENS, "padded_vocab_size": TOKENS + 2, "norm_class_name": "RMSNorm", "norm_eps": 1e-6,
         "norm_qk": True, "parallel_residual": False, "bias": False, "mlp_class_name": "LLaMAMLP",
-        "intermediate_size": 64, "rotary_percentage": 1.0, "rope_base": 10000,
+        "intermediate_size": 64, "rotary_percentage": 1.0,
+        "rope_base": int(model.config.rope_parameters["rope_theta"]),
     }  # fmt: skip
     path = tmp_path / "lit" / "model_config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    for content in (weights, {"model": weights}):
-        torch.save(content, tmp_path / "lit" / "lit_model.pth")
+    path.write_text(yaml.safe_dump(content))
+    for saved in (weights, {"model": weights}):
+        torch.save(saved, tmp_path / "lit" / "lit_model.pth")
         same_logits(started(tmp_path / "lit", dataset), lambda idx: model(idx).logits)
-    path.write_text(yaml.safe_dump(settings | {"parallel_residual": True, "norm_eps": 1e-5, "n_expert": 8}))
+    path.write_text(yaml.safe_dump(content | {"parallel_residual": True, "norm_eps": 1e-5, "n_expert": 8}))
     with pytest.raises(UserError) as error:
         open_source(str(tmp_path / "lit"))
     for problem in ("parallel_residual is True", "norm_eps is 1e-05", "n_expert is 8"):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -101,10 +102,10 @@ def normed(x: Tensor, module: torch.nn.Module, rms: bool) -> Tensor:
     return x + module.bias if getattr(module, "bias", None) is not None else x
 
 
-def turned(x: Tensor, position: int) -> Tensor:
+def turned(x: Tensor, position: int, base: float) -> Tensor:
     """RoPE as a product of complex numbers, of a vector of one head, (D,)."""
     a, b = x.double().chunk(2)
-    angles = position * 10_000.0 ** (-torch.arange(len(a)) / len(a))
+    angles = position * base ** (-torch.arange(len(a)) / len(a))
     product = torch.complex(a, b) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((product.real, product.imag))
 
@@ -118,7 +119,8 @@ def plain_attention(model: GPT, layer: int, head: int, x: Tensor) -> list[list[f
     shared = head // (config.n_head // kv_heads)
     q = normed(y[:, head * D : (head + 1) * D], attn.q_norm, rms)
     k = normed(y[:, (config.n_head + shared) * D : (config.n_head + shared + 1) * D], attn.k_norm, rms)
-    turn = turned if config.positions == "rope" else lambda vector, position: vector.double()
+    rope = partial(turned, base=config.rope_base)
+    turn = rope if config.positions == "rope" else lambda vector, position: vector.double()
     rows = []
     for t in range(len(x)):
         scores = [float(turn(q[t], t) @ turn(k[s], s)) / math.sqrt(D) for s in range(t + 1)]

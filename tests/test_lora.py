@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_initialize import same_logits, tokens_of, transformers_model
+from test_initialize import PUBLISHED_QWEN3, same_logits, tokens_of, transformers_model
 
 from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.cli.main import run_command
@@ -121,13 +121,17 @@ def test_commands_take_a_checkpoint_with_adapters(base: TrainConfig, tmp_path: P
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
-def test_peft_loads_the_adapters(kind: str, tmp_path: Path, text: str, config: TrainConfig) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("gpt2", {}), ("qwen3", {}), ("qwen3", PUBLISHED_QWEN3)], ids=str
+)
+def test_peft_loads_the_adapters(
+    kind: str, settings: dict[str, Any], tmp_path: Path, text: str, config: TrainConfig
+) -> None:
     peft = pytest.importorskip("peft")
     import transformers
 
     tokens_of(tmp_path / "hf", text)
-    transformers_model(kind).save_pretrained(tmp_path / "hf")
+    transformers_model(kind, **settings).save_pretrained(tmp_path / "hf")
     source = open_source(str(tmp_path / "hf"))
     shape = {**source.settings, "block_size": 16}
     data = {
@@ -151,8 +155,11 @@ def test_peft_loads_the_adapters(kind: str, tmp_path: Path, text: str, config: T
     same_logits(model, lambda idx: beside(idx).logits)
 
 
-def test_what_peft_cannot_have_is_not_written(config: TrainConfig, tmp_path: Path) -> None:
-    base = replace(config, mlp="relu2", max_iters=2)
+@pytest.mark.parametrize("settings", [{"mlp": "relu2"}, {"head_dim": 6}], ids=str)
+def test_what_peft_cannot_have_is_not_written(
+    settings: dict[str, Any], config: TrainConfig, tmp_path: Path
+) -> None:
+    base = replace(config, max_iters=2, **settings)
     fit(base)
     fit(adapted(base, tmp_path / "tuned", max_iters=2))
     assert not (tmp_path / "tuned" / "adapter").exists()

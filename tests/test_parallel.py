@@ -762,7 +762,12 @@ if os.environ["RANK"] == "1":
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"positions": "rope", "tied": False, "zero_init": True, "mlp": "swiglu"}, {"bias": False}],
+    [
+        {},
+        {"positions": "rope", "tied": False, "zero_init": True, "mlp": "swiglu"},
+        {"positions": "rope", "rope_base": 1e6, "head_dim": 12},
+        {"bias": False},
+    ],
 )
 def test_a_sharded_model_begins_with_the_same_weights_and_no_process_holds_it_all(tmp_path, settings):
     store = dist.FileStore(str(tmp_path / "store"), 1)

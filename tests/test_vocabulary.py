@@ -5,6 +5,7 @@ import json
 import pytest
 import tokenizers
 import torch
+from exported import TEXTS, qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -36,6 +37,26 @@ def test_a_byte_level_file_runs_in_the_fast_library(tmp_path, source):
     coder = from_file(saved(tmp_path, source))
     assert isinstance(coder, BPETokenizer)
     assert coder.to_dict() == {"kind": "bpe", "tokenizer.json": source}
+
+
+def test_qwen3s_tokenizer_runs_in_the_fast_library_as_in_the_one_that_defined_it(tmp_path):
+    """NFC, Qwen2's rule for words, special tokens that are text in a text, and <think>, which is a token."""
+    described = qwen3().to_dict()["tokenizer.json"]
+    coder = from_file(saved(tmp_path, described))
+    assert isinstance(coder, BPETokenizer)
+    assert not coder.keeps_text
+    assert coder.tokens[coder.end_of_text] == b"<|endoftext|>"
+    backend = tokenizers.Tokenizer.from_str(described)
+    backend.encode_special_tokens = True
+
+    @settings(deadline=None, derandomize=True, max_examples=200)
+    @given(TEXTS)
+    def check(text):
+        ids = coder.encode(text).tolist()
+        assert ids == backend.encode(text, add_special_tokens=False).ids
+        assert coder.decode(ids) == backend.decode(ids)
+
+    check()
 
 
 def word_piece():

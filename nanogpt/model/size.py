@@ -21,7 +21,7 @@ def meta_model(config: GPTConfig) -> GPT:
 def flops_per_token(model: GPT) -> int:
     """Floating-point operations of one training step, forward and backward, for each token.
 
-    6 for each weight of a linear layer, or 4 if it is not trained, plus 12 * layers * heads * width of a head *
+    6 for each weight of a linear layer, or 4 if it is not trained, plus 12 * layers * width of all heads *
     context for the attention (Chowdhery et al., PaLM, 2022, appendix B). Tables that are only looked up cost
     nothing.
     """

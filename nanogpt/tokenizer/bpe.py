@@ -158,7 +158,7 @@ class ForeignTokenizer(Tokenizer):
 
 
 def is_byte_level(described: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer.json is a byte-level BPE, of a text as it is or of its composed characters (NFC)."""
+    """Whether a tokenizer.json is a byte-level BPE, of a text as it is or with its characters composed."""
     model: dict[str, Any] = described["model"]
     decoder: dict[str, Any] = described.get("decoder") or {}
     flags = ("normalized", "single_word", "lstrip", "rstrip")

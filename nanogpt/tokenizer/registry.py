@@ -31,7 +31,10 @@ PUBLISHED: dict[str, Callable[[], Tokenizer]] = {"gpt2": download_gpt2}
 SAVED_SUFFIXES = (".pt", ".safetensors")
 """Suffixes of our files with a tokenizer inside, whose path --tokenizer takes (data/saved_tokenizer.py)."""
 
-PROBE = "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 e\u0301 \u00a0 x==y;{}\n\u200bЁё 'll ''s   \x00 end  "
+PROBE = (
+    "It's 1,234.50\tm²  — naïve\r\n\n  日本語, emoji 🙂🏽 \u00a0 x==y;{}\n\u200bЁё e\u0301 "
+    "'ll ''s   \x00 end  "
+)
 """Text with one of everything, on which two implementations of a tokenizer must agree."""
 
 
