@@ -93,6 +93,7 @@ LLAMA = {
         ({}, 65, torch.float32, "cpu"),
         ({"optimizer": "muon", "ema_decay": 0.9, "n_layer": 1}, 5000, torch.bfloat16, "cuda"),
         (LLAMA, 65, torch.bfloat16, "cpu"),
+        (LLAMA | {"n_embd": 16, "head_dim": 256, "batch_size": 64}, 65, torch.float32, "cpu"),
         ({"flash_attn": False, "n_head": 8, "block_size": 256}, 65, torch.float32, "cuda"),
         ({"ngram_vocab": 4096, "mlp": "relu2", "logit_cap": 15.0}, 1100, torch.bfloat16, "cuda"),
         ({"dropout": 0.2, "mlp_width": 700, "n_embd": 32, "batch_size": 1}, 5000, torch.float32, "cpu"),

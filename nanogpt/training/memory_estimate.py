@@ -127,7 +127,8 @@ def at_most(shape: GPTConfig, parameters: int, micro_batch: int) -> int:
     of plain attention, all logits; gradients, AdamW's state, and as much again for the step.
     """
     hidden = 2 * (shape.mlp_width or default_hidden_dim(shape.n_embd, gated=False))
-    block = 16 * shape.n_embd + 4 * hidden + 3 * shape.n_head * shape.block_size
+    width = max(shape.n_embd, shape.n_head * shape.head_width)
+    block = 16 * width + 4 * hidden + 3 * shape.n_head * shape.block_size
     token = shape.n_layer * block + 8 * shape.n_embd + 6 * shape.vocab_size
     return torch.float32.itemsize * (micro_batch * shape.block_size * token + 6 * parameters)
 
