@@ -1,6 +1,6 @@
 """Devices (CPU, CUDA, ROCm, MPS) and their capabilities; no other file asks for a device's type.
 
-Example:    device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.is_async
+Example: device = pick_device("auto"); kind = kind_of(device); kind.describe(device); kind.is_async
 A kind of device (device_kind.py) is a class with a row in KINDS; another accelerator is another row (the
 tests register one of their own). precision.py chooses a dtype by its speed. Prints nothing, reads no files.
 """

@@ -1,6 +1,6 @@
 """UserError, for mistakes that the user can fix, and require, which raises it.
 
-Example:    require(n > 0, f"--n {n} is too small: it must be at least 1")
+Example: require(n > 0, f"--n {n} is too small: it must be at least 1")
 Knows nothing of commands or files.
 """
 

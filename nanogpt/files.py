@@ -1,7 +1,7 @@
 """Atomic and durable writes of files, their SHA-256, downloads, and the user's own folders.
 
-Example:    with atomic_write(path) as file: file.write(data)
-            with atomic_output(path) as temporary: library.save(temporary)      # a file, or a folder of files
+Example: with atomic_write(path) as file: file.write(data)
+         with atomic_output(path) as temporary: library.save(temporary)      # a file, or a folder of files
 The bytes go to a temporary file beside `path`, which is synced to the disk and then renamed to `path`: until
 that instant the old file is untouched. Some file systems (Google Drive, sshfs, SMB, some NFS and FUSE) cannot
 sync a file or a folder: a warning says so once, and writing goes on without.

@@ -1,6 +1,6 @@
 """Names that other programs have for the weights of a GPT: tables that exports, imports and adapters share.
 
-Example:    foreign_names(QWEN3, "blocks.0.attn.qkv.weight")      # q_proj, k_proj and v_proj of layer 0
+Example: foreign_names(QWEN3, "blocks.0.attn.qkv.weight")      # q_proj, k_proj and v_proj of layer 0
 A table says for each layer of ours which layers it is elsewhere; {} is the number of a block. Where the other
 side keeps several matrices that are one of ours (query, key and value; gate and up), theirs are its rows.
 """

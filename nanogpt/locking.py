@@ -1,8 +1,8 @@
 """A lock on a folder: one program at a time writes to it.
 
-Example:    with lock(folder, "another training is writing to out: use another --out_dir") as folder_lock: ...
-            folder_lock.confirm()    before writing what could damage the files of another process
-            if is_locked(folder): print("a training is running")
+Example: with lock(folder, "another training is writing to out: use another --out_dir") as folder_lock: ...
+         folder_lock.confirm()    before writing what could damage the files of another process
+         if is_locked(folder): print("a training is running")
 The operating system holds the lock (flock) and releases it when the process ends, however it ends. The file
 .lock is locked and, where possible, the folder too, so that deleting .lock lets nobody in. On a file system
 without locks (Google Drive, sshfs, some NFS and FUSE), a file .owner names the process, with a warning.

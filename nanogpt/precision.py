@@ -1,6 +1,6 @@
 """Choice of the dtype of matrix products: for training, for Muon, for sampling.
 
-Example:    choice = pick_dtype("auto", device, width=384); choice.dtype, choice.reason
+Example: choice = pick_dtype("auto", device, width=384); choice.dtype, choice.reason
 On a CPU or an Apple GPU, products are timed for a few milliseconds: where the library does not use the
 processor's bfloat16 units, it emulates them at a twentieth of float32's speed. On an NVIDIA or AMD GPU, the
 architecture decides (device.py).

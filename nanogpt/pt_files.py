@@ -1,7 +1,7 @@
 """The .pt files of torch.save, written without PyTorch: importing it takes longer than to tokenize a novel.
 
-Example:    with open("table.pt", "wb") as file: save({"step": 3, "table": np.arange(4)}, file)
-            torch.load("table.pt", weights_only=True, mmap=True)        an array is a tensor there
+Example: with open("table.pt", "wb") as file: save({"step": 3, "table": np.arange(4)}, file)
+         torch.load("table.pt", weights_only=True, mmap=True)        an array is a tensor there
 A .pt file is a zip archive. Its data.pkl is a pickle in which each tensor is described by the type, shape and
 number of its storage; data/0, data/1, ... are the bytes of the storages, uncompressed and aligned, so that
 they can be mapped into memory. (torch/serialization.py and caffe2/serialize/inline_container.cc)

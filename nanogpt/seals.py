@@ -1,8 +1,8 @@
 """Checksums (SHA-256) of saved files: inside a small file, and of token files as a whole and by blocks.
 
-Example:    save_with_checksum(path, content); content, has_checksum = load_with_checksum(path)
-            hasher = BlockHasher(); hasher.update(piece); checksum = hasher.checksum()
-            verify(folder, {"train.pt": checksum}, max_bytes=VERIFY_BYTES)
+Example: save_with_checksum(path, content); content, has_checksum = load_with_checksum(path)
+         hasher = BlockHasher(); hasher.update(piece); checksum = hasher.checksum()
+         verify(folder, {"train.pt": checksum}, max_bytes=VERIFY_BYTES)
 A small file of plain types ends with its checksum, behind the bytes that torch.load reads. The checksum of a
 token file is in vocab.pt, together with those of its blocks: a few blocks can be verified where reading the
 whole file would take minutes.

@@ -1,8 +1,8 @@
 """Standard streams that never fail: output to a closed terminal, a broken pipe or a full disk is dropped.
 
-Example:    protect_standard_streams()      at the start of a command
-            raise_stdout_errors(on=True)    in a command whose product is its output
-            write_signal_safe("...")        in a signal handler
+Example: protect_standard_streams()      at the start of a command
+         raise_stdout_errors(on=True)    in a command whose product is its output
+         write_signal_safe("...")        in a signal handler
 None of these failures may end a training. A stream that was closed before the program started is opened on
 /dev/null; otherwise the next file to be opened would get its descriptor, and the output with it.
 Knows no signals, colors or commands.

@@ -1,8 +1,8 @@
 """The checkpoint file format: save, load, open and verify a checkpoint, load a model.
 
-Example:    save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
-            open_checkpoint(path).progress      # at once, however large the file
-            model = load_model("out"); model, tokenizer = load_model("out/last.pt")
+Example: save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
+         open_checkpoint(path).progress      # at once, however large the file
+         model = load_model("out"); model, tokenizer = load_model("out/last.pt")
 A checkpoint is one self-contained file of plain types and tensors, written with torch.save and followed by a
 seal: the SHA-256 of all bytes before it. Loading verifies the seal first, then calls torch.load with
 weights_only=True, so a malicious file cannot run code. Plain torch.load reads the file too.

@@ -1,6 +1,6 @@
 """Kept checkpoints: the models of some evaluations, spread over a training (--keep_checkpoints).
 
-Example:    save_checkpoint(kept_path(folder, 200), checkpoint); thin_out(folder, 10, best=200)
+Example: save_checkpoint(kept_path(folder, 200), checkpoint); thin_out(folder, 10, best=200)
 Files:      out/checkpoints/step-000200.pt, in the format of ckpt.pt (format.py), without optimizer state.
 The first, the best and the newest are always among them. The others are about evenly spaced in the square
 root of the step: closer together at the start, where a model changes most. Which ones are kept depends on the

@@ -1,9 +1,9 @@
 """The run folder (--out_dir): its files, its lock, the checkpoint to resume, the archive of earlier runs.
 
-Example:    folder = RunFolder(Path("out")); with folder.locked(): folder.archive_previous(); ...
-Files:      ckpt.pt (best), last.pt (newest), shards/ (tensors of last.pt with --parallel fsdp),
-            checkpoints/ (kept.py), metrics.jsonl, loss.png, runs/ (TensorBoard), adapter/ (LoRA, for peft),
-            previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
+Example: folder = RunFolder(Path("out")); with folder.locked(): folder.archive_previous(); ...
+Files:   ckpt.pt (best), last.pt (newest), shards/ (tensors of last.pt with --parallel fsdp),
+         checkpoints/ (kept.py), metrics.jsonl, loss.png, runs/ (TensorBoard), adapter/ (LoRA, for peft),
+         previous/1, previous/2, ... (earlier runs, moved there when a new one starts).
 """
 
 import contextlib

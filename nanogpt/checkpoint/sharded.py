@@ -1,8 +1,8 @@
 """Sharded checkpoints: every process writes the shards of its tensors in the background, during training.
 
-Example:    save = begin_save(folder, tensors); digests = save.result(); verify(folder, digests)
-            load(folder, tensors)           # sharded over any number of processes, or full
-            tensors = load_full(folder)     # in one process
+Example: save = begin_save(folder, tensors); digests = save.result(); verify(folder, digests)
+         load(folder, tensors)           # sharded over any number of processes, or full
+         tensors = load_full(folder)     # in one process
 A folder of shards is written and read by torch.distributed.checkpoint. The SHA-256 of each file in it, and
 all that is not a tensor, is in the sealed checkpoint file (checkpoint/format.py). The names of the tensors
 are model.*, average.* and optimizers.<optimizer>.<parameter>.<moment>.

@@ -1,6 +1,6 @@
 """Checkpoints of older formats: their content as the current format has it.
 
-Example:    content = upgrade(torch.load(path, weights_only=True)); Checkpoint(**content)
+Example: content = upgrade(torch.load(path, weights_only=True)); Checkpoint(**content)
 Each function goes one format up, so that a new format needs one more. tests/test_golden.py has files of every
 format. Nothing is validated here: what a malformed file holds stays as it is.
 """

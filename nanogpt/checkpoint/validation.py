@@ -1,8 +1,8 @@
 """Validation of a checkpoint's content: types, values, and shapes of the model and the optimizers.
 
-Example:    check(content, progress={"step": int, ...})     # before making a Checkpoint from it
-            check_states(optimizers, states)                # before loading optimizer states
-            require_plain(content)                          # before saving
+Example: check(content, progress={"step": int, ...})     # before making a Checkpoint from it
+         check_states(optimizers, states)                # before loading optimizer states
+         require_plain(content)                          # before saving
 The seal proves that a file is unchanged since it was written; validation finds a file that has a valid seal
 but content that NanoGPT does not write. The check functions raise UserError with what is wrong, which the
 caller reports as "checkpoint ... is malformed: ...".

@@ -1,13 +1,11 @@
 """Training and evaluation batches, cut from the tokens of a split.
 
-Example:
-    data = load_dataset(Path("data"))
-    sampler = BatchSampler(data.train, block_size=256, batch_size=64, seed=1)
-    loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
+Example: data = load_dataset(Path("data"))
+         sampler = BatchSampler(data.train, block_size=256, batch_size=64, seed=1)
+         loader = BatchLoader(data.train, device); x, y = loader(sampler(step), 256)
 data/dataset.py opens the folder. Knows nothing of the model.
 
 Shapes: B batch, T block_size, N tokens in the split, W windows in an epoch
-
 """
 
 import numpy as np

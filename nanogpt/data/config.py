@@ -1,10 +1,8 @@
 """The settings of `data.py` and of `nanogpt data info`: frozen dataclasses, each default written once.
 
-Example:
-    config = PrepareConfig(input_file=("book.txt",), tokenizer="bpe", vocab_size=1000)
+Example: config = PrepareConfig(input_file=("book.txt",), tokenizer="bpe", vocab_size=1000)
 cli/main.py turns each field into a flag of the same name; the text under a field is its help. Imports no
 PyTorch.
-
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,8 @@
 """A prepared data folder: train.pt, val.pt (or shards), and vocab.pt with their names and checksums.
 
-Example:
-    data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
+Example: data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
 data/prepare.py writes the folder. Whatever is in it, `load_dataset` returns the complete data set or says
 in one line what is wrong. Of pairs, it has train_mask.pt and val_mask.pt too. Knows nothing of batches.
-
 """
 
 import math

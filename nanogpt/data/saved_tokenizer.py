@@ -1,6 +1,6 @@
 """The tokenizer that --tokenizer names: gpt2, one in a tokenizer.json, or one in a saved file of ours.
 
-Example:    given = given_tokenizer("out/ckpt.pt"); tokenizer = with_characters_of(given, text)
+Example: given = given_tokenizer("out/ckpt.pt"); tokenizer = with_characters_of(given, text)
 A checkpoint, an exported .safetensors and the vocab.pt of a data folder have their tokenizer inside. So data
 can be prepared with the tokens of a model that a training is to start from (--init_from).
 """

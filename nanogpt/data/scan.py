@@ -1,10 +1,8 @@
 """The first pass over a corpus: length and digest of every document, all characters, and the split.
 
-Example:
-    scanned = scan(corpora, config); split = Split(scanned, config)
-    for chunk, side in split(all_chunks(corpora)): ...
+Example: scanned = scan(corpora, config); split = Split(scanned, config)
+         for chunk, side in split(all_chunks(corpora)): ...
 Holds 16 bytes for each document and no text. Knows nothing of tokens.
-
 """
 
 import hashlib

@@ -1,9 +1,7 @@
 """Token files that read as one array: the shards of a split, and a split with its mask.
 
-Example:
-    tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
+Example: tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
 Only selected tokens are copied: the parts may be memory maps of files larger than memory.
-
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,11 @@
 """Replace a data set by a new one: a kill at any instant leaves one of the two complete.
 
-Example:
-    new = make_new_folder(folder)               # write the new files there, then:
-    replace_dataset(folder, names, stale)
-    finish_interrupted_swap(folder)             # in every program that opens the folder
+Example: new = make_new_folder(folder)               # write the new files there, then:
+         replace_dataset(folder, names, stale)
+         finish_interrupted_swap(folder)             # in every program that opens the folder
 The new files are written and synced in a folder inside the data folder. Then a journal that lists them is
 written. Before the journal exists, the old set is complete. From then on the new set is: a program that finds
 the journal moves the files that have not been moved yet.
-
 """
 
 import contextlib

@@ -1,11 +1,9 @@
 """Open one token file for reading, as a read-only memory map wherever that is possible.
 
-Example:
-    tokens = open_tokens(Path("train.pt")); tokens[100:200]
+Example: tokens = open_tokens(Path("train.pt")); tokens[100:200]
 The file is a tensor as torch.save writes it. torch.load would map it writable and private, which the system
 counts as memory. So this module finds the position of the tokens in the file and maps them read-only: the
 file may be larger than memory and swap. Knows no vocabularies, and no advice about a damaged file.
-
 """
 
 import errno

@@ -1,10 +1,8 @@
 """Write token files: append to them, resume after a kill, and turn them into .pt files.
 
-Example:
-    work = EncodingJob(folder, config, paths); work.start(scanned, tokenizer)
-    with work.open_token_files() as files: work.append(files, 0, ids, size); work.save_state(files)
-    seal = write_tokens(work.token_path("train"), Path("train.pt"), np.uint16, 0, count)
-
+Example: work = EncodingJob(folder, config, paths); work.start(scanned, tokenizer)
+         with work.open_token_files() as files: work.append(files, 0, ids, size); work.save_state(files)
+         seal = write_tokens(work.token_path("train"), Path("train.pt"), np.uint16, 0, count)
 """
 
 import hashlib

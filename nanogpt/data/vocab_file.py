@@ -1,9 +1,7 @@
 """vocab.pt of a data folder: its values, checked, and the names of the files that it lists.
 
-Example:
-    facts = VocabFile(content, Path("data/vocab.pt"), advice); facts.tokens; facts.files["train"]
+Example: facts = VocabFile(content, Path("data/vocab.pt"), advice); facts.tokens; facts.files["train"]
 prepare.py writes it, dataset.py opens the files. Reads no file itself.
-
 """
 
 import re

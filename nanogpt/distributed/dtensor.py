@@ -1,6 +1,6 @@
 """Sharded tensors (PyTorch's DTensor): gather the shards into the full tensor, or shard a full tensor.
 
-Example:    full = full_tensor(parameter.grad); shard = shard_like(full, parameter)
+Example: full = full_tensor(parameter.grad); shard = shard_like(full, parameter)
 Every process of the group holds one shard of a sharded tensor. The functions communicate, so all processes
 call them at the same place. On ordinary tensors they change nothing.
 """

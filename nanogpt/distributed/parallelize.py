@@ -1,7 +1,7 @@
 """Data parallelism (DDP), sharding (FSDP2) and activation checkpointing, applied to a model from outside.
 
-Example:    loss = distributed_loss(model, world, device); shard(model, device, dtype)
-            checkpoint_activations(model, "blocks")
+Example: loss = distributed_loss(model, world, device); shard(model, device, dtype)
+         checkpoint_activations(model, "blocks")
 With DDP every process has a full copy of the model, and the gradients are averaged. With FSDP every process
 holds one shard of each weight. The processes themselves are in distributed/world.py. Does not know the
 training loop.

@@ -1,7 +1,7 @@
 """The processes of a distributed training: rank, world size, collectives, start and shutdown.
 
-Run:        torchrun --nproc_per_node=2 train.py --preset cpu
-Example:    with distributed_world() as world: ...; world.max_over_ranks(flag); world.all_gather(losses)
+Run:     torchrun --nproc_per_node=2 train.py --preset cpu
+Example: with distributed_world() as world: ...; world.max_over_ranks(flag); world.all_gather(losses)
 torchrun starts one process per device and sets environment variables (RANK, WORLD_SIZE, ...);
 torch.distributed connects the processes. All processes execute the same steps; only rank 0 writes files and
 prints. DDP and FSDP are in distributed/parallelize.py. Does not know the training loop.

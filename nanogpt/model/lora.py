@@ -1,7 +1,7 @@
 """LoRA: adapters of low rank beside linear layers whose weights stay as they are (Hu et al., 2021).
 
-Example:    add_adapters(model, config)
-            plain.load_state_dict(merged(model.state_dict(), adapter_scale(config)))
+Example: add_adapters(model, config)
+         plain.load_state_dict(merged(model.state_dict(), adapter_scale(config)))
 A layer with weight W (O, I) computes x W^T + scale x A^T B^T, with A (R, I) random and B (O, R) zero at
 first: the model begins as it was. Merged, it is an ordinary layer with the weight W + scale B A.
 

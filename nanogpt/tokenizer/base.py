@@ -1,13 +1,11 @@
 """Tokenizers: text <-> ids. The interface of all of them, and the two simplest: characters and bytes.
 
-Example:
-    tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
+Example: tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
 to_dict and registry.from_dict save and load a tokenizer, as plain types in vocab.pt and in every checkpoint.
 
 Encoding is a table lookup, of bytes or of code points; no Python loop touches a character.
 
 Shapes: V vocab_size, N tokens
-
 """
 
 import codecs

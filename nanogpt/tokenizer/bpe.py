@@ -1,12 +1,10 @@
 """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a token is a piece of a word.
 
-Example:
-    tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
+Example: tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
 gigatoken learns and encodes. A tokenizer.json that needs anything else runs in Hugging Face's tokenizers, the
 library that defined the format. How BPE works is in reference_bpe.py.
 
 Shapes: V vocab_size, N tokens
-
 """
 
 import hashlib

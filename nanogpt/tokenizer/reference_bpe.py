@@ -1,9 +1,8 @@
 """Byte-level BPE in plain Python, written to be read: pre-tokenization, training, encoding, decoding.
 
-Example:
-    merges = train(text, vocab_size=300)
-    ids = encode("to be or not to be", merges)
-    decode(ids, merges)
+Example: merges = train(text, vocab_size=300)
+         ids = encode("to be or not to be", merges)
+         decode(ids, merges)
 
 The idea (Sennrich et al. 2016; over bytes: Radford et al. 2019): begin with 256 tokens, one for each byte.
 Find the pair of neighboring tokens that occurs most often in the text, make it a token of its own, and
@@ -11,7 +10,6 @@ repeat. Frequent words end up as one token, rare words as several, and no text i
 
 Nothing imports this file. `nanogpt/tokenizer/bpe.py` computes the same merges and the same ids, much faster;
 tests/test_reference_bpe.py compares the two.
-
 """
 
 import re

@@ -1,11 +1,9 @@
 """The tokenizers: a class for each kind; how to make one, load a saved one, and open a tokenizer.json.
 
-Example:
-    tokenizer = existing_tokenizer("gpt2") or TOKENIZERS["char"].from_text(text, vocab_size=0)
-    tokenizer = from_dict(tokenizer.to_dict())
+Example: tokenizer = existing_tokenizer("gpt2") or TOKENIZERS["char"].from_text(text, vocab_size=0)
+         tokenizer = from_dict(tokenizer.to_dict())
 
 To add a tokenizer, write a subclass of `Tokenizer` in a file of its own and give it a row here.
-
 """
 
 import json

@@ -1,7 +1,7 @@
 """The adapters of a training (LoRA) as a folder that peft loads beside the model it started from.
 
-Example:    save_adapters(Path("out/adapter"), load_checkpoint(Path("out/ckpt.pt")))
-            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(...), "out/adapter")
+Example: save_adapters(Path("out/adapter"), load_checkpoint(Path("out/ckpt.pt")))
+         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(...), "out/adapter")
 transformers keeps query, key and value of Qwen3, and the two halves of its MLP, in matrices of their own:
 each has the adapter's A and its own rows of B, which is the same product.
 """

@@ -1,7 +1,7 @@
 """Metrics of a training run: one stream of rows, several sinks; the console and metrics.jsonl.
 
-Example:    metrics = Metrics([ConsoleSink(max_iters), JsonLinesSink(path)])
-            metrics.rewind(0, 0); metrics.write({"step": 10, "train_loss": 2.5}); metrics.close()
+Example: metrics = Metrics([ConsoleSink(max_iters), JsonLinesSink(path)])
+         metrics.rewind(0, 0); metrics.write({"step": 10, "train_loss": 2.5}); metrics.close()
 A row is a flat dict with a "step" and numbers; "sample" may hold generated text. A sink takes the fields
 that it shows and ignores the others. Other sinks, and the table of all: sinks.py. Knows nothing of the model.
 """

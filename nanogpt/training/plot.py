@@ -1,6 +1,6 @@
 """loss.png: training and validation loss against steps, from metrics.jsonl.
 
-Example:    plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
+Example: plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
 """
 
 from pathlib import Path

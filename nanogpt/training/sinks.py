@@ -1,6 +1,6 @@
 """Metric sinks that `--log_to` chooses: metrics.jsonl, TensorBoard, wandb.
 
-Example:    sinks = create_sinks(("jsonl", "tensorboard"), RunFolder(Path("out")), {"n_layer": 6})
+Example: sinks = create_sinks(("jsonl", "tensorboard"), RunFolder(Path("out")), {"n_layer": 6})
 A sink is a class with the methods of metrics.Sink and a row in SINKS; config.SINK_NAMES has the names for
 the flag. The console (metrics.py) is a sink too, but always there. Knows nothing of the model.
 """

@@ -1,7 +1,7 @@
 """Signal handlers: stop and save, save and go on, or exit without a traceback.
 
-Example:    with StopRequest() as stop: ... if stop.signal: save and leave; if stop.save_asked: save and go on
-            exit_quietly_on_signals() at the start of a command: signals unwind it without a traceback
+Example: with StopRequest() as stop: ... if stop.signal: save and leave; if stop.save_asked: save and go on
+         exit_quietly_on_signals() at the start of a command: signals unwind it without a traceback
 A signal that was ignored when the process started stays ignored: nohup ignores SIGHUP, and a shell ignores
 SIGINT and SIGQUIT in background jobs. Signals outside STOP_SIGNALS and SAVE_SIGNALS keep their usual
 meaning (SIGTSTP and SIGCONT: Ctrl-Z and fg).
