@@ -10,14 +10,13 @@ Shapes: B batch, T queries, S keys, H heads, D head_width; N positions (B T), C 
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint as checkpointing
 
 from nanogpt.device import kind_of
@@ -303,25 +302,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the gradients that the forward pass has computed."""
         scale = grad_outputs[0] / ctx.counted
         return None, None, None, None, None, *[grad * scale for grad in ctx.saved_tensors]
-
-
-# --- initialization ---
-
-
-class SkipInitialization(TorchFunctionMode):
-    """A context in which torch.nn.init leaves tensors as they are: for the meta device, which has no values.
-
-    There PyTorch would draw them in a Python reference, and import torch._dynamo for it: 0.7 s.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call a function of PyTorch, unless it initializes a tensor, its first argument."""
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 # --- recomputation ---
