@@ -19,7 +19,7 @@ from nanogpt.errors import require
 from nanogpt.model.kernels import IGNORED
 
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4
-"""Share of a GPU's free memory that a split may take, and the most bytes of a token there."""
+"""Share of a GPU's free memory that a split may take, and the maximum number of bytes per token there."""
 
 MAX_LISTED_WINDOWS = 2**24
 """Up to this many windows in an epoch, their shuffled order is kept as a list; beyond, it is computed."""
@@ -34,12 +34,12 @@ TOKENS_PER_COPY = 2**24
 class BatchSampler:
     """Training batches as a pure function of (seed, shuffle_id, step).
 
-    An epoch cuts the tokens into W windows of T + 1 tokens (each overlaps the next by the one
-    token it predicts), from an offset that changes with the epoch, and visits each window once,
-    in shuffled order. There is no state: to resume at step s, s is enough.
+    An epoch cuts the tokens into W windows of T + 1 tokens (each overlaps the next by the one token it
+    predicts), from an offset that changes with the epoch, and visits each window once, in shuffled order.
+    There is no state: to resume at step s, s is enough.
 
-    shuffle_id: another number gives other shuffles of the same windows (after a roll-back, trainer.py
-    uses one to avoid the batch that made the loss diverge).
+    shuffle_id: a different number gives a different shuffle of the same windows. After a roll-back, the
+    trainer uses one to avoid the batch that made the loss diverge.
     """
 
     def __init__(self, tokens: Tokens, *, block_size: int, batch_size: int, seed: int) -> None:
@@ -49,10 +49,11 @@ class BatchSampler:
             f"use at most {len(tokens) - 1}, or more text",
         )
         self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
-        # One window fewer than fit leaves room for the offset, so that every token is used.
+        # One window fewer than would fit leaves room for the offset, so that every token is used.
         self.windows = max(1, (len(tokens) - 1) // block_size - 1)
         self.offsets = len(tokens) - self.windows * block_size
-        self._epoch: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+        self.listed: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+        """The latest (epoch, shuffle_id), and its starts in their shuffled order, (W,)."""
 
     @property
     def steps_per_epoch(self) -> float:
@@ -60,7 +61,7 @@ class BatchSampler:
         return self.windows / self.batch_size
 
     def __call__(self, step: int, shuffle_id: int = 0) -> NDArray[np.int64]:
-        """Start positions of the windows of a step, (B,)."""
+        """Start positions of the windows in the batch of a step, (B,)."""
         numbers = step * self.batch_size + np.arange(self.batch_size)
         starts = np.empty(self.batch_size, dtype=np.int64)
         epochs = numbers // self.windows
@@ -70,24 +71,22 @@ class BatchSampler:
         return starts
 
     def starts(self, epoch: int, shuffle_id: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Start positions of the windows with these numbers, from 0, in the order of an epoch, (N,)."""
-        if self.windows > MAX_LISTED_WINDOWS:
-            random = np.random.default_rng([self.seed, shuffle_id, epoch])
-            return int(random.integers(self.offsets)) + self.block_size * shuffled_numbers(
-                numbers, self.windows, random
-            )
-        if self._epoch is None or self._epoch[0] != (epoch, shuffle_id):
+        """Start positions of the windows at these places, (n,), in the shuffled order of an epoch, (n,)."""
+        key = epoch, shuffle_id
+        if self.listed is None or self.listed[0] != key:
             random = np.random.default_rng([self.seed, shuffle_id, epoch])
             offset = int(random.integers(self.offsets))
-            self._epoch = (epoch, shuffle_id), offset + self.block_size * random.permutation(self.windows)
-        return self._epoch[1][numbers]
+            if self.windows > MAX_LISTED_WINDOWS:
+                return offset + self.block_size * shuffled_numbers(numbers, self.windows, random)
+            self.listed = key, offset + self.block_size * random.permutation(self.windows)
+        return self.listed[1][numbers]
 
 
 def shuffled_numbers(numbers: NDArray[np.int64], size: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """The images of `numbers` in a random permutation of 0 .. size - 1, (N,), without a list of all.
+    """Where a random permutation of 0 .. size - 1 takes these numbers, (n,), without listing all of it.
 
-    A Feistel network permutes the numbers of 2 k bits. A result outside the range goes through it again,
-    until it is inside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    A Feistel network permutes the numbers of 2 k bits. A result outside the range goes through it again until
+    it is inside (cycle walking; Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
     half = np.uint64((max(2, (size - 1).bit_length()) + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
@@ -108,9 +107,9 @@ def shuffled_numbers(numbers: NDArray[np.int64], size: int, random: np.random.Ge
 class BatchLoader:
     """Cuts windows out of a split and puts them on the device.
 
-    A split that takes at most RESIDENT_SHARE of a GPU's free memory is copied there once; then only the
-    start positions of a batch are sent. Otherwise the windows are sent, in the background if their memory
-    is pinned. mask: which tokens count for the loss, (N,); None: all. Targets that do not are IGNORED.
+    A split that takes at most RESIDENT_SHARE of a GPU's free memory is copied there once; then a batch sends
+    only its start positions. Otherwise it sends its windows, in the background if their memory is pinned.
+    mask: which tokens count for the loss, (N,); None: all. Targets that do not count become IGNORED.
     """
 
     def __init__(self, tokens: Tokens, device: torch.device, mask: Tokens | None = None) -> None:
@@ -130,7 +129,7 @@ class BatchLoader:
             self.resident[first : first + TOKENS_PER_COPY] = torch.from_numpy(part).to(self.device)
 
     def __call__(self, starts: NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
-        """Inputs tokens[s : s + length] and targets one further, for each s, (len(starts), length) int64."""
+        """Inputs tokens[s : s + length] for each start s, and targets one token on, (B, T) int64 each."""
         if self.resident is None:
             positions = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
             windows = self.send(torch.from_numpy(self.tokens[positions].astype(np.int64)))
@@ -138,12 +137,14 @@ class BatchLoader:
             offsets = torch.arange(length + 1, device=self.device)
             windows = self.resident[self.send(torch.from_numpy(starts))[:, None] + offsets].long()
         x, y = windows[:, :-1], windows[:, 1:]
-        return (x.maximum(~x), y.clamp(min=IGNORED)) if self.masked else (x, y)
+        if self.masked:  # ~id marks a token that does not count: an input all the same, but no target
+            x, y = x.maximum(~x), y.clamp(min=IGNORED)
+        return x, y
 
     def send(self, values: Tensor) -> Tensor:
-        """Send contiguous values to the device.
+        """Send contiguous values to the device, in the background if they can be pinned.
 
-        Only pinned memory is copied in the background: other memory may be freed before.
+        Other memory might be freed before the copy is done.
         """
         kind = kind_of(self.device)
         return kind.pin_memory(values).to(self.device, non_blocking=kind.uses_pinned_memory)
@@ -152,9 +153,9 @@ class BatchLoader:
 def evaluation_batches(
     tokens: Tokens, *, block_size: int, batch_size: int, max_batches: int | None = None
 ) -> list[tuple[NDArray[np.int64], int]]:
-    """Evaluation batches: cover a split in order, and predict every token after the first exactly once.
+    """Evaluation batches, which cover a split in order and predict each token but the first exactly once.
 
-    Returns (starts, length) for a BatchLoader, for each batch: full windows, then the shorter tail.
+    Returns (starts, length) of each batch, for a BatchLoader: full windows, then the shorter tail.
     max_batches: keep at most this many batches, evenly spread and always the same ones.
     """
     predicted = len(tokens) - 1

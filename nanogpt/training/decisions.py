@@ -1,4 +1,4 @@
-"""What the loop does next: stop, evaluate or save, decided the same on all processes.
+"""Decisions: whether the loop stops, evaluates or saves next, the same on all processes.
 
 Example: due = all_reduce_decisions(run)
 """
@@ -10,19 +10,19 @@ from nanogpt.training.run import Run, StopReason
 
 
 class Due(NamedTuple):
-    """What the coming round of the loop has to do, the same on all processes."""
+    """What the next round of the loop has to do."""
 
     reason: StopReason | None
-    """Why to stop, if there is a reason; an evaluation that is due comes first."""
+    """Why to stop; None: go on, or evaluate first."""
     evaluation: bool
     save: bool
 
 
 def all_reduce_decisions(run: Run) -> Due:
-    """What is due: where processes disagree, what one of them wants, all do, after the same step.
+    """Decide what is due. Where processes disagree, all do what one of them wants, after the same step.
 
-    A save that all processes have written is completed on the way, since only here do all know it. Before an
-    evaluation it is waited for: the loss to compare with is that of the ckpt.pt that could be saved.
+    This also completes a save that all processes have written, since only here do all know that. An
+    evaluation waits for the save: its loss is compared with that of a ckpt.pt that is in place.
     """
     keep_to_time(run)
     reason = stop_reason(run)
@@ -36,7 +36,7 @@ def all_reduce_decisions(run: Run) -> Due:
 
 
 def stop_reason(run: Run) -> StopReason | None:
-    """Why this process would stop now, if at all."""
+    """Why this process would stop now; None: it would go on."""
     config, progress = run.config, run.progress
     if run.stop.signal:
         return StopReason[run.stop.signal.name]
@@ -52,12 +52,12 @@ def stop_reason(run: Run) -> StopReason | None:
 
 
 def is_evaluation_due(run: Run, reason: StopReason | None) -> bool:
-    """Whether to evaluate now: at the interval and at the end, once for a step, and not at step 0."""
+    """Whether to evaluate now: at the interval and at the end, once per step, and not at step 0."""
     step = run.progress.step
     if run.progress.evaluated_at == step or (reason and reason.is_signal):
         return False
     if reason in (StopReason.FINISHED, StopReason.TIME):
         return True
-    # With --minutes, the last evaluation is soon enough for what is left.
+    # With --minutes, skip an evaluation shortly before the last one.
     soon = run.deadline is not None and run.config.max_iters - step < run.config.eval_interval / 4
     return step % run.config.eval_interval == 0 and not soon

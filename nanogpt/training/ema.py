@@ -13,8 +13,8 @@ from nanogpt.training import foreach
 from nanogpt.training.sparse import sparse_tables
 
 TABLE_INTERVAL = 8
-"""The average of a table with sparse gradients is updated once in so many updates, by as much as in all of
-them: an update of the model touches few rows, and passing over all of them would take longer."""
+"""The average of a table with sparse gradients is updated once every this many updates, by as much as in all
+of them: an update touches few rows, and passing over all of them would take longer than the update."""
 
 
 def update_ema(
@@ -34,7 +34,7 @@ def update_ema(
 
 
 def move(pairs: Sequence[tuple[Tensor, Tensor]], decay: float | Tensor) -> None:
-    """Move each average by 1 - decay of the way to its weight."""
+    """Move each average towards its weight, by 1 - decay of the way."""
     foreach.lerp_([average for average, _ in pairs], [weight for _, weight in pairs], 1 - decay)
 
 

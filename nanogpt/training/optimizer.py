@@ -3,8 +3,8 @@
 Example: optimizers = build_optimizers(model, config, muon_dtype=torch.bfloat16)
          set_learning_rate(optimizers, lr_multiplier(step, config))
          step_optimizers(optimizers, skip=~loss.isfinite(), is_async=False)
-An optimizer is a row in OPTIMIZERS. It keeps the highest rate of each parameter group in `base_lr`, and it
-changes nothing in a step for which `found_inf` is 1. Knows nothing of the data, the loop or the device.
+An optimizer is a row in OPTIMIZERS. It keeps the highest learning rate of each parameter group in `base_lr`,
+and changes nothing in a step whose `found_inf` is 1. Knows nothing of the data, the loop or the device.
 
 Shapes: N matrices of one shape, R rows <= C columns
 """
@@ -24,11 +24,10 @@ from nanogpt.training.optimizer_base import AdamW, UncompiledOptimizer
 from nanogpt.training.sparse import RowAdam, table_names
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration, chosen for speed near zero (Jordan et al., 2024)."""
+"""Coefficients of the quintic iteration, chosen to raise small singular values fast (Jordan et al., 2024)."""
 
 MAX_STACKED_ELEMENTS = 2**24
-"""Elements that all processes orthogonalize at a time: enough for speed, few beside activations."""
-
+"""Elements that all processes orthogonalize at a time: enough for speed, few compared with activations."""
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -38,9 +37,9 @@ Parameters = Mapping[str, nn.Parameter]
 def build_optimizers(
     model: nn.Module, config: TrainConfig, muon_dtype: torch.dtype, rank: int = 0, size: int = 1
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that config.optimizer names, each for its own parameters, on process `rank` of `size`.
+    """Build the optimizers that config.optimizer names, on process `rank` of `size`. muon_dtype: see Muon.
 
-    muon_dtype: see Muon.
+    Each has its own parameters; those that are not trained have none.
     """
     parameters = trained_parameters(model)
     tables = [parameters.pop(name) for name in table_names(model) if name in parameters]
@@ -78,17 +77,17 @@ OPTIMIZERS: dict[str, Callable[..., list[torch.optim.Optimizer]]] = {"adamw": bu
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that have a gradient, by name."""
+    """The parameters that are trained, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def step_optimizers(optimizers: Iterable[torch.optim.Optimizer], *, skip: Tensor, is_async: bool) -> None:
     """Update the weights, unless `skip`, a scalar of bool on the device, is true.
 
-    An asynchronous device is not waited for: an optimizer that supports it (PyTorch marks that by
+    The CPU does not wait for an asynchronous device: an optimizer that supports it (PyTorch marks that by
     `_step_supports_amp_scaling`) gets `found_inf`, and changes nothing if that is 1; any other one waits.
-    GradScaler.step is never called, since it skips one optimizer and steps the next, and works in float16
-    alone. Here one bad loss or gradient stops all optimizers, in any dtype.
+    GradScaler.step is not used: it decides for each optimizer separately, and only in float16. Here one bad
+    loss or gradient stops all optimizers, in any dtype.
     """
     for optimizer in optimizers:
         if is_async and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -103,7 +102,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:
 
     For a weight w with gradient g, in step t = 1, 2, ...: m <- beta1 m + (1 - beta1) g, the mean gradient;
     v <- beta2 v + (1 - beta2) g^2; w <- w - lr (decay w + m' / (sqrt(v') + eps)), where
-    m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t), since both begin at 0.
+    m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) correct for the start of both at 0.
     """
     groups = decay_groups(parameters, config)
     return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
@@ -112,7 +111,7 @@ def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:
 def decay_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
     """Two parameter groups: with weight decay (matrices and embeddings), and without.
 
-    Decay pulls weights towards zero, which biases and the gains of norms (one dimension) are spared.
+    Decay pulls weights towards zero. Biases and the gains of norms, which have one dimension, are exempt.
     """
     parameters = list(parameters)
     return [
@@ -124,11 +123,11 @@ def decay_groups(parameters: Iterable[nn.Parameter], config: TrainConfig) -> lis
 class Muon(UncompiledOptimizer):
     """Momentum, orthogonalized (Jordan et al., 2024).
 
-    The momentum of a matrix, U S V^T, is replaced by about U V^T: directions in which the gradient is small
-    move as far as those in which it is large. A fused matrix, as qkv, is orthogonalized as one.
-    Matrices of one shape are stacked and orthogonalized in one batch of products. All but wide ones are
-    transposed first, so that both layers of an MLP share a batch.
-    dtype: of the products, which need not be exact: the one that this device multiplies fast.
+    The momentum of a matrix, U S V^T, is replaced by about U V^T, so that directions in which the gradient is
+    small move as far as those in which it is large. A fused matrix such as qkv is orthogonalized as one.
+    Matrices of one shape are stacked and orthogonalized in one batch of products; tall ones are transposed
+    first, so that both layers of an MLP share a batch.
+    dtype: of these products, which need not be exact: one that the device multiplies fast.
     """
 
     found_inf: Tensor | None = None
@@ -156,7 +155,7 @@ class Muon(UncompiledOptimizer):
         """Update every matrix that has a gradient, unless `found_inf` is 1. Overwrites the gradients."""
         for group in self.param_groups:
             stacks, decay = dict[tuple[int, ...], list[Tensor]](), group["lr"] * group["weight_decay"]
-            if self.found_inf is not None:  # skip without an if, for which the CPU would have to wait
+            if self.found_inf is not None:  # no `if`: the CPU would have to wait for the device
                 decay = decay * (1 - self.found_inf)
             trained = (p for p in group["params"] if p.grad is not None)
             matrices = sorted(trained, key=is_tall)  # wide ones first
@@ -191,21 +190,21 @@ class Muon(UncompiledOptimizer):
         _, R, C = directions.shape
         wide = sum(not is_tall(p) for p in matrices)
         foreach.add_(matrices[:wide], directions[:wide], alpha=-lr)
-        # A tall matrix makes more outputs than it has inputs: a larger step changes each as much as a square
-        # matrix would.
+        # A tall matrix has more outputs than inputs: a larger step changes each output as much as that of a
+        # square matrix would.
         foreach.add_(matrices[wide:], directions[wide:].mT.contiguous(), alpha=-lr * (C / R) ** 0.5)
 
     def direction(self, matrix: Tensor) -> Tensor:
-        """The direction of a matrix, gathered if it is sharded, and transposed unless it is wide, (R, C)."""
+        """The direction of a matrix, (R, C): gathered if it is sharded, transposed if it is tall."""
         direction = matrix.grad
         assert direction is not None
         if self.dtype == torch.bfloat16 and is_dtensor(direction):
-            direction = direction.to(self.dtype)  # to be gathered with half the traffic
+            direction = direction.to(self.dtype)  # halves the traffic of gathering
         direction = full_tensor(direction)
         return direction.T if is_tall(matrix) else direction
 
     def orthogonalize_distributed(self, matrices: Tensor) -> Tensor:
-        """Orthogonalize (N, R, C), each process 1 / size of the matrices; gather them in self.dtype."""
+        """Orthogonalize (N, R, C): each process does 1 / size of the matrices, then all are gathered."""
         import torch.distributed as dist
 
         share = ceil_div(len(matrices), self.size)
@@ -219,7 +218,7 @@ class Muon(UncompiledOptimizer):
 
 
 def is_tall(matrix: Tensor) -> bool:
-    """Whether a matrix has at least as many rows as columns."""
+    """Whether a matrix is tall or square: at least as many rows as columns."""
     return matrix.shape[0] >= matrix.shape[1]
 
 
@@ -230,7 +229,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tens
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices
-    if dtype != torch.float16:  # in float16 the sum of squares would overflow: first normalize, then cast
+    if dtype != torch.float16:  # in float16 the sum of squares could overflow: normalize before casting
         x = x.to(dtype)
     x = nn.functional.normalize(x.flatten(1)).view_as(x).to(dtype)  # to Frobenius norm 1
     for _ in range(rounds):  # x <- a x + (b G + c G^2) x, where G = x x^T
@@ -265,9 +264,9 @@ def lr_multiplier(step: int, config: TrainConfig) -> float:
 
 
 def decayed(step: int, spans: Sequence[tuple[int, int]]) -> float:
-    """The height of a constant rate of 1 in linear decays to 0, each of which replaces the rest of the last.
+    """What linear decays to 0 leave of a rate of 1. Each decay replaces the rest of the one before.
 
-    spans: first and last step of each (see --decays).
+    spans: first and last step of each decay (see --decays).
     """
     spans = [span for span in spans if span[0] <= step]
     if not spans:
@@ -282,7 +281,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], multiplier: float) -> None:
-    """Give every parameter group this fraction of its highest learning rate."""
+    """Set the learning rate of every parameter group to this fraction of its highest one."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = multiplier * group["base_lr"]

@@ -1,7 +1,7 @@
-"""Results of updates: read when the device has computed them, checked, and logged.
+"""Results of updates: read once the device has computed them, checked for NaN, and logged.
 
 Example: run.unread.append(train_step(run)); read_results(run, in_flight=1)
-An asynchronous device computes the next update meanwhile, so results are read one update late.
+On an asynchronous device, results are read one update late, while it computes the next one.
 """
 
 import math
@@ -32,8 +32,8 @@ def read_result(run: Run, result: UpdateResult) -> dict[str, float]:
     if result.ready:
         result.ready.synchronize()
     loss, norm = (value.item() for value in result.values)
-    # A float16 gradient overflows from time to time. That skips the update, too, but is no bad step: the
-    # scaler lowers its scale, which is 1 without float16, and when it can go no lower.
+    # A float16 gradient overflows from time to time. That skips the update too, but is not a bad step while the
+    # scaler can still lower its scale (which is 1 without float16).
     overflowed = math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() > 1
     if math.isfinite(loss) and math.isfinite(norm):
         run.progress.bad_steps = 0

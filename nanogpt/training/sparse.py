@@ -1,8 +1,8 @@
 """Sparse updates of embedding tables: only the rows that occur in a batch are clipped and moved.
 
 Example: use_sparse_gradients(model); ...; norm = clip_grad_norm(model, 1.0); RowAdam(tables, config).step()
-A dense update of the n-gram tables passes over all of their rows, a quarter of the time of a small model's
-update. A dense gradient (GPU, DDP, FSDP) gives the same numbers: a row whose gradient is zero is left alone.
+A dense update passes over all rows of the n-gram tables, which takes a quarter of a small model's update. A
+dense gradient (GPU, DDP, FSDP) gives the same numbers: a row whose gradient is zero does not move.
 
 Shapes: N rows of a table, R of them touched, C columns
 """
@@ -22,7 +22,7 @@ from nanogpt.training.optimizer_base import UncompiledOptimizer
 
 
 def sparse_tables(model: nn.Module) -> dict[str, nn.Embedding]:
-    """The tables that RowAdam updates, by name: those of n-grams, but for models of earlier versions."""
+    """The tables that RowAdam updates, by name: those for n-grams, except in models of earlier versions."""
     ngrams = getattr(model, "ngram_embedding", None)
     if not isinstance(ngrams, NgramEmbedding) or not ngrams.exact:
         return {}
@@ -35,13 +35,13 @@ def table_names(model: nn.Module) -> list[str]:
 
 
 def use_sparse_gradients(model: nn.Module) -> None:
-    """Let the gradients of the tables be sparse tensors of the touched rows, (N, C) in all."""
+    """Make the gradients of the tables sparse tensors, (N, C), which hold only the touched rows."""
     for table in sparse_tables(model).values():
         table.sparse = True
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Clip the gradient of all parameters to a norm of `max_norm`, as clip_grad_norm_, sparse ones too.
+    """Clip the gradient of all parameters to a norm of `max_norm`: clip_grad_norm_ for sparse gradients too.
 
     Returns the norm before clipping, a scalar.
     """
@@ -50,7 +50,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
         return clip_grad_norm_(parameters, max_norm)
     for parameter in filter(is_sparse, parameters):
         assert parameter.grad is not None
-        parameter.grad = parameter.grad.coalesce()  # add up what a row got from its places in the batch
+        parameter.grad = parameter.grad.coalesce()  # add up the gradients of a row that occurs several times
     gradients = [p.grad.values() if is_sparse(p) else p.grad for p in parameters if p.grad is not None]
     norm = get_total_norm(gradients)
     if math.isfinite(max_norm):
@@ -64,19 +64,19 @@ def is_sparse(parameter: Tensor) -> bool:
 
 
 TABLE_RATE = 1.7
-"""Learning rate of the tables over that of AdamW's parameters."""
+"""Learning rate of the tables, relative to that of AdamW's parameters."""
 
 DECAY_INTERVAL = 8
-"""All rows decay once in so many updates, by as much as in all of them: touching each takes long."""
+"""All rows decay once every this many updates, by as much as in all of them: touching every row is slow."""
 
 
 class RowAdam(UncompiledOptimizer):
     """Lazy Adam without momentum: torch.optim.SparseAdam with betas (0, beta2), and decoupled weight decay.
 
     For a touched row w with gradient g, in step t = 1, 2, ...: v <- beta2 v + (1 - beta2) g^2;
-    w <- w - lr g / (sqrt(v / (1 - beta2^t)) + eps). Momentum is left out, since it would go on moving rows
-    that are no longer touched. Decay goes on: it makes a model forget the rows of what it has seen but once,
-    which is most of what it overfits to. Every row loses lr decay w in an update.
+    w <- w - lr g / (sqrt(v / (1 - beta2^t)) + eps). There is no momentum, which would go on moving rows that
+    are no longer touched. Every row decays by lr decay w per update, touched or not: so a model forgets the
+    n-grams that it has seen only once, which are most of what it overfits to.
     """
 
     found_inf: Tensor | None = None
@@ -103,9 +103,9 @@ class RowAdam(UncompiledOptimizer):
         if not state:
             state["step"] = torch.zeros((), device=table.device)
             state["exp_avg_sq"] = torch.zeros_like(table)
-        state["step"] = state["step"].to(table.device)  # PyTorch loads it to the CPU
+        state["step"] = state["step"].to(table.device)  # load_state_dict leaves it on the CPU
         average, beta2 = state["exp_avg_sq"], group["beta2"]
-        keep = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0: change nothing, without an if
+        keep = 1.0 if self.found_inf is None else 1 - self.found_inf  # 0: change nothing (see Muon.step)
         state["step"] += keep
         self.decay(table, keep * (state["step"] % DECAY_INTERVAL == 0), group)
         scale = (1 - beta2 ** state["step"]) ** 0.5
@@ -130,7 +130,7 @@ class RowAdam(UncompiledOptimizer):
         if not group["weight_decay"]:
             return
         factor = (1 - group["lr"] * group["weight_decay"]) ** DECAY_INTERVAL
-        if not table.is_cpu:  # without an if, for which the CPU would have to wait
+        if not table.is_cpu:  # no `if due`: the CPU would have to wait for the device
             foreach.mul_([table], 1 - due * (1 - factor))
         elif due:
             foreach.mul_([table], factor)

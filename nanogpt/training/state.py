@@ -1,6 +1,6 @@
-"""The state of a training: what a checkpoint saves, and restores.
+"""The state of a training: what a checkpoint saves and restores.
 
-Example: checkpointer.save(state, path)        # a Run (training/run.py) is a TrainState with all around it
+Example: checkpointer.save(state)        # a Run (training/run.py) is a TrainState with everything around it
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from nanogpt.precision import DtypeChoice
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Weights, optimizers and progress, and the settings and data that they belong to."""
+    """Weights, optimizers and progress, with the settings and the data that they belong to."""
 
     config: TrainConfig
     world: World
@@ -26,7 +26,7 @@ class TrainState:
     precision: DtypeChoice
     """The dtype of the model's matrix products, and why."""
     muon_precision: DtypeChoice
-    """The dtype of Muon's."""
+    """The dtype of Muon's matrix products, and why."""
     model: GPT
     ema_model: GPT | None
     """The moving average of the model's weights, if config.ema_decay asks for one."""
@@ -34,7 +34,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     progress: Progress
     num_micro_batches: int = 1
-    """How many micro-batches this process cuts its share of a batch into."""
+    """Number of micro-batches into which this process splits its share of a batch."""
 
     @property
     def dtype(self) -> torch.dtype:

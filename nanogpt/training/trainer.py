@@ -2,7 +2,7 @@
 
 Example: reason = train(run)
 
-An update, without what keeps it right on any machine, is
+Stripped of what makes it work on any machine, an update is
 
     set_learning_rate(optimizers, lr_multiplier(step, config))
     x, y = loader(sampler(step), block_size)
@@ -11,14 +11,14 @@ An update, without what keeps it right on any machine, is
     for optimizer in optimizers: optimizer.step()
     model.zero_grad()
 
-train_step does this in micro-batches that fit in memory, on several processes, in float16 too, and leaves the
-weights as they are if the loss is not finite. `run` holds all of it: config, model, optimizers, sampler and
-loader of batches, progress (step, best loss, ...), checkpointer, metrics. setup.py builds a run.
+train_step also works in micro-batches that fit in memory, on several processes and in float16, and leaves the
+weights unchanged if the loss is not finite. `run` holds everything: config, model, optimizers, sampler and
+loader of batches, progress (step, best loss, ...), checkpointer, metrics. setup.py builds it.
 
-An update is a function of the weights, the optimizers and (seed, shuffle_id, step): batches and dropout are
-drawn anew from these numbers. So a run that is killed and resumed ends with the same weights as one that
-never stopped, and evaluating, logging or sampling more often changes nothing. A GPU is given work and not
-waited for: an update is queued, and its loss is read (results.py) while the GPU computes the next one.
+An update is a function of the weights, the optimizers and (seed, shuffle_id, step): batch and dropout masks
+follow from these numbers. So a run that is killed and resumed ends with the same weights as one that never
+stopped, and evaluating, logging or sampling more often changes nothing. The CPU does not wait for a GPU: an
+update is queued, and its loss is read (results.py) while the GPU computes the next one.
 
 Shapes: B sequences of a batch on this process, T block_size
 """
@@ -48,9 +48,9 @@ from nanogpt.training.sparse import clip_grad_norm
 
 
 def train(run: Run) -> StopReason:
-    """Update, evaluate and save until there is a reason to stop; then save the end.
+    """Update, evaluate and save until there is a reason to stop; then save the final state.
 
-    Raises: UserError if the end cannot be saved, or the training breaks down in every order of the data.
+    Raises: UserError if it cannot be saved, or if the training breaks down in every data order tried.
     """
     due = decide(run)
     while not due.reason:
@@ -66,9 +66,9 @@ def train(run: Run) -> StopReason:
 
 
 def decide(run: Run) -> Due:
-    """What is due now, the same on all processes: an evaluation; else a reason to stop; else a save.
+    """Decide what is due, the same on all processes: an evaluation; else a reason to stop; else a save.
 
-    If anything is due, first read the losses that are still on the device: they may change what is due.
+    If anything is due, the losses that are still on the device are read first: they may change the decision.
     """
     due = all_reduce_decisions(run)
     if run.unread and any(due):
@@ -82,7 +82,7 @@ def decide(run: Run) -> Due:
 
 def launch_update(run: Run) -> None:
     """Do one update. An asynchronous device computes it while the result of the one before is read."""
-    if not run.unread:  # since the last lap there was an evaluation or a save, which is no training time
+    if not run.unread:  # after an evaluation or a save, whose time does not count as training
         run.clock.restart_lap()
     run.unread.append(train_step(run))
     read_results(run, in_flight=1 if run.kind.is_async else 0)
@@ -91,7 +91,7 @@ def launch_update(run: Run) -> None:
 
 
 def train_step(run: Run) -> UpdateResult:
-    """One update, launch by launch or as one CUDA graph (cuda_graph.py)."""
+    """Do one update, kernel by kernel or as one CUDA graph (cuda_graph.py)."""
     config, step = run.config, run.progress.step
     set_learning_rate(run.optimizers, lr_multiplier(step, config))
     values = (run.graph or update)(run)
@@ -100,9 +100,9 @@ def train_step(run: Run) -> UpdateResult:
 
 
 def update(run: Run, decay: Tensor | None = None) -> Tensor:
-    """Gradient, clipping, optimizers, EMA. Returns loss and norm of the gradient, (2,).
+    """Compute the gradient, clip it, step the optimizers and the EMA. Returns loss and gradient norm, (2,).
 
-    If the loss or the gradient is not finite, the weights stay as they are. decay: see update_ema.
+    If either is not finite, the weights stay unchanged. decay: see update_ema.
     """
     loss_share = halve_on_out_of_memory(run, forward_backward)  # fills the gradients
     loss = run.world.all_reduce_sum(loss_share)  # the mean over the batch
@@ -112,7 +112,7 @@ def update(run: Run, decay: Tensor | None = None) -> Tensor:
 
     values = torch.stack((loss, norm))  # (2,)
     if not run.kind.is_async:
-        values = values.cpu()  # the one moment at which a step waits for such a device
+        values = values.cpu()  # the one place where an update waits for the device
     step_optimizers(run.optimizers, skip=~values.isfinite().all(), is_async=run.kind.is_async)
     if run.scaler.is_enabled():
         run.scaler.update()  # unscale_ has seen whether the gradient overflowed: lower or raise the scale
@@ -133,7 +133,7 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
     count = run.num_micro_batches
     micro_batches = zip(x.tensor_split(count), y.tensor_split(count), run.loss_weights(y), strict=True)
     for number, (x_micro, y_micro, weight) in enumerate(micro_batches, 1):
-        if len(x_micro) == 0:  # no sequence is left; with FSDP every process has to take part all the same
+        if len(x_micro) == 0:  # nothing left to do, but with FSDP every process must take part
             x_micro, y_micro = x[:1], y[:1]  # noqa: PLW2901
         with parallelize.sync_gradients(run.loss_fn, when=sync and number == count):
             with autocast(run.device, run.dtype):
@@ -145,9 +145,9 @@ def forward_backward(run: Run, *, sync: bool = True) -> Tensor:
 
 
 def next_batch(run: Run) -> tuple[Tensor, Tensor]:
-    """The coming step's batch on the device, inputs and targets, (B, T) each. Seeds dropout for it."""
+    """The next update's inputs and targets on the device, (B, T) each. Also seeds its dropout."""
     progress, rank = run.progress, run.world.rank
-    own_dropout = [rank] if rank else []  # each process has masks of its own, process 0 those of a run on one
+    own_dropout = [rank] if rank else []  # rank 0 draws the masks of a run on one process
     seeds = np.random.SeedSequence([run.config.seed, progress.shuffle_id, progress.step, *own_dropout])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     starts = run.world.local_share(run.sampler(progress.step, progress.shuffle_id))  # (B,)
@@ -158,7 +158,7 @@ def next_batch(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def evaluate_and_save(run: Run) -> None:
-    """Evaluate, log it, and save last.pt, and ckpt.pt too if the loss is the best so far."""
+    """Evaluate, log the loss, and save last.pt; if the loss is the best so far, ckpt.pt too."""
     progress = run.progress
     loss = validation_loss(run)
     if loss is None:  # interrupted by a signal
@@ -176,7 +176,7 @@ def evaluate_and_save(run: Run) -> None:
         numbers["val_bits_per_byte"] = bits
     log(run, progress.step, numbers)
     if best:
-        progress.best_val_loss = loss  # if ckpt.pt cannot be saved, it becomes that of the old ckpt.pt again
+        progress.best_val_loss = loss  # set back by the checkpointer if ckpt.pt cannot be written
     save_last(run, best=best)
     if run.callback is not None:
         go_on = run.callback(progress.step, loss)
@@ -201,12 +201,12 @@ def validation_loss(run: Run) -> float | None:
 
 def save_last(run: Run, *, best: bool = False) -> None:
     """Save last.pt, and ckpt.pt if `best`. A failure is reported, and the training goes on."""
-    run.stop.save_asked = False  # first: another signal may come meanwhile
+    run.stop.save_asked = False  # before saving: another signal may arrive meanwhile
     run.checkpointer.save_last(run, best=best)
 
 
 def save_final(run: Run) -> None:
-    """Save the end of the training. Raises: UserError that says from where the run can be continued."""
+    """Save the final state. Raises: UserError that says from which step the run can be continued."""
     try:
         run.checkpointer.save_final(run)
     except UserError as error:
