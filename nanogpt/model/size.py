@@ -41,8 +41,7 @@ def flops_per_token(model: GPT) -> int:
     """Floating-point operations of one update, forward and backward, per token.
 
     6 for each weight of a linear layer, or 4 if it is not trained, plus 12 * layers * width of all heads *
-    context for attention (Chowdhery et al., PaLM, 2022, appendix B). Embedding tables are only looked up and
-    cost nothing.
+    context for attention (Chowdhery et al., PaLM, 2022, appendix B). Looking up embeddings costs nothing.
     """
     config = model.config
     layers = (module for module in model.modules() if isinstance(module, (nn.Linear, LoRALinear)))

@@ -1,9 +1,9 @@
-"""The adapters of a training (LoRA) as a folder that peft loads beside the model it started from.
+"""LoRA adapters of a training as a folder that peft loads on top of the base model.
 
 Example: save_adapters(Path("out/adapter"), load_checkpoint(Path("out/ckpt.pt")))
          PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(...), "out/adapter")
-transformers keeps query, key and value of Qwen3, and the two halves of its MLP, in matrices of their own:
-each has the adapter's A and its own rows of B, which is the same product.
+transformers keeps Qwen3's query, key and value, and the two halves of its MLP, in separate matrices: each
+gets the adapter's A and its own rows of B, which gives the same product.
 """
 
 import json
@@ -21,11 +21,11 @@ from nanogpt.model.lora import A, B, alpha_of
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
-"""What peft writes before the name of a layer."""
+"""What peft puts before the name of a layer."""
 
 
 def save_adapters(folder: Path, saved: Checkpoint) -> bool:
-    """Write the adapters in a checkpoint. Returns whether transformers has a model to load them beside.
+    """Write the adapters in a checkpoint. Returns False if transformers has no such model to load them into.
 
     Raises: UserError if the folder cannot be written; ModuleNotFoundError without safetensors.
     """
@@ -57,7 +57,7 @@ def save_adapters(folder: Path, saved: Checkpoint) -> bool:
 
 
 def names_of(config: GPTConfig) -> Names | None:
-    """Transformers' names for the layers of a model; None if it has no such architecture."""
+    """The names that transformers has for a model's layers; None if it has no such architecture."""
     if config.logit_cap or config.ngram_vocab:
         return None
     kv_heads, heads_width = config.n_kv_head or config.n_head, config.n_head * config.head_width
@@ -71,7 +71,7 @@ def names_of(config: GPTConfig) -> Names | None:
 
 
 def peft_tensors(names: Names, saved: Checkpoint) -> dict[str, Tensor]:
-    """The adapters by peft's names. A is there once for each part of a layer of ours, B in its rows."""
+    """The adapters under peft's names: each part of a layer of ours gets all of A, and its rows of B."""
     config, weights = saved.model_config, saved.average or saved.model
     prefix = PREFIX + ("transformer." if names is GPT2 else "")
     found: dict[str, Tensor] = {}
@@ -90,7 +90,7 @@ def peft_tensors(names: Names, saved: Checkpoint) -> dict[str, Tensor]:
 
 
 def part_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
-    """Rows of each part of a layer: queries, keys and values, if there are three of them; else all equal."""
+    """Rows of each part of a layer: queries, keys and values if there are three, else equal shares."""
     if count != 3:
         return [rows // count] * count
     keys = (config.n_kv_head or config.n_head) * config.head_width
@@ -98,5 +98,5 @@ def part_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
 
 
 def target(name: str) -> str:
-    """The name of a module within its block, as attn.c_attn, from that of a tensor."""
+    """The name of a module within its block, such as attn.c_attn, from the name of a tensor."""
     return ".".join(name.split(".")[-4:-2])

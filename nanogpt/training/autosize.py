@@ -1,12 +1,12 @@
-"""Autosize: choose the model and its training for the time there is (--minutes).
+"""Autosize: choose the model and its training for the available time (--minutes).
 
 Example: config = choose_settings(TrainConfig(minutes=5), Text.of(dataset), device)
-The rule is fitted to trainings of seconds to minutes (bench/minutes.py, bench/RESULTS.md): `wanted_tokens`
-is the number of training tokens for which a training of so many operations is best; what is left of the
-operations goes into a larger model (as Chinchilla has it, Hoffmann et al., 2022, for much longer ones).
-Shapes are measured on this device, larger and larger ones, until one is too slow to see so many tokens. The
-other numbers follow from the tokens: context, batch, rates, evaluations; and from how often they repeat the
-text: dropout, weight decay, EMA.
+A budget of FLOPs is best split between the size of the model and the number of tokens that it sees. The rule
+for that split (`wanted_tokens`) is fitted to trainings of seconds to minutes (bench/minutes.py,
+bench/RESULTS.md), as Chinchilla's is to much longer ones (Hoffmann et al., 2022). Shapes are timed on this
+device, larger and larger ones, until one is too slow to see the wanted tokens. The other settings follow from
+the number of tokens (context, batch, rates, evaluations) and from how often they repeat the text (dropout,
+weight decay, EMA).
 A setting that differs from its default, or is named in config.fixed, stays as it is.
 """
 
@@ -44,48 +44,48 @@ SHAPES = (
 """Layers and widths, smallest first."""
 
 TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.3, 0.4
-"""A training of so many operations is best with so many characters; how they grow below and above it."""
+"""A training of FLOPS is best with TOKENS characters; the exponents of their growth below and above it."""
 
 REPEATS = 2
-"""From a text that is seen more often than that in a training of TOKENS, fewer tokens are wanted."""
+"""If TOKENS would repeat the text more often than this, fewer tokens are wanted."""
 
 USUAL_WIDTH = 256
-"""The width for which the dtype is picked that shapes are measured in."""
+"""Shapes are measured in the dtype that is picked for this width."""
 
 FEW_KINDS = 256
-"""Vocabulary of bytes. A token of a larger one says more, by its logarithm: fewer are wanted."""
+"""Size of a vocabulary of bytes. A token of a larger one carries more information, so fewer are wanted."""
 
 MAX_REPEATS, TABLE_REPEATS, BATCH_REPEATS = 16, 8, 4
-"""From so many repetitions on, a text teaches nothing more; from the second on, not even n-gram tables; from
-the third on, large batches learn it by heart."""
+"""Repetitions of the text beyond which training does not help; n-gram tables hurt; large batches learn it by
+heart."""
 
 FLOPS_PER_CHARACTER = 35
-"""Operations for each token, over the characters of the text, above which a model learns it by heart."""
+"""FLOPs per token above which a model learns the text by heart, for each character of the text."""
 
 OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
-"""Time that is not training: start, measuring, evaluations, the end."""
+"""Time that is not training (start, measuring, evaluations, the end): a constant, and a share of all."""
 
 MEASURING_SHARE, MEASURED_UPDATES = 0.04, 3
-"""Share of the time in which shapes are measured at most, and updates measured of each, after a first."""
+"""Largest share of the time for measuring shapes, and the updates measured of each, after a warm-up."""
 
 CONTEXTS, MAX_CONTEXT = ((3e5, 64), (5e6, 128), (3e7, 256), (3e8, 512)), 1024
-"""Context for trainings of fewer than so many tokens, and of more."""
+"""Pairs (tokens, context): the context of trainings of fewer tokens than that; MAX_CONTEXT: of all others."""
 
 BATCH, MIN_BATCH, MAX_BATCH, SPARE_BATCH = 8192, 2048, 2**19, 4096
 """Tokens of a batch in a training of TOKENS (it grows with the square root of the tokens), and its limits.
 
-Small batches learn more from a text and take longer: with time to spare, they become as small as the last."""
+Small batches learn more from a text but take longer: with time to spare, they shrink down to SPARE_BATCH."""
 
 ENDING = frozenset(("max_iters", "schedule", "decays"))
-"""Settings of the end, which --minutes decides."""
+"""Settings that say when the training ends, which --minutes decides."""
 
 MEMORY_SHARE, BYTES_PER_PARAMETER = 0.5, 16
-"""Share of the free memory that weights, gradients and optimizer state may take, in float32."""
+"""Share of the free memory for weights, gradients and optimizer state, and their bytes per parameter."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What the rule asks about a data set."""
+    """The sizes of a data set."""
 
     train_tokens: int
     val_tokens: int
@@ -93,12 +93,12 @@ class Text:
 
     @property
     def information(self) -> float:
-        """How much more a token says than a byte."""
+        """How much more information a token carries than a byte."""
         return math.log(max(self.vocab_size, FEW_KINDS)) / math.log(FEW_KINDS)
 
     @property
     def useful_tokens(self) -> int:
-        """The number of training tokens after which more do not help."""
+        """The number of training tokens beyond which more do not help."""
         return MAX_REPEATS * self.train_tokens
 
     @classmethod
@@ -109,13 +109,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings, and what they were chosen by."""
+    """Candidate settings, and the measurement that they are judged by."""
 
     config: TrainConfig
     seconds_per_token: float
-    """Measured: an update over the tokens of its batch."""
+    """Measured time of an update, divided by the tokens of its batch."""
     tokens: float
-    """Tokens that the time allows."""
+    """Training tokens that the time allows."""
     text: Text
 
     @property
@@ -125,12 +125,12 @@ class Choice:
 
     @property
     def flops_per_token(self) -> int:
-        """Operations of an update for each token."""
+        """FLOPs of an update per token."""
         return size_of(model_config(self.config, self.text.vocab_size))[1]
 
     @property
     def is_affordable(self) -> bool:
-        """Whether it sees as many tokens as the rule asks for its operations, and the text is long enough."""
+        """Whether it sees the tokens that the rule wants for its FLOPs, and the text is long enough."""
         most = FLOPS_PER_CHARACTER * self.text.train_tokens * self.text.information
         wanted = wanted_tokens(self.tokens * self.flops_per_token, self.text)
         return self.tokens >= wanted and self.flops_per_token <= most
@@ -138,20 +138,20 @@ class Choice:
 
 @functools.cache
 def size_of(model: GPTConfig) -> tuple[int, int]:
-    """Parameters of a model, and operations of an update for each token. Making it takes milliseconds."""
+    """Parameters of a model, and FLOPs of an update per token. Cached: each takes milliseconds."""
     network = meta_model(model)
     return network.num_parameters(), flops_per_token(network)
 
 
 def wanted_tokens(flops: float, text: Text) -> float:
-    """The number of training tokens for which a training of so many operations is best."""
+    """The number of training tokens with which a training of this many FLOPs is best."""
     scarce = min(1.0, REPEATS * text.train_tokens / TOKENS) ** 0.5
     characters = scarce * TOKENS * (flops / FLOPS) ** (GROWTH_BELOW if flops < FLOPS else GROWTH_ABOVE)
     return characters / text.information
 
 
 def choose_settings(config: Config, text: Text, device: torch.device, processes: int = 1) -> Config:
-    """Choose what config.minutes leaves open, and say why in three lines.
+    """Choose the settings that are not fixed, and print the choice and the reasons in three lines.
 
     processes: number of devices that share a batch.
     """
@@ -168,7 +168,7 @@ def choose_settings(config: Config, text: Text, device: torch.device, processes:
 
 
 def choose_shape(config: TrainConfig, text: Text, device: torch.device, processes: int) -> Choice:
-    """Measure shapes, larger and larger ones, until one is too slow to see enough tokens."""
+    """Measure larger and larger shapes, until one is too slow to see enough tokens."""
     assert config.minutes is not None
     seconds, training_s = 60 * config.minutes, training_seconds(config.minutes)
     devices = 1 if kind_of(device).shares_memory else processes
@@ -182,15 +182,15 @@ def choose_shape(config: TrainConfig, text: Text, device: torch.device, processe
     )
 
     def try_shape(number: int, tokens: float) -> Choice:
-        """Measure a shape, with the batch of a training of so many tokens."""
+        """Measure a shape, with the batch of a training of this many tokens."""
         candidate = with_settings(config, *shapes[number], tokens, text)
         cost = seconds_per_token(candidate, text.vocab_size, device, dtype, alone=processes == 1) / devices
         return Choice(candidate, cost, training_s / cost, text)
 
     def next_number(number: int, choice: Choice) -> int | None:
-        """The largest shape that is affordable at the FLOPs a second of `choice`, or else the one after it.
+        """The largest shape that is affordable at the FLOP/s of `choice`, or else the one after `number`.
 
-        Larger products run faster: that one may be affordable even if it does not look so. None: none fits.
+        Larger products run at more FLOP/s, so that one may be affordable after all. None: no larger one fits.
         """
         found: int | None = None
         for larger in range(number + 1, len(shapes)):
@@ -202,8 +202,8 @@ def choose_shape(config: TrainConfig, text: Text, device: torch.device, processe
         return found
 
     number, choice = 0, try_shape(0, 0.0)
-    began = time.perf_counter()  # not before: the first shape pays for what a training pays anyway
-    if len(shapes) == 1:  # now with the batch of so many tokens
+    began = time.perf_counter()  # after the first shape, whose start-up costs any training has
+    if len(shapes) == 1:  # now with a batch for the tokens that the time allows
         return try_shape(0, choice.tokens)
     while time.perf_counter() - began < MEASURING_SHARE * seconds:
         number = next_number(number, choice)
@@ -214,14 +214,14 @@ def choose_shape(config: TrainConfig, text: Text, device: torch.device, processe
 
 
 def training_seconds(minutes: float) -> float:
-    """Seconds of updates in a training of so many minutes."""
+    """Seconds of updates in a training that takes `minutes` in all."""
     return max(20 * minutes, 60 * minutes * (1 - OVERHEAD_SHARE) - OVERHEAD_SECONDS)
 
 
 def fixed_settings(config: TrainConfig) -> frozenset[str]:
-    """Names of the settings that are not chosen: those in config.fixed, and what differs from its default.
+    """Names of the settings that are not chosen: those in config.fixed or different from their default.
 
-    When the training ends, and how its rate gets there, is always chosen.
+    The end of the training (ENDING) is always chosen.
     """
     return (changed_settings(config) | frozenset(config.fixed)) - ENDING
 
@@ -235,19 +235,13 @@ def changed_settings(config: TrainConfig) -> frozenset[str]:
 
 
 def with_settings(config: Config, layers: int, width: int, tokens: float, text: Text) -> Config:
-    """The configuration of a training with a model of this shape. tokens: that the time allows."""
+    """The settings of a training with a model of this shape. tokens: training tokens that the time allows."""
     fixed = fixed_settings(config)
     modern = with_modern_blocks(TrainConfig())
     spare, tokens = max(1.0, tokens / text.useful_tokens), min(tokens, text.useful_tokens)
     repeats = tokens / text.train_tokens
-    context = next((length for most, length in CONTEXTS if tokens < most), MAX_CONTEXT)
-    context = min(context, max(2, text.train_tokens // 2 - 1), max(2, text.val_tokens - 1))
-    context = config.block_size if "block_size" in fixed else context
-    different = min(tokens, REPEATS * text.train_tokens)  # what a larger batch averages over
-    wanted_batch = BATCH * math.sqrt(max(different, 1.0) / TOKENS)
-    batch_tokens = 2 ** round(math.log2(min(max(wanted_batch, MIN_BATCH), MAX_BATCH)))
-    batch_tokens = max(batch_tokens // 2 ** int(math.log2(spare)), min(batch_tokens, SPARE_BATCH))
-    batch_tokens = min(batch_tokens, SPARE_BATCH) if repeats > BATCH_REPEATS else batch_tokens
+    context = config.block_size if "block_size" in fixed else context_length(tokens, text)
+    batch_tokens = tokens_per_batch(tokens, spare, text)
     updates = max(1.0, tokens / batch_tokens)
     early = min(1.0, max(0.0, math.log(300 / updates) / math.log(5)))  # 1 up to 60 updates, 0 from 300 on
     chosen = {name: getattr(modern, name) for name in changed_settings(modern)} | {
@@ -271,8 +265,23 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
     return replace(config, **{name: value for name, value in chosen.items() if name not in fixed})
 
 
+def context_length(tokens: float, text: Text) -> int:
+    """The context of a training of this many tokens: it grows with them, and fits both splits."""
+    context = next((length for most, length in CONTEXTS if tokens < most), MAX_CONTEXT)
+    return min(context, max(2, text.train_tokens // 2 - 1), max(2, text.val_tokens - 1))
+
+
+def tokens_per_batch(tokens: float, spare: float, text: Text) -> int:
+    """Tokens of a batch, a power of 2. spare: the time, over what the useful tokens take, at least 1."""
+    different = min(tokens, REPEATS * text.train_tokens)  # what a batch averages over
+    wanted = BATCH * math.sqrt(max(different, 1.0) / TOKENS)
+    batch = 2 ** round(math.log2(min(max(wanted, MIN_BATCH), MAX_BATCH)))
+    batch = max(batch // 2 ** int(math.log2(spare)), min(batch, SPARE_BATCH))
+    return min(batch, SPARE_BATCH) if tokens / text.train_tokens > BATCH_REPEATS else batch
+
+
 def heads_and_width(config: TrainConfig, width: int, fixed: frozenset[str]) -> dict[str, int]:
-    """Heads that divide the width; or a width for the user's heads."""
+    """Heads that divide the width or, if the user gave the heads, the nearest width that they divide."""
     if "n_head" in fixed:
         return {"n_embd": max(2, 2 * round(width / config.n_head / 2)) * config.n_head}
     heads = next(
@@ -282,10 +291,10 @@ def heads_and_width(config: TrainConfig, width: int, fixed: frozenset[str]) -> d
 
 
 def with_evaluations(config: Config, choice: Choice, text: Text) -> Config:
-    """Add how often to evaluate, and on how much: 1 to 8 times, each in a fiftieth of the time at most."""
+    """Add how often to evaluate (1 to 8 times) and on how much (in at most a fiftieth of the time each)."""
     assert config.minutes is not None
     minutes = config.minutes
-    evaluations = 0.5 if minutes < 0.5 else 4 if minutes < 5 else 8  # a half: at the end alone
+    evaluations = 0.5 if minutes < 0.5 else 4 if minutes < 5 else 8  # 0.5: only at the end
     affordable = 60 * minutes / 50 / (choice.seconds_per_token / 3)  # tokens: a forward pass is a third
     chosen: dict[str, Any] = {"eval_interval": max(1, int(config.max_iters / evaluations))}
     if affordable < text.val_tokens:
@@ -297,9 +306,9 @@ def with_evaluations(config: Config, choice: Choice, text: Text) -> Config:
 def seconds_per_token(
     config: TrainConfig, vocab_size: int, device: torch.device, dtype: torch.dtype, *, alone: bool
 ) -> float:
-    """Measure updates of a training: their shortest time, over the tokens of a batch.
+    """Measure the shortest time of a few updates, divided by the tokens of a batch.
 
-    alone: in one process, whose updates may be captured.
+    alone: whether the training has one process, which may capture its updates as a CUDA graph.
     """
     kind = kind_of(device)
     kind.set_up(device, dtype)
@@ -310,7 +319,7 @@ def seconds_per_token(
     x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=device)
 
     def update() -> Tensor:
-        """Make one update."""
+        """Do one update."""
         with autocast(device, dtype):
             loss = model.loss(x, y)
         loss.backward()
@@ -331,7 +340,7 @@ def seconds_per_token(
 def captured(
     update: Callable[[], Tensor], optimizers: Iterable[torch.optim.Optimizer], graphs: Graphs
 ) -> Callable[[], object]:
-    """The update as a CUDA graph, as cuda_graph.py will capture it; as it is, if it cannot be captured."""
+    """The update captured as a CUDA graph, as cuda_graph.py will do it; `update` itself if that fails."""
     for _ in range(WARM_UP_UPDATES):
         graphs.warm_up(update)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -344,7 +353,7 @@ def captured(
 
 
 def explain(config: TrainConfig, choice: Choice, text: Text) -> None:
-    """Say in three lines what was chosen, and why."""
+    """Print in three lines what was chosen, and why."""
     batch = config.batch_size * config.block_size
     tokens, is_short = config.max_iters * batch, choice.tokens > text.useful_tokens
     repeats = tokens / text.train_tokens

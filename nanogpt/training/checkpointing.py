@@ -1,13 +1,14 @@
-"""The Checkpointer: when and how a run is written to its folder, and read back.
+"""The Checkpointer: when and how a run is saved to its folder, and restored.
 
 Example: state.checkpointer.save_last(state); state.checkpointer.restore(state, saved)
-A save is begun and, later, finished. In between a thread hashes and writes a copy of the state, while the
+A save begins and, later, is finished. In between, a thread hashes and writes a copy of the state while the
 training goes on; if memory has no room for a copy, the training waits. A checkpoint counts once it is in
-place: a process that is killed before that resumes from the one before.
-A checkpoint file: checkpoint/format.py. With FSDP, last.pt is sharded (checkpoint/sharded.py): every process
-writes its shards. ckpt.pt is always one file. At a best evaluation last.pt is a copy of ckpt.pt.
+place: a process that is killed before that resumes from the previous one.
+checkpoint/format.py describes the files. ckpt.pt is always one file. With FSDP, last.pt is sharded
+(checkpoint/sharded.py): every process writes its shards. At a best evaluation last.pt is a copy of ckpt.pt.
 With --keep_checkpoints, an evaluation is also kept as a file without optimizer state (checkpoint/kept.py). It
-is written first, so that no run resumes from a step whose evaluation it lacks; losing it ends no training.
+is written first, so that no run resumes from a step whose kept checkpoint is missing; if that fails, the
+training goes on.
 """
 
 import math
@@ -37,7 +38,7 @@ MAX_SAVE_FRACTION = 0.02
 """Largest fraction of the time for which saves may hold up the training: slow saves become rarer."""
 
 MAX_STRETCH = 10
-"""How many times --save_seconds the interval between saves may become."""
+"""The interval between saves grows to at most this many times --save_seconds."""
 
 BYTES_PER_SECOND = 3e8
 """Speed at which an ordinary disk takes a checkpoint, as long as none has been written."""
@@ -51,7 +52,7 @@ Digests = dict[str, str]
 
 @dataclass(frozen=True)
 class PendingSave:
-    """A save that has begun. All processes have one at the same time."""
+    """A save that has begun, on all processes at the same time."""
 
     state: TrainState
     header: Checkpoint
@@ -77,7 +78,7 @@ class Checkpointer:
     def __init__(
         self, folder: RunFolder, world: World, before_save: Callable[[], object] = lambda: None
     ) -> None:
-        """before_save: called on the first process before it writes; there the metrics become durable."""
+        """before_save: called on the first process before it writes, to make the metrics durable."""
         self.folder, self.world, self.before_save = folder, world, before_save
         self.thread = ThreadPoolExecutor(1, "save")
         self.pending: PendingSave | None = None
@@ -86,7 +87,7 @@ class Checkpointer:
         self.bytes_per_second = BYTES_PER_SECOND
         """Speed at which the newest large file was written."""
         self.held_up = 0.0
-        """Seconds for which the newest save has held up the training."""
+        """Seconds for which the training has waited for the newest save."""
         self.saved_step: int | None = None
         """Step of the newest checkpoint that this process has written or read."""
         self.best_val_loss = math.inf
@@ -96,7 +97,7 @@ class Checkpointer:
         self.last_progress: dict[str, Any] | None = None
         """The progress that last.pt holds, if this process knows it."""
         self.shards: Path | None = None
-        """Folder of the shards of last.pt, if it is sharded: it must not be written to."""
+        """Folder of the shards of last.pt, if it is sharded: the next save must not write to it."""
 
     # --- save ---
 
@@ -109,12 +110,12 @@ class Checkpointer:
             state.progress.best_val_loss = self.best_val_loss
 
     def save(self, state: TrainState) -> None:
-        """Write last.pt, and wait until it is there. Raises: UserError if it cannot be written."""
+        """Save last.pt, and wait until it is in place. Raises: UserError if it cannot be written."""
         self.begin_save(state)
         self.finish_save()
 
     def save_final(self, state: TrainState) -> None:
-        """Write last.pt at the end of the training, unless it holds the same already. Raises: as `save`."""
+        """Save last.pt at the end of the training, unless it is up to date. Raises: as `save`."""
         self.try_finish_save()
         if self.last_progress != asdict(state.progress):
             self.save(state)
@@ -142,7 +143,7 @@ class Checkpointer:
             self.pending = PendingSave(state, header(state), kept, best_file, last, folder)
 
     def prepare_folder(self) -> None:
-        """Check that the folder is still this run's, and write what a checkpoint counts on."""
+        """Check that the folder is still this run's, and write what a checkpoint relies on."""
         self.folder.confirm()
         self.before_save()
         if self.world.job and not self.saved_step:
@@ -150,14 +151,14 @@ class Checkpointer:
                 file.write(self.world.job.encode())
 
     def begin_kept(self, state: TrainState) -> "Future[Digests] | None":
-        """Begin to write a kept checkpoint, if they are wanted and the state is that of an evaluation."""
+        """Begin to write a kept checkpoint, if they are wanted and the model is new or just evaluated."""
         step = state.progress.step
-        if not state.config.keep_checkpoints or state.progress.evaluated_at != step:  # at step 0 they agree
+        if not state.config.keep_checkpoints or state.progress.evaluated_at != step:  # both are 0 at first
             return None
         return self.begin_file(state, kept_path(self.folder.kept, step), model_only=True)
 
     def begin_file(self, state: TrainState, path: Path, *, model_only: bool = False) -> "Future[Digests]":
-        """Begin to write a checkpoint in one file, on the first process. With FSDP all gather it there."""
+        """Begin to write a checkpoint in one file, on the first process. With FSDP it is gathered there."""
         if not self.world.is_first and not parallelize.is_sharded(state.model):
             return self.submit(Digests, in_background=False)
         snapshot = take_snapshot(state, model_only=model_only)
@@ -176,9 +177,9 @@ class Checkpointer:
         return self.submit(write if self.world.is_first else Digests, in_background=snapshot.is_copied)
 
     def begin_copy(self, best_file: "Future[Digests]") -> "Future[Digests]":
-        """Make last.pt a copy of ckpt.pt, as soon as that is written, on the first process.
+        """Make last.pt a copy of ckpt.pt once that is written, on the first process.
 
-        A second name of one file (a link) would be cheaper, but damage to one would be damage to both.
+        A hard link would be cheaper, but then damage to one would be damage to both.
         """
 
         def copy() -> Digests:
@@ -190,17 +191,14 @@ class Checkpointer:
         return self.submit(copy if self.world.is_first else Digests, in_background=not best_file.done())
 
     def submit(self, work: Callable[[], Digests], *, in_background: bool) -> "Future[Digests]":
-        """Let the thread do the work, one after the other; wait for it unless in_background.
-
-        Its failure is the future's.
-        """
+        """Queue work for the thread; wait for it unless in_background. A failure is the future's."""
         future = self.thread.submit(work)
         if not in_background:
             wait([future])
         return future
 
     def new_shards_folder(self, state: TrainState) -> Path:
-        """The folder for the shards of the next last.pt: not the one of the present last.pt."""
+        """The folder for the shards of the next last.pt, which is not that of the current one."""
         folder = self.folder.shards / str(state.progress.step)
         if folder == self.shards:
             folder = folder.with_name(f"{folder.name}-again")
@@ -211,8 +209,8 @@ class Checkpointer:
     def finish_save(self) -> None:
         """Wait for the save that has begun, if there is one, and complete it.
 
-        Raises: UserError if a process could not write. Then the best loss is again that of ckpt.pt, and
-        last.pt, which has to hold it, is due at once.
+        Raises: UserError if a process could not write. Then the best loss is set back to that of ckpt.pt, and
+        a save is due at once, since last.pt has to hold it.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -231,13 +229,13 @@ class Checkpointer:
                 self.finish_kept(pending)
 
     def finish_kept(self, pending: PendingSave) -> None:
-        """Report a kept checkpoint that could not be written, and delete those that are too many."""
+        """Report a kept checkpoint that could not be written, and delete the surplus ones."""
         if pending.kept and self.world.is_first:
             attempt(pending.kept.result)
             thin_out(self.folder.kept, pending.state.config.keep_checkpoints, self.best_step)
 
     def complete(self, pending: PendingSave) -> None:
-        """Let a save count that all processes have written. Raises: UserError if one of them could not."""
+        """Complete a save that all processes have written. Raises: UserError if one of them could not."""
         progress = pending.header.progress
         if pending.best:
             with self.world.raise_on_all():
@@ -253,7 +251,7 @@ class Checkpointer:
             self.folder.delete_shards(keep=pending.folder)
 
     def commit_shards(self, pending: PendingSave, folder: Path, digests: Digests) -> None:
-        """Write last.pt, which names the shards of all processes. Raises: UserError if that fails."""
+        """Write last.pt, which lists the shards of all processes. Raises: UserError if that fails."""
         files = self.world.all_gather(list(digests.items()))
         with self.world.raise_on_all():
             if self.world.is_first:
@@ -268,9 +266,9 @@ class Checkpointer:
         return attempt(self.finish_save)
 
     def is_due(self, seconds: float) -> bool:
-        """Whether the newest save began so many seconds ago, or more if it held up the training for long.
+        """Whether the newest save began at least `seconds` ago, or longer if the training waited for it.
 
-        The first process alone says so, since it writes most.
+        Only the first process decides, since it writes most.
         """
         interval = min(max(seconds, self.held_up / MAX_SAVE_FRACTION), MAX_STRETCH * seconds)
         is_over = time.perf_counter() - self.saved_at >= interval
@@ -321,7 +319,7 @@ class Checkpointer:
             self.restore_kept(state)
 
     def restore_kept(self, state: TrainState) -> None:
-        """Let the kept checkpoints be those that a run has which was never stopped."""
+        """Keep the checkpoints that a run which never stopped would have."""
         self.best_step = self.folder.best_step()
         forget_after(self.folder.kept, state.progress.evaluated_at)
         if state.config.keep_checkpoints:
@@ -329,7 +327,7 @@ class Checkpointer:
 
 
 def attempt(write: Callable[[], object]) -> bool:
-    """Whether writing worked; a failure is reported."""
+    """Call `write`, and report a failure. Returns whether it worked."""
     try:
         write()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""torch.compile: tried before the clock starts, and left out where it fails.
+"""torch.compile: tried before the clock starts, and done without where it fails.
 
 Example: compile_model(run, forward_backward)           a function of trainer.py, which imports this file
 """
@@ -19,7 +19,7 @@ from nanogpt.model.gpt import GPT
 from nanogpt.training.run import Run
 
 MIN_COMPILE_OPERATIONS = 1e16
-"""FLOPs of a training from which torch.compile saves more time than it takes (bench/RESULTS.md)."""
+"""FLOPs of a training above which torch.compile saves more time than it takes (bench/RESULTS.md)."""
 
 
 def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:
@@ -33,10 +33,10 @@ def pick_compile(switch: Switch, device: torch.device, work: float) -> bool:
 
 
 def compile_model(run: Run, forward_backward: Callable[..., Tensor]) -> None:
-    """Compile the loss and compute one gradient, which does not count; if that fails, go on without.
+    """Compile the loss by computing one gradient, which is thrown away; if that fails, go on without.
 
-    With FSDP each block is compiled for itself: between blocks, weights are gathered and freed. Shapes are
-    fixed: those of the micro-batches, for which everything is compiled here, before the clock starts.
+    With FSDP each block is compiled separately: between blocks, weights are gathered and freed. Everything is
+    compiled here, before the clock starts, for the fixed shapes of the micro-batches.
     """
     set_up_compiler()
     uncompiled = run.loss_fn
@@ -54,11 +54,11 @@ def compile_model(run: Run, forward_backward: Callable[..., Tensor]) -> None:
 
 
 def set_up_compiler() -> None:
-    """Say that compiling begins, and prepare torch.compile."""
-    import torch._dynamo as dynamo  # it takes half a second
+    """Announce the compilation, and configure torch.compile."""
+    import torch._dynamo as dynamo  # takes half a second
 
     say("Compiling the model (about a minute the first time)...")
-    torch.compiler.reset()  # an earlier training of this process counts towards a limit of recompilations
+    torch.compiler.reset()  # else an earlier training of this process counts towards the recompilation limit
     # PyTorch's cache ignores vector instructions: code made for another processor gives NaN, or crashes.
     compiler_cache.cache_key_tag = torch.backends.cpu.get_cpu_capability()
     if hasattr(dynamo.config, "trace_autograd_ops"):  # else a large vocabulary's loss runs uncompiled
@@ -66,13 +66,13 @@ def set_up_compiler() -> None:
 
 
 def compiled_loss(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of a model, which the first call compiles as a training on one device does."""
+    """The loss of a model, compiled at its first call as a training on one device compiles it."""
     set_up_compiler()
     return torch.compile(model.loss, dynamic=False)
 
 
 def try_compile(run: Run, forward_backward: Callable[..., Tensor]) -> str | None:
-    """Compile and run once, on this process alone. Returns why that fails, in a line, or None.
+    """Compile and run once, without the other processes. Returns the reason for a failure, or None.
 
     With FSDP no process has all weights, so a new block is compiled and tried instead.
     """
@@ -82,7 +82,7 @@ def try_compile(run: Run, forward_backward: Callable[..., Tensor]) -> str | None
         else:
             run.loss_fn = torch.compile(run.loss_fn, dynamic=False)
             forward_backward(run, sync=False)
-    except Exception as error:  # no C compiler, an unsupported GPU, a fault of the compiler, ...
+    except Exception as error:  # no C compiler, an unsupported GPU, a bug in the compiler, ...
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             return None  # the first update halves its micro-batches
         return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -90,7 +90,7 @@ def try_compile(run: Run, forward_backward: Callable[..., Tensor]) -> str | None
 
 
 def try_block(run: Run) -> None:
-    """Compile the block of a model with one layer and one token; run it forward and backward."""
+    """Compile the block of a model with one layer and a vocabulary of one; run it forward and backward."""
     model = GPT(replace(run.model.config, n_layer=1, vocab_size=1, ngram_vocab=0)).to(run.device)
     model.blocks[0].compile(dynamic=False)
     idx = torch.zeros(1, run.config.block_size, dtype=torch.int64, device=run.device)
@@ -100,13 +100,13 @@ def try_block(run: Run) -> None:
 
 
 def recompile(run: Run, forward_backward: Callable[..., Tensor]) -> None:
-    """Compile for micro-batches of another size; that time is not in the clock."""
+    """Compile for micro-batches of a new size, without counting the time as training."""
     if not parallelize.is_compiled(run.loss_fn):
         return
     try:
         forward_backward(run, sync=False)
     except RuntimeError as error:
-        if not is_out_of_memory(error):  # which the next update meets and deals with
+        if not is_out_of_memory(error):  # the next update will handle it
             raise
     parallelize.zero_grad(run.model, run.loss_fn)
     run.clock.restart_lap()

@@ -1,11 +1,11 @@
 """CUDA graph: an update is captured once, and replayed as one launch.
 
 Example: run.graph = UpdateGraph(update, next_batch)           functions of trainer.py
-The kernels of a small model are shorter than the time that the CPU takes to launch them. A graph launches
-all of them at once: the same kernels, with the same numbers, on the same memory. So whatever changes from one
-update to the next (batch, learning rates, decay of the EMA) is a tensor on the device, written before. AdamW
-counts its steps there, the guard against broken numbers and the scale of float16 are there, and dropout
-follows the seed that next_batch sets. No number decides what is launched. Knows nothing of several processes.
+The kernels of a small model take less time than the CPU needs to launch them. A graph launches all of them at
+once: the same kernels on the same memory. So whatever changes from one update to the next (batch, learning
+rates, decay of the EMA) is a tensor on the device, written before the launch. AdamW's step count, the guard
+against NaN and the float16 scale are on the device too, dropout follows the seed that next_batch sets, and no
+number decides what is launched. Knows nothing of several processes.
 """
 
 from collections.abc import Callable, Generator
@@ -27,19 +27,19 @@ MAX_GRAPH_FLOPS = 3e12
 """FLOPs of a micro-batch above which launches are hidden behind computing: 5 ms of an H100 at 60 %."""
 
 WARM_UP_UPDATES = 3
-"""Updates before the capture: they create the optimizers' states, and whatever libraries need."""
+"""Updates before the capture, in which optimizers and libraries allocate their state."""
 
 
 def pick_graph(run: Run) -> bool:
-    """Whether to capture the update. "auto": if the device can, and a micro-batch is small."""
+    """Whether to capture the update. "auto": if the device can, a micro-batch is small, and memory allows."""
     switch = run.config.cuda_graph
     possible = run.kind.graphs is not None and run.world.size == 1
     if switch == "on" and not possible:
         warn("--cuda_graph: only a single process on an NVIDIA GPU captures its updates: going on without")
     small = run.flops_per_update / run.num_micro_batches < MAX_GRAPH_FLOPS
-    # The graph keeps the memory of an update, and an evaluation needs its own.
+    # The graph keeps the memory of an update while an evaluation needs its own.
     fits = run.memory is None or run.memory.total + run.memory.forward < HEADROOM * free(run.device)
-    # Recomputed activations ask for the state of the random numbers, which a capture refuses.
+    # Recomputing activations reads the state of the random-number generator, which a capture does not allow.
     plain = run.config.grad_checkpoint == "off"
     return possible and (switch == "on" or (switch == "auto" and small and fits and plain))
 
@@ -54,12 +54,12 @@ class UpdateGraph:
     ) -> None:
         self.update, self.next_batch = update, next_batch
         self.progress: Progress | None = None
-        """That of the run at the warm-up. A roll-back gives it another, and the optimizers other states."""
+        """The run's progress at the warm-up; a roll-back replaces it, and the optimizers' states with it."""
         self.warm_up_left = 0
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, run: Run) -> Tensor:
-        """One update. Returns loss and norm of the gradient, (2,), which the next update overwrites."""
+        """Do one update. Returns loss and gradient norm, (2,), which the next update overwrites."""
         graphs = run.kind.graphs
         assert graphs is not None
         if self.progress is not run.progress:
@@ -95,7 +95,7 @@ class UpdateGraph:
         captured = replace(run, captured_batch=self.batch)
 
         def work() -> Tensor:
-            """The update, of this batch's memory and the rates on the device."""
+            """The update, reading the batch and the learning rates from the device."""
             with self.rates_on_the_device(run, capturable=True):
                 return self.update(captured, self.decay)
 
@@ -105,7 +105,7 @@ class UpdateGraph:
     def rates_on_the_device(self, run: Run, *, capturable: bool = False) -> Generator[None]:
         """Let the optimizers read the learning rates of their groups from the device.
 
-        capturable: as PyTorch's AdamW wants it, in a capture and nowhere else.
+        capturable: the flag of PyTorch's AdamW, which it wants set during a capture and not otherwise.
         """
         groups, before = parameter_groups(run), [dict(group) for group in parameter_groups(run)]
         for group, rate in zip(groups, self.rates, strict=True):
@@ -119,7 +119,7 @@ class UpdateGraph:
                 group.update(old)
 
     def give_up(self, run: Run, error: RuntimeError) -> None:
-        """Go on launch by launch."""
+        """Go on without a graph."""
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         warn(f"the update could not be captured as a CUDA graph, going on without: {reason}")
         run.graph, self.batch = None, ()

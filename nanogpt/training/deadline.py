@@ -1,11 +1,11 @@
-"""Deadline: end a training when its time is over (--minutes), whatever becomes of the machine's speed.
+"""Deadline: end a training on time (--minutes), even if the machine becomes faster or slower meanwhile.
 
 Example: keep_to_time(run)      # after each update
-The rate is constant until the time left is what the cool-down takes. Then the updates that still fit are
-counted, and the rate falls linearly to its minimum over them. If they turn out faster or slower, the rest of
-the decay gets another end. Each decision is written into the settings (`--decays START:END`) and saved before
-it is acted on, while the training goes on: the rate stays a function of the step, a resumed run goes on in
-the same way, and the same settings without --minutes give the same training.
+The learning rate is constant until the time left is what the cool-down takes. Then it falls linearly to its
+minimum over the updates that still fit. If they turn out faster or slower, the rest of the decay gets another
+end. Each decision is written into the settings (`--decays START:END`), and takes effect once a checkpoint has
+it: so the learning rate stays a function of the step, a resumed run goes on in the same way, and the same
+settings without --minutes give the same training.
 """
 
 import math
@@ -24,13 +24,13 @@ from nanogpt.training.run import Deadline, Run
 from nanogpt.training.snapshot import named_tensors
 
 TOLERANCE = 0.03
-"""Share of the whole time by which the end may be off before it is decided anew."""
+"""Fraction of the whole time by which the forecast end may be off before it is decided anew."""
 
 END_SECONDS = 0.4
-"""Time of the end after the last evaluation, besides writing: the loss curve, the end of the process."""
+"""Time from the last evaluation to the end of the process, besides writing: the loss curve, the exit."""
 
 FILES_AT_END = 2
-"""Checkpoints that are written then: ckpt.pt, and last.pt as a copy of it."""
+"""Checkpoints written in that time: ckpt.pt, and last.pt as a copy of it."""
 
 
 def process_began() -> float:
@@ -39,10 +39,7 @@ def process_began() -> float:
 
 
 def updates_left(run: Run, deadline: Deadline) -> int:
-    """The number of updates that fit into the time left, besides the evaluations that are due.
-
-    No more than the text is good for.
-    """
+    """Updates that fit in the time left beside the evaluations, but no more than the text is good for."""
     config, step = run.config, run.progress.step
     useful = Text.of(run.dataset).useful_tokens // (config.batch_size * config.block_size) - step
     assert config.minutes is not None
@@ -56,9 +53,9 @@ def updates_left(run: Run, deadline: Deadline) -> int:
 
 
 def measure_evaluation(run: Run) -> float:
-    """Forecast the seconds of an evaluation from those of one batch and of a few tokens of the sample.
+    """Forecast the seconds of an evaluation from one batch and a few tokens of the sample.
 
-    All processes call it together, and take what the slowest one measures.
+    All processes call it together, and take the time of the slowest one.
     """
     config, val, few = run.config, run.dataset.val, SAMPLE_TOKENS // 15
     windows = run.validation_windows(1)
@@ -74,14 +71,14 @@ def measure_evaluation(run: Run) -> float:
         sample_text(run.eval_model, run.dataset, run.device, run.dtype, config.seed, num_tokens=few)
 
     for action in (validate, sample):
-        action()  # the first time takes longer
+        action()  # warm-up
     seconds = seconds_of(validate, run.device) * max(1.0, batches)
     seconds += seconds_of(sample, run.device) * SAMPLE_TOKENS / few
     return run.world.max_over_ranks(round(1e6 * seconds))[0] / 1e6
 
 
 def keep_to_time(run: Run) -> None:
-    """Decide, after an update, whether the rate begins to decay, or decays to another end."""
+    """After an update, decide whether the learning rate begins to decay, or decays to another end."""
     deadline, config, step = run.deadline, run.config, run.progress.step
     if config.minutes is None or deadline is None or step >= config.max_iters:
         return
@@ -104,7 +101,7 @@ def keep_to_time(run: Run) -> None:
     if is_new:
         updates_of_a_save = math.ceil(deadline.save_s / median(deadline.update_s))
         start = step + min(updates_of_a_save, (end - step) // 4)
-        if config.decays:  # they are in the order of their beginnings, and the newest counts
+        if config.decays:  # decays are sorted by their start, and the newest counts
             start = max(start, decay_spans(config.decays)[-1][0] + 1)
         end = max(end, start + 1)
         deadline.decided_s, deadline.unrecorded = deadline.last_s, step
@@ -116,7 +113,7 @@ def keep_to_time(run: Run) -> None:
 
 
 def wait_for_record(run: Run, deadline: Deadline) -> None:
-    """Before the newest decision is acted on, see to it that a checkpoint has it.
+    """Make sure that a checkpoint has the newest decision before it takes effect.
 
     Raises: UserError if none can be written.
     """
@@ -124,6 +121,6 @@ def wait_for_record(run: Run, deadline: Deadline) -> None:
     if deadline.unrecorded is None or run.progress.step < start:
         return
     run.checkpointer.finish_save()
-    if (run.checkpointer.saved_step or 0) < deadline.unrecorded:  # that save had failed
+    if (run.checkpointer.saved_step or 0) < deadline.unrecorded:  # that save failed
         run.checkpointer.save(run)
     deadline.unrecorded = None

@@ -1,8 +1,8 @@
-"""One training, from its settings to its result: who may write, what is set up, what is said.
+"""One training, from its settings to its result: lock the run folder, set up, train, report.
 
 Run:     python train.py --max_iters 1000            then: python train.py --resume
 Example: result = fit(TrainConfig(data_dir="data", out_dir="out", max_iters=1000))
-Reads the data folder, writes the run folder (checkpoint/run_dir.py says what is in it). The loop itself is in
+Reads the data folder and writes the run folder (checkpoint/run_dir.py lists its files). The loop itself is in
 trainer.py.
 """
 
@@ -41,15 +41,15 @@ class Result:
     """How a run ended."""
 
     reason: str
-    """finished, time, patience, callback (keep_going said no), or the name of a signal: SIGINT, ..."""
+    """finished, time, patience, callback (keep_going returned False), or the name of a signal: SIGINT, ..."""
     step: int
     """Updates done."""
     best_val_loss: float
     """Nats per token."""
     elapsed_s: float
-    """Seconds spent in training steps."""
+    """Seconds spent in updates."""
     exit_code: int = 0
-    """0, or that of the signal that stopped the run (130 for Ctrl-C)."""
+    """0, or the exit code of the signal that stopped the run (130 for Ctrl-C)."""
 
 
 def main(config: TrainConfig) -> int:
@@ -68,12 +68,12 @@ def fit(
 ) -> Result:
     """Train as `config` says, from the start or (config.resume) from where the run stopped.
 
-    keep_going: called after each evaluation, with the step and the validation loss; False ends the run, None
-    does not. began: value of time.perf_counter() from which on config.minutes counts; None: now.
+    keep_going: called after each evaluation with the step and the validation loss; False ends the run, None
+    does not. began: value of time.perf_counter() from which config.minutes counts; None: now.
     quiet: print and show nothing.
-    A resumed run takes all settings from `config`, except for those that config.minutes has chosen.
-    To keep all old ones, pass RunFolder(path).saved_config().
-    Raises: UserError for everything the user can mend.
+    A resumed run takes all settings from `config`, except for those that config.minutes has chosen. To keep
+    all old settings, pass RunFolder(path).saved_config().
+    Raises: UserError for everything that the user can fix.
     """
     with silence(quiet):
         return run_to_end(config, keep_going, time.perf_counter() if began is None else began)
@@ -82,7 +82,7 @@ def fit(
 def run_to_end(
     config: TrainConfig, keep_going: Callable[[int, float], bool | None] | None, began: float
 ) -> Result:
-    """As fit, which explains the arguments."""
+    """Train to the end. Arguments: see fit."""
     folder = RunFolder(Path(config.out_dir))
     dataset: Dataset | None = None
     if config.resume:
@@ -90,10 +90,10 @@ def run_to_end(
         missing = f"no checkpoint to resume in {folder.path}: start without --resume, or check --out_dir"
         require(folder.path.is_dir(), missing)
     else:
-        dataset = load_dataset(Path(config.data_dir))  # checked before a folder is made in vain
+        dataset = load_dataset(Path(config.data_dir))  # fails before a run folder is made
     with (
         one_at_a_time(),
-        StopRequest() as stop,  # around the world: torchrun's SIGTERM must not overtake its message
+        StopRequest() as stop,  # around the world: else torchrun's SIGTERM may cut off its error message
         distributed_world(config.device) as world,
         ExitStack() as stack,
     ):
@@ -124,7 +124,7 @@ def run_to_end(
 
 
 def settings_for_minutes(config: TrainConfig, dataset: Dataset, world: World) -> TrainConfig:
-    """Choose the settings that --minutes leaves open: the first process measures, all take what it chose."""
+    """Choose the settings that --minutes leaves open: the first process measures, and all take its choice."""
     chosen: list[dict[str, Any]] = []
     if world.is_first:
         device = pick_device(local_device(config.device, world))
@@ -133,7 +133,7 @@ def settings_for_minutes(config: TrainConfig, dataset: Dataset, world: World) ->
 
 
 def with_earlier_choices(config: TrainConfig, saved: TrainConfig | None) -> TrainConfig:
-    """The settings of a resumed run: those that --minutes leaves open are as they were chosen before."""
+    """The settings of a resumed run, with the choices that --minutes made when it started."""
     if saved is None or saved.minutes is None:
         return config
     given = changed_settings(config) | {*config.fixed, *PER_COMMAND_SETTINGS}
@@ -142,7 +142,7 @@ def with_earlier_choices(config: TrainConfig, saved: TrainConfig | None) -> Trai
 
 
 def start(run: Run) -> None:
-    """Print the plan, compile, and save step 0: an unwritable folder shows now, not after hours."""
+    """Print the plan, compile, and save step 0, so that an unwritable folder shows now, not after hours."""
     fit_to_memory(run)
     print_plan(run)
     flops = run.flops_per_update * (run.config.max_iters - run.progress.step)
@@ -157,7 +157,7 @@ def start(run: Run) -> None:
 
 
 def export_adapters(run: Run) -> None:
-    """With LoRA, write the adapters of ckpt.pt for peft too. A failure is reported: the training is saved."""
+    """With LoRA, also write the adapters of ckpt.pt for peft. A failure is only reported."""
     if not run.config.lora_rank or not run.folder.best.is_file():
         return
     folder = run.folder.adapter
@@ -181,9 +181,9 @@ RUNNING = threading.Lock()
 
 @contextmanager
 def one_at_a_time() -> Generator[None]:
-    """Let one thread of this process train: PyTorch has one source of random numbers, which two would share.
+    """Let one thread of this process train at a time: two would share PyTorch's random-number generator.
 
-    Raises: UserError if another thread trains already.
+    Raises: UserError if another thread is training.
     """
     require(
         RUNNING.acquire(blocking=False),

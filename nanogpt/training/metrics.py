@@ -1,9 +1,9 @@
-"""Metrics of a training run: one stream of rows, several sinks; the console and metrics.jsonl.
+"""Metrics of a training run: one stream of rows to several sinks, such as the console and metrics.jsonl.
 
 Example: metrics = Metrics([ConsoleSink(max_iters), JsonLinesSink(path)])
          metrics.rewind(0, 0); metrics.write({"step": 10, "train_loss": 2.5}); metrics.close()
 A row is a flat dict with a "step" and numbers; "sample" may hold generated text. A sink takes the fields
-that it shows and ignores the others. Other sinks, and the table of all: sinks.py. Knows nothing of the model.
+that it shows and ignores the others. sinks.py has other sinks and the table of all. Knows nothing of the model.
 """
 
 import json
@@ -37,7 +37,7 @@ class Sink(Protocol):
     """A destination of metrics. Its constructor opens nothing: the first rewind does."""
 
     def rewind(self, step: int, evaluated_at: int) -> None:
-        """Continue after `step`: open, and forget the rows of later steps, which a roll-back has abandoned.
+        """Open the sink, or go back to `step`: forget the rows of later steps, which will be done again.
 
         evaluated_at: step of the last evaluation that counts; later ones are forgotten.
         """
@@ -57,7 +57,7 @@ class Sink(Protocol):
 
 
 class Metrics:
-    """The metrics of a run: whatever is done to them is done to every sink."""
+    """The metrics of a run, written to every sink."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
@@ -87,7 +87,7 @@ class Metrics:
 
 
 class ConsoleSink:
-    """A progress bar on a terminal, plain lines elsewhere; evaluations are lines on both."""
+    """A progress bar on a terminal, plain lines elsewhere; evaluations are lines in both cases."""
 
     def __init__(self, max_iters: int) -> None:
         self.bar = progress_bar("Training")
@@ -95,7 +95,7 @@ class ConsoleSink:
         self.task = self.bar.add_task("", total=max_iters, detail="")
 
     def rewind(self, step: int, evaluated_at: int) -> None:
-        """Move the bar to `step`; it is shown with the first update. Lines that were printed stay."""
+        """Move the bar to `step`; the first update shows it. Printed lines stay."""
         self.bar.update(self.task, completed=step)
 
     def advance(self, step: int) -> None:
@@ -143,7 +143,7 @@ class ConsoleSink:
 
 
 class JsonLinesSink:
-    """metrics.jsonl: a JSON object a line, appended. On a full disk, lines wait for the next flush."""
+    """metrics.jsonl: one JSON object per line, appended. On a full disk, lines wait for the next flush."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -151,7 +151,7 @@ class JsonLinesSink:
         self.reported_error = ""
 
     def rewind(self, step: int, evaluated_at: int) -> None:
-        """Drop the rows of later steps, which are done again, and a last line cut in half.
+        """Drop the rows of later steps, which will be done again, and a last line cut in half.
 
         Raises: UserError if there is no regular file at the path, or it cannot be read or written.
         """
@@ -167,7 +167,7 @@ class JsonLinesSink:
         self.flush(sync=False)
 
     def flush(self, *, sync: bool = True) -> None:
-        """Append the unwritten lines; sync: through to the disk."""
+        """Append the unwritten lines. sync: force them to the disk."""
         try:
             require_file(self.path)
             with open(self.path, "ab", buffering=0) as file:
@@ -197,7 +197,7 @@ class JsonLinesSink:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a folder, pipe or device: reading a pipe would wait for ever. Raises: UserError."""
+    """Raise UserError for a folder, a pipe or a device: reading a pipe would wait for ever."""
     require(path.is_file() or not path.exists(), f"{path} is not a file: move it away")
 
 
@@ -230,7 +230,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 def forget_after(path: Path, step: int, evaluated_at: int) -> None:
     """Delete the rows of a metrics.jsonl that are ahead of the run, and a last line cut in half.
 
-    All other lines stay, in their order.
+    All other lines stay as they are.
     step, evaluated_at: the step of the run, and that of its last evaluation.
     Raises: UserError if it is not a regular file, or cannot be read or written.
     """
@@ -261,5 +261,5 @@ def must_drop(line: bytes, row: dict[str, Any] | None, step: int, evaluated_at: 
 
 
 def is_ahead(row: dict[str, Any] | None, step: int, evaluated_at: int) -> bool:
-    """Whether a row is of a later step than the run's (see forget_after)."""
+    """Whether a row belongs to a later step than the run's (see forget_after)."""
     return row is not None and row["step"] > (evaluated_at if "val_loss" in row else step)

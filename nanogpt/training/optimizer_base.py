@@ -1,4 +1,4 @@
-"""Optimizers that torch.compile never sees, so that making one does not import torch._dynamo.
+"""Base class of optimizers that are never compiled: creating one does not import torch._dynamo.
 
 Example: class Muon(UncompiledOptimizer): ...
 """
@@ -11,9 +11,9 @@ import torch
 
 
 class UncompiledOptimizer(torch.optim.Optimizer):
-    """torch.optim.Optimizer, without the decorators that hide its methods from torch.compile.
+    """torch.optim.Optimizer without the decorators that hide its methods from torch.compile.
 
-    They import torch._dynamo at the first call, which takes 0.7 s. Here only the loss is compiled.
+    They import torch._dynamo at the first call, which takes 0.7 s. We compile only the loss.
     """
 
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)

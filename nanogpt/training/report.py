@@ -1,8 +1,7 @@
 """Report of a training to the user: the plan, the expected time (ETA), and the summary at the end.
 
 Example: print_plan(run); print_eta(run); print_summary(run, reason)
-These functions change nothing in the run but `eta_printed`; print_summary also draws loss.png, and shows it
-in a notebook.
+print_summary also draws loss.png, and shows it in a notebook.
 """
 
 import json
@@ -24,15 +23,15 @@ from nanogpt.training.plot import plot_losses
 from nanogpt.training.run import Run, StopReason
 
 ETA_AFTER_SECONDS, ETA_AFTER_STEPS = 2.0, 3
-"""Training time, and number of steps, that must be measured before the ETA is printed."""
+"""The ETA is printed after this much training time and this many steps have been measured."""
 
 ONE_HOUR = 3600.0
 
 BUSY_CORES = 0.5
-"""Number of cores that other programs must keep busy before a line reports it."""
+"""A line reports other programs that keep more cores busy than this."""
 
 MAX_ADAPTED = 0.05
-"""Largest share of the weights that adapters usually have."""
+"""Size of adapters, relative to the model, above which a line suggests a lower --lora_rank."""
 
 
 def print_plan(run: Run) -> None:
@@ -66,7 +65,7 @@ def print_plan(run: Run) -> None:
 
 
 def describe_adapters(run: Run) -> str:
-    """How much of a model its adapters are, in words."""
+    """The size of the adapters, absolute and relative to the model, in words."""
     total = run.model.num_parameters()
     trained = sum(parameter.numel() for parameter in trained_parameters(run.model).values())
     share = trained / (total - trained)
@@ -75,7 +74,7 @@ def describe_adapters(run: Run) -> str:
 
 
 def constant_bytes(run: Run) -> float:
-    """Bytes that this process holds all the time: weights, their EMA, gradients and optimizer state."""
+    """Bytes that this process always holds: weights, their EMA, gradients and optimizer state."""
     if run.memory:
         return run.memory.held
     weights = sum(parameter.nbytes for parameter in run.model.parameters())
@@ -90,7 +89,7 @@ def constant_bytes(run: Run) -> float:
 
 
 def describe_batch(batch_size: int, processes: int, num_micro_batches: int) -> str:
-    """How a batch is split into micro-batches, in words. num_micro_batches: of each process."""
+    """How a batch is split into micro-batches, in words. num_micro_batches: per process."""
     local_batches = split_sizes(batch_size, processes)
     sizes = [size for local in local_batches for size in split_sizes(local, min(num_micro_batches, local))]
     each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} or {max(sizes)}"
@@ -157,7 +156,7 @@ def print_summary(run: Run, reason: StopReason) -> None:
 
 
 def next_step(run: Run) -> str:
-    """The line that says what to do with the model: a command, or in a notebook Python."""
+    """The line that suggests what to do with the model: a command or, in a notebook, Python."""
     if in_notebook():
         return f"Next: model = load_model({json.dumps(run.config.out_dir)})"
     is_default = run.config.out_dir == TrainConfig.out_dir
@@ -166,7 +165,7 @@ def next_step(run: Run) -> str:
 
 
 def resume_command(run: Run) -> str:
-    """The command that resumes the run, with the same number of processes; in a notebook the call."""
+    """The command that resumes the run with the same number of processes or, in a notebook, the call."""
     if in_notebook():
         return "fit(TrainConfig(..., resume=True)), with the same settings"
     out_dir = run.config.out_dir

@@ -32,8 +32,8 @@ def read_result(run: Run, result: UpdateResult) -> dict[str, float]:
     if result.ready:
         result.ready.synchronize()
     loss, norm = (value.item() for value in result.values)
-    # A float16 gradient overflows from time to time. That skips the update too, but is not a bad step while the
-    # scaler can still lower its scale (which is 1 without float16).
+    # A float16 gradient overflows from time to time. That skips the update too, but is not a bad step while
+    # the scaler can still lower its scale (which is 1 without float16).
     overflowed = math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() > 1
     if math.isfinite(loss) and math.isfinite(norm):
         run.progress.bad_steps = 0

@@ -1,7 +1,7 @@
-"""A training run in memory: its state and all that moves it, its clock, why it stops.
+"""A training run in memory: its state and everything around it, its clocks, the reasons to stop.
 
 Example: run = set_up(config, RunFolder(Path("out")), world)        # training/setup.py
-trainer.py moves a Run, checkpointing.py writes it and reads it back.
+trainer.py advances a Run, checkpointing.py saves and restores it.
 """
 
 import time
@@ -33,7 +33,7 @@ from nanogpt.training.stopping import StopRequest
 
 
 class StopReason(IntEnum):
-    """Why a training stops. When processes disagree, the largest wins; signals have their exit code."""
+    """Why a training stops. When processes disagree, the largest wins; a signal's value is its exit code."""
 
     CALLBACK = 1
     PATIENCE = 2
@@ -64,23 +64,23 @@ class StopReason(IntEnum):
 
 @dataclass
 class Clock:
-    """The time of a run: training steps alone (no evaluation, saving, compiling), and all of it."""
+    """The time of a run: of updates only (no evaluation, saving, compiling), and of everything."""
 
     started: float = field(default_factory=time.perf_counter)
     lap_began: float = 0.0
-    """When the device began to compute the oldest update whose numbers have not been read."""
+    """When the device began the oldest update whose result has not been read."""
     steps: int = -1
-    """Measured steps, but for the first, which is slower than all others."""
+    """Measured steps, without the first, which is slower than all others."""
     seconds: float = 0.0
     window_steps: int = 0
     window_seconds: float = 0.0
 
     def restart_lap(self) -> None:
-        """Leave out of the next lap what happened so far."""
+        """Begin the next lap now."""
         self.lap_began = time.perf_counter()
 
     def end_lap(self) -> float:
-        """Count one step, from the end of the one before (or restart_lap) until now. Returns its seconds."""
+        """Count one step, from the end of the lap before (or restart_lap) until now. Returns its seconds."""
         seconds = time.perf_counter() - self.lap_began
         self.lap_began += seconds
         self.steps += 1
@@ -90,7 +90,7 @@ class Clock:
         return seconds
 
     def seconds_per_step(self) -> float:
-        """Mean since the last call, NaN if there was no step."""
+        """Mean since the last call; NaN if there was no step."""
         mean = self.window_seconds / self.window_steps if self.window_steps else float("nan")
         self.window_steps, self.window_seconds = 0, 0.0
         return mean
@@ -101,7 +101,7 @@ class Clock:
 
 
 RECENT_UPDATES = 30
-"""Updates whose median time predicts that of the next ones."""
+"""Number of the latest updates, whose median time predicts that of the next ones."""
 
 
 @dataclass
@@ -109,27 +109,27 @@ class Deadline:
     """The clock of a training with --minutes. It counts everything, from the start of the process on."""
 
     began: float
-    """time.perf_counter() then, or a moment before it by what earlier processes of the run used."""
+    """time.perf_counter() at that start, less the seconds that earlier processes of the run used."""
     last_s: float = 0.0
-    """Seconds used up to the last call of `read_lap`."""
+    """Seconds used up to the latest `read_lap`."""
     at: tuple[int, int] = (-1, -1)
-    """Step, and step of the last evaluation, at that call."""
+    """Step, and step of the last evaluation, at the latest `read_lap`."""
     update_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=RECENT_UPDATES))
     evaluation_s: float = 0.0
-    """Seconds of the last evaluation, or what they were forecast to be."""
+    """Seconds of the last evaluation, or their forecast."""
     state_bytes: int = 0
-    """Size of what a save writes, once it is known."""
+    """Size of a checkpoint, once it is known."""
     save_s: float = 0.0
     """Seconds that a save takes."""
     decided_s: float = 0.0
-    """`last_s` when the end was decided last."""
+    """`last_s` when the end was last decided."""
     unrecorded: int | None = None
     """The step of a decision that may not be in a checkpoint yet."""
 
     def read_lap(self, world: World, progress: Progress, save_s: float) -> bool:
-        """Take the time since the last call: of an update or of an evaluation. Whether it was an update's.
+        """Record the time since the last call, of an update or an evaluation. Returns whether of an update.
 
-        save_s: seconds that this process takes for a save. All processes take the times of the slowest.
+        save_s: seconds that a save takes in this process. All processes take the times of the slowest one.
         """
         times_s = time.perf_counter() - self.began, save_s
         now_s, self.save_s = (us / 1e6 for us in world.max_over_ranks(*(round(1e6 * s) for s in times_s)))
@@ -146,15 +146,15 @@ class Deadline:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """The numbers of an update, which the device may still be computing."""
+    """The result of an update, which the device may still be computing."""
 
     step: int
-    """Updates done, this one included."""
+    """Number of updates done, including this one."""
     lr: float
     values: Tensor
-    """Loss and gradient norm, (2,), on the CPU; valid once `ready`."""
+    """Loss and gradient norm, (2,), on the CPU; valid once `ready` is reached."""
     ready: Event | None
-    """None: they are there already."""
+    """None: they are valid already."""
 
     @classmethod
     def of(cls, step: int, lr: float, values: Tensor) -> "UpdateResult":
@@ -166,35 +166,35 @@ class UpdateResult:
 
 @dataclass(kw_only=True)
 class Run(TrainState):
-    """Everything a training needs. setup.py builds it, trainer.py moves it."""
+    """Everything a training needs. setup.py builds it, trainer.py advances it."""
 
     folder: RunFolder
     sampler: BatchSampler
     train_loader: BatchLoader
     val_loader: BatchLoader
     loss_fn: Callable[[Tensor, Tensor], Tensor]
-    """The model's loss, wrapped for several processes, compiled or not."""
+    """The model's loss, wrapped for several processes and compiled if wanted."""
     console: ConsoleSink
     metrics: Metrics
     checkpointer: Checkpointer
     first_step: int = 0
     """The step at which this process began."""
     memory: Memory | None = None
-    """Predicted memory of an update, if the training is long enough to count it."""
+    """Predicted memory of an update, if the training is long enough to be worth the prediction."""
     unread: deque[UpdateResult] = field(default_factory=deque[UpdateResult])
-    """Updates launched whose numbers have not been read (at most two, the oldest first)."""
+    """Results of launched updates that have not been read: at most two, oldest first."""
     clock: Clock = field(default_factory=Clock)
     core_watch: CoreWatch = field(default_factory=CoreWatch)
     graph: Callable[["Run"], Tensor] | None = None
     """The captured update (cuda_graph.py), in place of trainer.update; None: there is none."""
     captured_batch: tuple[Tensor, Tensor] | None = None
-    """While an update is captured: the tensors that every batch will be copied to, (B, T) each."""
+    """While an update is captured: the tensors that each batch will be copied to, (B, T) each."""
     eta_printed: bool = False
     deadline: Deadline | None = None
     """The clock of --minutes."""
     stop: StopRequest = field(default_factory=StopRequest)
     callback: Callable[[int, float], bool | None] | None = None
-    """Asked after each evaluation, with the step and the validation loss, whether to go on."""
+    """Called after each evaluation with the step and the validation loss; returning False ends the run."""
     stopped_by_callback: bool = False
 
     @property
@@ -204,7 +204,7 @@ class Run(TrainState):
 
     @property
     def flops_per_update(self) -> int:
-        """Floating-point operations of an update, of all processes together."""
+        """Floating-point operations of an update, over all processes."""
         tokens = self.config.batch_size * self.config.block_size
         return flops_per_token(self.model) * tokens
 
@@ -219,9 +219,9 @@ class Run(TrainState):
         )
 
     def loss_weights(self, targets: Tensor) -> Sequence[float | Tensor]:
-        """The weight of each micro-batch in the mean loss of the batch; their sum over all processes is 1.
+        """The weight of each micro-batch in the mean loss of the batch: its share of the targets that count.
 
-        It is the share of its targets, of (B, T) here, in those that count: all, or what the mask says.
+        The weights of all processes together add up to 1. targets: those of this process, (B, T).
         """
         parts = targets.tensor_split(self.num_micro_batches)
         if self.dataset.train_mask is None:

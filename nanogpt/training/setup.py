@@ -37,13 +37,13 @@ from nanogpt.training.sinks import create_sinks
 from nanogpt.training.sparse import use_sparse_gradients
 
 FIXED_SETTINGS = ("preset", "optimizer", "init_from", "lora_rank", "lora_alpha")
-"""Settings beside the shape that a resumed run may not change."""
+"""Settings that a resumed run may not change, besides the shape."""
 
 
 def set_up(config: TrainConfig, folder: RunFolder, world: World = ALONE) -> Run:
     """Set up a run, new or resumed. The run folder is changed only after everything else has succeeded.
 
-    Raises: UserError if the data, the device or the checkpoint do not fit the settings.
+    Raises: UserError if the data, the device or the checkpoint does not fit the settings.
     """
     sinks = create_sinks(config.sinks, folder, to_dict(config)) if world.is_first else []
     sharded = config.parallel == "fsdp" and world.size > 1
@@ -144,7 +144,7 @@ def sharded_models(
 
 
 def starting_state(run: Run) -> dict[str, object]:
-    """Values that must be the same on all processes at the start, by the names that messages use."""
+    """Values that must agree between processes at the start, by the names that messages use."""
     settings = {k: v for k, v in to_dict(run.config).items() if k not in PER_COMMAND_SETTINGS}
     return {
         "version of PyTorch": torch.__version__,
@@ -204,7 +204,7 @@ def pick_precision(
 def saved_dtype(
     config: TrainConfig, device: torch.device, saved: Checkpoint | None, key: str
 ) -> DtypeChoice | None:
-    """The dtype of a resumed run; None for a new run, another --dtype, or a dtype that is slow here."""
+    """The dtype that a resumed run had; None for a new run, a changed --dtype, or one that is slow here."""
     if saved is None or saved.train_config.dtype != config.dtype:
         return None
     old = dtype_of(str(saved.precision.get(key, "bfloat16")))  # early checkpoints do not have the key
@@ -223,7 +223,7 @@ NARROW_TO_WIDE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def widest_dtype(choice: DtypeChoice, world: World) -> DtypeChoice:
-    """The widest dtype that any process picked, since each measured by itself which dtype is faster."""
+    """The widest dtype that any process picked: each has measured by itself which one is faster."""
     widest = NARROW_TO_WIDE[world.max_over_ranks(NARROW_TO_WIDE.index(choice.dtype))[0]]
     return choice if widest == choice.dtype else DtypeChoice(widest, "as another process picked")
 

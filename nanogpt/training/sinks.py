@@ -2,7 +2,7 @@
 
 Example: sinks = create_sinks(("jsonl", "tensorboard"), RunFolder(Path("out")), {"n_layer": 6})
 A sink is a class with the methods of metrics.Sink and a row in SINKS; config.SINK_NAMES has the names for
-the flag. The console (metrics.py) is a sink too, but always there. Knows nothing of the model.
+the flag. The console (metrics.py) is also a sink, and always in use. Knows nothing of the model.
 """
 
 import html
@@ -32,14 +32,14 @@ CHART_NAMES = {
 
 
 class FailSafe:
-    """Base of an optional sink: its first failure is a warning, later ones are silent, none ends the run."""
+    """Base of an optional sink, whose failures do not end the run: the first one warns, others are silent."""
 
     def __init__(self, title: str) -> None:
         self.title, self.failed = title, False
 
     @contextmanager
     def attempt(self) -> Generator[None]:
-        """Run the block, and turn any exception in it into the warning."""
+        """Run the block, and turn an exception in it into a warning."""
         try:
             yield
         except Exception as error:
@@ -58,9 +58,9 @@ class TensorBoardSink(FailSafe):
         self.default_excepthook: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
 
     def rewind(self, step: int, evaluated_at: int) -> None:
-        """Begin a new event file, which tells TensorBoard to hide the numbers of later steps in earlier ones.
+        """Begin a new event file, which makes TensorBoard hide the numbers of later steps in earlier files.
 
-        It does not hide samples, nor an evaluation of `step` itself, which then has two equal points.
+        It hides neither samples nor an evaluation of `step` itself, which then has two equal points.
         """
         with self.attempt():
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -134,12 +134,12 @@ class WandbSink(FailSafe):
                 config=dict(self.settings),
                 id=self.run_id(),
                 resume="allow",
-                settings=self.wandb.Settings(console="off"),  # standard output stays ours
+                settings=self.wandb.Settings(console="off"),  # do not capture standard output
             )
             self.run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back
 
     def run_id(self) -> str:
-        """The id of the wandb run: that in the folder, or a new one, kept there."""
+        """The id of the wandb run: the one saved in the folder, or a new one, which is saved there."""
         path = self.folder / "wandb_id.txt"
         if not path.is_file():
             with atomic_write(path) as file:
@@ -155,7 +155,7 @@ class WandbSink(FailSafe):
             self.run.log({"step": row["step"], **values})
 
     def flush(self) -> None:
-        """Do nothing: wandb sends rows in a process of its own."""
+        """Do nothing: wandb sends rows in its own process."""
 
     def close(self) -> None:
         """Wait until everything is sent, and end the run."""

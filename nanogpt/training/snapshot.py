@@ -2,7 +2,7 @@
 
 Example: snapshot = take_snapshot(state); save_checkpoint(path, snapshot.checkpoint)
 Copies let a thread write the file while the training changes the tensors. They take as much main memory as
-the file; where there is too little, the snapshot has the run's own tensors and the training has to wait.
+the file. If there is too little, the snapshot has the run's own tensors, and the training waits for the file.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from torch import Tensor
 from nanogpt.checkpoint import sharded
 from nanogpt.checkpoint.format import Checkpoint
 from nanogpt.config import to_dict
-from nanogpt.device import DeviceKind, Event, is_out_of_memory, kind_of, name_of
+from nanogpt.device import is_out_of_memory, kind_of, name_of
+from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.distributed.dtensor import full_state
 from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.training import memory_estimate
@@ -30,17 +31,17 @@ class Snapshot:
     checkpoint: Checkpoint
     is_copied: bool
     ready: Event | None = None
-    """When the device has copied the tensors; None: they are there already."""
+    """Reached once the device has copied the tensors; None: they are copied."""
 
 
 def take_snapshot(state: TrainState, *, model_only: bool = False) -> Snapshot:
     """The state as a checkpoint, its tensors copied if memory allows.
 
     model_only: leave out what sampling does not need.
-    With FSDP all processes call it together: the tensors are gathered, and the first process alone has them.
+    With FSDP all processes call it together: the tensors are gathered on the first one.
     """
     contents = model_of if model_only else checkpoint_of
-    gathers = is_sharded(state.model)  # which makes copies in any case
+    gathers = is_sharded(state.model)  # gathering makes copies in any case
     if gathers or fits_in_main_memory(state):
         kind = kind_of(state.device)
         try:
@@ -54,34 +55,35 @@ def take_snapshot(state: TrainState, *, model_only: bool = False) -> Snapshot:
 def fits_in_main_memory(state: TrainState) -> bool:
     """Whether main memory has room for copies of the tensors."""
     shared = kind_of(state.device).shares_memory
-    # Shared: the other part becomes activations again in the next update. Pinned: in powers of two.
+    # Shared with the device: the rest is for the activations of the next update. Else copies are pinned, and
+    # pinned memory is allocated in powers of two.
     fraction = 1 - HEADROOM if shared else HEADROOM / 2
     size = sum(tensor.nbytes for tensor in named_tensors(state).values())
     return size < fraction * memory_estimate.free(torch.device("cpu"))
 
 
 def copier(kind: DeviceKind) -> Callable[[Tensor], Tensor]:
-    """A function that copies a tensor to main memory, and tied weights, which are one tensor, only once."""
+    """A function that copies a tensor to main memory; tied weights, which are one tensor, only once."""
     copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def copy(tensor: Tensor) -> Tensor:
         """A view of the copy of a tensor."""
         if id(tensor) not in copies:
-            copies[id(tensor)] = tensor, kind.copy_to_host(tensor.detach())  # the tensor lives, and so its id
+            copies[id(tensor)] = tensor, kind.copy_to_host(tensor.detach())  # kept, so its id stays unique
         return copies[id(tensor)][1].detach()
 
     return copy
 
 
 def named_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Weights, their average and the optimizers' states by name, as sharded.flatten names them."""
+    """Weights, their average and the optimizers' states, under the names of sharded.flatten."""
     average = state.ema_model.state_dict() if state.ema_model else {}
     states = [optimizer.state_dict()["state"] for optimizer in state.optimizers]
     return sharded.flatten(state.model.state_dict(), average, states)
 
 
 def checkpoint_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkpoint:
-    """The state as a checkpoint, with what `copy` returns for its tensors. With FSDP: see take_snapshot."""
+    """The state as a checkpoint, its tensors copied by `copy`. With FSDP: see take_snapshot."""
     average = full(state, state.ema_model.state_dict(keep_vars=True), copy) if state.ema_model else {}
     return replace(
         header(state),
@@ -92,7 +94,7 @@ def checkpoint_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkp
 
 
 def model_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkpoint:
-    """The model that is evaluated as a checkpoint to sample from, without the optimizers' states."""
+    """A checkpoint to sample from: the model that is evaluated, without optimizer state."""
     model = state.ema_model or state.model
     weights = full(state, model.state_dict(keep_vars=True), copy)
     return replace(header(state), model=weights, optimizers=[], scaler={})
