@@ -1,4 +1,4 @@
-"""NanoGPT from Python, texts in and texts out: prepare, generate, score, inspect_text.
+"""The Python interface, texts in and texts out: prepare, generate, score, inspect_text.
 
 Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, score
          prepare("my.txt", "data")
@@ -7,8 +7,8 @@ Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, sc
          print(generate(model, "ROMEO:", num_tokens=200, seed=1))
          print(score(model, "To be, or not to be").loss)
 Each does what the command of that name does (score: `nanogpt eval`), with the same numbers; inspect_text does
-what the server does at /inspect. With quiet=True nothing is printed or shown. Below these: sampler.py,
-inference/ (tokens), scoring.py (ids), data/prepare.py.
+what the server does at /inspect. quiet=True prints and shows nothing. They are built on data/prepare.py,
+sampler.py, scoring.py and inference/inspection.py.
 
 Shapes: N tokens of a text
 """
@@ -66,11 +66,11 @@ def prepare(
     quiet: bool = False,
     **settings: Any,
 ) -> None:
-    """Turn texts into a data folder: train.pt, val.pt and vocab.pt. A folder that has them already stays.
+    """Turn texts into a data folder: train.pt, val.pt and vocab.pt. Does nothing if it holds these already.
 
     input_file: a file, a folder, a glob or an address, or several; none: Tiny Shakespeare, downloaded.
     settings: flags of the `data` command (PrepareConfig): tokenizer="bpe", vocab_size=1000, overwrite=True.
-    Raises: UserError as the command.
+    Raises: UserError, as the command does.
     """
     several = isinstance(input_file, Iterable) and not isinstance(input_file, str)
     files = tuple(cast(Iterable[str], input_file)) if several else (input_file,)
@@ -81,7 +81,7 @@ def prepare(
 
 
 def check_names(given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise UserError if a keyword is not known."""
+    """Raise UserError if a keyword is unknown."""
     unknown = [name for name in given if name not in known]
     require(not unknown, f"{', '.join(unknown)} is no setting: use {', '.join(known)}")
 
@@ -158,18 +158,19 @@ def generate(
 
 
 def generate(model: Any, prompt: Any, params: SamplingParams = DEFAULT_PARAMS, **settings: Any) -> Any:
-    """Continue texts: the new text, without the prompt; for several prompts a list, made in batches.
+    """Continue a prompt: returns the new text, without the prompt; for several prompts, a list.
 
-    num_tokens: tokens to generate, 500 unless given. num_samples: so many texts for one prompt, as a list.
+    num_tokens: tokens to generate, by default 500. num_samples: number of texts for one prompt, as a list.
     seed: makes the texts repeatable; text i has the seed `seed` + i, and does not depend on the others.
-    stop: a text, or a list of them, before which to end. stream=True: an iterator over the text of one
-    prompt, in chunks, while it is made; a chunk never ends within a character. logprobs=5: a Completion in
-    place of each text, which has its tokens, their log-probabilities, and the 5 likeliest at each place.
+    stop: a text, or a list of texts, before which to end. stream=True: return an iterator over the text of
+    one prompt, in chunks, while it is generated; a chunk never ends within a character. logprobs=5: return a
+    Completion instead of each text, with its tokens, their log-probabilities, and the 5 likeliest in each
+    place.
     temperature, top_k, top_p, min_p, repetition_penalty, ...: the fields of SamplingParams; or params.
-    unknown="skip": leaves unknown characters out of a prompt. dtype, quantize: as the flags of the command.
+    unknown="skip": leave unknown characters out of a prompt. dtype, quantize: as the flags of the command.
     quiet: show no progress bar.
-    With the same seed, the `sample` command makes the same text.
-    Raises: UserError for an impossible value or name, at the call.
+    With the same seed, the `sample` command generates the same text.
+    Raises: UserError, at the call, for an impossible value or an unknown name.
 
     With a GPT in place of a TextModel, prompts are token ids: see nanogpt.inference.generate.
     """
@@ -178,7 +179,7 @@ def generate(model: Any, prompt: Any, params: SamplingParams = DEFAULT_PARAMS, *
         require(not holds_text(prompt), f"a GPT continues token ids: {advice}")
         return generate_ids(model, prompt, params, **settings)
     require(isinstance(model, TextModel), f"model is a {type(model).__name__}: give what load_model returns")
-    return generate_texts(model, prompt, **{**vars(params), **settings})
+    return continue_texts(model, prompt, **{**vars(params), **settings})
 
 
 def holds_text(prompt: object) -> bool:
@@ -190,7 +191,7 @@ def holds_text(prompt: object) -> bool:
     )
 
 
-def generate_texts(
+def continue_texts(
     model: TextModel,
     prompt: str | Iterable[str],
     *,
@@ -199,7 +200,7 @@ def generate_texts(
     num_samples: int | None = None,
     **settings: Any,
 ) -> Any:
-    """As generate, for texts."""
+    """See generate, which calls this for texts."""
     check_names(settings, [*SETTINGS, "stream", "quiet"])
     if isinstance(settings.get("stop"), str):
         settings["stop"] = [settings["stop"]]
@@ -231,12 +232,12 @@ def generate_texts(
 
 @dataclass(frozen=True, repr=False)
 class TextScore(scoring.Score):
-    """The losses of a model on a text, each with the text of its token: for text, loss in scored: ..."""
+    """The losses of a model on a text. Iterating gives the text of each token with its loss."""
 
     tokens: tuple[str, ...]
-    """Texts of the tokens that were predicted, (N - 1,); "" for one that only begins a character."""
+    """Texts of the predicted tokens, (N - 1,); "" for one that only begins a character."""
     first: str
-    """Text of the first token, which is not predicted, since nothing is before it."""
+    """Text of the first token, which is not predicted, since nothing comes before it."""
 
     def __iter__(self) -> Iterator[tuple[str, float]]:
         """The text of each predicted token with its loss in nats."""
@@ -260,7 +261,7 @@ class TextScore(scoring.Score):
 
 
 def check_model_and_text(model: object, text: object) -> None:
-    """Raise UserError unless they are a TextModel and a text."""
+    """Raise UserError unless the arguments are a TextModel and a text."""
     require(isinstance(model, TextModel), f"model is a {type(model).__name__}: give what load_model returns")
     require(isinstance(text, str), f"text is a {type(text).__name__}: give a text")
 
@@ -274,11 +275,11 @@ def score(
     dtype: Dtype = "auto",
     quiet: bool = False,
 ) -> TextScore:
-    """The loss of each token of a text but the first, in nats.
+    """The loss, in nats, of each token of a text but the first.
 
-    A token is predicted from at most `context` tokens before it (None: as many as the model can see), and
-    from context - stride at least, if there are so many (stride: None: context). dtype: of the products;
-    auto: as in the training, where the device multiplies that fast. quiet: show no progress bar.
+    A token is predicted from at most `context` tokens before it (None: the model's block_size), and from at
+    least context - stride if there are that many (stride: None: context). dtype: of the matrix products;
+    auto: as in training, where the device is fast at it. quiet: show no progress bar.
     Raises: UserError for a text of fewer than two tokens, an unknown character, or an impossible window.
     """
     check_model_and_text(model, text)
@@ -305,11 +306,11 @@ def inspect_text(
     lens: bool = False,
     dtype: Dtype = "auto",
 ) -> Inspection:
-    """Show how the model reads a text, which fits into its context, token by token.
+    """Inspect, token by token, how the model reads a text that fits in its context.
 
-    Each token has its log-probability, the entropy of the distribution that it was predicted with, its rank,
-    and the `top` likeliest in its place; the first has none of these. attention=(layer, head): adds how much
-    each token attends to each. lens=True: adds what each layer would say next (logit lens). dtype: see score.
+    Each token but the first has its log-probability, the entropy of the distribution that it was predicted
+    with, its rank, and the `top` likeliest tokens in its place. attention=(layer, head): adds the attention
+    weights of that head. lens=True: adds what each layer would predict (logit lens). dtype: see score.
     Raises: UserError for an empty or too long text, an unknown character, or no such layer or head.
     """
     check_model_and_text(model, text)

@@ -1,8 +1,8 @@
-"""Evaluation of a model: its mean loss over a split, and a short sample of its text.
+"""Evaluation of a model in training: its mean loss over a split, and a short sample of its text.
 
 Example: windows = evaluation_windows(data.val, block_size=256, batch_size=64)
          loss = evaluate(model, BatchLoader(data.val, device), windows, dtype=torch.float32)
-This file knows nothing of training: `model` may come from a checkpoint.
+scoring.py measures any text, token by token. Knows nothing of the training loop.
 
 Shapes: B micro-batch, T tokens of a window
 """
@@ -66,10 +66,10 @@ def evaluate(
 ) -> float | None:
     """The mean loss over the targets that count, in nats per token, computed by all processes together.
 
-    dtype: dtype of the matrix products. advance: called after each micro-batch of this process.
+    dtype: of the matrix products. advance: called after each micro-batch of this process.
     interrupted: called after `advance`; if it returns True on any process, all processes return None.
     """
-    losses: list[Tensor] = []  # on the device, so that the CPU does not wait for it before the end
+    losses: list[Tensor] = []  # on the device, for which the CPU waits only at the end
     counts: list[Tensor] = []
     was_training, stopped = model.training, False
     model.eval()
@@ -106,9 +106,9 @@ def sample_text(
     *,
     num_tokens: int = SAMPLE_TOKENS,
 ) -> str:
-    """Sample a short text from the model, as a continuation of the validation split's first token.
+    """Sample a short continuation of the validation split's first token.
 
-    Of pairs: the completion of the first prompt there, behind it.
+    With pairs of prompt and completion: the split's first prompt, and a completion of it.
     """
     generator = kind_of(device).generator(device, seed)
     given = dataset.val[: dataset.first_prompt].astype(np.int64)

@@ -1,4 +1,4 @@
-"""A Sampler: a model that continues texts, with all that the result is to say about its tokens.
+"""Sampler: a model and the prompts that it continues, as texts or as tokens with log-probabilities.
 
 Example: sampler = Sampler.of(load_model("out"), ["ROMEO:"], SampleConfig(num_tokens=100))
          with sampler.computing(): texts = [sampler.text(row) for row in sampler.rows()]
@@ -38,12 +38,12 @@ class TextToken:
     """A token of a generated text."""
 
     text: str
-    """What it adds to the text: "" if it only begins a character."""
+    """The text that it adds: "" if it only begins a character."""
     id: int
     logprob: float
-    """Natural logarithm of its probability, that of the model itself, before temperature and the like."""
+    """Natural logarithm of the model's own probability, before temperature and other parameters."""
     top: tuple[Alternative, ...]
-    """The likeliest tokens at its place, likeliest first."""
+    """The likeliest tokens in its place, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Completion:
     text: str
     """The new text, without the prompt."""
     tokens: tuple[TextToken, ...]
-    """The texts of all tokens together are the text."""
+    """Its tokens. Joined, their texts are the text."""
     finish_reason: FinishReason
     """length, stop or end_of_text."""
     seed: int
-    """The seed that makes this text again."""
+    """The seed that reproduces this text."""
 
     def __str__(self) -> str:
         """The text."""
@@ -67,14 +67,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model as it is read fastest, and the prompts that it is to continue."""
+    """A model prepared for sampling, and the prompts to continue."""
 
     model: GPT
     tokenizer: Tokenizer
     prompts: list[str]
     config: SampleConfig
     seed: int
-    """Of the first text; that of text i is seed + i."""
+    """Seed of the first text; text i has seed + i."""
     dtype: torch.dtype
 
     @classmethod
@@ -135,7 +135,7 @@ class Sampler:
         return self.in_context(stream)
 
     def in_context(self, stream: TextStream) -> Iterator[str]:
-        """The chunks of a stream, each computed in the context, which the reader of the chunks is not in."""
+        """The chunks of a stream, each computed within `computing`, which does not extend to their reader."""
         while True:
             with self.computing():
                 chunk = next(stream, None)

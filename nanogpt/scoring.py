@@ -1,8 +1,8 @@
-"""Scoring: the loss of each token of any text, its mean in bits a byte, and the difference of two models.
+"""Scoring: the loss of each token of any text, the mean in bits per byte, and a comparison of two models.
 
 Example: losses = score(model, tokenizer.encode(text), context=256, stride=64)
          print(losses.mean(), "nats a token")
-evaluation.py computes the same mean over a split in training, on several processes. Knows nothing of files.
+evaluation.py computes the mean loss over a split during training, on several processes. Knows no files.
 
 Shapes: N tokens of the text, B windows of a batch, T tokens of a window, C n_embd, V vocab_size, S segments
 """
@@ -34,7 +34,7 @@ TOKENS_PER_BATCH = 2**14
 """Tokens to compute at a time."""
 
 SEGMENT_BYTES, MIN_SEGMENTS, MAX_SEGMENTS = 512, 10, 4096
-"""Least length of a segment; below so few segments, no interval is computed; most segments of a text."""
+"""Minimum length of a segment; segments needed for an interval; maximum number of segments of a text."""
 
 RESAMPLES, INDICES_PER_BLOCK = 10_000, 2**22
 """Number of bootstrap resamples, and of segments drawn at a time."""
@@ -44,7 +44,7 @@ RESAMPLES, INDICES_PER_BLOCK = 10_000, 2**22
 
 
 class Window(NamedTuple):
-    """A part of a text that the model sees at once. Its last `counted` predictions count."""
+    """A part of a text that the model sees at once, of which the last `counted` predictions count."""
 
     start: int
     length: int
@@ -52,9 +52,9 @@ class Window(NamedTuple):
 
 
 def cut_windows(predictions: int, context: int, stride: int) -> Iterator[Window]:
-    """Windows of `context` tokens, each `stride` further on, that count each of the predictions once.
+    """Windows of `context` tokens that begin `stride` tokens apart and count each prediction once.
 
-    All predictions of the first window count, and of any other those that the one before has not made.
+    All predictions of the first window count; of any other window, those that the previous one did not make.
     """
     start = done = 0
     while done < predictions:
@@ -65,7 +65,7 @@ def cut_windows(predictions: int, context: int, stride: int) -> Iterator[Window]
 
 
 def window_sizes(model: GPT, context: int | None, stride: int | None) -> tuple[int, int]:
-    """Context and stride, None being the model's block_size and the context. Raises: UserError."""
+    """Resolve context (None: the model's block_size) and stride (None: context). Raises: UserError."""
     most = model.config.block_size
     context = most if context is None else context
     stride = context if stride is None else stride
@@ -84,12 +84,12 @@ def score(
     batch_size: int | None = None,
     advance: Callable[[int], object] = int,
 ) -> NDArray[np.float64]:
-    """The loss of each token of a text but the first, (N - 1,), in nats. ids: (N,).
+    """The loss, in nats, of each token of a text but the first, (N - 1,). ids: (N,).
 
-    A token is predicted from at least context - stride tokens before it, if there are so many, and from
-    at most `context`. context: None: the model's block_size. stride: None: context, so that windows do not
-    overlap. dtype: dtype of the matrix products. batch_size: windows of a batch, which changes no loss.
-    advance: called with the number of tokens scored since the last call.
+    A token is predicted from at most `context` tokens before it (None: the model's block_size), and from at
+    least context - stride if there are that many (stride: None: context, so that windows do not overlap).
+    dtype: of the matrix products. batch_size: windows in a batch, which changes no loss. advance: called with
+    the number of tokens scored since the last call.
     Raises: UserError if stride > context or context > block_size.
     """
     context, stride = window_sizes(model, context, stride)
@@ -99,7 +99,7 @@ def score(
     model.eval()
     with torch.no_grad(), eager_mode(), autocast(device, dtype):
         windows = cut_windows(len(ids) - 1, context, stride)
-        for batch in alike(windows, batch_size or max(1, TOKENS_PER_BATCH // context)):
+        for batch in batches_of(windows, batch_size or max(1, TOKENS_PER_BATCH // context)):
             starts = np.array([window.start for window in batch])
             x, y = load(starts, batch[0].length)  # (B, T) each
             losses.append(token_losses(model, x, y[:, -batch[0].counted :]).cpu())
@@ -108,8 +108,8 @@ def score(
     return torch.cat(losses).double().numpy()
 
 
-def alike(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
-    """Group windows into batches of the same length and count, in order."""
+def batches_of(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Group windows, in order, into batches of equal `length` and `counted`."""
     for _, group in groupby(windows, lambda window: window[1:]):
         same = list(group)
         for first in range(0, len(same), batch_size):
@@ -117,9 +117,9 @@ def alike(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
 
 
 def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each target, (B n,) float32, in nats. idx: (B, T); targets: (B, n), of the last n.
+    """Cross-entropy of each target in nats, (B n,) float32. idx: (B, T). targets: (B, n), of the last n.
 
-    Logits are computed of a part at a time: of a large vocabulary they take more memory than all else.
+    Logits are computed for a part at a time: with a large vocabulary they take more memory than all else.
     """
     x = model.trunk(idx)[:, -targets.shape[1] :].flatten(0, 1)  # (B n, C)
     wanted = targets.flatten()  # (B n,)
@@ -135,9 +135,9 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 class EncodedText(NamedTuple):
-    """The tokens of a text. ids: (N,). sizes: bytes of text in each, (N,), in sum those of the text.
+    """The tokens of a text. ids: (N,). sizes: bytes of text in each, (N,), which add up to those of the text.
 
-    mask: (N,), which of them count for the loss: of pairs, those of completions. The others have size 0.
+    mask: (N,), which of them count for the loss: with pairs, those of completions. The others have size 0.
     """
 
     ids: NDArray[np.integer[Any]]
@@ -146,7 +146,7 @@ class EncodedText(NamedTuple):
 
 
 def encode_documents(tokenizer: Tokenizer, chunks: Iterable[Chunk]) -> EncodedText:
-    """Encode documents as the `data` command does: the end-of-text token, if there is one, ends each.
+    """Encode documents as the `data` command does: each ends with the end-of-text token, if there is one.
 
     Raises: UserError naming characters that have no id.
     """
@@ -164,7 +164,7 @@ def encode_documents(tokenizer: Tokenizer, chunks: Iterable[Chunk]) -> EncodedTe
 
 
 def token_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of text in each token of the vocabulary, (V,): none in the one that ends a document."""
+    """Bytes of text in each token of the vocabulary, (V,): 0 for the one that ends a document."""
     lengths = np.array([len(token) for token in tokenizer.tokens], np.int64)
     if tokenizer.end_of_text is not None:
         lengths[tokenizer.end_of_text] = 0
@@ -174,9 +174,9 @@ def token_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
 def token_sizes(
     lengths: NDArray[np.int64], ids: NDArray[np.integer[Any]], total: int | None
 ) -> NDArray[np.int64]:
-    """Bytes of text in each token, (N,). lengths: (V,). total: bytes of the text; None: not known.
+    """Bytes of text in each token, (N,). lengths: (V,). total: bytes of the text; None: unknown.
 
-    The lengths of a tokenizer that changes the text have another sum. Then the last token has all bytes.
+    If the tokenizer changes the text, the lengths do not add up to the total: then the last token has it all.
     """
     sizes = lengths[ids]
     if total is not None and sizes.sum() != total:
@@ -186,7 +186,7 @@ def token_sizes(
 
 
 def decode_documents(tokenizer: Tokenizer, text: EncodedText) -> list[Chunk]:
-    """The documents in the tokens of a split, the inverse of encode_documents. The last may not end."""
+    """Inverse of encode_documents: the documents in the tokens of a split. The last one may be cut off."""
     documents: list[Chunk] = []
     end = -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
     borders = np.flatnonzero((text.ids[:-1] == end) | (text.mask[:-1] != text.mask[1:])) + 1
@@ -202,7 +202,7 @@ def decode_documents(tokenizer: Tokenizer, text: EncodedText) -> list[Chunk]:
 def leave_out_unknown(
     chunks: Iterable[Chunk], tokenizers: Sequence[Tokenizer]
 ) -> tuple[list[Chunk], Counter[str]]:
-    """Leave out the characters that one of the tokenizers does not know; and count each of them."""
+    """Leave out characters that any of the tokenizers does not know, and count each of them."""
     kept: list[Chunk] = []
     counts: Counter[str] = Counter()
     for chunk in chunks:
@@ -221,9 +221,9 @@ def leave_out_unknown(
 class Score:
     """The losses of a model on a text.
 
-    losses: of each token but the first, (N - 1,), in nats. sizes: bytes of text in each token, (N,).
-    context, stride: the windows. mask: which of the tokens count, (N,); None: all. The others have neither
-    loss nor bytes.
+    losses: of each token but the first, in nats, (N - 1,). sizes: bytes of text in each token, (N,).
+    context, stride: of the windows. mask: which tokens count, (N,); None: all. The others have loss 0 and
+    size 0.
     """
 
     losses: NDArray[np.float64]
@@ -234,7 +234,7 @@ class Score:
 
     @classmethod
     def of(cls, text: EncodedText, losses: NDArray[np.float64], context: int, stride: int) -> "Score":
-        """The score of a text from the losses of all its tokens but the first."""
+        """The score of a text, from the losses of all its tokens but the first."""
         return cls(np.where(text.mask[1:], losses, 0.0), text.sizes, context, stride, mask=text.mask)
 
     @property
@@ -260,12 +260,12 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Mean loss in bits a byte: the one unit in which different tokenizers can be compared."""
+        """Mean loss in bits per byte: the one unit in which different tokenizers can be compared."""
         return math.fsum(self.losses) / math.log(2) / self.bytes
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """From how many tokens each token was predicted, (N - 1,): 1 .. context."""
+        """The number of tokens that each token was predicted from, (N - 1,): 1 .. context."""
         windows = cut_windows(len(self.losses), self.context, self.stride)
         return np.concatenate([np.arange(w.length - w.counted, w.length) for w in windows]) + 1
 
@@ -295,7 +295,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much worse A is than B, in bits a byte, with a 95 % interval (NaN if segments are too few)."""
+    """How much worse A is than B, in bits per byte, with a 95 % interval (NaN with too few segments)."""
 
     mean: float
     low: float
@@ -309,7 +309,7 @@ class Difference:
 
 
 def compare(a: Score, b: Score, seed: int = 0) -> Difference:
-    """The difference of two models on the same text, paired by segments of it (see common_segments)."""
+    """The difference of two models on the same text, paired by segments (see common_segments)."""
     with np.errstate(invalid="ignore"):  # a loss may be infinite
         nats_a, nats_b, sizes = common_segments(a, b)
         bits = (nats_a - nats_b) / math.log(2)
@@ -321,10 +321,10 @@ def compare(a: Score, b: Score, seed: int = 0) -> Difference:
 
 
 def common_segments(a: Score, b: Score) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Cut a text where a token ends for both models: nats of A, nats of B, bytes, (S,) each.
+    """Cut a text where a token ends for both models. Returns nats of A, nats of B, and bytes, (S,) each.
 
-    A segment ends at the first such place after SEGMENT_BYTES (more for a long text: MAX_SEGMENTS). What
-    both predict is covered, but not the beginning of the text, up to the first such place.
+    A segment ends at the first such place after SEGMENT_BYTES (more for a long text: see MAX_SEGMENTS). The
+    segments cover everything that both predict, except for the beginning up to the first such place.
     """
     ends_a, ends_b = np.cumsum(a.sizes), np.cumsum(b.sizes)  # (N,) each
     cuts = np.intersect1d(ends_a, ends_b)

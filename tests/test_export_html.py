@@ -40,7 +40,7 @@ from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import generate
 from nanogpt.inference.inspection import inspect_tokens
 from nanogpt.inference.processors import process
-from nanogpt.inference.tokens import generate_tokens, score
+from nanogpt.inference.tokens import generate_tokens, with_logprobs
 from nanogpt.model.ngram import NgramEmbedding
 from nanogpt.model.quantize import Int8Linear, quantize
 from nanogpt.page.assemble import PAGE
@@ -297,7 +297,7 @@ def test_draws_are_as_frequent_as_their_weights_and_a_seed_repeats_them(tmp_path
 def test_probabilities_are_the_models_own(tmp_path: Path) -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(3))
     logits[0, 7] = logits[0, 3]  # equal ones keep their order
-    [expected] = score(logits, torch.tensor([11]), 10)
+    [expected] = with_logprobs(logits, torch.tensor([11]), 10)
     code = "return page.NanoGPTSampling.score(Float32Array.from(values.logits), 11)"
     found = run(page(source(), tmp_path), code, logits=logits[0].tolist())
     assert expected.logprob is not None

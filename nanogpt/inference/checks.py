@@ -1,4 +1,4 @@
-"""What is given to generate, checked before the first token: a mistake is named.
+"""Checks of the arguments of generate, which fail before the first token is computed.
 
 Example: prompts = check_prompts(prompts, model.config.vocab_size)
 """
@@ -35,6 +35,6 @@ def check_prompts(given: Any, vocab_size: int) -> list[Tensor]:
 
 
 def check_count(num_tokens: Any) -> None:
-    """Raise UserError unless it is a number of tokens."""
+    """Raise UserError unless num_tokens is a whole number from 0 on."""
     good = isinstance(num_tokens, Integral) and int(num_tokens) >= 0
     require(good, f"num_tokens {num_tokens!r} is not a whole number from 0 on")

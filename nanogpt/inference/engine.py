@@ -1,8 +1,8 @@
 """Engine: the thread that owns a model, and continues the texts of all requests together.
 
 Example: engine = Engine(Scheduler(model)); engine.submit([Request(...)]); engine.close("the server stops")
-Any thread may submit, or call for other work with the model. The engine's own computes everything and calls
-the listeners (scheduler.py).
+Any thread may submit requests or other work with the model. The engine's own thread computes everything, and
+calls the listeners (scheduler.py).
 """
 
 import threading
@@ -22,13 +22,13 @@ Result = TypeVar("Result")
 
 
 class Call(NamedTuple):
-    """Work in parts, and where its result is awaited."""
+    """Work in parts, and the future of its result."""
 
     parts: Iterator[Any]
     future: Future[Any]
 
     def end(self, result: object = None, error: Exception | None = None) -> None:
-        """Tell the result, or why there is none, unless nobody awaits it any more."""
+        """Set the result or the error of the future, unless it was cancelled."""
         if not self.future.set_running_or_notify_cancel():
             return
         if error is None:
@@ -43,28 +43,28 @@ class Engine:
 
     scheduler: Scheduler
     max_waiting: int = 1024
-    """Most requests that may wait, and most calls."""
+    """Maximum number of waiting requests, and of calls."""
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Makes the context in which tokens are computed, such as autocast."""
+    """Creates the context in which tokens are computed, such as autocast."""
     after_step: Callable[[], None] = lambda: None
-    """Is called on the engine's thread after every step."""
+    """Called on the engine's thread after every step."""
     on_bug: Callable[[Exception], None] = lambda error: None
-    """Is called with an error that ended all texts, unless that was a lack of memory."""
+    """Called with an error that ended texts or a call, unless memory ran out."""
     waiting: deque[Request] = field(default_factory=deque[Request])
     calls: deque[Call] = field(default_factory=deque[Call])
     changed: threading.Condition = field(default_factory=threading.Condition)
     """Guards `waiting`, `calls` and `closing`, and is notified when they change."""
     closing: str = ""
-    """What requests that are still there hear when the engine has closed; "": it is open."""
+    """The error for unfinished requests once the engine is closed; "": it is open."""
     finishes: bool = False
-    """Whether an engine that closes finishes the texts and calls that it has."""
+    """Whether a closing engine finishes the requests and calls that it has."""
 
     def __post_init__(self) -> None:
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
     def submit(self, requests: Sequence[Request]) -> bool:
-        """Let requests wait for their turn. Returns False if there are too many, or the engine closes."""
+        """Queue requests. Returns False if too many are waiting, or the engine is closing."""
         with self.changed:
             if self.closing or len(self.waiting) + len(requests) > self.max_waiting:
                 return False
@@ -73,10 +73,10 @@ class Engine:
         return True
 
     def call(self, parts: Iterator[Result | None]) -> Future[Result] | None:
-        """Let the engine's thread do some work in parts, one between two steps: None, ..., the result.
+        """Queue other work for the engine's thread, in parts that run between steps: None, ..., the result.
 
-        Returns its future, or None if there are too many calls, or the engine closes. A future that is
-        cancelled ends the work after the part that is being done.
+        Returns its future, or None if too many calls are waiting, or the engine is closing. Cancelling the
+        future ends the work after the current part.
         """
         future: Future[Result] = Future()
         with self.changed:
@@ -87,9 +87,9 @@ class Engine:
         return future
 
     def close(self, reason: str, *, finish: bool = False) -> None:
-        """Take nothing more, and end the thread: at once, or once all that it has is done. Does not wait.
+        """Accept nothing more, and end the thread: at once, or after all present work. Does not wait.
 
-        reason: what a request or a call hears that is not finished.
+        reason: the error for requests and calls that are not finished.
         """
         with self.changed:
             self.closing, self.finishes = reason, finish
@@ -111,12 +111,12 @@ class Engine:
         """Add a token to every text."""
         try:
             self.scheduler.step(self.waiting)
-        except Exception as error:  # a bug, too, must not leave anyone without an answer
+        except Exception as error:  # even a bug must not leave a request without an answer
             self.scheduler.end_all(describe(error))
             self.report(error)
 
     def do_part(self, call: Call) -> None:
-        """Do a part of some work, after which other calls have their turn."""
+        """Do one part of a call, and put it at the end of the queue."""
         if call.future.cancelled():
             return
         try:
@@ -131,12 +131,12 @@ class Engine:
             call.end(result)
 
     def report(self, error: Exception) -> None:
-        """Tell of a bug."""
+        """Pass an error to on_bug, unless memory ran out."""
         if not is_out_of_memory(error):
             self.on_bug(error)
 
     def wait_for_work(self) -> bool:
-        """Wait until there is something to compute. Returns False once the engine is to end."""
+        """Wait until there is something to compute. Returns False when the thread is to end."""
         with self.changed:
             while not self.is_busy() and not self.closing:
                 self.changed.wait()
@@ -147,7 +147,7 @@ class Engine:
         return bool(self.waiting or self.calls or self.scheduler.rows)
 
     def drop_cancelled(self) -> None:
-        """Take out the waiting requests that nobody wants any more: others may wait in their places."""
+        """Remove waiting requests that were cancelled, to make room for others."""
         with self.changed:
             gone = [request for request in self.waiting if request.listener.cancelled]
             for request in gone:
@@ -156,7 +156,7 @@ class Engine:
             request.listener.on_end("cancelled")
 
     def end_all(self) -> None:
-        """Tell all who are left that the engine has closed."""
+        """End all remaining requests and calls with `closing`."""
         self.scheduler.end_all(self.closing)
         while self.waiting:
             self.waiting.popleft().listener.on_end(self.closing)

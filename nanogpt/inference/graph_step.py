@@ -1,11 +1,11 @@
-"""Graph step: one token for each text, captured once as a CUDA graph and replayed as one launch for each.
+"""Decoding steps as a CUDA graph: one token for each text, captured once and replayed as one launch.
 
-Example: model = GraphGPT(model, graphs)           then used as the model itself
-The kernels of a token are shorter than the time in which the CPU launches them. So that always the same ones
-run on the same memory, the rows of the texts and the places of their tokens are numbers on the device, and
-each attends to the whole memory of the cache, masked behind its own place: the same numbers, up to rounding.
-There is a graph for each number of texts, or for the next power of two where they are some rows of the cache
-among others (continuous batching): the last text is then computed more than once, into the same place.
+Example: model = GraphGPT(model, graphs)           then used like the model itself
+The kernels of a token take less time than the CPU needs to launch them. A graph launches the same kernels on
+the same memory every time. So the rows of the texts and the positions of their tokens are tensors on the
+device, and each token attends to the whole memory of its row, masked after its own position: the same result,
+up to rounding. There is a graph for each number of texts or, if they are only some rows of the cache
+(continuous batching), for the next power of two: the last text is then computed several times.
 
 Shapes: B rows of a step, R rows of the cache, V vocab_size, S length of the cache, K n_kv_head, D head_width
 """
@@ -23,11 +23,11 @@ from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import CacheStep
 
 WARM_UP_TOKENS = 8
-"""Tokens before a capture, which takes as long as some of them: short texts do without."""
+"""Tokens before a capture, which takes as long as several of them: short texts are not worth it."""
 
 
 class FixedStep(CacheStep):
-    """A step of one token in each of its rows. Which they are, and where, is known on the device alone."""
+    """A step of one token in each of its rows. The rows and positions are known only on the device."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values, (B, K, 1, D) each. Returns all of these rows, (B, K, S, D)."""
@@ -62,7 +62,7 @@ class Captured:
 
 
 class GraphGPT:
-    """A GPT of which steps of one token are replayed as a graph, all others computed. Serves one cache."""
+    """A GPT that replays steps of one token as a graph and computes others as usual. Serves one cache."""
 
     def __init__(self, model: GPT, graphs: Graphs) -> None:
         self.model, self.graphs = model, graphs
@@ -95,7 +95,7 @@ class GraphGPT:
         return self.captured[rows, every](idx, cache), None
 
     def capture(self, rows: int, idx: Tensor, step: CacheStep) -> Captured:
-        """Capture a step of so many rows. Raises: RuntimeError if a part of it cannot be captured."""
+        """Capture a step of this many rows. Raises: RuntimeError if a part of it cannot be captured."""
         tokens, index, positions = (
             repeat_last(x, rows) for x in (idx, step.index, step.positions.expand_as(idx))
         )
@@ -127,12 +127,12 @@ def has_every_row(step: CacheStep) -> bool:
 
 
 def repeat_last(x: Tensor, rows: int) -> Tensor:
-    """A copy of (B, ...) with so many rows: the last one again for those that lack."""
+    """A copy of x, (B, ...), extended to this many rows by repeating the last one."""
     return torch.cat((x, x[-1:].expand(rows - len(x), *x.shape[1:])))
 
 
 def write(memory: Tensor, x: Tensor) -> None:
-    """Write (B, ...) into memory of as many rows or more, as `repeat_last`."""
+    """Write x, (B, ...), into memory that may have more rows: they get the last one, as in `repeat_last`."""
     memory[: len(x)] = x
     if len(x) < len(memory):
         memory[len(x) :] = x[-1]

@@ -2,8 +2,8 @@
 
 Example: found = inspect_tokens(model, tokenizer, ids, top=5, attention=(1, 2), lens=True)
          found.tokens[7].rank, found.next.entropy, found.attention[7], found.lens[1][7]
-Log-probabilities are the model's own: of the softmax of its logits, before a sampling parameter changes them.
-A long text takes long, so the work may be done in parts, between which others compute.
+Log-probabilities are the model's own, those of its logits before any sampling parameter changes them. A long
+text can be inspected in parts, between which the model is free for others.
 
 Shapes: T tokens of the text, N positions of a part, C n_embd, V vocab_size
 """
@@ -27,7 +27,7 @@ LENS_TOP = 3
 """Alternatives that the logit lens names for each layer and position."""
 
 MAX_POSITIONS = 128
-"""Most positions of a part; of a small vocabulary the names of alternatives take longer than the logits."""
+"""Maximum number of positions in a part, even if the vocabulary is so small that more logits would fit."""
 
 Alternatives = tuple[Alternative, ...]
 """The likeliest tokens at a place, likeliest first."""
@@ -35,17 +35,17 @@ Alternatives = tuple[Alternative, ...]
 
 @dataclass(frozen=True)
 class InspectedToken:
-    """A token of a text, and how the model had predicted it from those before it: the first one is not."""
+    """A token of a text, and how the model predicted it from those before it (the first one it did not)."""
 
     text: str
-    """What it adds to the text: "" if it only begins a character."""
+    """The text that it adds: "" if it only begins a character."""
     id: int
     logprob: float | None = None
     """Natural logarithm of its probability."""
     entropy: float | None = None
-    """Of the distribution that it was predicted with, in nats: the expected value of -logprob."""
+    """Entropy, in nats, of the distribution that it was predicted with: the expected value of -logprob."""
     rank: int | None = None
-    """Its place among all tokens, by probability; 1: the likeliest."""
+    """Its rank among all tokens by probability; 1: the likeliest."""
     top: Alternatives = ()
 
 
@@ -75,7 +75,7 @@ class Inspection:
 
 
 def inspect_tokens(model: GPT, tokenizer: Tokenizer, ids: Tensor, **wanted: Any) -> Inspection:
-    """Inspect a text at once. Arguments: see inspect_in_parts, which raises what this does."""
+    """Inspect a text in one go. Arguments and errors: see inspect_in_parts."""
     with torch.no_grad():
         *_, found = inspect_in_parts(model, tokenizer, ids, **wanted)
     return cast(Inspection, found)
@@ -90,12 +90,12 @@ def inspect_in_parts(
     attention: tuple[int, int] | None = None,
     lens: bool = False,
 ) -> Iterator[Inspection | None]:
-    """Inspect a text, (T,) int64, in parts, each to be done under torch.no_grad: None, ..., the Inspection.
+    """Inspect a text, (T,) int64, in parts, which yield None, ..., the Inspection. Needs torch.no_grad.
 
-    model: in evaluation mode, else dropout acts. top: alternatives of each token. attention: the layer and
-    the head, each from 0, of which the weights are wanted. lens: whether to apply the logit lens.
-    Raises: UserError if the text is empty or longer than the context, or there is no such layer or head. At
-    the call.
+    model: in evaluation mode. top: number of alternatives of each token. attention: the layer and the head,
+    counted from 0, whose attention weights are wanted. lens: whether to apply the logit lens.
+    Raises: UserError, at the call, if the text is empty or longer than the context, or if there is no such
+    layer or head.
     """
     size = model.config.block_size
     require(0 < len(ids) <= size, f"the text has {len(ids)} tokens: give 1 to {size}, the model's context")
@@ -110,7 +110,7 @@ def inspect_in_parts(
 def parts_of_inspection(
     model: GPT, tokenizer: Tokenizer, ids: Tensor, top: int, place: tuple[int, int] | None, *, lens: bool
 ) -> Iterator[Inspection | None]:
-    """See inspect_in_parts. place: the layer and the head of which the attention is wanted."""
+    """See inspect_in_parts. place: the layer and the head whose attention weights are wanted."""
     stream, context = residual_stream(model, ids)
     weights = None
     if place is not None:
@@ -143,12 +143,12 @@ def parts_of_inspection(
 def residual_stream(model: GPT, ids: Tensor) -> tuple[list[Tensor], Context]:
     """The residual stream of a text, (T,): after the embeddings and after each block, (T, C) each.
 
-    Also what all blocks are told of its tokens.
+    Also returns the Context of its blocks.
     """
     passed: list[tuple[Tensor, Context, Tensor]] = []
 
     def note(_: nn.Module, given: tuple[Tensor, Context], x: Tensor) -> None:
-        """Keep what goes into a block and comes out of it."""
+        """Keep the input and the output of a block."""
         passed.append((*given, x))
 
     hooks = [block.register_forward_hook(note) for block in model.blocks]
@@ -170,9 +170,9 @@ def attention_weights(block: Block, x: Tensor, context: Context, head: int) -> T
 
 
 def logprobs_in_parts(model: GPT, x: Tensor) -> Iterator[Tensor]:
-    """Log-probabilities of the next token at some positions after the other, (N, V) float32 each.
+    """Log-probabilities of the next token at each position, a few positions at a time, (N, V) float32.
 
-    x: the residual stream, (T, C); after a block but the last, this is the logit lens (nostalgebraist, 2020).
+    x: the residual stream, (T, C). Before the last block, this is the logit lens (nostalgebraist, 2020).
     """
     size = max(1, min(MAX_POSITIONS, kind_of(x.device).logits_per_chunk // model.config.vocab_size))
     for part in cast(tuple[Tensor, ...], x.split(size)):

@@ -1,8 +1,8 @@
 """Logit processors: what each sampling parameter does to the logits of the next token, in one fixed order.
 
 Example: logits = process(logits, SamplingParams(temperature=0.8, min_p=0.05))
-The penalties come first, in the order of PENALTIES: they need the tokens so far (History). Then come the
-PROCESSORS, in their order. A parameter that has its default value does nothing and costs nothing.
+The PENALTIES come first, in their order: they need the tokens so far (History). Then come the PROCESSORS, in
+their order. A parameter with its default value does nothing and costs nothing.
 To add one: a field of SamplingParams, a function, and a row under the field's name.
 
 Shapes: R rows (texts), V vocab_size, N tokens
@@ -22,7 +22,7 @@ from nanogpt.inference.config import SamplingParams, token_bias
 from nanogpt.model.kv_cache import integers
 
 SMALLEST = torch.finfo(torch.float32).tiny
-"""Lower temperatures and values of top_p count as this one: in float32 they would be 0."""
+"""Lower temperatures and values of top_p count as this: in float32 they would round to 0."""
 
 NO_CHANCE = float("-inf")
 """The logit of a token that is ruled out: its probability is 0."""
@@ -39,7 +39,7 @@ class History:
 
     @classmethod
     def of(cls, prompts: Sequence[Tensor], vocab_size: int) -> "History":
-        """The history of texts that have their prompts, (N,) int64 each, and nothing else yet."""
+        """The history of texts that consist of their prompts, (N,) int64 each."""
         shape, device = (len(prompts), vocab_size), prompts[0].device
         in_prompt = torch.zeros(shape, dtype=torch.bool, device=device)
         for row, prompt in zip(in_prompt, prompts, strict=True):
@@ -53,9 +53,9 @@ class History:
 
 
 def process(logits: Tensor, params: SamplingParams, history: History | None = None) -> Tensor:
-    """Apply every parameter that is not at its default: (R, V) -> (R, V), new where it changes.
+    """Apply every parameter that is not at its default: (R, V) -> (R, V). The input is not modified.
 
-    history: the tokens so far; without it no token counts as repeated.
+    history: the tokens so far; without it, the penalties are not applied.
     """
     if history is not None:
         for name, penalize in PENALTIES.items():
@@ -101,12 +101,12 @@ def penalize_repetition(logits: Tensor, penalty: float, history: History) -> Ten
 
 
 def penalize_frequency(logits: Tensor, penalty: float, history: History) -> Tensor:
-    """Subtract the penalty from a token's logit each time that it was generated (as OpenAI and vLLM)."""
+    """Subtract the penalty from a token's logit once per time it was generated (as OpenAI and vLLM do)."""
     return logits - penalty * history.counts
 
 
 def penalize_presence(logits: Tensor, penalty: float, history: History) -> Tensor:
-    """Subtract the penalty once from each token that was generated (as OpenAI and vLLM)."""
+    """Subtract the penalty once from the logit of each token that was generated (as OpenAI and vLLM do)."""
     return logits - penalty * (history.counts > 0)
 
 

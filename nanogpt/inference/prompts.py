@@ -1,8 +1,8 @@
-"""Prompts as token ids, and as many texts as there are prompts, made in batches.
+"""Prompts as token ids, and the continuation of any number of prompts in batches.
 
 Example: ids = encode_prompt(tokenizer, "ROMEO:")[0]
          for row in generate_in_batches(model, [ids, ids], params, num_tokens=100, seed=1): ...
-Knows nothing of files or of printing.
+Knows nothing of files or printing.
 
 Shapes: T tokens
 """
@@ -25,7 +25,7 @@ from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 DEFAULT_PROMPT = "\n"
 
 MAX_ROWS = 64
-"""Most texts in a batch: with more, each takes hardly less time, and the first is slow."""
+"""Maximum number of texts in a batch: with more, throughput hardly grows, and the first text is slow."""
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -46,7 +46,7 @@ def encode_prompt(
 
     skip_unknown: leave out characters that the model has never seen.
     flag: the flag that gave the prompt, for messages.
-    The default prompt, a line feed, always works: if the vocabulary has none, end-of-text replaces it.
+    The default prompt, a line feed, always works: if the vocabulary lacks it, end-of-text replaces it.
     Raises: UserError naming unknown characters, unless they are skipped; or if no token is left.
     """
     is_default = prompt == DEFAULT_PROMPT
@@ -82,8 +82,8 @@ def generate_in_batches(
 ) -> Iterator[Iterator[Token]]:
     """Continue prompts, (T,) int64 each, in batches of MAX_ROWS: an iterator over the tokens of each.
 
-    Text i has the seed `seed` + i, and does not depend on the others. Each has to be read before the next.
-    The other arguments: see generate_rows, which raises what this does.
+    Text i has the seed `seed` + i, and does not depend on the others. Read each before the next.
+    Other arguments and errors: see generate_rows.
     """
     numbered = enumerate(prompts)
     while batch := list(islice(numbered, MAX_ROWS)):

@@ -1,8 +1,9 @@
 """Sampling: choose the next token from the model's logits, as the sampling parameters say.
 
 Example: token = sample(logits, SamplingParams(temperature=0.8, top_k=40))
-The parameters change the logits first, each in its turn: processors.py has a function for each, and
-docs/sampling.md works an example through. Then one token is drawn.
+First each parameter in turn changes the logits: processors.py has a function for each, and docs/sampling.md
+works through an example. Then one token is drawn.
+
 Shapes: R rows (texts), V vocab_size
 """
 
@@ -24,7 +25,7 @@ def sample(
     """Sample a token for each row of logits: (R, V) -> (R,) int64.
 
     history: the tokens so far, for the penalties. Temperature 0 is greedy decoding: the likeliest token, the
-    first of equals.
+    first one in a tie.
     """
     logits = process(logits.float(), params, history)
     if params.temperature == 0:
@@ -35,8 +36,8 @@ def sample(
 def draw(probabilities: Tensor, generator: Randomness) -> Tensor:
     """Draw a token for each row of probabilities: (R, V) -> (R,) int64.
 
-    With a generator for each row as torch.multinomial does: each token waits for an exponentially distributed
-    time, the shorter the likelier it is; the first one wins. Raises: RuntimeError for NaN.
+    With a generator for each row, this does what torch.multinomial does: each token waits an exponentially
+    distributed time, shorter for likelier tokens, and the first one wins. Raises: RuntimeError for NaN.
     """
     if not isinstance(generator, Sequence):
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

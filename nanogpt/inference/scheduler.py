@@ -1,10 +1,10 @@
-"""Scheduler: continuous batching. Texts of many requests grow together, a token of each at every step.
+"""Scheduler for continuous batching: the texts of many requests grow together, one token each per step.
 
 Example: scheduler = Scheduler(model); waiting = deque([Request(prompt, params, 100, 1, listener)])
          while waiting or scheduler.rows: scheduler.step(waiting)
 A request waits until a row of the KV cache is free, is prefilled, and joins the others at the next step; its
-row is free again as soon as its text ends. A text does not depend on the others: it is what `generate` makes
-with the same seed. Continuous batching is from Orca (Yu et al., 2022). Knows nothing of threads or of text.
+row is free again as soon as its text ends (Orca, Yu et al., 2022). A text does not depend on the others:
+`generate` makes the same one with the same seed. Knows nothing of threads or of text.
 
 Shapes: R rows of a step, T tokens of a prompt, V vocab_size
 """
@@ -25,33 +25,33 @@ from nanogpt.inference.processors import NO_CHANCE, History, needs_history
 from nanogpt.inference.prompts import MAX_ROWS, device_of, generators_for
 from nanogpt.inference.sampling import sample
 from nanogpt.inference.steps import fastest_steps
-from nanogpt.inference.tokens import Token, score
+from nanogpt.inference.tokens import Token, with_logprobs
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache, integers
 
 PREFILL_TOKENS = 512
-"""Prompt tokens that a step computes, about: with more, the texts that are being made would falter."""
+"""About how many prompt tokens a step prefills: with more, the running texts would stall."""
 
 MIN_PREFIX = 16
-"""Least number of tokens that are copied from another row: fewer are computed as fast."""
+"""Least number of tokens that are copied from another row: computing fewer is as fast."""
 
 
 class Listener(Protocol):
-    """Whoever hears of a request. All texts wait until it returns, so nothing in it may wait."""
+    """Receives the tokens of a request. All texts wait until a method returns, so none may block."""
 
     cancelled: bool
     """Whether nobody wants the text any more. Any thread may set it."""
 
     def on_prompt(self, tokens: list[Token]) -> None:
-        """Hear the tokens of the prompt but the first, with their log-probabilities, if they are wanted."""
+        """Receive the tokens of the prompt but the first, with log-probabilities, if these are wanted."""
         ...
 
     def on_token(self, token: Token) -> bool:
-        """Hear a new token. Returns whether the text goes on."""
+        """Receive a new token. Returns whether the text goes on."""
         ...
 
     def on_end(self, error: str) -> None:
-        """Hear that no more tokens come. error: why, if the text is not as it was wanted; else ""."""
+        """No more tokens will come. error: why the text is incomplete; "": it is complete."""
         ...
 
 
@@ -66,18 +66,18 @@ class Request:
     seed: int
     listener: Listener
     logprobs: int | None = None
-    """Alternatives of each new token, as for generate_tokens."""
+    """As for generate_tokens."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt; None: on_prompt is not called."""
     min_tokens: int = 0
-    """Number of tokens before which none of `ends` is drawn."""
+    """Number of new tokens before which none of `ends` is drawn."""
     ends: tuple[int, ...] = ()
-    """Ids that end the text, which is for the listener to see."""
+    """Ids that end the text. The listener ends it when it sees one."""
 
 
 @dataclass(eq=False)
 class Row:
-    """A request whose text is being made, in a row of the cache."""
+    """A running request, in a row of the cache."""
 
     request: Request
     slot: int
@@ -93,7 +93,7 @@ class Row:
 
 @dataclass
 class Counts:
-    """Numbers since the start of the scheduler, for whoever watches it."""
+    """Totals since the scheduler was created, for monitoring."""
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -108,35 +108,35 @@ class Counts:
 
 
 class Scheduler:
-    """The rows of the cache, and the step that gives each of them a token."""
+    """The running requests in the rows of a KV cache, and the step that gives each of them a token."""
 
     def __init__(self, model: GPT, rows: int = MAX_ROWS, *, dtype: torch.dtype = torch.float32) -> None:
         """dtype: of the matrix products."""
         self.model, self.steps = model, fastest_steps(model)
         self.size, self.device = model.config.block_size, device_of(model)
         self.splits_exactly = dtype == torch.float32
-        """Whether a prompt in two parts gives the numbers of the whole, but for rounding of float32."""
+        """Whether a prompt computed in two parts gives the same logits, up to the rounding of float32."""
         self.cache = KVCache(model.config, rows, self.size)
         self.rows: list[Row] = []
         self.free = deque(range(rows))
         self.contents: list[list[int]] = [[] for _ in range(rows)]
-        """The tokens that each row of the cache has; a row that is free keeps them until it is taken."""
+        """The tokens in each row of the cache; a free row keeps them until it is taken."""
         self.prompt_logits: list[tuple[int, Tensor] | None] = [None] * rows
-        """The number of tokens of the prompt of each row, and the logits after them, (1, V)."""
+        """For each row, the number of tokens in its prompt, and the logits after them, (1, V)."""
         self.counts = Counts()
 
     # --- prompts ---
 
     def admit(self, request: Request) -> tuple[Row, Tensor] | None:
-        """Give a request a row, and compute its prompt. Returns the logits after it, (1, V).
+        """Give a request a row, and compute its prompt. Returns the row and the logits, (1, V).
 
-        None: it wanted nothing but the log-probabilities of its prompt.
+        None: the request wanted only the log-probabilities of its prompt.
         """
         prompt, listener = request.prompt.to(self.device), request.listener
         seen = prompt[-self.size :]
         if request.prompt_logprobs is not None:
             logits, _ = self.model(seen[None])  # (1, T, V)
-            listener.on_prompt(score(logits[0, :-1], seen[1:], request.prompt_logprobs))
+            listener.on_prompt(with_logprobs(logits[0, :-1], seen[1:], request.prompt_logprobs))
         if request.num_tokens == 0:
             self.counts.prompt_tokens += len(prompt)
             return None
@@ -154,9 +154,9 @@ class Scheduler:
         return row, computed
 
     def take_slot(self, prompt: list[int]) -> tuple[int, int]:
-        """Take a free row for a prompt, with as many of its tokens as can be had by copying.
+        """Take a free row for a prompt, and copy the longest prefix that another row has.
 
-        Returns the row, and the number of tokens in it: all of them, if another row had the same prompt.
+        Returns the row, and the number of tokens copied: all of them, if another row had the same prompt.
         """
         common = [common_prefix(prompt, content) for content in self.contents]
         source = max(range(len(common)), key=common.__getitem__)
@@ -175,12 +175,12 @@ class Scheduler:
         return slot, length
 
     def has_prompt(self, slot: int, prompt: list[int]) -> bool:
-        """Whether a row was prefilled with just this prompt, and still has it."""
+        """Whether a row was prefilled with exactly this prompt, and still has it."""
         known = self.prompt_logits[slot]
         return known is not None and known[0] == len(prompt) and self.contents[slot][: known[0]] == prompt
 
     def fill(self, slot: int, prompt: Tensor, filled: int = 0) -> Tensor:
-        """Compute a prompt, (T,), of which a row has the first tokens. Returns the logits, (1, V)."""
+        """Compute a prompt, (T,), of which the row has `filled` tokens. Returns the logits, (1, V)."""
         known = self.prompt_logits[slot]
         if filled == len(prompt) and known is not None:
             return known[1]
@@ -196,7 +196,7 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self, waiting: "deque[Request]") -> None:
-        """Admit requests as far as there is room, and add a token to every text.
+        """Admit requests while there is room, and add a token to every text.
 
         A request that cannot be computed ends with an error; the others go on.
         """
@@ -228,7 +228,7 @@ class Scheduler:
                 self.forget(slot)
 
     def forget(self, slot: int) -> None:
-        """Free a row of the cache, whose content is unknown."""
+        """Free a row of the cache whose content is unknown."""
         self.contents[slot], self.prompt_logits[slot] = [], None
         self.free.append(slot)
 
@@ -253,7 +253,7 @@ class Scheduler:
         return found
 
     def choose(self, logits: Iterable[tuple[Row, Tensor]]) -> None:
-        """Sample a token for each row from its logits, (1, V), and tell the listeners."""
+        """Sample a token for each row from its logits, (1, V), and pass it to the listener."""
         groups: dict[object, list[tuple[Row, Tensor]]] = {}
         for row, own in logits:
             request = row.request
@@ -271,12 +271,12 @@ class Scheduler:
             if request.logprobs is None:
                 made = [Token(token) for token in cast(list[int], tokens.tolist())]
             else:
-                made = score(joined, tokens, request.logprobs)
+                made = with_logprobs(joined, tokens, request.logprobs)
             for row, token in zip(rows, made, strict=True):
                 self.tell(row, token)
 
     def tell(self, row: Row, token: Token) -> None:
-        """Add a token to the text of a row, and tell its listener."""
+        """Add a token to the text of a row, and pass it to the listener."""
         row.text.append(token.id)
         row.made += 1
         self.counts.new_tokens += 1
@@ -285,13 +285,13 @@ class Scheduler:
             self.end(row)
 
     def end(self, row: Row, error: str = "") -> None:
-        """End the text of a row, whose place is free from now on."""
+        """End the text of a row, and free the row."""
         self.rows.remove(row)
         self.free.append(row.slot)
         row.request.listener.on_end(error)
 
     def end_all(self, error: str) -> None:
-        """End all texts with an error, after which nothing is known of the cache."""
+        """End all texts with an error, after which the content of the cache is unknown."""
         for row in self.rows:
             self.forget(row.slot)
             row.request.listener.on_end(error)
@@ -299,7 +299,7 @@ class Scheduler:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of tokens with which both texts begin."""
+    """Length of the longest common prefix of two texts."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:
         return shorter
@@ -307,5 +307,5 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """Why a text cannot be made, in a line."""
+    """Why a text cannot be computed, in a line."""
     return "out of memory" if is_out_of_memory(error) else str(error).strip().partition("\n")[0]

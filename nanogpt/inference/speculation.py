@@ -1,11 +1,11 @@
-"""Speculation: compute guessed tokens along with the next one, so that one pass may give several of them.
+"""Speculative decoding (Leviathan et al., 2023) with drafts from n-grams instead of a second model.
 
-Example: model = Speculator(model, NgramGuesses(), count=4)       then used as the model itself
-A guess is what followed the last few tokens most often before. Where a pass takes the time in which the
-weights are read, a few tokens more cost hardly anything, and give the logits after each of them (Leviathan et
-al., 2023). As long as the tokens that are then chosen are those that were guessed, nothing more needs to be
-computed. Each is chosen from the same logits as without guesses, by the same random numbers: so the text is
-the same, up to rounding.
+Example: model = Speculator(model, NgramGuesses(), count=4)       then used like the model itself
+The guess for the next token is the one that most often followed the last few tokens before. Where a pass
+takes as long as reading the weights from memory, a few more tokens cost hardly anything, and each gives the
+logits after it. While the sampled tokens are those that were guessed, nothing more is computed. Each is
+sampled from the same logits with the same random numbers as without guesses, so the text is the same, up to
+rounding.
 
 Shapes: T tokens of a pass, V vocab_size, N tokens of a text
 """
@@ -26,25 +26,25 @@ from nanogpt.model.kv_cache import CacheStep
 from nanogpt.native.step import NativeGPT
 
 ORDERS = (8, 5, 3, 2)
-"""Numbers of tokens that a guess is made from; the largest of which the tokens were seen before counts."""
+"""Lengths of the contexts that a guess is made from: the longest one that was seen before decides."""
 
 MAX_LEARNED = 2_000_000
-"""Tokens of a text that are learned from beforehand at most: its first ones. That takes a second."""
+"""At most this many tokens, the first ones of a text, are learned from beforehand, which takes a second."""
 
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15
 """Fibonacci hashing (Knuth, 1973)."""
 
 
 class Speculator:
-    """A model that computes guesses along with each token of a single text; else it is the model."""
+    """A model that computes guesses along with each token of a single text; a batch goes without."""
 
     def __init__(self, model: GPT | NativeGPT, guesses: "NgramGuesses", count: int) -> None:
-        """count: tokens to guess in a pass, at most."""
+        """count: maximum number of tokens to guess in a pass."""
         self.model, self.guesses, self.count = model, guesses, count
         self.computed: list[tuple[int, Tensor]] = []
-        """Guessed tokens that come next, with the logits after each, (1, 1, V)."""
+        """The guesses for the next tokens, each with the logits after it, (1, 1, V)."""
         self.passes = 0
-        """Passes of the model over one token and its guesses."""
+        """Number of passes of the model over a token and its guesses."""
 
     @property
     def config(self) -> GPTConfig:
@@ -52,7 +52,7 @@ class Speculator:
         return self.model.config
 
     def __call__(self, idx: Tensor, *, cache: CacheStep) -> tuple[Tensor, None]:
-        """What the model returns for idx (B, T): the logits after the last token of each row, (B, 1, V)."""
+        """As the model, for idx (B, T): the logits after the last token of each row, (B, 1, V)."""
         if len(cache.cache.lengths) > 1:
             logits, _ = self.model(idx, cache=cache)
             return logits, None
@@ -73,7 +73,7 @@ class Speculator:
         guessed = self.guesses.next(min(self.count, room))
         ahead = torch.tensor([guessed], dtype=idx.dtype).to(idx.device)
         idx = torch.cat((idx, ahead), dim=1)  # (1, T)
-        step = step.cache.step(step.rows, idx)  # what it writes past the token is overwritten, or right
+        step = step.cache.step(step.rows, idx)  # what a wrong guess leaves in the cache is overwritten
         model = self.model
         if isinstance(model, NativeGPT) and idx.numel() <= model.max_tokens:
             logits = model.compute(idx, step)  # (1, T, V)
@@ -87,16 +87,16 @@ class Speculator:
 
 
 class NgramGuesses:
-    """Guesses what follows: what followed the last tokens most often before, in this text or another."""
+    """Guesses the next tokens: those that most often followed the last ones, in this text or another one."""
 
     def __init__(self, text: NDArray[Any] | None = None) -> None:
-        """text: tokens to learn from beforehand, (N,) integers, as those that the model was trained on."""
+        """text: tokens to learn from beforehand, (N,) integers, such as those of the model's training."""
         learned = np.zeros(0, np.int64) if text is None else text[:MAX_LEARNED].astype(np.int64)
         self.learned = {order: most_frequent(learned, order) for order in ORDERS}
         self.begin()
 
     def begin(self) -> None:
-        """Begin with a text of no tokens. What was learned stays."""
+        """Begin a new, empty text. What was learned stays."""
         self.tokens: list[int] = []
         self.seen: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
 
@@ -109,7 +109,7 @@ class NgramGuesses:
             self.tokens.append(token)
 
     def next(self, count: int) -> list[int]:
-        """The tokens that will follow, `count` of them or fewer."""
+        """Guess the next tokens, at most `count`."""
         guesses: list[int] = []
         recent = self.tokens[-ORDERS[0] :]
         while len(guesses) < count:
@@ -120,7 +120,7 @@ class NgramGuesses:
         return guesses
 
     def after(self, last: list[int]) -> int | None:
-        """The token that followed these, or as many of them as were seen, most often; None: none were."""
+        """The token that most often followed the longest known end of these; None if no end is known."""
         for order in ORDERS:
             context = tuple(last[-order:])
             if context in self.seen:
@@ -134,7 +134,7 @@ class NgramGuesses:
 
 
 def context_hash(context: Sequence[Any]) -> Any:
-    """A number for tokens, or numbers for columns of tokens as arrays of uint64."""
+    """Hash some tokens or, given arrays of uint64, each column of tokens."""
     value: Any = np.uint64(0)
     with np.errstate(over="ignore"):
         for token in context:
@@ -143,7 +143,7 @@ def context_hash(context: Sequence[Any]) -> Any:
 
 
 def most_frequent(text: NDArray[np.int64], order: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """For all runs of `order` tokens in a text: their hashes, ascending, and what follows each most often."""
+    """The hashes of all n-grams of `order` tokens in a text, ascending, and what most often follows each."""
     if len(text) <= order:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     unsigned = text.astype(np.uint64)

@@ -1,8 +1,8 @@
-"""Steps: the fastest way that a model has, where it is, to compute tokens with a cache.
+"""Steps: the fastest way to compute tokens with a KV cache on the device of a model.
 
 Example: model = fastest_steps(model); logits, _ = model(idx, cache=step)
 On a CPU that is C (native/step.py), on a GPU a CUDA graph (graph_step.py), else the model itself. With
-guesses, a few tokens at a time (speculation.py).
+speculation, it computes a few tokens at a time (speculation.py).
 """
 
 from typing import cast
@@ -20,13 +20,13 @@ from nanogpt.native.step import NativeGPT, is_watched, native_problem, with_nati
 from nanogpt.precision import pick_sampling_dtype
 
 StepModel = GPT | NativeGPT | GraphGPT | Speculator
-"""What computes tokens with a cache, with the same numbers."""
+"""Anything that computes tokens with a cache as a GPT does, with the same result up to rounding."""
 
 
 def fastest_steps(model: GPT, speculate: int = 0, guesses: NgramGuesses | None = None) -> StepModel:
-    """Choose how to compute steps, for as long as nobody exchanges or moves the model's weights.
+    """Choose how to compute steps. Valid until the model's weights are replaced or moved.
 
-    speculate: number of tokens to guess ahead; guesses: where from; None: the text itself.
+    speculate: number of tokens to guess ahead. guesses: what guesses them; None: n-grams of the text itself.
     """
     native = with_native_steps(model)
     if speculate:
@@ -40,9 +40,9 @@ def fastest_steps(model: GPT, speculate: int = 0, guesses: NgramGuesses | None =
 def copy_for_steps(
     model: GPT, trained_in: str, dtype: Dtype, quantization: Quantization
 ) -> tuple[GPT, torch.dtype]:
-    """Copy a model into the form in which steps read it fastest. Returns the dtype of its products too.
+    """Copy a model into the form that steps read fastest. Also returns the dtype of its matrix products.
 
-    trained_in: name of the dtype of its training, which dtype "auto" takes where the device is fast at it.
+    trained_in: name of the dtype of its training, which dtype "auto" uses where the device is fast at it.
     """
     device = next(model.parameters()).device
     picked = pick_sampling_dtype(dtype, device, trained_in)

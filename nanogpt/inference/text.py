@@ -1,7 +1,7 @@
-"""Text as it is made: decoded token by token, up to the end of the text or a stop string.
+"""Text as it is generated: decoded token by token, up to the end of the text or a stop string.
 
 Example: for text in generate_text(model, tokenizer, prompt, num_tokens=100, stop=["JULIET:"]): ...
-Knows nothing of files or of printing.
+Knows nothing of files or printing.
 """
 
 from collections import deque
@@ -24,7 +24,7 @@ from nanogpt.tokenizer.base import Tokenizer
 Params = TypeVar("Params", bound=SamplingParams)
 
 FinishReason = Literal["length", "stop", "end_of_text"]
-"""Why a text ends: after num_tokens, before a stop string, or because the model ends it."""
+"""Why a text ended: after num_tokens, before a stop string, or because the model ended it."""
 
 
 class Alternative(NamedTuple):
@@ -36,16 +36,16 @@ class Alternative(NamedTuple):
 
 
 class TextStream(Iterator[str]):
-    """The text of tokens, in chunks, as they come; a chunk never ends within a character.
+    """The text of tokens, in chunks, as they come. A chunk never ends within a character.
 
-    A character of which the last bytes are missing at the end is left out.
+    A character that is incomplete at the end is left out.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Iterable[Token], stop: Sequence[str] = ()) -> None:
         check_stop(stop)
         self.tokenizer = tokenizer
         self.finish_reason: FinishReason = "stop"
-        """Why the text ended, once it has; it is "stop" unless the tokens end first."""
+        """Why the text ended, once it has: "stop" unless the tokens ended first."""
         self.chunks = stop_at(self.pieces(tokens), stop)
 
     def __next__(self) -> str:
@@ -64,9 +64,9 @@ class TextStream(Iterator[str]):
 
 
 class TokenTexts:
-    """The text that each of some tokens adds, told as soon as it is certain; the tokens are added one by one.
+    """Matches tokens, added one by one, with the text that each adds, as soon as that is certain.
 
-    Together the parts are the text of a TextStream. A token that begins a character adds "", the one that
+    Together the parts are the text of a TextStream. A token that begins a character adds "", and the one that
     completes it adds the character. The tokens of a stop string are left out.
     """
 
@@ -76,7 +76,7 @@ class TokenTexts:
         self.pending: deque[tuple[Token, str]] = deque()
         """Tokens whose text may belong to a stop string."""
         self.finish_reason: FinishReason | None = None
-        """Why the text has ended; None as long as it goes on."""
+        """Why the text ended; None while it goes on."""
 
     def add(self, token: Token) -> list[tuple[Token, str]]:
         """Add a token. Returns those that have become certain, each with its text."""
@@ -101,12 +101,12 @@ class TokenTexts:
         return parts
 
     def finish(self, reason: FinishReason = "length") -> list[tuple[Token, str]]:
-        """End the text, as no token follows. Returns the tokens that are left."""
+        """End the text, since no token follows. Returns the pending tokens."""
         self.finish_reason = reason
         return list(self.pending)
 
     def add_all(self, tokens: Iterable[Token]) -> Iterator[tuple[Token, str]]:
-        """Add tokens until the text ends: those that have become certain, as they come."""
+        """Add tokens until the text ends, and yield each as soon as its text is certain."""
         for token in tokens:
             yield from self.add(token)
             if self.finish_reason is not None:
@@ -132,7 +132,7 @@ def generate_text(
     guesses: NgramGuesses | None = None,
     **changes: Any,
 ) -> TextStream:
-    """Continue one prompt (1, T) int64: an iterator over the new text, in chunks, as it is made.
+    """Continue one prompt, (1, T) int64: an iterator over the new text, in chunks, as it is generated.
 
     It ends after num_tokens tokens, before a string of `stop`, or where the model ends the text.
     params, generator, guesses, changes: as for `generate`; logit_bias may name tokens by their text.
@@ -159,8 +159,8 @@ def generate_texts(
 ) -> list[TextStream]:
     """Continue prompts, (T,) int64 each, in one batch: a TextStream for each.
 
-    A step of the batch is computed when a text is read that needs it, so the first text can be read while it
-    is made, and nothing is computed once all texts have ended. See generate_rows for memory that runs out.
+    A step of the batch is computed when the first text that needs it is read: that text can be shown while it
+    is generated, and nothing is computed once all texts have ended. If memory runs out: see generate_rows.
     """
     rows = generate_rows(
         model,
@@ -176,7 +176,7 @@ def generate_texts(
 def token_texts(
     tokenizer: Tokenizer, tokens: Iterable[Token], stop: Sequence[str] = ()
 ) -> Iterator[tuple[Token, str]]:
-    """Each token of a text with the part of the text that it adds, as soon as that is certain."""
+    """Each token with the text that it adds, as soon as that is certain (see TokenTexts)."""
     return TokenTexts(tokenizer, stop).add_all(tokens)
 
 
@@ -186,9 +186,9 @@ def alternatives(tokenizer: Tokenizer, top: Iterable[tuple[int, float]]) -> tupl
 
 
 def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text that each token of a whole text adds: "" if it only begins a character.
+    """The text that each token of a complete text adds: "" if it only begins a character.
 
-    The last one adds also what no token completes.
+    A character that is incomplete at the end belongs to the last token.
     """
     pieces = list(tokenizer.stream(ids))
     return [*pieces[: len(ids) - 1], "".join(pieces[len(ids) - 1 :])]
@@ -197,7 +197,7 @@ def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 def resolve_logit_bias(params: Params, tokenizer: Tokenizer) -> Params:
     """Replace the texts in params.logit_bias with the ids of their tokens.
 
-    Raises: UserError if a text is not one token, or an id is not of the vocabulary.
+    Raises: UserError if a text is not a single token, or an id is outside the vocabulary.
     """
     entries: list[str] = []
     for entry in params.logit_bias:
@@ -212,7 +212,7 @@ def resolve_logit_bias(params: Params, tokenizer: Tokenizer) -> Params:
 
 
 def only_token(text: str, tokenizer: Tokenizer) -> int:
-    """The id of a text that is one token. Raises: UserError if it is not."""
+    """The id of a text that is a single token. Raises: UserError if it is not."""
     try:
         ids = tokenizer.encode(text).tolist()
     except UserError as error:
@@ -225,7 +225,7 @@ def only_token(text: str, tokenizer: Tokenizer) -> int:
 def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Pass text on up to the first stop string, which is left out.
 
-    The end of the text is held back as long as it may be the beginning of a stop string: with the stop string
+    The end of the text is held back while it may be the beginning of a stop string: with the stop string
     "END", the chunks "THE E" and "ND." become "THE ".
     """
     pending = ""
@@ -244,7 +244,7 @@ def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string in a text begins; None: there is none."""
+    """Where the first stop string in a text begins; None if there is none."""
     return min((position for string in stop if (position := text.find(string)) >= 0), default=None)
 
 

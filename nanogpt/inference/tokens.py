@@ -1,7 +1,7 @@
-"""Tokens with their log-probabilities, and a batch whose rows are read one after the other.
+"""Tokens with their log-probabilities, and batches whose rows can be read one after the other.
 
 Example: for step in generate_tokens(model, prompts, num_tokens=100, logprobs=5): step[0].top ...
-Log-probabilities are the model's own: of the softmax of its logits, before a sampling parameter changes them.
+Log-probabilities are the model's own, those of its logits before any sampling parameter changes them.
 
 Shapes: R rows (texts), N alternatives, V vocab_size
 """
@@ -23,7 +23,7 @@ from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.model.gpt import GPT
 
 SHORT_MEMORY = "Too little memory for all texts at once: they are made one after the other"
-"""What to say when the rows of a batch have to be computed alone."""
+"""The warning when the rows of a batch have to be computed one by one."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Token:
 
     id: int
     logprob: float | None = None
-    """Natural logarithm of its probability; None if it was not asked for."""
+    """Natural logarithm of its probability; None if not wanted."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest ids with their log-probabilities, likeliest first."""
 
@@ -48,16 +48,16 @@ def generate_tokens(
     guesses: NgramGuesses | None = None,
     **changes: Any,
 ) -> Iterator[list[Token]]:
-    """Continue prompts as `generate` does: an iterator over the new tokens, R of them at each step.
+    """Continue prompts as `generate` does: an iterator over the R new tokens of each step.
 
-    logprobs: how many of the likeliest tokens each Token names besides its own log-probability; None: it has
-    neither. Raises: as `generate`.
+    logprobs: give each Token its log-probability, and this many of the likeliest tokens; None: neither.
+    Raises: as `generate`.
     """
     scored: list[Token] = []
 
     def observe(logits: Tensor, tokens: Tensor) -> None:
-        """Score the tokens of a step."""
-        scored[:] = score(logits, tokens, logprobs or 0)
+        """Keep the tokens of a step with their log-probabilities."""
+        scored[:] = with_logprobs(logits, tokens, logprobs or 0)
 
     steps = generate(
         model,
@@ -74,8 +74,8 @@ def generate_tokens(
     return (list(scored) for _ in steps)
 
 
-def score(logits: Tensor, tokens: Tensor, count: int) -> list[Token]:
-    """The chosen tokens, (R,), with the log-probabilities of logits, (R, V), and the `count` highest."""
+def with_logprobs(logits: Tensor, tokens: Tensor, count: int) -> list[Token]:
+    """The chosen tokens, (R,), with their log-probabilities by logits (R, V), and the `count` likeliest."""
     logprobs = logits.float().log_softmax(dim=-1)  # (R, V)
     ids = cast(list[int], tokens.tolist())
     chosen = cast(list[float], logprobs.gather(1, tokens[:, None])[:, 0].tolist())
@@ -83,7 +83,7 @@ def score(logits: Tensor, tokens: Tensor, count: int) -> list[Token]:
 
 
 def likeliest(logprobs: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """The `count` ids with the highest log-probabilities, (R, V), of each row, likeliest first."""
+    """The `count` likeliest ids of each row of log-probabilities, (R, V), likeliest first."""
     top = logprobs.topk(min(count, logprobs.shape[-1]))  # (R, N) each
     ids, values = cast(list[list[int]], top.indices.tolist()), cast(list[list[float]], top.values.tolist())
     return [tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
@@ -103,15 +103,15 @@ def generate_rows(
 ) -> list[Iterator[Token]]:
     """Continue prompts, R of (T,) int64, in one batch: an iterator over the new tokens of each row.
 
-    A step is computed when a row is read that needs it. If memory runs out in it, on_short_memory is called,
-    and each row is computed on its own when it is read; its tokens are those that it would have had.
+    A step is computed when the first row that needs it is read. If memory runs out, on_short_memory is
+    called, and from then on each row is computed by itself when it is read, with the same tokens.
     generators: one for each row. advance: called with the number of tokens computed since the last call.
     Raises: as `generate`.
     """
     states = [generator.get_state() for generator in generators]
 
     def steps(rows: Sequence[int]) -> Iterator[list[Token]]:
-        """The steps of a batch of some rows."""
+        """Compute these rows together."""
         made = generate_tokens(
             model,
             [prompts[row] for row in rows],
@@ -124,7 +124,7 @@ def generate_rows(
         return counted(made, advance)
 
     def alone(row: int) -> Iterator[Token]:
-        """The tokens of one row, from the first."""
+        """Compute one row by itself, from its first token."""
         generators[row].set_state(states[row])
         return (step[0] for step in steps([row]))
 
@@ -132,7 +132,7 @@ def generate_rows(
 
 
 def counted(steps: Iterator[list[Token]], advance: Callable[[int], object]) -> Iterator[list[Token]]:
-    """The same steps; `advance` is called with the number of tokens of each."""
+    """Pass the steps on, and call `advance` with the number of tokens in each."""
     for step in steps:
         advance(len(step))
         yield step
@@ -151,7 +151,7 @@ class Batch:
         """None once memory has run out."""
         self.alone, self.on_short_memory = alone, on_short_memory
         self.unread: list[deque[Token]] = []
-        """The tokens that the steps have made and a row has not read yet, for each row."""
+        """For each row, the computed tokens that have not been read."""
 
     def rows(self, count: int) -> list[Iterator[Token]]:
         """An iterator over the tokens of each row."""
@@ -159,7 +159,7 @@ class Batch:
         return [self.row(number) for number in range(count)]
 
     def row(self, number: int) -> Iterator[Token]:
-        """The tokens of a row: of the batch as long as it lasts, then of the row alone."""
+        """The tokens of a row: from the batch while it lasts, then from the row by itself."""
         unread, read = self.unread[number], 0
         while unread or self.step():
             read += 1
@@ -168,7 +168,7 @@ class Batch:
             yield from islice(self.alone(number), read, None)
 
     def step(self) -> bool:
-        """Compute a token of each row. Returns False after the last, or if memory has run out."""
+        """Compute a token of each row. Returns False after the last, or once memory has run out."""
         if self.steps is None:
             return False
         try:

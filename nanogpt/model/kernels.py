@@ -1,9 +1,9 @@
-"""The numbers of the textbook formulas of gpt.py, up to rounding, in less time or memory.
+"""The formulas of gpt.py in less time or memory, with the same results up to rounding.
 
 Attention, norms, dropout, the output layer, cross-entropy over a large vocabulary, recomputation of
 activations. What is fast depends on the device: device.py says what each kind prefers, bench/RESULTS.md has
-the measurements. Each function here equals its formula, by test (dropout: in distribution). Knows no
-configuration and no GPT.
+the measurements. Tests compare each function with its formula (dropout: in distribution). Knows nothing of
+GPTConfig or GPT.
 
 Shapes: B batch, T queries, S keys, H heads, D head_width; N positions (B T), C width, V vocab_size
 """
@@ -22,16 +22,16 @@ from torch.utils import checkpoint as checkpointing
 from nanogpt.device import kind_of
 
 IGNORED = -1
-"""A target that does not count for the loss."""
+"""The target at positions that do not count for the loss."""
 
 CHUNKED_LOSS_MIN_VOCAB = 4096
 """From this vocabulary size on, the loss is computed in chunks to save memory."""
 
 MANY_HEADS, LONG_CONTEXT = 64, 256
-"""Heads of a batch, and keys, from which one query attends faster in plain products (bench/RESULTS.md)."""
+"""Heads of a batch, or keys, from which plain products attend faster for one query (bench/RESULTS.md)."""
 
 PADDED_MIN_VOCAB, PADDED_MIN_POSITIONS = 1024, 1024
-"""Below these sizes the product of the output layer costs too little for a padded copy of its weight."""
+"""Below these sizes the output layer is so cheap that padding its weight does not pay."""
 
 EXPENSIVE_OPS = (
     torch.ops.aten.mm.default,
@@ -43,14 +43,14 @@ EXPENSIVE_OPS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
-"""Matrix products and attention: selective recomputation keeps their results."""
+"""Matrix products and attention, whose results selective recomputation keeps."""
 
 
 # --- attention ---
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Attention in the fastest kernel that this device has for it: gpt.attention has the formula.
+    """Attention by the fastest kernel for this device and these shapes. gpt.attention has the formula.
 
     q: (B, H, T, D); k, v: (B, H, S, D); mask: bool, broadcast to (B, H, T, S), True where a query attends to
     a key; None: causal, the queries being the last T of S positions. Returns (B, H, T, D).
@@ -64,29 +64,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropo
         return explicit_attention(q, k, v, dropout)
     if T in (S, 1):  # one query, the last, attends to all keys
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T == S)
-    # Imported here, since it brings the whole of torch._dynamo: 0.7 s.
+    # Imported here, since it imports all of torch._dynamo: 0.7 s.
     from torch.nn.attention.bias import causal_lower_right  # pyright: ignore[reportUnknownVariableType]
 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(T, S), dropout_p=dropout)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention in two batched products, the first of which scales and masks as well.
+    """Causal attention in two batched products, of which the first also scales and masks.
 
-    Shapes as in `attention`. For short sequences in bfloat16 a CPU does this faster than its fused kernel.
+    Shapes as in `attention`. For short sequences in bfloat16, this is faster on a CPU than its fused kernel.
     """
     B, H, T, D = q.shape
     S = k.shape[-2]
     future = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)
     q, k, v = q.reshape(B * H, T, D), k.reshape(B * H, S, D), v.reshape(B * H, S, D)
-    with torch.autocast(q.device.type, enabled=False):  # it would hold float32 scores, for the same numbers
+    with torch.autocast(q.device.type, enabled=False):  # else float32 scores, for the same result
         scores = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(D))  # (B H, T, S)
         weights = F.dropout(scores.softmax(dim=-1), dropout)
         return torch.bmm(weights, v).view(B, H, T, D)
 
 
 def one_query_is_explicit(q: Tensor, keys: int) -> bool:
-    """Whether plain products are faster for one query: on a CPU for many heads, or in bfloat16."""
+    """Whether plain products are faster for one query: on a CPU, for many heads or in bfloat16."""
     narrow = q.dtype == torch.bfloat16 and keys >= LONG_CONTEXT
     many = q.shape[0] * q.shape[1] >= MANY_HEADS
     return (narrow or many) and kind_of(q.device).explicit_attention_max_length > 0
@@ -105,7 +105,7 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which matrix products with x are computed: that of autocast, if it is on."""
+    """The dtype in which matrix products with x are computed: autocast's if it is enabled, else that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -114,7 +114,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm in the dtype of its weights (float32; under FSDP bfloat16); the result is as x."""
+    """nn.LayerNorm in the dtype of its weights (float32; with FSDP bfloat16). The result has that of x."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.LayerNorm's name for it
         """(..., C) -> (..., C)."""
@@ -122,7 +122,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm in the dtype of its weights (float32; under FSDP bfloat16); the result is as x."""
+    """nn.RMSNorm in the dtype of its weights (float32; with FSDP bfloat16). The result has that of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -134,9 +134,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ComposedRMSNorm(torch.autograd.Function):
-    """RMS norm from LayerNorm's backward kernel, where a device has no kernel of its own for it.
+    """RMS norm with LayerNorm's backward kernel, for devices that have no kernel for RMS norm.
 
-    LayerNorm with a mean of 0 is RMS norm, but for the mean of the gradient, which its backward subtracts.
+    LayerNorm of x with mean 0 is RMS norm, except that its backward subtracts the mean of the gradient: here
+    that is added again.
     """
 
     @staticmethod
@@ -162,8 +163,8 @@ class ComposedRMSNorm(torch.autograd.Function):
 class Dropout(nn.Module):
     """nn.Dropout, with cheaper random numbers on a CPU.
 
-    There one draw of 64 random bits decides four activations, with 16 bits each: the probability is rounded
-    to a multiple of 1/65536.
+    There, one draw of 64 random bits decides about four activations, with 16 bits each. So the probability is
+    rounded to a multiple of 1/65536.
     """
 
     def __init__(self, p: float) -> None:
@@ -187,27 +188,27 @@ class Dropout(nn.Module):
 
 
 class Head(nn.Linear):
-    """The output layer: nn.Linear without bias, padded in its product to the columns that the device likes.
+    """The output layer: nn.Linear without bias, padded to a number of outputs that the device computes fast.
 
-    Numbers such as GPT-2's 50,257 keep a GPU off its fast kernels. So rows of zeros are added to the weight
-    where autocast copies it anyway. It is trained and saved as it is, and what comes out has V columns.
+    An odd size such as GPT-2's 50,257 keeps a GPU from using its fast kernels. So rows of zeros are appended
+    to the weight where autocast copies it anyway. The parameter is not padded, and neither are the logits.
     """
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__(width, vocab_size, bias=False)
 
     def padding(self, x: Tensor) -> int:
-        """How many rows of zeros the weight should have for a product with x, (..., C)."""
+        """Number of rows of zeros to append to the weight for a product with x, (..., C)."""
         if self.out_features < PADDED_MIN_VOCAB or x.numel() < PADDED_MIN_POSITIONS * x.shape[-1]:
             return 0
         return -self.out_features % kind_of(x.device).vocab_multiple
 
     def is_plain(self) -> bool:
-        """Whether it has only its weight: an adapter or a hook is for V logits, not for padded ones."""
+        """Whether it has neither adapter nor hook, which would expect V logits, without padding."""
         return list(dict(self.named_parameters())) == ["weight"] and not self._forward_hooks
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
-        """(..., C) -> (..., V). With a weight that is padded already: all of its columns."""
+        """(..., C) -> (..., V). If the weight is padded already, the result has all of its outputs."""
         padding = self.padding(input) if len(self.weight) == self.out_features else 0
         if not padding:
             return super().forward(input)
@@ -216,26 +217,26 @@ class Head(nn.Linear):
 
 
 def pad_rows(weight: Tensor, rows: int) -> Tensor:
-    """A weight with so many rows of zeros below it."""
+    """Append this many rows of zeros to a weight."""
     return F.pad(weight, (0, 0, 0, rows)) if rows else weight
 
 
 def chunked_cross_entropy(
     head: nn.Module, soft_cap: Callable[[Tensor], Tensor], x: Tensor, targets: Tensor, vocab_size: int
 ) -> Tensor:
-    """Mean cross-entropy in nats of soft_cap(head(x)), a scalar of float32, without ever holding all logits.
+    """Mean cross-entropy of soft_cap(head(x)) in nats, a float32 scalar, without ever holding all logits.
 
     The logits of GPT-2's 50,257 tokens take 30 times the memory of the activations they come from. So a few
-    positions are taken at a time: their logits, their loss and its gradient, then the next ones.
-    head: (n, C) -> (n, V); soft_cap: (n, V) -> (n, V), without weights; x: (N, C); targets: (N,) int64,
+    positions are processed at a time: their logits, their loss and its gradient, then the next ones.
+    head: (n, C) -> (n, V). soft_cap: (n, V) -> (n, V), without weights. x: (N, C). targets: (N,) int64,
     IGNORED where they do not count.
-    A Head's weight is padded once for all positions, and the logits that this adds are set to -inf. To cut
-    them off instead would cost a copy of all gradients of logits, which the product wants padded as well.
+    A Head's weight is padded once for all positions, and the padding's logits are set to -inf. Cutting them
+    off would cost a copy of the gradient of the logits, which the backward product wants padded as well.
     """
     trained = {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
 
     def output(x: Tensor, *weights: Tensor) -> Tensor:
-        """(n, C) -> (n, V), with these in place of the trained weights."""
+        """(n, C) -> (n, V), with `weights` in place of the trained ones."""
         return soft_cap(functional_call(head, dict(zip(trained, weights, strict=True)), (x,)))
 
     chunk = max(1, kind_of(x.device).logits_per_chunk // vocab_size)  # positions
@@ -258,16 +259,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         x: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        """See chunked_cross_entropy. output: of x and weights. chunk: positions at a time.
+        """See chunked_cross_entropy. output: the logits of x, given weights. chunk: positions at a time.
 
-        padding: rows of zeros to add to the weights, each of which gives a logit that does not count.
+        padding: rows of zeros to append to the weights; their logits do not count.
         """
-        # Cast once, not for each chunk, to autocast's dtype.
+        # Cast to autocast's dtype once, not for each chunk.
         narrow = [pad_rows(w.detach().to(matmul_dtype(x)), padding) for w in weights]
         narrow = [weight.requires_grad_(differentiate) for weight in narrow]
         total = torch.zeros((), device=x.device)
         x_grad = torch.empty_like(x) if differentiate else x
-        # In float32: a sum of many chunks must not be rounded to bfloat16, FSDP's dtype, after each of them.
+        # In float32: FSDP's weights are bfloat16, to which a sum must not be rounded after each chunk.
         grads = [torch.zeros_like(weight, dtype=torch.float32) for weight in narrow if differentiate]
         for first in range(0, len(x), chunk):
             x_chunk = x[first : first + chunk].detach().requires_grad_(differentiate)  # (n, C)
@@ -283,10 +284,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total += F.nll_loss(log_probs, wanted, ignore_index=IGNORED, reduction="sum")
             if not differentiate:
                 continue
-            slope = log_probs.exp_()  # the gradient of the logits is softmax, less 1 at the target
+            slope = log_probs.exp_()  # the gradient of the logits is the softmax, less 1 at the target
             slope[torch.arange(len(wanted), device=x.device), wanted] -= 1
-            # Cast and set to 0 where the target is ignored, in one pass. Divided by their number later: in
-            # float16 the quotient would be lost.
+            # Cast, and set to 0 where the target is ignored, in one pass. The division by the number of
+            # targets comes in the backward pass: here it would underflow in float16.
             slope = torch.mul(slope, counts, out=torch.empty_like(logits))
             chunk_grads = torch.autograd.grad(logits, (x_chunk, *narrow), slope)
             x_grad[first : first + chunk] = chunk_grads[0]
@@ -299,7 +300,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Scale the gradients that the forward pass has computed."""
+        """Scale the gradients that the forward pass computed."""
         scale = grad_outputs[0] / ctx.counted
         return None, None, None, None, None, *[grad * scale for grad in ctx.saved_tensors]
 
@@ -308,10 +309,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class Recomputed(nn.Module):
-    """A module whose activations are computed again in the backward pass, instead of being kept.
+    """A module whose activations are recomputed in the backward pass instead of being kept.
 
-    Its input alone is kept (Chen et al., 2016); if selective, also the results of EXPENSIVE_OPS. The numbers
-    stay the same, dropout included, and parameters keep their names: the module's children are its own.
+    Only its input is kept (Chen et al., 2016) and, if selective, the results of EXPENSIVE_OPS. Results stay
+    the same, dropout included. Parameters keep their names, since the module's children become this one's.
     """
 
     def __init__(self, module: nn.Module, *, selective: bool) -> None:
@@ -326,5 +327,5 @@ class Recomputed(nn.Module):
             )
 
     def forward(self, *args: object) -> Tensor:
-        """As the module's."""
+        """Call the wrapped module."""
         return cast(Tensor, checkpointing.checkpoint(self.compute, *args, **self.settings))

@@ -1,9 +1,9 @@
-"""KV cache: keys and values of the tokens so far, of all layers, so that a new token is computed alone.
+"""KV cache: the keys and values of the tokens so far in all layers, so that only new tokens are computed.
 
 Example: cache = KVCache(model.config, rows=1, length=256)
          step = cache.step([0], idx); logits, _ = model(idx, cache=step); cache.advance(step, idx)
-A row is a text. Rows have lengths of their own, so texts of different lengths share a batch. What a model
-computes with a cache equals what it computes without one, up to rounding. Knows nothing of sampling.
+A row is a text. Each row has its own length, so texts of different lengths share a batch. A model computes
+the same with a cache as without one, up to rounding. Knows nothing of sampling.
 
 Shapes: L layers, R rows of the cache, B rows of a step, T tokens of a step, K n_kv_head, S keys, D head_width
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 from nanogpt.config import GPTConfig
 
 BEFORE_TEXT = -1
-"""In the place of a token that would stand before a text."""
+"""Stands for a token before the beginning of a text."""
 
 NGRAM_TOKENS = 2
-"""Tokens before each one that n-gram tables look at."""
+"""Number of tokens before each one that n-gram tables look at."""
 
 
 class KVCache:
@@ -29,21 +29,21 @@ class KVCache:
     def __init__(self, config: GPTConfig, rows: int, length: int) -> None:
         self.config, self.length = config, length
         self.lengths = [0] * rows
-        """Number of tokens of each row that are in the cache."""
+        """Number of tokens in each row of the cache."""
         self.keys_values: Tensor | None = None
-        """(2, L, R, K, S, D). Allocated with the first keys, whose dtype and device it has."""
+        """(2, L, R, K, S, D). Allocated with the first keys, in their dtype and on their device."""
         self.last_tokens: Tensor | None = None
         """The last NGRAM_TOKENS tokens of each row, (R, NGRAM_TOKENS), if the model has n-gram tables."""
 
     def clear(self, rows: Sequence[int]) -> None:
-        """Let these rows begin again, with a text of no tokens."""
+        """Empty these rows."""
         for row in rows:
             self.lengths[row] = 0
         if self.last_tokens is not None:
             self.last_tokens.index_fill_(0, integers(rows, self.last_tokens.device), BEFORE_TEXT)
 
     def copy_prefix(self, source: int, row: int, prefix: Tensor) -> None:
-        """Let `row` begin with the first tokens of `source`, which are `prefix`, (T,) int64."""
+        """Set `row` to `prefix`, (T,) int64, the first tokens of the row `source`, without computing it."""
         assert self.keys_values is not None
         assert len(prefix) <= self.lengths[source]
         self.clear([row])
@@ -56,10 +56,10 @@ class KVCache:
             self.last_tokens[row, NGRAM_TOKENS - len(last) :] = last
 
     def step(self, rows: Sequence[int], idx: Tensor, counts: Sequence[int] | None = None) -> "CacheStep":
-        """Prepare to compute T more tokens of each of these rows, all of them new or none.
+        """Prepare to compute T more tokens in each of these rows, which are all empty, or none is.
 
-        idx: (B, T) int64. counts: how many of the T are tokens of the row, the rest being padding; None: all.
-        The logits are those after the last token of each row.
+        idx: (B, T) int64. counts: how many of the T are tokens of each row, the rest being padding; None:
+        all. The logits will be those after the last token of each row.
         """
         B, T = idx.shape
         starts, counts = [self.lengths[row] for row in rows], counts or [T] * B
@@ -91,7 +91,7 @@ class KVCache:
         return self.last_tokens[index]
 
     def advance(self, step: "CacheStep", idx: Tensor) -> None:
-        """Count the tokens of a step, once the model has computed it."""
+        """Add the tokens of a step to the lengths, once the model has computed it."""
         for row, start, count in zip(step.rows, step.starts, step.counts, strict=True):
             self.lengths[row] = start + count
         if self.last_tokens is not None and step.before is not None:
@@ -101,7 +101,7 @@ class KVCache:
             self.last_tokens[step.index] = tokens.gather(1, last)
 
     def allocated(self, like: Tensor) -> Tensor:
-        """The memory of the cache, (2, L, R, K, S, D), made in the dtype of `like`: keys, (B, K, T, D)."""
+        """The memory of the cache, (2, L, R, K, S, D), allocated for keys such as `like`, (B, K, T, D)."""
         if self.keys_values is None:
             _, K, _, D = like.shape
             shape = (2, self.config.n_layer, len(self.lengths), K, self.length, D)
@@ -109,7 +109,7 @@ class KVCache:
         return self.keys_values
 
     def in_float32(self) -> Tensor:
-        """The memory of the cache, (2, L, R, K, S, D), which is float32 from now on."""
+        """The memory of the cache, (2, L, R, K, S, D), converted to float32."""
         if self.keys_values is None:
             K = self.config.n_kv_head or self.config.n_head
             self.allocated(torch.empty(0, K, 0, self.config.head_width, dtype=torch.float32, device="cpu"))
@@ -120,7 +120,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class CacheStep:
-    """Tokens that are computed together: where they stand, and what they see."""
+    """Tokens that are computed together: their positions, and what they attend to."""
 
     cache: KVCache
     rows: list[int]
@@ -136,18 +136,18 @@ class CacheStep:
     mask: Tensor | None
     """Which keys a query attends to: see gpt.attention."""
     ends: Tensor | None
-    """The place in the step of each row's last token, (B,); None: T - 1 for all."""
+    """The index, within the step, of each row's last token, (B,); None: T - 1 for all."""
     before: Tensor | None
     """The tokens before those of the step, (B, NGRAM_TOKENS), for n-gram tables."""
 
     views: list[tuple[Tensor, ...]] = field(default_factory=list[tuple[Tensor, ...]])
-    """Of each layer: memory for the new keys and values, and all that a query sees. See `append`."""
+    """For each layer, views of the memory: of the new keys and values, and of all that queries see."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values, (B, K, T, D) each. Returns those of all tokens, (B, K, S, D)."""
         memory, T = self.cache.allocated(k), k.shape[2]  # (2, L, R, K, S, D)
         all_rows, is_uniform = self.rows == list(range(memory.shape[2])), self.positions.dim() == 1
-        if all_rows and is_uniform:  # the usual case, for which all layers are cut out at once
+        if all_rows and is_uniform:  # the usual case: views of all layers at once
             first = self.starts[0]
             if not self.views:
                 new, seen = memory[..., first : first + T, :], memory[..., : first + T, :]
@@ -157,24 +157,22 @@ class CacheStep:
             new_keys.copy_(k)
             new_values.copy_(v)
             return (keys.to(k.dtype), values.to(k.dtype)) if first else (k, v)
-        for whole, new in zip(memory[:, layer], (k, v), strict=True):  # (R, K, S, D)
-            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2).to(
-                whole.dtype
-            )  # (B, T, K, D)
+        for whole, new in zip(memory[:, layer], (k, v), strict=True):  # (R, K, S, D), (B, K, T, D)
+            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2).to(whole.dtype)
         if not any(self.starts):
             return k, v
         keys, values = memory[:, layer, :, :, : max(self.starts) + T]  # (R, K, S, D)
         return keys[self.index].to(k.dtype), values[self.index].to(k.dtype)
 
     def last(self, x: Tensor) -> Tensor:
-        """What belongs to the last token of each row: (B, T, C) -> (B, 1, C)."""
+        """Select the last token of each row: (B, T, C) -> (B, 1, C)."""
         if self.ends is None:
             return x[:, -1:]
         return x[torch.arange(len(x), device=x.device), self.ends][:, None]
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers on the device, (N,) int64: those of a range are made there, others copied."""
+    """Integers on the device, (N,) int64: created there if they are 0, 1, 2, ..., else copied."""
     if list(values) == list(range(len(values))):
         return torch.arange(len(values), device=device)
     return torch.tensor(values).to(device, non_blocking=True)

@@ -1,9 +1,9 @@
-"""LoRA: adapters of low rank beside linear layers whose weights stay as they are (Hu et al., 2021).
+"""LoRA: low-rank adapters beside linear layers whose weights are frozen (Hu et al., 2021).
 
 Example: add_adapters(model, config)
          plain.load_state_dict(merged(model.state_dict(), adapter_scale(config)))
-A layer with weight W (O, I) computes x W^T + scale x A^T B^T, with A (R, I) random and B (O, R) zero at
-first: the model begins as it was. Merged, it is an ordinary layer with the weight W + scale B A.
+A layer with weight W (O, I) computes x W^T + scale x A^T B^T. At first A (R, I) is random and B (O, R) is
+zero, so the model starts unchanged. Merged, it is an ordinary layer with the weight W + scale B A.
 
 Shapes: O outputs, I inputs, R rank
 """
@@ -24,7 +24,7 @@ A, B = "lora_a", "lora_b"
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with an adapter. weight and bias are the layer's own, under their names."""
+    """A linear layer with an adapter. weight and bias are those of the layer, and keep their names."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
 
 
 def add_adapters(model: GPT, config: TrainConfig) -> None:
-    """Put an adapter beside every linear layer of the blocks, in place; train the adapters alone.
+    """Add an adapter to every linear layer of the blocks, in place, and freeze all other weights.
 
     Does nothing if config.lora_rank is 0.
     """
@@ -58,7 +58,7 @@ def add_adapters(model: GPT, config: TrainConfig) -> None:
 
 
 def adapter_scale(config: TrainConfig) -> float:
-    """Factor of the adapters' outputs: alpha / rank."""
+    """The factor of the adapters' outputs: alpha / rank."""
     return alpha_of(config) / config.lora_rank
 
 
@@ -68,7 +68,7 @@ def alpha_of(config: TrainConfig) -> float:
 
 
 def first_adapters(model: GPT, seed: int) -> dict[str, Tensor]:
-    """The adapters of a model at the start of a training, by name, whatever device the model is on."""
+    """The initial values of a model's adapters, by name; the same for a model on any device."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -81,12 +81,12 @@ def first_adapters(model: GPT, seed: int) -> dict[str, Tensor]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a weight belongs to an adapter."""
+    """Whether the weight of this name belongs to an adapter."""
     return name.endswith((f".{A}", f".{B}"))
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The weights of the model without adapters that computes the same."""
+    """The weights of a model without adapters that computes the same."""
     plain = {name: weight for name, weight in weights.items() if not is_adapter(name)}
     for name, a in weights.items():
         if name.endswith(f".{A}"):

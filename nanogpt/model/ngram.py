@@ -1,8 +1,8 @@
 """N-gram embeddings: vectors for the last two and the last three tokens, looked up in tables.
 
 Example: x = token_embedding(idx) + NgramEmbedding(config)(idx)
-They give the first layer the statistics of pairs and triples at the price of a look-up. Most rows are rare:
-training/sparse.py updates those alone that a batch touches.
+They give the first layer the statistics of pairs and triples at the price of a look-up. Most rows are rarely
+used, so training/sparse.py updates only those that a batch touches.
 
 Shapes: B batch, T tokens, C n_embd, V vocab_size
 """
@@ -21,10 +21,10 @@ PAIR_HASH, TRIPLE_HASH = (48_271, 69_621), (39_373, 40_692)
 
 
 class NgramEmbedding(nn.Module):
-    """The sum of a vector for each pair and one for each triple of tokens that ends at a position.
+    """The sum of two vectors: for the pair and for the triple of tokens that end at a position.
 
-    With ngram_pairs "exact", each pair has a row of its own, if there are enough rows. Triples are hashed:
-    some share a row.
+    With ngram_pairs "exact", each pair has its own row if there are enough rows. Triples are hashed, and some
+    share a row.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -37,7 +37,7 @@ class NgramEmbedding(nn.Module):
         self.pairs_fit = self.exact and all_pairs <= rows
 
     def forward(self, idx: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). before: the two tokens before each row, (B, 2); None: it begins a text."""
+        """(B, T) -> (B, T, C). before: the two tokens before each row, (B, 2); None: idx begins a text."""
         # (B, T + 2): 0 stands for "before the text"
         ids = F.pad(idx + 1, (2, 0)) if before is None else torch.cat((before, idx), dim=1) + 1
         before_last, last, current = ids[:, :-2], ids[:, 1:-1], ids[:, 2:]  # (B, T) each
@@ -53,5 +53,5 @@ class NgramEmbedding(nn.Module):
 
 
 def hashed(key: Tensor) -> Tensor:
-    """Spread int64 keys over the integers, so that their remainders for any divisor are even."""
+    """Hash int64 keys, so that their remainders by any divisor are evenly distributed."""
     return torch.bitwise_right_shift(key * HASH_MULTIPLIER, HASH_SHIFT)

@@ -1,8 +1,8 @@
-"""Weights in fewer bits, for sampling: a token costs the time in which the weights are read from memory.
+"""Weights in fewer bits, for sampling, where a token takes about as long as reading the weights from memory.
 
 Example: quantize(model, "int8")            or: narrow_weights(model, torch.bfloat16), for use under autocast
-Linear layers are exchanged from outside, the output layer too; embeddings and norms stay as they are. Not for
-training: the new layers have no gradients.
+Linear layers, including the output layer, are replaced from outside; embeddings and norms stay as they are.
+Not for training: the new layers have no gradients.
 
 Shapes: N positions, O outputs, I inputs of a layer
 """
@@ -19,19 +19,19 @@ from torch.nn import functional as F
 from nanogpt.device import seconds_of
 
 LEVELS = 127
-"""The largest integer of a weight in 8 bits; its negative is the smallest."""
+"""Weights in 8 bits are integers from -LEVELS to LEVELS."""
 
 PACKED_MAX_POSITIONS = 8
-"""Above so many positions the kernel for packed weights is slower than a product in bfloat16."""
+"""For more positions, the kernel for packed weights is slower than a product in bfloat16."""
 
 TRIAL_REPEATS = 5
-"""Times that a kernel is tried, to see whether it is fast on this device."""
+"""Number of timings of a kernel, to see whether it is fast on this device."""
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are integers of 8 bits, with a scale for each output: y = (x q^T) s + b.
+    """A linear layer whose weights are 8-bit integers q with a scale s for each output: y = (x q^T) s + b.
 
-    Computed in bfloat16, which holds these integers exactly, and added up in float32.
+    Computed in bfloat16, which holds these integers exactly, and accumulated in float32.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class Int8Linear(nn.Module):
         bias = cast("Tensor | None", linear.bias)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.wide: Tensor | None = None
-        """The integers as bfloat16, (O, I), once they are needed: for many positions, or on other devices."""
+        """The integers in bfloat16, (O, I); made on first use: for many positions, or on other devices."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of x."""
@@ -62,14 +62,14 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def dequantized(self) -> Tensor:
-        """The weights as they count, (O, I) float32."""
+        """The weights that the integers stand for, (O, I) float32."""
         return self.weight.float() * self.scale.float()[:, None]
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row of a weight (O, I) to multiples of a scale: integers, (O, I) int8, and (O,) bfloat16.
+    """Quantize each row of a weight (O, I) with its own scale: (O, I) int8 and scales, (O,) bfloat16.
 
-    The scale is rounded first, to what bfloat16 can hold, so that its rounding adds no error.
+    The scale is rounded to bfloat16 before it is used, so that its rounding adds no error.
     """
     largest = weight.abs().amax(dim=1)  # (O,)
     scale = (largest / LEVELS).clamp(min=torch.finfo(torch.float32).tiny).to(torch.bfloat16)
@@ -78,19 +78,19 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """(N, I), (O, I) int8, (O,) -> (N, O): in PyTorch's kernel for weights of 8 bits."""
+    """(N, I), (O, I) int8, (O,) -> (N, O), by PyTorch's kernel for 8-bit weights."""
     return cast(Tensor, torch.ops.aten._weight_int8pack_mm(x, weight, scale))
 
 
 def wide_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """(N, I), (O, I) bfloat16, (O,) -> (N, O): in an ordinary product."""
+    """(N, I), (O, I) bfloat16, (O,) -> (N, O), by an ordinary product."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x, weight) * scale
 
 
 @cache
 def packed_is_fast(outputs: int, inputs: int, device: torch.device) -> bool:
-    """Whether packed_product exists on a device and is the faster one for one position, by a trial."""
+    """Whether packed_product exists on the device and beats wide_product for one position, by a trial."""
     x, scale = torch.zeros(1, inputs, device=device, dtype=torch.bfloat16), torch.ones(outputs, device=device)
     packed, scale = torch.ones(outputs, inputs, device=device, dtype=torch.int8), scale.to(torch.bfloat16)
     wide = packed.to(torch.bfloat16)
@@ -106,11 +106,11 @@ def packed_is_fast(outputs: int, inputs: int, device: torch.device) -> bool:
 
 
 QUANTIZERS: dict[str, Callable[[nn.Linear], nn.Module]] = {"int8": Int8Linear}
-"""Every value of --quantize, but for "none" -> what makes a layer of a linear one."""
+"""Every value of --quantize but "none" -> what turns a linear layer into a quantized one."""
 
 
 def quantize(model: nn.Module, kind: str) -> None:
-    """Exchange all linear layers of a model for quantized ones, in place."""
+    """Replace all linear layers of a model by quantized ones, in place."""
     for module in model.modules():
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
@@ -120,7 +120,7 @@ def quantize(model: nn.Module, kind: str) -> None:
 def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert the weights of linear layers, in place, to the dtype in which autocast multiplies them.
 
-    Otherwise it would convert them again in each product, or hold them twice.
+    Otherwise autocast would convert them again in each product, or hold them twice.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):  # a new parameter, since an embedding may be tied to the old one
@@ -128,7 +128,7 @@ def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def store_by_columns(model: nn.Module) -> None:
-    """Store the weights of linear layers, in place, column by column: as they were, but for their strides.
+    """Store the weights of linear layers column by column, in place: only their strides change.
 
     Then a product with one vector adds up columns, which a CPU does 1.3 times as fast (bench/decode.py).
     """
@@ -141,10 +141,10 @@ def store_by_columns(model: nn.Module) -> None:
 def prepare_for_sampling(
     model: nn.Module, dtype: torch.dtype, quantization: str, *, by_columns: bool = True
 ) -> None:
-    """Give the weights the form in which they are read fastest.
+    """Give the weights, in place, the form that sampling reads fastest.
 
-    dtype: of the products. quantization: "none": no 8 bits. by_columns: whether to store weights of float32
-    by columns, as PyTorch reads them fastest; native steps read rows.
+    dtype: of the matrix products. quantization: a value of --quantize. by_columns: whether to store float32
+    weights by columns, which PyTorch reads fastest; native steps read rows.
     """
     if quantization != "none":
         quantize(model, quantization)
@@ -157,7 +157,7 @@ def prepare_for_sampling(
 def sampling_copy(
     model: nn.Module, dtype: torch.dtype, quantization: str, *, by_columns: bool = True
 ) -> nn.Module:
-    """A copy prepared for sampling, in evaluation mode. It shares all weights that need no other form."""
+    """A copy prepared for sampling, in evaluation mode. It shares the weights that stay in their form."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared).eval()
     prepare_for_sampling(copied, dtype, quantization, by_columns=by_columns)
@@ -165,6 +165,6 @@ def sampling_copy(
 
 
 def linear_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a token reads: those of all layers with outputs, in the dtype that they have."""
+    """Bytes of weights that each token reads: those of the linear layers, in their present dtype."""
     layers = (module for module in model.modules() if isinstance(module, (nn.Linear, Int8Linear)))
     return sum(layer.weight.nbytes for layer in layers)

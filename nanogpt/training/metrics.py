@@ -3,7 +3,7 @@
 Example: metrics = Metrics([ConsoleSink(max_iters), JsonLinesSink(path)])
          metrics.rewind(0, 0); metrics.write({"step": 10, "train_loss": 2.5}); metrics.close()
 A row is a flat dict with a "step" and numbers; "sample" may hold generated text. A sink takes the fields
-that it shows and ignores the others. sinks.py has other sinks and the table of all. Knows nothing of the model.
+that it shows and ignores the others. sinks.py has the other sinks. Knows nothing of the model.
 """
 
 import json
