@@ -1,14 +1,14 @@
 """The checkpoint file format: save, load, open and verify a checkpoint, load a model.
 
 Example: save_checkpoint(path, checkpoint); checkpoint = load_checkpoint(path)
-         open_checkpoint(path).progress      # at once, however large the file
+         open_checkpoint(path).progress      # fast, however large the file
          model = load_model("out"); model, tokenizer = load_model("out/last.pt")
 A checkpoint is one self-contained file of plain types and tensors, written with torch.save and followed by a
 seal: the SHA-256 of all bytes before it. Loading verifies the seal first, then calls torch.load with
 weights_only=True, so a malicious file cannot run code. Plain torch.load reads the file too.
 With --parallel fsdp, last.pt is sharded: its tensors are in a folder of shards (checkpoint/sharded.py), whose
-SHA-256 digests are in last.pt; `load_checkpoint` gathers them. Which file holds the best model and which one
-is resumed is in checkpoint/run_dir.py.
+SHA-256 digests are in last.pt; `load_checkpoint` gathers them. checkpoint/run_dir.py says which file of a run
+is the best model, and which one is resumed.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Progress:
     shuffle_id: int = 0
     """Number of the data order. Every roll-back adds one, so that the run avoids the bad batch."""
     bad_steps: int = 0
-    """Number of successive steps, up to now, whose loss or gradient was not finite."""
+    """Number of steps in a row, up to now, whose loss or gradient was not finite."""
     rollbacks: int = 0
     """Number of roll-backs since the run last passed `furthest_bad_step`."""
     furthest_bad_step: int = -1
@@ -81,7 +81,7 @@ class Checkpoint:
     progress: dict[str, Any]
     """The fields of Progress."""
     model: dict[str, torch.Tensor]
-    """The trained weights: state_dict of the model, with adapters beside the weights they are for (LoRA)."""
+    """The trained weights: state_dict of the model, which with LoRA includes the adapters."""
     average: dict[str, torch.Tensor]
     """Exponential moving average (EMA) of the weights; empty without --ema_decay."""
     optimizers: list[dict[str, Any]]
@@ -100,7 +100,7 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights for inference: the EMA if there is one, else the trained ones; adapters are merged."""
+        """The weights for inference: the EMA if there is one, else the trained ones, with adapters merged."""
         config, weights = self.train_config, self.average or self.model
         return merged(weights, adapter_scale(config)) if config.lora_rank else weights
 
@@ -151,7 +151,7 @@ def verify(path: Path) -> bool:
 
 
 def has_seal(path: Path) -> bool:
-    """Whether a file ends with the seal of a checkpoint, whatever checksum is in it."""
+    """Whether a file ends with the seal of a checkpoint, correct or not."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - SEAL_SIZE))
         return file.read(len(SEAL)) == SEAL
@@ -165,10 +165,10 @@ class ModelAndTokenizer(NamedTuple):
 
 
 class TextModel(ModelAndTokenizer):
-    """A model with its tokenizer: together they continue and score texts. Unpacks into the two."""
+    """A model with its tokenizer, for generating and scoring texts. It unpacks into the two."""
 
     trained_in = "float32"
-    """Name of the dtype of its products in training, which sampling takes where the device is fast at it."""
+    """Name of the dtype of its training, which sampling uses where the device is fast at it."""
 
     def __repr__(self) -> str:
         """One line, instead of all layers."""
@@ -193,9 +193,9 @@ def load_model(path: str | Path, device: str = "auto") -> TextModel:
 
 
 def checkpoint_at(path: Path, flag: str) -> Path:
-    """The checkpoint at a path: the file itself; in a run folder ckpt.pt (the best), else last.pt.
+    """The checkpoint at a path: the file itself or, in a run folder, ckpt.pt (the best), else last.pt.
 
-    flag: what gave the path, for messages. Raises: UserError if the folder has none.
+    flag: the flag that gave the path, for messages. Raises: UserError if the folder has no checkpoint.
     """
     if not path.is_dir():
         return path
@@ -222,7 +222,7 @@ def shards_folder(path: Path, names: Iterable[str]) -> Path:
 def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
     """Load a checkpoint into main memory, after verifying its checksum.
 
-    gather: also verify the shards of a sharded checkpoint and load their tensors; else only the file itself.
+    gather: of a sharded checkpoint, also verify the shards and load their tensors, not only the file itself.
     Raises: UserError if it is missing, damaged, not a checkpoint, or of a newer version.
     """
     loaded = read_checkpoint(path, verified=True)
@@ -234,9 +234,9 @@ def load_checkpoint(path: Path, *, gather: bool = True) -> Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint whose tensors stay in the file until they are read (memory-mapped).
+    """Open a checkpoint without loading its tensors: they are memory-mapped.
 
-    Its checksum is not verified, and the tensors of a sharded checkpoint are not there.
+    The checksum is not verified, and a sharded checkpoint has no tensors.
     Raises: UserError as in load_checkpoint.
     """
     return read_checkpoint(path, verified=False)
@@ -245,7 +245,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_checkpoint(path: Path, *, verified: bool) -> Checkpoint:
     """Read the file of a checkpoint, of any format, and check its content.
 
-    verified: compare all bytes with the checksum and load the tensors; else map them.
+    verified: compare all bytes with the checksum, and load the tensors instead of mapping them.
     Raises: UserError as in load_checkpoint.
     """
     check_is_file(path)
@@ -301,7 +301,7 @@ def verify_content(path: Path, content: Mapping[str, Any]) -> None:
 def gather_shards(path: Path, header: Checkpoint) -> Checkpoint:
     """Verify and gather the shards of the checkpoint at `path` into full tensors.
 
-    header: the checkpoint as `path` holds it, without tensors.
+    header: the content of `path`, without tensors.
     Raises: UserError if a shard is missing or damaged.
     """
     sharded.verify(path.parent, header.shards)
@@ -326,7 +326,7 @@ def peek(path: Path) -> tuple[TrainConfig, int]:
 
 
 def read_mapped(path: Path) -> object:
-    """Read a file as read_plain does, but leave its tensors in the file, if the file system can map it."""
+    """Read a file as read_plain does, but memory-map its tensors if the file system can."""
     try:
         return read_plain(path, mmap=True)
     except (OSError, RuntimeError):  # no memory maps here, or a file from before PyTorch 1.6

@@ -1,10 +1,10 @@
 """Kept checkpoints: the models of some evaluations, spread over a training (--keep_checkpoints).
 
 Example: save_checkpoint(kept_path(folder, 200), checkpoint); thin_out(folder, 10, best=200)
-Files:      out/checkpoints/step-000200.pt, in the format of ckpt.pt (format.py), without optimizer state.
+Files:   out/checkpoints/step-000200.pt, in the format of ckpt.pt (format.py), without optimizer state.
 The first, the best and the newest are always among them. The others are about evenly spaced in the square
-root of the step: closer together at the start, where a model changes most. Which ones are kept depends on the
-evaluations alone, so a run that was killed and resumed has the same ones.
+root of the step, so closer together at the start, where a model changes most. Which ones are kept depends
+only on the evaluations, so a run that was killed and resumed has the same ones.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ def kept_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def surplus(steps: Iterable[int], count: int, best: int | None = None) -> list[int]:
-    """The steps to give up, one after the other, until `count` are left (at least 3).
+    """The steps to delete, one after the other, until `count` are left (at least 3).
 
-    Each time that one goes whose neighbours are nearest to each other, in the square root of the step; never
+    Each time it is the one whose neighbours are nearest to each other, in the square root of the step; never
     the first, the last, or `best`.
     """
-    left, given_up = sorted(steps), list[int]()
+    left, deleted = sorted(steps), list[int]()
     while len(left) > count:
         inner = [place for place in range(1, len(left) - 1) if left[place] != best]
         place = min(inner, key=lambda place: math.sqrt(left[place + 1]) - math.sqrt(left[place - 1]))
-        given_up.append(left.pop(place))
-    return given_up
+        deleted.append(left.pop(place))
+    return deleted
 
 
 def thin_out(folder: Path, count: int, best: int | None) -> None:
-    """Delete kept checkpoints until `count` are left. A file that cannot be deleted now is, the next time.
+    """Delete kept checkpoints until `count` are left. If a file cannot be deleted, the next call tries again.
 
     best: step of the best evaluation.
     """
@@ -58,7 +58,7 @@ def thin_out(folder: Path, count: int, best: int | None) -> None:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Delete the kept checkpoints of later steps, which are done again, and what a killed process left."""
+    """Delete the kept checkpoints of later steps, which will be done again, and leftovers of a kill."""
     later = [path for kept, path in kept_checkpoints(folder).items() if kept > step]
     for path in (*later, *folder.glob(f"step-*.pt{TEMPORARY_SUFFIX}")):
         with contextlib.suppress(OSError):

@@ -52,7 +52,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
-        """Lock the folder during the block. The operating system releases the lock if the process dies.
+        """Lock the folder for the block. The operating system releases the lock if the process dies.
 
         Raises: UserError if another training has locked it, or if it cannot be written.
         """
@@ -79,10 +79,10 @@ class RunFolder:
     def newest_valid(
         self, report: Callable[[str], None], world: World = ALONE, *, gather: bool = True
     ) -> Checkpoint:
-        """Load the valid checkpoint with the most steps; damaged ones are reported and passed over.
+        """Load the valid checkpoint with the most steps; damaged ones are reported and skipped.
 
-        gather: load the tensors of a sharded checkpoint too; else its shards are only verified, each process
-        verifying some of them.
+        gather: also load the tensors of a sharded checkpoint; else its shards are only verified, some by each
+        process.
         Raises: UserError if there is no valid checkpoint.
         """
         valid: list[tuple[Path, Checkpoint]] = []
@@ -126,9 +126,9 @@ class RunFolder:
     def is_restart_of(self, config: TrainConfig, job: str, *, restarted: bool) -> bool:
         """Whether a training is a restart of the one in this folder, so that it resumes without --resume.
 
-        It is if the settings are the same and either torchrun restarted the processes, or the job of the same
+        It is if the settings are the same and either torchrun restarted the processes, or a job of the same
         name left the training unfinished.
-        job: name of torchrun's job, "" if it has none. restarted: whether torchrun restarted the processes.
+        job: name of torchrun's job; "": it has none. restarted: whether torchrun restarted the processes.
         """
         try:
             saved, step = peek(self.last)
@@ -138,7 +138,7 @@ class RunFolder:
         if not restarted and not (same_job and step < config.max_iters):
             return False
         names = {item.name for item in fields(config)} - PER_COMMAND_SETTINGS.keys()
-        if config.minutes:  # the others were chosen
+        if config.minutes:  # the others were chosen by it
             names &= {"minutes", *config.fixed}
         return all(getattr(saved, name) == getattr(config, name) for name in names)
 

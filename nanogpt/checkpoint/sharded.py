@@ -3,9 +3,9 @@
 Example: save = begin_save(folder, tensors); digests = save.result(); verify(folder, digests)
          load(folder, tensors)           # sharded over any number of processes, or full
          tensors = load_full(folder)     # in one process
-A folder of shards is written and read by torch.distributed.checkpoint. The SHA-256 of each file in it, and
-all that is not a tensor, is in the sealed checkpoint file (checkpoint/format.py). The names of the tensors
-are model.*, average.* and optimizers.<optimizer>.<parameter>.<moment>.
+torch.distributed.checkpoint writes and reads a folder of shards. The SHA-256 of each file in it, and all that
+is not a tensor, is in the sealed checkpoint file (checkpoint/format.py). The names of the tensors are
+model.*, average.* and optimizers.<optimizer>.<parameter>.<moment>.
 """
 
 import functools
@@ -49,7 +49,7 @@ ALLOWED_CLASSES = {
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }
-"""Module -> the classes in it that an index consists of. No others are unpickled."""
+"""Module -> its classes that an index consists of. No others are unpickled."""
 
 FORMAT_3_NAMES = {
     "wte": "token_embedding",

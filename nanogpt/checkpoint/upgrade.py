@@ -1,8 +1,8 @@
-"""Checkpoints of older formats: their content as the current format has it.
+"""Upgrade the content of checkpoints in older formats to the current one.
 
 Example: content = upgrade(torch.load(path, weights_only=True)); Checkpoint(**content)
-Each function goes one format up, so that a new format needs one more. tests/test_golden.py has files of every
-format. Nothing is validated here: what a malformed file holds stays as it is.
+Each function upgrades by one format, so a new format needs one more function. tests/test_golden.py has files
+of every format. Nothing is validated here: malformed content stays as it is.
 """
 
 from collections.abc import Mapping

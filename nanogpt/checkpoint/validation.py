@@ -3,9 +3,9 @@
 Example: check(content, progress={"step": int, ...})     # before making a Checkpoint from it
          check_states(optimizers, states)                # before loading optimizer states
          require_plain(content)                          # before saving
-The seal proves that a file is unchanged since it was written; validation finds a file that has a valid seal
-but content that NanoGPT does not write. The check functions raise UserError with what is wrong, which the
-caller reports as "checkpoint ... is malformed: ...".
+The seal proves that a file has not changed since it was written; validation finds content that NanoGPT does
+not write. The check functions raise UserError with what is wrong, which the caller reports as "checkpoint ...
+is malformed: ...".
 """
 
 import math

@@ -1,8 +1,8 @@
 """A prepared data folder: train.pt, val.pt (or shards), and vocab.pt with their names and checksums.
 
 Example: data = load_dataset(Path("data")); data.train[:10]; data.tokenizer.decode(data.train[:10].tolist())
-data/prepare.py writes the folder. Whatever is in it, `load_dataset` returns the complete data set or says
-in one line what is wrong. Of pairs, it has train_mask.pt and val_mask.pt too. Knows nothing of batches.
+data/prepare.py writes the folder. Whatever is in it, `load_dataset` returns the complete data set or says in
+one line what is wrong. With pairs, it also has train_mask.pt and val_mask.pt. Knows nothing of batches.
 """
 
 import math
@@ -34,15 +34,15 @@ TOKENS_PER_CHECK = 1 << 24
 """Tokens to check at a time."""
 
 MAX_PROMPT = 1 << 16
-"""Tokens among which the end of the first prompt is looked for."""
+"""Number of tokens in which to look for the end of the first prompt."""
 
 MAX_TRIES = 3
-"""How often to try to open a folder that another program is replacing."""
+"""Attempts to open a folder that another program is replacing."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data folder. train, val: (N,) token ids, read from the disk as they are needed.
+    """A prepared data folder. train, val: (N,) token ids, read from the disk when needed.
 
     train_mask, val_mask: (N,) uint8, 1 where a token counts for the loss, else 0; None: all count.
     """
@@ -58,19 +58,19 @@ class Dataset:
     characters: int | None = None
     """Characters in both splits."""
     sealed: bool = False
-    """Whether the folder has checksums of its files; those of earlier versions have none."""
+    """Whether the folder has checksums of its files; folders of earlier versions have none."""
     train_mask: Tokens | None = None
     val_mask: Tokens | None = None
     counted: Mapping[str, int] | None = None
-    """With masks: how many tokens of each split count."""
+    """With masks: the number of tokens that count, of each split."""
     counted_bytes: Mapping[str, int] | None = None
-    """With masks: the bytes of UTF-8 in them."""
+    """With masks: the bytes of UTF-8 in these tokens, of each split."""
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Convert the validation loss from nats per token (all but the first) to bits per byte of text.
 
-        In this unit, and in no other, losses with different tokenizers can be compared. With a mask, tokens
-        and bytes that do not count are left out; the first token, of a prompt, is one of them.
+        Only in this unit can losses with different tokenizers be compared. With a mask, tokens and bytes that
+        do not count are left out; the first token, being of a prompt, is one of them.
         """
         if self.counted is not None and self.counted_bytes is not None:
             return loss * self.counted["val"] / math.log(2) / max(1, self.counted_bytes["val"])
@@ -81,13 +81,13 @@ class Dataset:
 
     @property
     def first_prompt(self) -> int:
-        """How many tokens of the validation split a sample continues: one, or of pairs the first prompt."""
+        """Number of validation tokens that a sample continues: one or, with pairs, the first prompt."""
         if self.val_mask is None:
             return 1
         return max(1, int(np.argmax(self.val_mask[:MAX_PROMPT])))
 
     def text_bytes(self, token: int) -> int:
-        """Bytes of text in a token: none for the token that ends a document."""
+        """Bytes of text in a token: 0 for the one that ends a document."""
         return 0 if token == self.tokenizer.end_of_text else len(self.tokenizer.tokens[token])
 
 
@@ -96,8 +96,8 @@ def load_dataset(
 ) -> Dataset:
     """Open a prepared data folder; the tokens stay on the disk until they are read.
 
-    verify_bytes: compare at most so many bytes of token files with their checksums, in blocks drawn at
-    random (seals.verify); None: all. advance: called with the bytes compared since the last call.
+    verify_bytes: maximum number of bytes of token files to compare with their checksums, in random blocks
+    (seals.verify); None: all. advance: called with the number of bytes compared since the last call.
     Raises: UserError if the folder is missing, incomplete, damaged, malformed or of a newer version.
     """
     for _ in range(MAX_TRIES - 1):
@@ -122,7 +122,7 @@ def vocab_file_id(folder: Path) -> tuple[int, int] | None:
 
 
 def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int], object]) -> Dataset:
-    """Load a folder, as `load_dataset` does, while no other program replaces it."""
+    """Load a folder, as `load_dataset` does, assuming that no other program is replacing it."""
     path = folder / VOCAB_FILE
     unprepared = prepare_advice(folder)
     elsewhere = "" if folder.is_dir() else " (or give --data_dir the folder that you prepared)"
@@ -176,7 +176,7 @@ def read_folder(folder: Path, verify_bytes: int | None, advance: Callable[[int],
 
 @contextmanager
 def errors_with_advice(path: Path, advice: str) -> Generator[None]:
-    """Turn any error about a file into a UserError that ends in advice."""
+    """Turn any error about a file into a UserError that ends with advice."""
     try:
         yield
     except DamageError as error:
@@ -200,7 +200,7 @@ def check_is_file(path: Path, advice: str) -> None:
 
 
 def prepare_advice(folder: Path, vocabulary: Mapping[str, Any] | None = None) -> str:
-    """Advice with the command that prepares a folder (again), as far as its vocab.pt tells."""
+    """Advice: the command that prepares a folder (again), as far as its vocab.pt tells."""
     vocabulary = vocabulary or {}
     source = vocabulary.get("source", None if vocabulary else "")  # in version 1
     source = source if isinstance(source, str) else None
@@ -249,9 +249,9 @@ def open_array(folder: Path, facts: VocabFile, array: str, advice: str) -> Token
 def check_values(
     folder: Path, facts: VocabFile, arrays: Mapping[str, Tokens], vocab_size: int, verify_bytes: int | None
 ) -> None:
-    """Check that every id is in the vocabulary, and a mask of 0 and 1.
+    """Check that every id is in the vocabulary, and that masks hold only 0 and 1.
 
-    They are checked now if they are few, or when they are read if there are no checksums.
+    This is done now if there are few values, or when they are read if there are no checksums.
     Raises: DamageError that names the file.
     """
     files = list(named_parts(folder, facts, arrays))

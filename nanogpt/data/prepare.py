@@ -3,14 +3,13 @@
 Run:    python data.py                                          Tiny Shakespeare into data/
         python data.py --input_file books/ dump.jsonl.gz --tokenizer bpe --data_dir my_data
 Writes: train.pt, val.pt (1-D token tensors of the narrowest type) and vocab.pt (the tokenizer, counts,
-        a fingerprint of the text, and the SHA-256 of each token file). Of pairs (--prompt_field), also
+        a fingerprint of the text, and the SHA-256 of each token file). For pairs (--prompt_field), also
         train_mask.pt and val_mask.pt: which tokens count for the loss. An earlier set is replaced when
         the new one is complete (data/swap.py).
-The first pass over the corpus scans it (data/scan.py), the second encodes it. Each holds a few chunks of
-text in memory, whatever the size, and shares the work among threads. The second resumes after a kill.
+The first pass over the corpus scans it (data/scan.py), the second encodes it. Each holds only a few chunks of
+text in memory, and shares the work among threads. The second resumes after a kill.
 """
 
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,9 +34,9 @@ from nanogpt.data.scan import (
     map_in_order,
     scan,
 )
-from nanogpt.data.swap import WORK, finish_swap, make_new_folder, replace_dataset
+from nanogpt.data.swap import FILE_NAME, VOCAB_FILE, WORK, finish_swap, make_new_folder, replace_dataset
 from nanogpt.data.token_writer import EncodingJob, write_tokens
-from nanogpt.data.vocab_file import FORMAT_VERSION, MASKED_VERSION, MASKS, SPLITS, shard_names
+from nanogpt.data.vocab_file import FORMAT_VERSION, MASKED_VERSION, SPLITS, shard_names
 from nanogpt.errors import UserError, require
 from nanogpt.files import atomic_write
 from nanogpt.locking import lock
@@ -50,10 +49,10 @@ from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import TOKENIZERS
 
 SAVE_SECONDS = 5.0
-"""Seconds between saves of the encoding's state: a kill loses no more."""
+"""Seconds between saves of the encoding's state, and so the most that a kill can lose."""
 
 MAX_FILES = 10_000
-"""Most files of a data set: a process can map some 65,000, and each file is synced twice."""
+"""Maximum number of files in a data set: a process can map some 65,000, and each file is synced twice."""
 
 OUT_OF_MEMORY_WORDS = (
     "can't start new thread",
@@ -99,7 +98,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Write train.pt, val.pt and vocab.pt into config.data_dir, and print a summary.
+    """Write the data set into config.data_dir, and print a summary.
 
     Raises: UserError if the text cannot be read or is too short for the split, if the folder holds
     another data set and overwrite is off, or if it cannot be written.
@@ -108,7 +107,7 @@ def prepare(config: PrepareConfig) -> None:
     finish_swap(folder)  # if a swap was interrupted
     corpora = open_corpora(config, folder)
     work = EncodingJob(folder / WORK, config, [path for corpus in corpora.values() for path in corpus.files])
-    # Before the long pass: a missing tokenizer is reported at once.
+    # Before the long pass, so that a missing tokenizer is reported at once.
     given = None if work.scanned else given_tokenizer(config.tokenizer)
     scanned = work.scanned or scan(corpora, config)
     fingerprint = fingerprint_of(scanned, config)
@@ -170,13 +169,15 @@ def write_dataset(config: PrepareConfig, folder: Path, work: EncodingJob, finger
             seals[name] = write_tokens(work.token_path(array), new / name, work.dtype(array), first, size)
     facts["sha256"] = {name: seal.sha256 for name, seal in seals.items()}
     facts["blocks"] = {name: seal.blocks for name, seal in seals.items() if seal.blocks is not None}
-    save_with_checksum(new / "vocab.pt", facts)
-    replace_dataset(folder, [*seals, "vocab.pt"], set(token_file_names(folder)) - set(seals))
+    save_with_checksum(new / VOCAB_FILE, facts)
+    names = {*seals, VOCAB_FILE}
+    present = {path.name for path in folder.iterdir() if FILE_NAME.fullmatch(path.name)}
+    replace_dataset(folder, names, stale=present - names)
     return facts
 
 
 def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
-    """Open the corpus that is split ("train") and, with --val_file, the one for validation alone ("val")."""
+    """Open the corpus to split ("train") and, with --val_file, the one only for validation ("val")."""
     given: dict[str, tuple[str, ...]] = {"train": config.input_file}
     if not config.input_file:
         path, note = tiny_shakespeare(folder)
@@ -199,7 +200,7 @@ def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
 
 
 def save_standard_input(folder: Path) -> Path:
-    """Save standard input to a file while the preparation lasts, since it is read more than once.
+    """Save standard input to a temporary file, since it is read more than once.
 
     Raises: UserError if it is closed, cannot be read, or does not fit on the disk.
     """
@@ -222,7 +223,7 @@ def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
 
     Raises: UserError if it holds something else and `overwrite` is off.
     """
-    if not (folder / "vocab.pt").exists():  # empty, or a preparation was interrupted
+    if not (folder / VOCAB_FILE).exists():  # empty, or a preparation was interrupted
         return False
     try:
         if load_dataset(folder, verify_bytes=None).fingerprint == fingerprint:
@@ -252,9 +253,9 @@ def print_skip_report(report: SkipReport, folder: Path) -> None:
 
 
 class EncodedBatch(NamedTuple):
-    """The tokens of a batch for one split, and the bytes of text in them; of pairs, also what counts of it.
+    """The tokens of a batch for one split. bytes: of text in them.
 
-    mask: (N,), which of the ids count for the loss; None: all, as they do of texts. counted_bytes: in these.
+    mask: (N,), which ids count for the loss; None: all, without pairs. counted_bytes: of text in those.
     """
 
     ids: Ids
@@ -264,7 +265,7 @@ class EncodedBatch(NamedTuple):
 
 
 def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
-    """Raise UserError if the tokens so far make more than MAX_FILES files."""
+    """Raise UserError if the tokens so far fill more than MAX_FILES files."""
     files = sum(ceil_div(count, shard_tokens) for count in tokens) if shard_tokens else 0
     require(
         files <= MAX_FILES,
@@ -276,9 +277,9 @@ def reject_many_files(tokens: Sequence[int], shard_tokens: int | None) -> None:
 def encode_corpora(
     corpora: Mapping[str, Corpus], split: Split, work: EncodingJob, shard_tokens: int | None = None
 ) -> None:
-    """Encode every document and append its tokens to the file of its split, from where `work` left off.
+    """Encode every document from where `work` left off, and append its tokens to the file of its split.
 
-    Raises: UserError if the disk is full, or if files of `shard_tokens` are too many.
+    Raises: UserError if the disk is full, or if shards of `shard_tokens` tokens would be too many.
     """
     with progress_bar("Encoding", size_in_bytes=True) as bar:
         task = bar.add_task("", total=sum(corpus.size for corpus in corpora.values()), detail="")
@@ -297,14 +298,14 @@ def encode_corpora(
                 if time.monotonic() - saved > SAVE_SECONDS:
                     work.save_state(files)
                     saved = time.monotonic()
-            if saved > began:  # a long encoding is saved, in case the next step is killed
+            if saved > began:  # save a long encoding, in case the next step is killed
                 work.save_state(files)
 
 
 def encode_batch(tokenizer: Tokenizer, masked: bool, batch: list[tuple[Chunk, int]]) -> list[EncodedBatch]:
-    """Encode a batch: the tokens of each split, with an end-of-text token after each document.
+    """Encode a batch into the tokens of each split, with an end-of-text token after each document.
 
-    masked: find out, too, which of them count for the loss.
+    masked: also compute which of them count for the loss.
     """
     encoded: list[EncodedBatch] = []
     for side in range(len(SPLITS)):
@@ -320,12 +321,6 @@ def encode_batch(tokenizer: Tokenizer, masked: bool, batch: list[tuple[Chunk, in
         counted_bytes = sum(len(chunk.raw) for chunk in chunks if chunk.counts)
         encoded.append(EncodedBatch(ids, sum(len(chunk.raw) for chunk in chunks), mask, counted_bytes))
     return encoded
-
-
-def token_file_names(folder: Path) -> list[str]:
-    """Names of the token files in a folder."""
-    patterns = [re.compile(rf"{name}(-\d{{5,}})?\.pt") for name in (*SPLITS, *MASKS.values())]
-    return [path.name for path in folder.iterdir() if any(p.fullmatch(path.name) for p in patterns)]
 
 
 def print_summary(folder: Path, facts: Mapping[str, Any], tokenizer: Tokenizer, split: Split) -> None:

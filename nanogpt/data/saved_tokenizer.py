@@ -1,8 +1,8 @@
 """The tokenizer that --tokenizer names: gpt2, one in a tokenizer.json, or one in a saved file of ours.
 
 Example: given = given_tokenizer("out/ckpt.pt"); tokenizer = with_characters_of(given, text)
-A checkpoint, an exported .safetensors and the vocab.pt of a data folder have their tokenizer inside. So data
-can be prepared with the tokens of a model that a training is to start from (--init_from).
+A checkpoint, an exported .safetensors and the vocab.pt of a data folder contain their tokenizer. So data can
+be prepared with the tokens of the model that a training will start from (--init_from).
 """
 
 import json
@@ -58,7 +58,7 @@ def safetensors_content(path: Path) -> Any:
 
 
 def with_characters_of(tokenizer: Tokenizer, text: TrainingText) -> Tokenizer:
-    """The tokenizer for a text: a vocabulary of characters gets those of the text too, others stay."""
+    """Extend a vocabulary of characters by those of the text; other tokenizers stay unchanged."""
     if not isinstance(tokenizer, CharTokenizer):
         return tokenizer
     chars = "".join(sorted({*tokenizer.chars, *text.characters}))

@@ -32,10 +32,10 @@ from nanogpt.tokenizer import base as tokenizers
 from nanogpt.tokenizer.registry import SAVED_SUFFIXES, min_vocab_size
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
-"""Size of a thread's batch: this many bytes of text, from at most so many documents."""
+"""Size of a thread's batch: this many bytes of text, in at most this many documents."""
 
 SAMPLE_BYTES = 1 << 26
-"""Size of the sample of the training split that a tokenizer learns from."""
+"""Size of the sample of the training split from which a tokenizer is learned."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +53,7 @@ class ChunkStats(NamedTuple):
 class ScanResult:
     """The result of the first pass.
 
-    characters, digests: of each document. With --val_file, its documents are the last, from first_val on.
+    characters, digests: of each document. With --val_file, its documents come last, from first_val on.
     seen_characters: (CODE_POINTS,), whether each code point occurs.
     """
 
@@ -65,7 +65,7 @@ class ScanResult:
     )
     report: SkipReport = field(default_factory=SkipReport)
     open_document: list[ChunkStats] = field(default_factory=list[ChunkStats])
-    """The chunks so far of the current document."""
+    """The chunks of the current document so far."""
 
     def add(self, chunk: ChunkStats) -> None:
         """Add the next chunk."""
@@ -148,7 +148,7 @@ def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:
 
 
 def tokenizer_settings(config: PrepareConfig) -> tuple[str, int]:
-    """Identify a tokenizer: its name, or a digest of its file, and --vocab_size if it matters (else 0)."""
+    """Identify a tokenizer: its name or a digest of its file, and --vocab_size if it matters (else 0)."""
     path, kind = Path(config.tokenizer), config.tokenizer
     if path.suffix == ".json" and path.is_file():
         kind = short_digest(path.read_bytes()).hex()
@@ -158,7 +158,7 @@ def tokenizer_settings(config: PrepareConfig) -> tuple[str, int]:
 
 
 def all_chunks(corpora: Mapping[str, Corpus], advance: Callable[[int], object] = int) -> Iterator[Chunk]:
-    """All chunks of all corpora, in a further pass: broken records have been reported already."""
+    """All chunks of all corpora, in a later pass: broken records were reported in the first one."""
     for corpus in corpora.values():
         yield from corpus.chunks(SkipReport(), advance)
 
@@ -178,7 +178,7 @@ def group_into_batches(chunks: Iterable[Item], size: Callable[[Item], int]) -> I
 
 
 def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map a function over items in order, with a thread for each core. Holds few items at a time."""
+    """Map a function over items, in order, with a thread for each core. Holds few items at a time."""
     workers = usable_cores(physical=False)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
@@ -197,16 +197,16 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 class Split:
     """The training and the validation split.
 
-    tail: the last part of the characters is for validation; of pairs, those that end in it. documents: whole
-    documents are, drawn by a hash of their text, so that a document stays in its split when the corpus grows.
-    Raises: UserError if a split is too small.
+    --split tail: the last part of the characters is for validation; with pairs, those that end in it.
+    --split documents: whole documents are, chosen by a hash of their text, so that a document stays in its
+    split when the corpus grows. Raises: UserError if a split is too small.
     """
 
     def __init__(self, scanned: ScanResult, config: PrepareConfig) -> None:
         self.scanned = scanned
         digests = np.frombuffer(scanned.digests, np.uint64)
         self.by_document: NDArray[np.bool_] | None = None
-        """Whether each document is for validation; None with a tail."""
+        """Whether each document is for validation; None if the tail is."""
         self.boundary = int(scanned.total_characters * config.train_split)
         """Number of characters before the tail."""
         if scanned.first_val is not None:
@@ -228,7 +228,7 @@ class Split:
         )
 
     def __call__(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, int]]:
-        """Each chunk with its side: 0 training, 1 validation. The chunk where the tail begins is cut.
+        """Each chunk with its side: 0 training, 1 validation. The chunk where the tail begins is cut in two.
 
         Raises: UserError if these are not the scanned documents.
         """
@@ -251,7 +251,7 @@ class Split:
         require(document == len(self.scanned.characters), changed)
 
     def duplicates(self) -> tuple[int, int]:
-        """How many documents for validation are also in the training split, and how many there are."""
+        """Number of validation documents that are also in the training split, and of all of them."""
         digests, validates = np.frombuffer(self.scanned.digests, np.uint64), self.by_document
         trains = None if validates is None else ~validates
         if validates is None:
@@ -263,7 +263,7 @@ class Split:
 
 @dataclass(frozen=True)
 class CorpusText:
-    """The text that a new tokenizer is made from (tokenizer/base.py: TrainingText)."""
+    """The text that a new tokenizer is made from: a TrainingText of tokenizer/base.py."""
 
     corpora: Mapping[str, Corpus]
     split: Split
@@ -280,9 +280,9 @@ class CorpusText:
         return len(self.scanned.characters)
 
     def sample(self) -> bytes:
-        """Chunks of the training split in UTF-8, about SAMPLE_BYTES of them, evenly spread.
+        """Evenly spread chunks of the training split in UTF-8, about SAMPLE_BYTES in all.
 
-        The byte 0xFF stands between them: chunks that are neighbors in the sample are none in the text.
+        They are separated by the byte 0xFF, since neighboring chunks of the sample are not so in the text.
         """
         total = self.scanned.total_characters  # fewer than bytes: the sample is a little larger
         sample: list[bytes] = []

@@ -1,7 +1,7 @@
-"""Token files that read as one array: the shards of a split, and a split with its mask.
+"""Token files that are read like one array: the shards of a split, and a split with its mask.
 
 Example: tokens = Shards(parts); tokens[100:200]; tokens[np.array([[3, 4], [7, 8]])]
-Only selected tokens are copied: the parts may be memory maps of files larger than memory.
+Only the selected tokens are copied: the parts may be memory maps of files larger than memory.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ Tokens = NDArray[Any] | Shards
 
 
 class MaskedTokens:
-    """Tokens with their mask in their signs, (N,) int64: ~id, which is negative, if one does not count.
+    """Tokens whose sign is their mask, (N,) int64: an id, or ~id (negative) if it does not count.
 
     tokens: (N,) ids. mask: (N,), 1 where a token counts for the loss, else 0.
     """

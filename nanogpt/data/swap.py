@@ -1,11 +1,11 @@
-"""Replace a data set by a new one: a kill at any instant leaves one of the two complete.
+"""Replace a data set by a new one, so that a kill at any instant leaves one of the two complete.
 
 Example: new = make_new_folder(folder)               # write the new files there, then:
          replace_dataset(folder, names, stale)
          finish_interrupted_swap(folder)             # in every program that opens the folder
 The new files are written and synced in a folder inside the data folder. Then a journal that lists them is
-written. Before the journal exists, the old set is complete. From then on the new set is: a program that finds
-the journal moves the files that have not been moved yet.
+written. Until the journal exists, the old set is complete. From then on the new one is, since any program
+that finds the journal moves the files that have not been moved yet.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from nanogpt.files import atomic_write, fsync_folder, rename
 from nanogpt.locking import lock
 
 WORK, NEW, JOURNAL = "preparing", "new", "swap.json"
-"""The folder of an unfinished preparation, and inside it the folder of the new set, and the journal."""
+"""The folder of an unfinished preparation; in it, the folder of the new set and the journal."""
 
 VOCAB_FILE = "vocab.pt"
-"""The file that is moved last, since it lists the others."""
+"""This file is moved last, since it lists the others."""
 
 FILE_NAME = re.compile(r"(train|val)(_mask)?(-\d{5,})?\.pt|vocab\.pt")
 """The names of the files of a data set."""

@@ -3,7 +3,7 @@
 Example: tokens = open_tokens(Path("train.pt")); tokens[100:200]
 The file is a tensor as torch.save writes it. torch.load would map it writable and private, which the system
 counts as memory. So this module finds the position of the tokens in the file and maps them read-only: the
-file may be larger than memory and swap. Knows no vocabularies, and no advice about a damaged file.
+file may be larger than memory and swap. Knows nothing of vocabularies; gives no advice about damaged files.
 """
 
 import errno
@@ -29,7 +29,7 @@ NAME_LENGTH_OFFSET = 26
 """Offset, in a zip entry's header, of the lengths of its name and extra field (APPNOTE.TXT 4.3.7)."""
 
 MAX_HEADER_BYTES = 1 << 16
-"""Longest description of a tensor that is read: a longer one is hostile."""
+"""Maximum size of the description of a tensor: a longer one is hostile."""
 
 DTYPES: dict[str, type[np.integer[Any]]] = {
     "torch ByteStorage": np.uint8,
@@ -46,8 +46,8 @@ DTYPES: dict[str, type[np.integer[Any]]] = {
 ARGUMENT_OPCODES = {"GLOBAL", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
 CONSTANT_OPCODES: dict[str, Any] = {"NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
 IGNORED_OPCODES = {"PROTO", "BINPUT", "LONG_BINPUT", "BINPERSID", "STOP"}
-"""Opcodes of a pickle: those that push their argument, those that push a constant, and those that change
-nothing here (a storage is represented by its tuple)."""
+"""Opcodes of a pickle: those that push their argument, those that push a constant, and those without effect
+here (a storage is represented by its tuple)."""
 
 NO_MMAP_ERRORS = {
     errno.ENODEV,
@@ -75,7 +75,7 @@ class TensorLocation(NamedTuple):
 
 
 class FileStamp(NamedTuple):
-    """Identity, size in bytes and modification time of a file, to see whether it was changed."""
+    """Identity, size in bytes and modification time of a file, to detect changes."""
 
     device_and_inode: tuple[int, int]
     size: int
@@ -88,10 +88,10 @@ class FileStamp(NamedTuple):
 
 
 class ChangeGuard:
-    """Checks that a mapped file was not changed: reading from a truncated map kills the process.
+    """Checks that a mapped file has not changed, since reading from a truncated map kills the process.
 
-    verify: None, or a function that raises DamageError if the file differs from its checksum; if it does
-    not, a new modification time is harmless. vocab_size: None, or the size that all ids read stay below.
+    verify: raises DamageError if the file differs from its checksum (a new modification time alone is
+    harmless); None: there is no checksum. vocab_size: limit of the ids, checked when read; None: not checked.
     """
 
     def __init__(self, path: Path, stamp: FileStamp) -> None:
@@ -105,9 +105,7 @@ class ChangeGuard:
             now = FileStamp.of(self.path.stat())
         except OSError:
             return  # deleted or moved: the mapped content stays
-        if (
-            now == self.stamp or now.device_and_inode != self.stamp.device_and_inode
-        ):  # or another file has its name now
+        if now == self.stamp or now.device_and_inode != self.stamp.device_and_inode:  # another file by now
             return
         same = False
         if now.size == self.stamp.size and self.verify is not None:
@@ -123,7 +121,7 @@ class ChangeGuard:
 
 
 class TokenFile(np.ndarray[Any, np.dtype[Any]]):
-    """The tokens in a mapped file, (N,). A selection is a plain array, read from an unchanged file."""
+    """The tokens in a mapped file, (N,). A selection is a plain array; the file is checked for changes."""
 
     guard: ChangeGuard | None
 
@@ -139,7 +137,7 @@ class TokenFile(np.ndarray[Any, np.dtype[Any]]):
             found = found.view(np.ndarray)
             if self.guard.vocab_size is not None:
                 check_ids(found, self.guard.vocab_size, self.guard.path)
-            if not np.may_share_memory(found, self):  # a copy: had the file changed by then?
+            if not np.may_share_memory(found, self):  # a copy: did the file change meanwhile?
                 self.guard.check()
         return found
 

@@ -1,4 +1,4 @@
-"""Write token files: append to them, resume after a kill, and turn them into .pt files.
+"""Write token files: append tokens, resume after a kill, and turn them into .pt files.
 
 Example: work = EncodingJob(folder, config, paths); work.start(scanned, tokenizer)
          with work.open_token_files() as files: work.append(files, 0, ids, size); work.save_state(files)
@@ -34,12 +34,12 @@ COPY_BYTES = 1 << 22
 
 
 class EncodingJob:
-    """An encoding in progress, with its state in a folder of its own, so that it resumes after a kill.
+    """An encoding in progress, whose state is saved in its own folder, so that it resumes after a kill.
 
     scanned: None if there is nothing to resume. tokens, bytes: of each split so far. counted, counted_bytes:
-    those that count for the loss. batches: batches of text encoded so far. masked: whether splits have masks.
-    names: of the growing files: the splits, then the masks. ranges: of each file, the end, in bytes, and the
-    SHA-256 of each range that was saved. unsaved: the running SHA-256 of what is after the last range.
+    those that count for the loss. batches: number encoded so far. masked: whether splits have masks.
+    names: of the growing files: the splits, then the masks. ranges: for each file, the end (in bytes) and the
+    SHA-256 of each range that was saved. unsaved: the running SHA-256 of what follows the last range.
     """
 
     def __init__(self, folder: Path, config: PrepareConfig, files: Sequence[Path]) -> None:
@@ -73,7 +73,7 @@ class EncodingJob:
             shutil.rmtree(folder)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The saved state of this very preparation, if the token files match its checksums; else None."""
+        """The saved state of this same preparation, if the token files match its checksums; else None."""
         paths = [self.folder / "state.pt", *map(self.token_path, self.names)]
         if any(path.is_symlink() or not path.is_file() for path in paths):  # a pipe would block
             return None
@@ -143,7 +143,7 @@ class EncodingJob:
         self.unsaved[number].update(raw)
 
     def save_state(self, files: Sequence[BinaryIO]) -> None:
-        """Sync the token files, and save how far the encoding is."""
+        """Sync the token files, and save the progress of the encoding."""
         assert self.scanned is not None
         for file in files:
             file.flush()
@@ -172,12 +172,12 @@ class EncodingJob:
 
 
 def as_array(values: "array[int]") -> NDArray[np.int64]:
-    """64-bit numbers, (N,), as PyTorch has them: signed."""
+    """64-bit numbers as signed ones, (N,), which is what PyTorch has."""
     return np.frombuffer(values, np.int64)
 
 
 def matches_checksums(path: Path, ranges: Sequence[tuple[int, str]]) -> bool:
-    """Whether a file begins with byte ranges of these ends and SHA-256s. Raises: OSError."""
+    """Whether a file begins with byte ranges that have these ends and SHA-256s. Raises: OSError."""
     position = 0
     with open(path, "rb") as file:
         for end, expected in ranges:
@@ -193,9 +193,9 @@ def matches_checksums(path: Path, ranges: Sequence[tuple[int, str]]) -> bool:
 def write_tokens(
     raw: Path, path: Path, dtype: type[np.unsignedinteger[Any]], first: int, count: int
 ) -> Checksum:
-    """Write a .pt file with one tensor, (count,), of the tokens in `raw` from the `first` on.
+    """Write a .pt file with one tensor, (count,), of the tokens in `raw` from number `first` on.
 
-    They are copied block by block, so that little is in memory. Returns the file's seal, computed on the way.
+    They are copied block by block, to save memory. Returns the file's checksum, computed on the way.
     Raises: UserError if the disk is full.
     """
     width, sealing = np.dtype(dtype).itemsize, BlockHasher()

@@ -1,4 +1,4 @@
-"""vocab.pt of a data folder: its values, checked, and the names of the files that it lists.
+"""vocab.pt of a data folder: its values, validated, and the names of the files that it lists.
 
 Example: facts = VocabFile(content, Path("data/vocab.pt"), advice); facts.tokens; facts.files["train"]
 prepare.py writes it, dataset.py opens the files. Reads no file itself.
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION, MASKED_VERSION = 2, 3
-"""Versions of the data folder, without and with masks: an earlier program would train on what does not count.
+"""Versions of the data folder, without and with masks (which earlier programs would ignore).
 
-Version 1, with characters alone and no count of bytes, is read too."""
+Version 1, which has only characters and no count of bytes, is also read."""
 
 SPLITS = ("train", "val")
 
 MASKS = {"train": "train_mask", "val": "val_mask"}
-"""Split -> the name of its mask, in the folder: which of its tokens count for the loss."""
+"""Split -> the name of its mask, which says which of its tokens count for the loss."""
 
 MAX_SHARDS = 1_000_000
-"""A larger number of shards is taken for damage."""
+"""A larger number of shards counts as damage."""
 
 
 class VocabFile:

@@ -45,7 +45,7 @@ class TextStream(Iterator[str]):
         check_stop(stop)
         self.tokenizer = tokenizer
         self.finish_reason: FinishReason = "stop"
-        """Why the text ended, once it has: "stop" unless the tokens ended first."""
+        """Why the text ended, once it has; it is "stop" unless the tokens end first."""
         self.chunks = stop_at(self.pieces(tokens), stop)
 
     def __next__(self) -> str:
@@ -101,7 +101,7 @@ class TokenTexts:
         return parts
 
     def finish(self, reason: FinishReason = "length") -> list[tuple[Token, str]]:
-        """End the text, since no token follows. Returns the pending tokens."""
+        """End the text, as no token follows. Returns the tokens that are left."""
         self.finish_reason = reason
         return list(self.pending)
 
@@ -225,7 +225,7 @@ def only_token(text: str, tokenizer: Tokenizer) -> int:
 def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Pass text on up to the first stop string, which is left out.
 
-    The end of the text is held back while it may be the beginning of a stop string: with the stop string
+    The end of the text is held back as long as it may be the beginning of a stop string: with the stop string
     "END", the chunks "THE E" and "ND." become "THE ".
     """
     pending = ""

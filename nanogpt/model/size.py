@@ -38,7 +38,7 @@ class SkipInitialization(TorchFunctionMode):
 
 
 def flops_per_token(model: GPT) -> int:
-    """Floating-point operations of one update, forward and backward, per token.
+    """Floating-point operations of one training step, forward and backward, for each token.
 
     6 for each weight of a linear layer, or 4 if it is not trained, plus 12 * layers * width of all heads *
     context for attention (Chowdhery et al., PaLM, 2022, appendix B). Looking up embeddings costs nothing.

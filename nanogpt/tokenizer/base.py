@@ -2,8 +2,7 @@
 
 Example: tokenizer = CharTokenizer.train(text); ids = tokenizer.encode(text); tokenizer.decode(ids)
 to_dict and registry.from_dict save and load a tokenizer, as plain types in vocab.pt and in every checkpoint.
-
-Encoding is a table lookup, of bytes or of code points; no Python loop touches a character.
+Encoding is a table lookup, of bytes or of code points: no Python loop touches a character.
 
 Shapes: V vocab_size, N tokens
 """
@@ -26,7 +25,7 @@ CODE_POINTS = 0x110000
 """Number of code points in Unicode."""
 
 END_OF_TEXT = "<|endoftext|>"
-"""The text shown for the token that ends a document. The same characters in a text are ordinary text."""
+"""How the token that ends a document is shown. The same characters in a text are ordinary text."""
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
@@ -45,15 +44,15 @@ class TrainingText(Protocol):
         ...
 
     def sample(self) -> bytes:
-        """Part of the training split in UTF-8; the byte 0xFF separates chunks. Reads the text again."""
+        """Chunks of the training split in UTF-8, separated by the byte 0xFF. Reads the text again."""
         ...
 
 
 class Tokenizer(ABC):
     """Text <-> ids.
 
-    tokens: the UTF-8 bytes of each id, V of them; end_of_text: the id between documents, if there is one.
-    A new kind of tokenizer is a subclass, and a row in registry.py.
+    tokens: the UTF-8 bytes of each of the V ids. end_of_text: the id that ends a document, if there is one.
+    A new kind of tokenizer is a subclass and a row in registry.py.
     """
 
     kind: ClassVar[str]
@@ -96,7 +95,7 @@ class Tokenizer(ABC):
         """The whole tokenizer as plain types."""
 
     def encode(self, text: str) -> Ids:
-        """Ids of `text`, (N,), of the narrowest type. Half a surrogate pair becomes U+FFFD.
+        """Ids of `text`, (N,), in the narrowest type. A lone surrogate becomes U+FFFD.
 
         Raises: UserError if a character has no id.
         """
@@ -111,15 +110,15 @@ class Tokenizer(ABC):
         return b"".join([self.tokens[i] for i in ids]).decode("utf-8", "replace")
 
     def decoder(self) -> Callable[[int], str]:
-        """A function of one id after the other: the text that each adds.
+        """A stateful function: given one id after the other, the text that each adds.
 
-        A character split between tokens is added by its last byte.
+        A character that is split between tokens is added with its last byte.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda i: utf8.decode(self.tokens[i])
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of each id as it comes, as `decoder` gives it, then what is left of a character."""
+        """The text of each id as it comes (see `decoder`), then what is left of an incomplete character."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
             yield utf8.decode(self.tokens[i])
@@ -129,7 +128,7 @@ class Tokenizer(ABC):
 class CharTokenizer(Tokenizer):
     """One id per character, in order of code point.
 
-    chars: the vocabulary. The id of a character is its index there, and the id len(chars) ends a document.
+    chars: the vocabulary. The id of a character is its index in it; the id len(chars) ends a document.
     """
 
     kind = "char"
@@ -150,7 +149,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: TrainingText, vocab_size: int) -> "CharTokenizer":
-        """The tokenizer of all characters of a text; with an end-of-text token for several documents."""
+        """The tokenizer of all characters of a text, and of an end-of-text token for several documents."""
         return cls(text.characters, end_of_text=text.documents > 1)
 
     @classmethod

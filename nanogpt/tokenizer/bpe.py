@@ -1,8 +1,8 @@
 """Byte-pair encoding (Sennrich et al. 2016; over bytes: Radford et al. 2019): a token is a piece of a word.
 
 Example: tokenizer = train_bpe(text.encode(), vocab_size=4096); ids = tokenizer.encode(text)
-gigatoken learns and encodes. A tokenizer.json that needs anything else runs in Hugging Face's tokenizers, the
-library that defined the format. How BPE works is in reference_bpe.py.
+gigatoken learns and encodes. Any other tokenizer.json runs in Hugging Face's tokenizers, the library that
+defined the format. reference_bpe.py shows how BPE works.
 
 Shapes: V vocab_size, N tokens
 """
@@ -23,7 +23,7 @@ from nanogpt.files import download
 from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer, TrainingText
 
 UNMERGED_IDS = 257
-"""Ids of a byte-level BPE without merges: every byte, and the end of a text."""
+"""Number of ids in a byte-level BPE without merges: one for each byte, and the end of a text."""
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -88,7 +88,7 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[Ids, NDArray[np.int64]]:
         """As Tokenizer.encode_batch."""
         encoded: Any = self.backend.encode_batch(list(texts), parallel=False)
-        if isinstance(encoded, list):  # its fallback where memory is short
+        if isinstance(encoded, list):  # its fallback if memory is short
             raise MemoryError("no memory for the result of an encoding")
         ids, offsets = encoded.layout.content.data, encoded.layout.offsets.data
         return ids.astype(self.dtype, copy=False), np.diff(offsets)
@@ -112,7 +112,7 @@ class ForeignTokenizer(Tokenizer):
 
         self.source = source
         self.backend = Backend.from_str(source)
-        self.backend.encode_special_tokens = True  # text that spells a special token is text
+        self.backend.encode_special_tokens = True  # text that spells a special token stays text
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.tokens = [
             self.backend.decode([i], skip_special_tokens=False).encode("utf-8", "replace")

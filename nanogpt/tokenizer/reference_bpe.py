@@ -23,7 +23,7 @@ Pair = tuple[bytes, bytes]
 
 WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 """GPT-2's rule for a word: an English ending such as 's; or letters, digits or other signs, each with the
-space before them; or white space, whose last character is left to the word that follows."""
+space before them; or white space, whose last character is left to the next word."""
 
 PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 
@@ -32,7 +32,7 @@ TIE_ORDER = sorted(range(256), key=lambda byte: (byte not in PRINTABLE, byte))
 
 
 def split_words(text: str) -> list[str]:
-    """Pre-tokenization: cut a text into words. No token reaches across a border between words."""
+    """Pre-tokenization: cut a text into words. No token extends beyond a word."""
     simple = "".join(map(ascii_of_same_kind, text))
     return [text[found.start() : found.end()] for found in WORD.finditer(simple)]
 
@@ -96,7 +96,7 @@ def encode(text: str, merges: Sequence[Pair]) -> list[int]:
 
 
 def encode_word(word: str, rank: Mapping[Pair, int]) -> list[bytes]:
-    """Turn a word into tokens: as long as some pairs have a rank, merge the pair of the lowest rank."""
+    """Turn a word into tokens: while some pairs have a rank, merge the pair of the lowest rank."""
     tokens = to_bytes(word)
     while pairs := [pair for pair in pairwise(tokens) if pair in rank]:
         tokens = merge(tokens, min(pairs, key=lambda pair: rank[pair]))

@@ -1,9 +1,8 @@
-"""The tokenizers: a class for each kind; how to make one, load a saved one, and open a tokenizer.json.
+"""The table of tokenizers: how to make one, load a saved one, or open a tokenizer.json.
 
 Example: tokenizer = existing_tokenizer("gpt2") or TOKENIZERS["char"].from_text(text, vocab_size=0)
          tokenizer = from_dict(tokenizer.to_dict())
-
-To add a tokenizer, write a subclass of `Tokenizer` in a file of its own and give it a row here.
+To add a tokenizer, write a subclass of `Tokenizer` in a file of its own, and give it a row here.
 """
 
 import json
@@ -21,7 +20,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "bpe": BPETokenizer,
     "tokenizer.json": ForeignTokenizer,
 }
-"""Classes by kind. --tokenizer takes each kind but the last, which is given by its path."""
+"""Classes by kind. --tokenizer takes each kind except the last, which is given by its path."""
 
 PUBLISHED: dict[str, Callable[[], Tokenizer]] = {"gpt2": download_gpt2}
 """Tokenizers that are downloaded, by the name that --tokenizer takes."""
@@ -39,7 +38,7 @@ PROBE = (
 def check_name(name: str, vocab_size: int) -> None:
     """Check the values of --tokenizer and --vocab_size.
 
-    Raises: UserError if the tokenizer is unknown, or cannot have so few tokens.
+    Raises: UserError if the tokenizer is unknown, or needs more tokens.
     """
     names = [*(kind for kind in TOKENIZERS if kind != ForeignTokenizer.kind), *PUBLISHED]
     require(
