@@ -131,7 +131,11 @@ class GPTConfig(Architecture):
 
 @dataclass(frozen=True)
 class TrainConfig(Architecture):
-    """Train a GPT on a prepared data folder."""
+    """Train a GPT on a prepared data folder.
+
+    --minutes 5 fits everything to your machine and text, --preset NAME takes a proven configuration, and
+    --resume continues a run. docs/training.md explains every flag.
+    """
 
     preset: str | None = None
     """Named configuration to start from (`nanogpt presets` lists them); other flags override its values."""
@@ -145,7 +149,7 @@ class TrainConfig(Architecture):
     """Delete the earlier run in out_dir instead of keeping it in out_dir/previous."""
 
     init_from: str | None = None
-    """Start from a trained model: a checkpoint, a folder of transformers or litgpt, a name on the hub."""
+    """Start from a trained model: a checkpoint, a transformers or litgpt folder, a Hugging Face name."""
     lora_rank: int = 0
     """Train only adapters of this rank beside the linear layers of the blocks (LoRA); 0: all weights."""
     lora_alpha: float | None = None
@@ -154,9 +158,9 @@ class TrainConfig(Architecture):
     """Dropout probability of the adapters' inputs, in [0, 1)."""
 
     minutes: float | None = None
-    """Choose the model and its training so that all is done in this time on this machine."""
+    """Choose the model and its training so that everything is done in this time on this machine."""
     fixed: tuple[str, ...] = ()
-    """Settings that --minutes leaves as they are; those of the given flags are among them."""
+    """Names of settings that --minutes must not change, besides those of the given flags."""
 
     batch_size: int = 64
     """Sequences in one update, over all micro-batches and processes."""
@@ -187,7 +191,7 @@ class TrainConfig(Architecture):
     min_lr: float = 0.1
     """Minimum learning rate, at the end, as a fraction of the maximum."""
     decays: tuple[str, ...] = ()
-    """Linear decays of a constant learning rate, START:END in updates; each replaces the rest of the last."""
+    """Linear decays of a constant learning rate, START:END in updates; each replaces the rest of the one before."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; biases and norms have none."""
     beta1: float = 0.9
@@ -210,7 +214,7 @@ class TrainConfig(Architecture):
     save_seconds: float = 60.0
     """Seconds between saves of last.pt, or up to ten times that if saving is slow; 0: after every update."""
     keep_checkpoints: int = 0
-    """Evaluations whose model is kept, spread over the training, in out_dir/checkpoints; 0: none."""
+    """Number of evaluated models to keep in out_dir/checkpoints, spread over the training; 0: none."""
     tensorboard: bool = False
     """Write TensorBoard events to out_dir/runs: the same as --log_to tensorboard."""
     log_to: tuple[str, ...] = ("jsonl",)

@@ -1,6 +1,6 @@
-"""The settings of the commands `model`, `presets`, `plan` and `eval`.
+"""The settings of the commands `model`, `presets`, `plan`, `info` and `eval`.
 
-This file knows nothing of torch, or of how flags are parsed.
+Knows nothing of torch, or of how flags are parsed.
 """
 
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ class PresetsConfig(Settings):
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """Plan a training with these settings: its memory, its time, and what makes it fit."""
+    """Predict the memory and the time of a training with these settings, and what makes it fit."""
 
     on: str = ""
-    """Name of the device to plan for (h100, a100, rtx4090, ...); default: this machine's."""
+    """Device to plan for (h100, a100, rtx4090, ...); default: that of this machine."""
     processes: int = 1
     """Number of processes, with one device each."""
     vocab_size: int | None = None
@@ -46,14 +46,14 @@ class PlanConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class InfoConfig(Settings):
-    """Say what a checkpoint, run, data folder or export is, or what differs between two."""
+    """Describe a checkpoint, run, data folder or export, or compare two of them."""
 
     path: str = "out"
     """The file or folder."""
     diff: tuple[str, ...] = ()
-    """Two files or folders to compare instead: settings, tokenizer, data, and weight by weight."""
+    """Compare two files or folders instead: settings, tokenizer, data, and each weight."""
     verify: bool = False
-    """Compare all of it with its checksums; weights are read for that."""
+    """Verify all checksums, for which every byte is read."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -84,21 +84,21 @@ class EvaluateConfig(Settings):
     split: Literal["val", "train"] | None = None
     """Which split of data_dir to evaluate on; None: val, unless input_file is given."""
     context: int | None = None
-    """Tokens of a window of the text, all that the model sees at once; None: the model's block_size."""
+    """Tokens that the model sees at once, in a window of the text; None: the model's block_size."""
     stride: int | None = None
-    """Tokens by which the window moves on; only the last so many in it count. None: context."""
+    """Tokens by which the window moves: a smaller stride gives each token more context. None: context."""
     unknown: UnknownCharacters = "error"
     """What to do with characters of the text that the model has never seen: name them, or skip them."""
     picture: str | None = None
-    """PNG file to draw the loss by position in the context to."""
+    """PNG file in which to draw the loss by position in the context."""
     json: bool = False
     """Print one JSON object instead of lines."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     dtype: Dtype = "auto"
-    """float32, bfloat16 or float16; auto: as in the training, where the device multiplies that fast."""
+    """float32, bfloat16 or float16; auto: that of the training, if it is fast on this device."""
     quantize: Quantization = "none"
-    """int8: weights of 8 bits, as sample --quantize has them. Those of --against stay as they are."""
+    """int8: evaluate with 8-bit weights, as sample --quantize has them; those of --against stay unchanged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ class PrepareConfig(Settings):
     split: SplitKind = "tail"
     """How to choose the validation split: the tail of the text, or whole documents, by a hash of each."""
     val_file: tuple[str, ...] = ()
-    """Texts for validation alone; then all of input_file is for training."""
+    """Separate texts for validation; then all of input_file is for training."""
     tokenizer: str = "char"
     """What a token is: char, byte, bpe (learned from your text), gpt2, or a path: tokenizer.json, ckpt.pt."""
     vocab_size: int = 4096
@@ -43,11 +43,11 @@ class PrepareConfig(Settings):
     speakers: tuple[str, ...] = ()
     """Names in chats and mail: "Anna Müller=Anna" renames, "Bot=" leaves out, "*=..." is for all others."""
     prompt_field: str | None = None
-    """Pairs instead of texts: which field is the prompt, whose tokens do not count for the loss."""
+    """Pairs instead of texts: the field with the prompt, whose tokens do not count for the loss."""
     completion_field: str | None = None
-    """Pairs instead of texts: which field is the completion, on whose tokens alone the loss is."""
+    """Pairs instead of texts: the field with the completion, whose tokens are the only ones that count."""
     separator: str = "\\n"
-    """Text between prompt and completion; \\n and \\t are understood. A prompt to sample from ends in it."""
+    """Text between prompt and completion (\\n and \\t are understood); end your prompts in it when sampling."""
     shard_tokens: int | None = None
     """Cut each split into files of at most this many tokens; None: one file."""
     strict: bool = False
@@ -99,7 +99,7 @@ class PrepareConfig(Settings):
 
     @property
     def val_source(self) -> str:
-        """The texts for validation alone, for messages."""
+        """The separate texts for validation, for messages."""
         return first_few(self.val_file)
 
 
