@@ -191,7 +191,7 @@ class TrainConfig(Architecture):
     min_lr: float = 0.1
     """Minimum learning rate, at the end, as a fraction of the maximum."""
     decays: tuple[str, ...] = ()
-    """Linear decays of a constant learning rate, START:END in updates; each replaces the rest of the one before."""
+    """Linear decays of a constant learning rate, START:END in updates; each replaces the rest of the last."""
     weight_decay: float = 0.1
     """Weight decay of matrices and embeddings; biases and norms have none."""
     beta1: float = 0.9

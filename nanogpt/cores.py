@@ -1,7 +1,7 @@
 """CPU cores: how many this process may use, and how many other programs keep busy.
 
 Example: threads = usable_cores(); watch = CoreWatch(); ...; watch.held_by_others()
-Counts the physical cores in the process's affinity (two threads on one core multiply matrices slower than
+Usable are the physical cores in the process's affinity (two threads on one core multiply matrices slower than
 one), up to the CPU quota of its container. Knows nothing of PyTorch.
 """
 

@@ -1,4 +1,4 @@
-"""DeviceKind: what a kind of device can do, and what is fast there. device.py has the kinds there are."""
+"""DeviceKind: what a kind of device can do, and what is fast on it. device.py has the kinds."""
 
 from abc import ABC, abstractmethod
 from typing import Protocol
@@ -13,7 +13,7 @@ UNLIMITED = float("inf")
 
 
 class Event(Protocol):
-    """A point in the queue of work of a device, as torch.cuda.Event."""
+    """A point in a device's queue of work, such as a torch.cuda.Event."""
 
     def synchronize(self) -> None:
         """Wait until the device has reached it."""
@@ -32,23 +32,23 @@ class DeviceKind(ABC):
     compiles_by_default = False
     """Whether torch.compile is on by default in a long training."""
     shares_memory = False
-    """Whether it uses main memory: running out of it kills the process and cannot be caught."""
+    """Whether it uses main memory, so that running out of it kills the process and cannot be caught."""
     explicit_attention_max_length = 0
-    """Up to this length, bfloat16 attention in plain products beats the fused kernel (bench/attention.py)."""
+    """Up to this length, plain products beat the fused kernel for bfloat16 attention (bench/attention.py)."""
     slow_random_numbers = False
     """Whether drawing random numbers costs more than the products that dropout masks."""
     composes_rms_norm = False
-    """Whether RMS norm has no kernel of its own there, so that one composed of others is faster."""
+    """Whether it has no kernel for RMS norm, so that one composed of other kernels is faster."""
     sparse_gradients = False
-    """Whether updating only the touched rows of an embedding table is faster than updating all."""
+    """Whether it is faster to update only the touched rows of an embedding table than to update all."""
     logits_per_chunk = 2**25
-    """Logits of a large vocabulary held at a time: enough to keep its matrix products busy."""
+    """Number of logits to compute at a time with a large vocabulary: enough for fast matrix products."""
     vocab_multiple = 1
-    """Logits come in multiples of it: other numbers keep matrix products off their fast kernels."""
+    """The output layer is padded to a multiple of this: other sizes have no fast kernels."""
     trains_float16 = True
     """Whether training in float16, with gradient scaling, works."""
     graphs: Graphs | None = None
-    """How an update is captured, to be replayed as one launch; None: it cannot be."""
+    """How work is captured, to be replayed as one launch; None: it cannot be."""
     distributed_backend = "gloo"
     """The torch.distributed backend for its processes."""
 
@@ -70,11 +70,11 @@ class DeviceKind(ABC):
         return device
 
     def unusable_reason(self) -> str:
-        """Why "auto" does not use the device although it is there, in a line; "" if it does."""
+        """Why "auto" does not use the device although it exists, in one line; "" if it does."""
         return ""
 
     def set_up(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Prepare PyTorch for computing on the device, with products in `dtype`."""
+        """Prepare PyTorch for computing on the device, with matrix products in `dtype`."""
         torch.set_float32_matmul_precision("highest")
 
     def free_memory(self, device: torch.device) -> float:
@@ -106,5 +106,5 @@ class DeviceKind(ABC):
         return torch.empty_like(like, device="cpu", pin_memory=self.uses_pinned_memory)
 
     def copy_to_host(self, values: Tensor) -> Tensor:
-        """Begin to copy values to main memory; an asynchronous device has done it by the next event."""
+        """Begin to copy values to main memory; an asynchronous device is done at the next recorded event."""
         return self.empty_on_host(values).copy_(values, non_blocking=self.is_async)

@@ -1,7 +1,7 @@
 """CUDA graphs: record the work of a device once, and launch it again as one.
 
 Example: replay, result = CudaGraphs().capture(work); replay()
-Which kinds of device have them says device.py, what is recorded training/cuda_graph.py.
+device.py says which kinds of device have them; training/cuda_graph.py and inference/graph_step.py use them.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,13 @@ class Graphs(Protocol):
     """How a kind of device records work."""
 
     def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do work that is to be captured later, and leave nothing for a capture to stumble over."""
+        """Do work that will be captured later, so that everything it allocates once is allocated."""
         ...
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record the launches of `work` without doing them. Returns what does them, and their result.
+        """Record the launches of `work` without running them. Returns `replay` and the result.
 
-        Each call of the first launches the same kernels on the same memory, into the same result; random
+        Each call of replay() launches the same kernels on the same memory, and overwrites the result; random
         numbers follow torch.manual_seed. Raises: RuntimeError if the work waits for the device.
         """
         ...
@@ -31,7 +31,7 @@ class CudaGraphs:
     """CUDA graphs (torch.cuda.graph), on the current device."""
 
     def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do it on a stream of its own, as PyTorch asks for."""
+        """Do it on a side stream, as PyTorch requires."""
         stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
@@ -40,9 +40,9 @@ class CudaGraphs:
         return result
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record it in memory of its own. Other threads may use CUDA meanwhile."""
+        """Record it in its own memory pool. Other threads may use CUDA meanwhile."""
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its stream behind as the current one: the first context puts it right.
+        # A capture that fails leaves its stream as the current one: the first context restores it.
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, capture_error_mode="thread_local"),

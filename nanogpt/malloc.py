@@ -8,7 +8,7 @@ import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt: free bytes that it gives back at most; size from which on it maps a block."""
+"""Parameters of mallopt: free bytes above which memory is returned; size from which a block is mapped."""
 
 VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
 """Environment variables with which a user sets these parameters."""

@@ -1,9 +1,9 @@
 """Output in a notebook: a progress bar in one line that is replaced, and pictures.
 
 Example: bar = CellProgress("Training"); show_picture(Path("out/loss.png"))
-console.py tells whether this is a notebook, and imports this file only there. An output with a display id can
-be replaced later (Jupyter's update_display_data), which JupyterLab, VS Code and Colab support. rich's own bar
-needs ipywidgets in a notebook, and is lost when that is saved.
+console.py detects a notebook, and imports this file only there. An output with a display id can be replaced
+later (Jupyter's update_display_data), which JupyterLab, VS Code and Colab support. rich's own bar needs
+ipywidgets in a notebook, and is not saved with it.
 """
 
 import io
@@ -18,11 +18,11 @@ UPDATE_SECONDS = 0.2
 """Least time between two updates of a line."""
 
 LINE_WIDTH = 200
-"""Characters that a line may have before it is wrapped: more than any bar needs."""
+"""Width, in characters, at which a line is wrapped: more than any bar needs."""
 
 
 class CellProgress(Progress):
-    """A progress bar as one line in the output of a notebook's cell, of the newest task. It has no thread."""
+    """A progress bar for the newest task, as one line in the output of a cell. It has no thread."""
 
     def __init__(self, *columns: Any, **settings: Any) -> None:
         super().__init__(*columns, auto_refresh=False, **settings)

@@ -1,9 +1,9 @@
 """Choice of the dtype of matrix products: for training, for Muon, for sampling.
 
 Example: choice = pick_dtype("auto", device, width=384); choice.dtype, choice.reason
-On a CPU or an Apple GPU, products are timed for a few milliseconds: where the library does not use the
-processor's bfloat16 units, it emulates them at a twentieth of float32's speed. On an NVIDIA or AMD GPU, the
-architecture decides (device.py).
+On a CPU or an Apple GPU, products are timed for a few milliseconds: without bfloat16 units, or a library that
+uses them, bfloat16 is emulated at a twentieth of float32's speed. On an NVIDIA or AMD GPU, the architecture
+decides (device.py).
 """
 
 import functools
@@ -22,10 +22,10 @@ from nanogpt.device import autocast, dtype_of, kind_of, name_of
 from nanogpt.errors import require
 
 MATMUL_SIZES = (128, 512)
-"""Sizes of the timed matrices: small ones rule out slow dtypes quickly, large ones find the fastest."""
+"""Sizes of the timed matrices: small ones quickly rule out slow dtypes, large ones find the fastest."""
 
 MATMUL_REPEATS, HOPELESS_SLOWDOWN = 3, 3.0
-"""Timings of each product (the shortest counts); slowdown from which a dtype is not timed any further."""
+"""Timings of each product (the shortest counts); slowdown beyond which a dtype is not timed any further."""
 
 MIN_SPEEDUP = 1.15
 """Speedup over float32 from which a dtype of lower precision is used."""
@@ -152,7 +152,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
 
 @contextmanager
 def trial_clock(device: torch.device) -> Generator[Callable[[], float]]:
-    """A clock for timing products that other programs disturb little.
+    """A clock for timing products that is hardly disturbed by other programs.
 
     On a CPU: PyTorch runs in one thread, and the clock is that thread's CPU time. On a GPU: wall time, after
     waiting for the device.
@@ -169,9 +169,8 @@ def trial_clock(device: torch.device) -> Generator[Callable[[], float]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield (
-            time.perf_counter if sys.platform == "win32" else time.thread_time
-        )  # thread_time is too coarse there
+        is_windows = sys.platform == "win32"  # where thread_time is too coarse
+        yield time.perf_counter if is_windows else time.thread_time
     finally:
         torch.set_num_threads(threads)
 

@@ -1,11 +1,11 @@
-"""The .pt files of torch.save, written without PyTorch: importing it takes longer than to tokenize a novel.
+"""The .pt files of torch.save, written without PyTorch, whose import takes longer than tokenizing a novel.
 
 Example: with open("table.pt", "wb") as file: save({"step": 3, "table": np.arange(4)}, file)
          torch.load("table.pt", weights_only=True, mmap=True)        an array is a tensor there
 A .pt file is a zip archive. Its data.pkl is a pickle in which each tensor is described by the type, shape and
 number of its storage; data/0, data/1, ... are the bytes of the storages, uncompressed and aligned, so that
 they can be mapped into memory. (torch/serialization.py and caffe2/serialize/inline_container.cc)
-Knows nothing of reading: only PyTorch, and data/token_map.py for token files, do that.
+PyTorch reads these files, and data/token_map.py reads token files.
 """
 
 import pickle
@@ -23,17 +23,17 @@ ROOT = "archive"
 """Folder of all files in the archive, named as torch.save names it."""
 
 ALIGNMENT = 64
-"""Bytes to a multiple of which every storage is aligned."""
+"""Every storage begins at a multiple of this many bytes."""
 
 PADDING_ID = 0x4246
-"""Kind of the extra field that pads a zip entry's header, as PyTorch writes it: "FB"."""
+"""Id of the extra field with which PyTorch pads a zip entry's header: "FB"."""
 
 HEADER_BYTES, EXTRA_BYTES, ZIP64_BYTES = 30, 4, 20
 """Size of a zip entry's header without name and extra fields; of the header of an extra field; and of the
 extra field of a large entry (APPNOTE.TXT 4.3.7, 4.5)."""
 
 ZIP64_MIN = 1 << 30
-"""Size of an entry from which its header has 8 bytes for the size."""
+"""From this size on, an entry's header has 8 bytes for the size."""
 
 STORAGES = {"uint8": "ByteStorage", "int64": "LongStorage", "int32": "IntStorage"}
 """Types of storages by the dtype in them. Newer dtypes are in an UntypedStorage."""

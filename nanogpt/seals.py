@@ -3,7 +3,7 @@
 Example: save_with_checksum(path, content); content, has_checksum = load_with_checksum(path)
          hasher = BlockHasher(); hasher.update(piece); checksum = hasher.checksum()
          verify(folder, {"train.pt": checksum}, max_bytes=VERIFY_BYTES)
-A small file of plain types ends with its checksum, behind the bytes that torch.load reads. The checksum of a
+A small file of plain types ends with its checksum, after the bytes that torch.load reads. The checksum of a
 token file is in vocab.pt, together with those of its blocks: a few blocks can be verified where reading the
 whole file would take minutes.
 """
@@ -38,7 +38,7 @@ DAMAGED = "is damaged (its checksum does not match)"
 
 
 class DamageError(UserError):
-    """A file is not as it was written. The message names the file and gives no advice."""
+    """A file has changed since it was written. The message names the file and gives no advice."""
 
 
 @dataclass(frozen=True)

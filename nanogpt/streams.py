@@ -96,9 +96,8 @@ def protect_standard_streams() -> None:
     """Make standard input, output and error safe to use for the rest of this process."""
     for descriptor, name in enumerate(STREAM_NAMES):
         if not is_open(descriptor):
-            os.set_inheritable(
-                os.open(os.devnull, os.O_RDWR), True
-            )  # gets the lowest free descriptor: this one
+            lowest_free = os.open(os.devnull, os.O_RDWR)  # which is this descriptor
+            os.set_inheritable(lowest_free, True)
         if getattr(sys, name) is None:
             stream = open(os.devnull, "w" if descriptor else "r", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
@@ -165,9 +164,8 @@ def is_main_process() -> bool:
 
 def write_signal_safe(line: str) -> None:
     """Print a line from a signal handler, which may neither use buffered streams nor wait."""
-    if (
-        is_main_process() and sys.__stderr__ is not None
-    ):  # None: closed from the start, so that descriptor 2 may be any file
+    was_closed = sys.__stderr__ is None  # from the start, so that descriptor 2 may be any file
+    if is_main_process() and not was_closed:
         write_if_ready(2, f"\n{line}\n".encode())
 
 

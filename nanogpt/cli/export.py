@@ -1,19 +1,18 @@
 """The `export` command: write a checkpoint in a format that other programs read.
 
 Run:    nanogpt export --checkpoint out --format gguf --output my_model.gguf
-The formats are in nanogpt/export. What the files say of the run comes from the checkpoint, and from its
-metrics.jsonl and its data folder, where they are still there and belong to it.
+The formats are in nanogpt/export. What the files say about the run comes from the checkpoint and, if they are
+still there, from its metrics.jsonl and its data folder.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
-from nanogpt.cli.sample import find_checkpoint
+from nanogpt.checkpoint.format import load_checkpoint
+from nanogpt.cli.sample import find_checkpoint, training_data
 from nanogpt.console import escape_control_characters, late_progress_bar, say
-from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import explain_out_of_memory
-from nanogpt.errors import UserError, require
+from nanogpt.errors import require
 from nanogpt.export.config import ExportConfig
 from nanogpt.export.registry import FORMATS, check_fits, check_request, default_dtype, export
 from nanogpt.export.source import Source
@@ -30,7 +29,7 @@ def main(config: ExportConfig) -> int:
     check_request(config.format, output, dtype=config.dtype, overwrite=config.overwrite)
     path = find_checkpoint(Path(config.checkpoint), action="Exporting")
     with explain_out_of_memory():
-        saved = replace(load_checkpoint(path), optimizers=[])  # the larger part of it
+        saved = replace(load_checkpoint(path), optimizers=[])  # most of its size
         source = Source(
             escape_control_characters(output.name.removesuffix(FORMATS[config.format].suffix)),
             saved,
@@ -51,12 +50,3 @@ def main(config: ExportConfig) -> int:
     dtype = config.dtype or default_dtype(config.format)
     say(f"{output}: {source.num_weights:,} parameters in {dtype}, format {config.format}")
     return 0
-
-
-def training_data(saved: Checkpoint) -> Dataset | None:
-    """The data of a training, if its folder is where it was and still has them."""
-    try:
-        found = load_dataset(Path(saved.train_config.data_dir), verify_bytes=0)
-    except UserError:
-        return None
-    return found if found.fingerprint == saved.fingerprint else None

@@ -1,8 +1,8 @@
-"""Sampling as a dialogue: a prompt is typed, its text appears; commands change settings.
+"""`sample --interactive`: a dialogue, in which typed prompts are continued and commands change settings.
 
 Run:    python sample.py --interactive
-The line has editing and a history (prompt_toolkit, an extra). Ctrl-C stops a text, Ctrl-D ends the program.
-Each prompt begins a text of its own.
+Lines can be edited and have a history (prompt_toolkit, an extra). Ctrl-C stops a text, Ctrl-D ends the
+program. Each prompt begins a new text.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
 SETTABLE = (*(field.name for field in fields(SamplingParams)), "num_tokens", "seed", "stop")
-"""Settings that a command changes: /temperature 0.7."""
+"""Settings that commands can change: /temperature 0.7."""
 
 GREETING = "Type a prompt, /help for the commands. Ctrl-C stops a text, Ctrl-D ends."
 
@@ -47,7 +47,7 @@ TEXT             continue the text; \\n is a line break, \\t a tab; if it begins
 
 
 class Dialogue:
-    """The state between two lines: the model, and the settings of the moment."""
+    """The state between two lines: the model and the current settings."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, config: SampleConfig, guesses: NgramGuesses | None
@@ -60,13 +60,13 @@ class Dialogue:
         }
 
     def answer(self, line: str) -> None:
-        """Obey a command or continue a prompt. Mistakes are reported in one line.
+        """Run a command or continue a prompt. Mistakes are reported in one line.
 
         Raises: EOFError for /quit.
         """
         try:
             if line.startswith("/") and not line.startswith("//"):
-                self.obey(line[1:])
+                self.run_command(line[1:])
             elif line:
                 self.complete(unescape(line.removeprefix("/")))
         except UserError as error:
@@ -79,7 +79,7 @@ class Dialogue:
                 raise
             warn("out of memory: set a smaller /num_tokens, or end other programs that use the memory")
 
-    def obey(self, command: str) -> None:
+    def run_command(self, command: str) -> None:
         """Run a command, or show or change a setting. Raises: UserError."""
         name, _, value = command.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
@@ -99,7 +99,7 @@ class Dialogue:
             print_text(f"{name:18} {show_value(getattr(self.config, name))}\n")
 
     def complete(self, prompt: str) -> None:
-        """Continue a prompt, and print it with its text while that is made."""
+        """Continue a prompt, and print it with its text while that is generated."""
         config = self.config
         ids = encode_prompt(self.tokenizer, prompt, skip_unknown=config.unknown == "skip", flag="the prompt")
         seed = secrets.randbits(32) if config.seed is None else config.seed

@@ -31,7 +31,7 @@ from nanogpt.training import stopping
 EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
 
 FIRST_PROCESS_S = 10.0
-"""Seconds that the first process of a distributed training has to meet and report the mistake of another."""
+"""Seconds that another process waits for the first one to report the same mistake."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,10 @@ def parse_and_run(name: str, arguments: Sequence[str], prog: str) -> int:
 
 @contextmanager
 def uncollected_imports() -> Generator[None]:
-    """Import without the garbage collector, and hide from it for good what was imported (gc.freeze).
+    """Import without the garbage collector, and let it ignore the imported objects from then on (gc.freeze).
 
-    PyTorch's modules are half a million objects, and none of them is garbage. Looking through them takes a
-    fifth of the import, and at the end of the process as long as half of it.
+    PyTorch's modules are half a million objects, and none of them is garbage. Scanning them takes a fifth of
+    the import, and at the end of the process half as long as all of it.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -245,8 +245,8 @@ def remove_progress_bars() -> None:
 def print_error(message: str) -> int:
     """Print an error message in one line. Returns the exit code.
 
-    All processes of a distributed training meet most mistakes. The first of them speaks; the others wait, and
-    once it has exited the launcher ends them. One that is not ended is alone with its mistake.
+    Most mistakes occur in all processes of a distributed training. The first one reports it, and the others
+    wait: the launcher ends them once the first has exited. One that is not ended has a mistake of its own.
     """
     from nanogpt.console import one_line
     from nanogpt.streams import is_main_process

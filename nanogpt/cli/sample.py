@@ -18,7 +18,7 @@ from nanogpt.checkpoint.format import Checkpoint, build_model, checkpoint_at, lo
 from nanogpt.cli import interactive, prompts_file
 from nanogpt.cli.prompts import one_after_the_other, print_text, read_prompt
 from nanogpt.console import warn
-from nanogpt.data.dataset import load_dataset
+from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.device import autocast, eager_mode, explain_out_of_memory, pick_device
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
@@ -66,7 +66,7 @@ def main(config: SampleConfig) -> int:
 
 
 def print_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, guesses: NgramGuesses | None) -> None:
-    """Print config.num_samples texts, one after the other; the first of a batch while it is made."""
+    """Print config.num_samples texts, one after the other; the first of a batch while it is generated."""
     prompt, ids = read_and_encode(model, tokenizer, config)
     for number, row in enumerate(sampled_rows(model, ids, config, guesses)):
         print_text(SEPARATOR if number else "")
@@ -99,7 +99,7 @@ MODES: dict[str, Callable[[GPT, Tokenizer, SampleConfig, NgramGuesses | None], N
     "prompts_file": prompts_file.run,
     "logprobs": print_tokens,
 }
-"""Flag -> what the command does if it is given, instead of print_texts."""
+"""Flag -> what the command does instead of print_texts if the flag is given."""
 
 
 def read_and_encode(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> tuple[str, torch.Tensor]:
@@ -113,22 +113,27 @@ def read_and_encode(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> t
 
 
 def learn_guesses(saved: Checkpoint) -> NgramGuesses:
-    """Guesses that know the text of the training, if it is where it was then."""
-    folder = Path(saved.train_config.data_dir)
-    try:
-        dataset = load_dataset(folder, verify_bytes=0)
-    except UserError:
+    """Guesses learned from the text of the training, if its data folder still has it."""
+    dataset = training_data(saved)
+    if dataset is None:
         return NgramGuesses()
-    if dataset.fingerprint != saved.fingerprint:
-        return NgramGuesses()
-    warn(f"Guesses are learned from {folder}")
+    warn(f"Guesses are learned from {Path(saved.train_config.data_dir)}")
     return NgramGuesses(dataset.train[:MAX_LEARNED])
+
+
+def training_data(saved: Checkpoint) -> Dataset | None:
+    """The data that a checkpoint was trained on; None if its data folder does not have them any more."""
+    try:
+        found = load_dataset(Path(saved.train_config.data_dir), verify_bytes=0)
+    except UserError:
+        return None
+    return found if found.fingerprint == saved.fingerprint else None
 
 
 def sampled_rows(
     model: GPT, ids: torch.Tensor, config: SampleConfig, guesses: NgramGuesses | None
 ) -> Iterator[Iterator[Token]]:
-    """The tokens of each sample, which are made in batches. Their seeds: seed, seed + 1, ... ids: (T,)."""
+    """The tokens of each sample, generated in batches with the seeds seed, seed + 1, ... ids: (T,)."""
     return generate_in_batches(
         model,
         repeat(ids, config.num_samples),
@@ -142,7 +147,7 @@ def sampled_rows(
 
 
 def find_checkpoint(path: Path, flag: str = "--checkpoint", action: str = "Sampling from") -> Path:
-    """Find the checkpoint at a path, and say which it is if the path is a run folder.
+    """Find the checkpoint at a path, and print which one it is if the path is a run folder.
 
     flag, action: the flag that gave the path, and what is done with the checkpoint, for messages.
     Raises: UserError if the folder has none.

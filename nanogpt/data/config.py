@@ -47,7 +47,7 @@ class PrepareConfig(Settings):
     completion_field: str | None = None
     """Pairs instead of texts: the field with the completion, whose tokens are the only ones that count."""
     separator: str = "\\n"
-    """Text between prompt and completion (\\n and \\t are understood); end your prompts in it when sampling."""
+    """Text between prompt and completion (\\n and \\t are understood); end a prompt with it when sampling."""
     shard_tokens: int | None = None
     """Cut each split into files of at most this many tokens; None: one file."""
     strict: bool = False
