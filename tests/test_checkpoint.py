@@ -32,15 +32,6 @@ CONFIG = TrainConfig(
 CHARS = "abc\n\u00e9"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and lose much where other programs want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train_a_step(model, optimizer, seed=1):
     x = torch.randint(len(CHARS), (2, 5), generator=torch.Generator().manual_seed(seed))
     optimizer.zero_grad()

@@ -27,15 +27,6 @@ GPT2 = GPTConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0
 both_kernels = pytest.mark.parametrize("flash", [True, False], ids=["flash", "plain"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and lose much where other programs want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(config=TINY, seed=1, std=None):
     """A model; with `std`, every parameter is random, biases and gains too, so that all of them matter."""
     torch.manual_seed(seed)
