@@ -14,9 +14,10 @@ from nanogpt.inference import sampling
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import generate
 from nanogpt.inference.processors import keep_top_k, keep_top_p
-from nanogpt.inference.text import generate_text, stop_at
+from nanogpt.inference.text import TextStream, generate_text
+from nanogpt.inference.tokens import Token
 from nanogpt.model.gpt import GPT
-from nanogpt.tokenizer.base import CharTokenizer
+from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 TINY = GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0, vocab_size=20)
@@ -328,21 +329,25 @@ def test_stop_strings_are_a_list_of_texts(model, stop, message):
         generate_text(model, TOKENIZER, PROMPT[:1], num_tokens=3, stop=stop)
 
 
-@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
-def test_stop_at_equals_cutting_the_whole_text(text: str, stops: list[str], data: st.DataObject) -> None:
-    """However the text is cut into chunks."""
+class Words(ByteTokenizer):
+    """A tokenizer whose tokens are these texts, by number."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def decoder(self):
+        return self.texts.__getitem__
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=5), max_size=3), st.data())
+def test_a_text_ends_before_the_stop_string_that_begins_first(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
+    """However the text is cut into tokens, and whichever stop string is complete first."""
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
-    edges = [0, *cuts, len(text)]
-    chunks = [text[a:b] for a, b in pairwise(edges)]
-    expected = text
-    for end in range(len(text) + 1):  # the stop string that is complete first ends the text
-        done = [text[:end].index(stop) for stop in stops if stop in text[:end]]
-        if done:
-            expected = text[: min(done)]
-            break
-    result = "".join(stop_at(chunks, stops))
-    if all(len(chunk) <= 1 for chunk in chunks):
-        assert result == expected
-    else:  # a chunk may complete several stop strings at once: the leftmost counts
-        found = [text.index(stop) for stop in stops if stop in text]
-        assert (result == text) if not found else not any(stop in result for stop in stops)
+    pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+    places = [text.index(stop) for stop in stops if stop in text]
+    stream = TextStream(Words(pieces), map(Token, range(len(pieces))), stops)
+    assert "".join(stream) == text[: min(places, default=len(text))]
+    assert stream.finish_reason == ("stop" if places else "length")

@@ -244,7 +244,8 @@ def test_the_end_of_a_text() -> None:
 def test_tokens_with_their_texts_make_the_text(text: str, stop: list[str]) -> None:
     tokenizer = ByteTokenizer()
     tokens = [Token(byte) for byte in text.encode()]
-    expected = "".join(TextStream(tokenizer, tokens, stop))
+    expected = text[: min((text.index(string) for string in stop if string in text), default=len(text))]
+    assert "".join(TextStream(tokenizer, tokens, stop)) == expected
     parts = list(token_texts(tokenizer, tokens, stop))
     assert "".join(part for _, part in parts) == expected
     assert [token for token, _ in parts] == tokens[: len(parts)]

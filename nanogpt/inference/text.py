@@ -42,25 +42,17 @@ class TextStream(Iterator[str]):
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Iterable[Token], stop: Sequence[str] = ()) -> None:
-        check_stop(stop)
-        self.tokenizer = tokenizer
-        self.finish_reason: FinishReason = "stop"
-        """Why the text ended, once it has; it is "stop" unless the tokens end first."""
-        self.chunks = stop_at(self.pieces(tokens), stop)
+        self.texts = TokenTexts(tokenizer, stop)
+        self.chunks = (text for _, text in self.texts.add_all(tokens) if text)
 
     def __next__(self) -> str:
         """The next chunk."""
         return next(self.chunks)
 
-    def pieces(self, tokens: Iterable[Token]) -> Iterator[str]:
-        """The text that each token adds: "" while its last character is incomplete."""
-        decode = self.tokenizer.decoder()
-        for token in tokens:
-            if token.id == self.tokenizer.end_of_text:
-                self.finish_reason = "end_of_text"
-                return
-            yield decode(token.id)
-        self.finish_reason = "length"
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the text ended, once it has."""
+        return self.texts.finish_reason or "stop"
 
 
 class TokenTexts:
@@ -83,14 +75,12 @@ class TokenTexts:
         if token.id == self.end_of_text:
             return self.finish("end_of_text")
         self.pending.append((token, self.decode(token.id)))
-        text = "".join(piece for _, piece in self.pending)
-        found = first_stop(text, self.stop)
-        if found is None:
-            return self.certain(len(text) - held_back(text, self.stop))
-        self.finish_reason = "stop"
-        parts = self.certain(found)
-        left = found - sum(len(piece) for _, piece in parts)
-        return [*parts, (self.pending[0][0], self.pending[0][1][:left])] if left else parts
+        count, ends = certain_part(self.pending_text(), self.stop)
+        return self.cut(count) if ends else self.certain(count)
+
+    def pending_text(self) -> str:
+        """The text of the tokens that are pending."""
+        return "".join(piece for _, piece in self.pending)
 
     def certain(self, count: int) -> list[tuple[Token, str]]:
         """Take the tokens whose text is among the next `count` characters."""
@@ -100,8 +90,18 @@ class TokenTexts:
             count -= len(parts[-1][1])
         return parts
 
+    def cut(self, count: int) -> list[tuple[Token, str]]:
+        """End the text before a stop string, after `count` characters. Returns the tokens before it."""
+        self.finish_reason = "stop"
+        parts = self.certain(count)
+        left = count - sum(len(piece) for _, piece in parts)
+        return [*parts, (self.pending[0][0], self.pending[0][1][:left])] if left else parts
+
     def finish(self, reason: FinishReason = "length") -> list[tuple[Token, str]]:
         """End the text, as no token follows. Returns the tokens that are left."""
+        found = first_stop(self.pending_text(), self.stop)
+        if found is not None:
+            return self.cut(found)
         self.finish_reason = reason
         return list(self.pending)
 
@@ -222,25 +222,14 @@ def only_token(text: str, tokenizer: Tokenizer) -> int:
     return ids[0]
 
 
-def stop_at(chunks: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass text on up to the first stop string, which is left out.
+def certain_part(text: str, stop: Sequence[str]) -> tuple[int, bool]:
+    """Number of characters of a text that nothing to come can change, and whether it ends after them.
 
-    The end of the text is held back as long as it may be the beginning of a stop string: with the stop string
-    "END", the chunks "THE E" and "ND." become "THE ".
+    A text ends before the stop string that begins first. So nothing is certain from a place on where one may
+    have begun, even if another one is complete behind it: with "END." and "N", of "THE EN" only "THE " is.
     """
-    pending = ""
-    for chunk in chunks:
-        pending += chunk
-        found = first_stop(pending, stop)
-        if found is not None:
-            pending = pending[:found]
-            break
-        certain = len(pending) - held_back(pending, stop)
-        if certain:
-            yield pending[:certain]
-            pending = pending[certain:]
-    if pending:
-        yield pending
+    found, begun = first_stop(text, stop), len(text) - held_back(text, stop)
+    return (begun, False) if found is None or begun < found else (found, True)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
