@@ -297,6 +297,7 @@ def test_an_inspection_is_that_of_python(url: str, model: TextModel):
     assert (found["layers"], found["heads"], found["context"]) == (1, 2, 64)
     assert "".join(token["text"] for token in found["tokens"]) == text
     assert [token["id"] for token in found["tokens"]] == list(text.encode())
+    assert [token["token"] for token in found["tokens"][:3]] == ["S", "bytes:\\xc3", "bytes:\\xbc"]
     first = found["tokens"][0]
     assert (first["logprob"], first["entropy"], first["rank"], first["top"]) == (None, None, None, [])
     for token, other in zip(found["tokens"][1:], expected.tokens[1:], strict=True):
@@ -493,6 +494,34 @@ def test_metrics_count_what_was_made(config: ServeConfig):
         }  # fmt: skip
         for name, value in expected.items():
             assert float(lines[f'vllm:{name}{{model_name="out"}}']) == value, name
+
+
+def test_metrics_count_inspections(config: ServeConfig, monkeypatch):
+    started, goes_on = threading.Event(), threading.Event()
+
+    def slow(*_, **__) -> Iterator[None]:
+        started.set()
+        assert goes_on.wait(HANGS)
+        yield from map(raising, [MemoryError("much")])
+
+    def metric(name: str) -> float:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(f"nanogpt:{name}{{")).split()[-1])
+
+    with serving(config) as url, ThreadPoolExecutor(1) as pool:
+        post(url, "/inspect", text="abc")
+        post(url, "/inspect", text="")  # is refused at once
+        assert metric("inspection_seconds_count") == 1
+        assert metric("inspection_seconds_sum") > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(server_inspection, "inspect_in_parts", slow)
+            answer = pool.submit(post, url, "/inspect", text="abc")
+            assert started.wait(HANGS)
+            assert metric("num_inspections_running") == 1
+            goes_on.set()
+            assert answer.result().status_code == 500
+        assert metric("inspection_seconds_count") == 2
+        assert metric("num_inspections_running") == 0
 
 
 # --- the end, and other checkpoints ---

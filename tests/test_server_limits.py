@@ -4,24 +4,36 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 from unittest.mock import Mock
 
 import httpx
 import pytest
 import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
 from test_server import PROMPT, config, model, out, post, serving, url
 from uvicorn.server import ServerState
 from waiting import HANGS, wait_until
 
 from nanogpt import TextModel, generate
-from nanogpt.server import connection, jobs
+from nanogpt.server import connection, jobs, protocol
 from nanogpt.server.app import Service
 from nanogpt.server.chat import Chat, chat_prompt
 from nanogpt.server.completions import Completion
 from nanogpt.server.config import ServeConfig
-from nanogpt.server.protocol import ApiError, ChatRequest, CompletionRequest, Message
+from nanogpt.server.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    json_bytes,
+    json_in_parts,
+)
 from nanogpt.server.served import load
 
 __all__ = ["config", "model", "out", "url"]  # fixtures
@@ -45,7 +57,7 @@ def test_no_end_of_a_text_is_lost_whenever_it_is_heard(config: ServeConfig, mode
             found += [chunk async for chunk in chunks]
         finally:
             served.engine.close("over")
-        return [chunk["choices"][0]["text"] for chunk in found]
+        return [json.loads(chunk)["choices"][0]["text"] for chunk in found]
 
     expected = generate(model, PROMPT, num_tokens=100, seed=1)
     for first in (0, 1):
@@ -68,7 +80,7 @@ def test_a_chat_that_is_read_slowly_loses_nothing(config: ServeConfig, model: Te
             await asyncio.sleep(0.001)
         found += [chunk async for chunk in chunks]
         served.engine.close("over")
-        return [chunk["choices"][0] for chunk in found]
+        return [json.loads(chunk)["choices"][0] for chunk in found]
 
     choices = asyncio.run(asked())
     expected = generate(model, chat_prompt(messages), num_tokens=100, seed=1, stop=["\nUser:"])
@@ -105,6 +117,67 @@ def test_a_request_with_more_tokens_and_alternatives_than_memory_for_them(config
         services[0].served.load.entries = 0
         assert post(url, **body, n=9, logprobs=9).status_code == 200
         assert services[0].served.load.entries == 0
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_nobody_waits_while_a_large_answer_is_encoded(
+    chat: bool, stream: bool, config: ServeConfig, monkeypatch
+):
+    encoding, goes_on = threading.Event(), threading.Event()
+
+    def slow(value: object) -> bytes:
+        encoding.set()
+        assert goes_on.wait(HANGS)
+        return json_bytes(value)
+
+    body: dict[str, Any] = {"max_tokens": 3, "seed": 1, "stream": stream}
+    if chat:
+        path = "/v1/chat/completions"
+        body |= {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 5}
+    else:
+        path = "/v1/completions"
+        body |= {"prompt": "Süß", "logprobs": 5, "prompt_logprobs": 3, "echo": True, "n": 2, "best_of": 2}
+    with serving(config) as url, ThreadPoolExecutor(1) as pool:
+        expected = post(url, path, **body)
+        monkeypatch.setattr(protocol, "MANY_ENTRIES", 1)
+        monkeypatch.setattr(protocol, "json_in_parts", slow)
+        answer = pool.submit(post, url, path, **body)
+        assert encoding.wait(HANGS)
+        assert httpx.get(f"{url}/health", timeout=HANGS).status_code == 200
+        assert not answer.done()
+        goes_on.set()
+        assert told(answer.result()) == told(expected)
+
+
+def told(answer: httpx.Response) -> dict[int, list[Any]]:
+    """Texts, log-probabilities and ends of the choices of an answer, whole or streamed in whatever chunks."""
+    assert answer.status_code == 200
+    found: dict[int, list[Any]] = {}
+    for line in answer.text.splitlines():
+        if not line.startswith(("{", "data: {")):
+            continue
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            text, scored, entries = found.setdefault(choice["index"], ["", [], {}])
+            message = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
+            tokens = choice["logprobs"].get("content") or list(
+                zip(*(choice["logprobs"].get(key, []) for key in ("tokens", "top_logprobs")), strict=True)
+            )
+            entries |= {key: choice[key] for key in ("prompt_logprobs", "finish_reason") if choice.get(key)}
+            found[choice["index"]] = [text + message["content"], scored + tokens, entries]
+    return found
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(json_values, st.integers(0, 3))
+def test_json_in_parts_is_json(value: object, levels: int):
+    assert json_in_parts(value, levels) == json_bytes(value)
+    assert json_in_parts(iter([value, value]), levels + 1) == json_bytes([value, value])
 
 
 # --- connections ---

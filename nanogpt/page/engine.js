@@ -262,7 +262,8 @@ const NanoGPT = (() => {
      whether each layer's guesses are wanted. Yields { read }, then { found }:
        tokens     for each token what `generate` says, and `adds`, the text that it adds; the first has no probability
        attention  for each token how much it takes from each up to itself, or null
-       lens       for the embeddings and each block, for each token, the three likeliest next ones; or null */
+       lens       for the embeddings and each block, for each token, the three likeliest next ones; or null
+     next       what may come after them, as `next` says it */
   function* inspect(m, tokenizer, { ids, attention: head, lens: wanted }) {
     const decode = tokenizer.decoder();
     const tokens = [], attention = [], lens = Array.from({ length: m.blocks.length + 1 }, () => []);
@@ -275,14 +276,18 @@ const NanoGPT = (() => {
       attention.push(step(m, id, true, { ...head, onLayer: wanted ? () => lens[layer++].push(top()) : undefined }));
       yield { read: tokens.length / ids.length };
     }
-    yield { found: { tokens, attention: head ? attention : null, lens: wanted ? lens : null } };
+    yield { found: { tokens, attention: head ? attention : null, lens: wanted ? lens : null, next: expected(m, tokenizer) } };
   }
 
   /* What comes after some tokens: yields { read }, then { found }: { entropy, top, logits } */
   function* next(m, tokenizer, { ids }) {
     yield* prefill(m, ids.slice(-m.S));
+    yield { found: expected(m, tokenizer) };
+  }
+
+  function expected(m, tokenizer) {
     const { entropy, top } = named(tokenizer, NanoGPTSampling.score(m.logits, 0));
-    yield { found: { entropy, top, logits: m.logits.slice() } };
+    return { entropy, top, logits: m.logits.slice() };
   }
 
   return { open, step, prefill, ngramRows, generateTokens, generate, inspect, next };

@@ -5,6 +5,8 @@
 "use strict";
 
 const Reading = (() => {
+  const BYTES = /^(bytes:)?(\\x[0-9a-f]{2})+$/i; // the name of a token that is no text by itself
+
   function create(backend, contextSize) {
     /* Tokens that add to a text, as pieces of it. */
     function piecesOf(tokens) {
@@ -19,15 +21,38 @@ const Reading = (() => {
       return pieces;
     }
 
-    /* What the model expected at every token. What is longer than its context is read in windows that overlap by half, each
-       token in the first that has it. */
+    /* What the model expected at every token. What is longer than its context is read in the windows of `nanogpt eval`
+       (nanogpt/scoring.py): one context after the other, the first token of each predicted by the one before. */
     async function read(ids, wish, signal, tell = () => {}) {
-      const tokens = [], size = contextSize(), half = Math.max(1, Math.floor(size / 2));
-      for (let from = 0; tokens.length < ids.length && !signal?.aborted; from += half) {
-        const found = await backend.inspect({ ...wish, ids: ids.slice(from, from + size) }, ({ read }) => tell((from + read * size) / (ids.length + size)), signal);
-        tokens.push(...(found?.tokens.slice(tokens.length - from) || []));
+      const tokens = [], size = contextSize();
+      let next = null; // what the window before says of the token after it
+      for (let from = 0; from < ids.length && !signal?.aborted; from += size) {
+        const window = { ...wish, ids: ids.slice(from, from + size), next: from + size < ids.length };
+        const found = await backend.inspect(window, ({ read }) => tell((from + read * window.ids.length) / ids.length), signal);
+        if (!found) break;
+        if (next) Object.assign(found.tokens[0], predicted(next, found.tokens[0].id));
+        tokens.push(...found.tokens);
+        ({ next } = found);
+        tell(tokens.length / ids.length);
       }
-      return { tokens };
+      return { tokens: joinBytes(tokens) };
+    }
+
+    /* What was expected of a token, from the distribution that it was chosen from. */
+    function predicted({ entropy, top, logits }, id) {
+      const { probability, rank } = NanoGPTSampling.score(logits, id);
+      return { probability, rank, entropy, top };
+    }
+
+    /* The same tokens. A window may end within a character: bytes become text together, whichever window they are in. */
+    function joinBytes(tokens) {
+      const stream = new TextDecoder("utf-8", { ignoreBOM: true }), isBytes = (token) => BYTES.test(token?.text);
+      for (const [i, token] of tokens.entries()) {
+        if (!isBytes(token)) continue;
+        const bytes = token.text.match(/(?<=\\x)../g).map((digits) => parseInt(digits, 16));
+        token.adds = stream.decode(Uint8Array.from(bytes), { stream: isBytes(tokens[i + 1]) });
+      }
+      return tokens;
     }
 
     /* What the model expected all along a text; with attention or lens, in a window of its context that has the chosen piece.

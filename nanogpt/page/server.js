@@ -96,16 +96,13 @@ const NanoGPTServer = (() => {
     }
 
     /* As the backend in the page answers: see `inspect` of engine.js. */
-    async function inspect({ ids, attention = null, lens = false, model }, tell, signal) {
-      const answer = await (await ask("/inspect", { tokens: ids, ...(model && { model }), attention, lens, top: TOP }, signal)).json();
-      return { tokens: nameBytes(answer.tokens.map(scored)), attention: answer.attention, lens: lensOf(answer.lens) };
+    async function inspect({ ids, attention = null, lens = false, next = false, model }, tell, signal) {
+      const wish = { tokens: ids, ...(model && { model }), attention, lens, top: TOP, distribution: next };
+      const answer = await (await ask("/inspect", wish, signal)).json();
+      return { tokens: answer.tokens.map(scored), attention: answer.attention, lens: lensOf(answer.lens), next: nextOf(answer.next) };
     }
 
-    async function next({ ids, model }, signal) {
-      const wish = { tokens: ids.slice(-context), ...(model && { model }), top: TOP, distribution: true };
-      const found = (await (await ask("/inspect", wish, signal)).json()).next;
-      return { entropy: found.entropy, top: found.top.map(likely), logits: found.logprobs };
-    }
+    const next = async ({ ids, model }, signal) => (await inspect({ ids: ids.slice(-context), next: true, model }, () => {}, signal)).next;
 
     /* The served model. `nanogpt serve --run` may have none yet: then it is waited for. */
     async function served(tell) {
@@ -164,24 +161,10 @@ const NanoGPTServer = (() => {
 
   const likely = ({ id, text, logprob }) => ({ id, text, probability: Math.exp(logprob) });
   const lensOf = (lens) => lens && lens.map((layer) => layer.map((guesses) => guesses.map(likely)));
-  /* A token of a text. The text that it adds is its name, unless it is a part of a character. */
-  const scored = ({ id, text, logprob, entropy, rank, top }) => ({
-    id, entropy, rank, adds: text, text: (top || []).find((other) => other.id === id)?.text ?? text,
-    top: (top || []).map(likely), probability: logprob == null ? undefined : Math.exp(logprob),
+  const nextOf = ({ entropy, top, logprobs }) => ({ entropy, top: top.map(likely), logits: logprobs });
+  const scored = ({ id, token, text, logprob, entropy, rank, top }) => ({
+    id, entropy, rank, adds: text, text: token, top: top.map(likely), probability: logprob == null ? undefined : Math.exp(logprob),
   });
-
-  /* The same tokens; those that are a byte of a character are called by it. */
-  function nameBytes(tokens) {
-    let first = 0;
-    for (const [i, { adds }] of tokens.entries()) {
-      if (adds === "") continue;
-      const bytes = new TextEncoder().encode(adds);
-      if (i > first && bytes.length === i - first + 1)
-        bytes.forEach((byte, place) => (tokens[first + place].text = `bytes:\\x${byte.toString(16).padStart(2, "0")}`));
-      first = i + 1;
-    }
-    return tokens;
-  }
 
   /* The tokens of a chunk, each with its text. Offsets count characters, not JavaScript's halves of some. */
   function partsOf({ text, logprobs, token_ids: ids }) {

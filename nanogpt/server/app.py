@@ -55,12 +55,12 @@ class Answer(Protocol):
 
     job: Job
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer, once all texts have ended."""
+    async def whole(self) -> bytes:
+        """The answer in JSON, once all texts have ended."""
         ...
 
-    def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer as it is made."""
+    def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The answer in chunks of JSON, as it is made."""
         ...
 
 
@@ -104,7 +104,7 @@ class Service:
         if stream:
             return EventStream(self.events(answer), lambda: self.end(answer.job, started))
         try:
-            return json_response(await unless_gone(request, answer.whole()))
+            return Response(await unless_gone(request, answer.whole()), media_type=JSON)
         finally:
             self.end(answer.job, started)
 
@@ -113,7 +113,7 @@ class Service:
         try:
             async with aclosing(answer.chunks()) as chunks:
                 async for chunk in chunks:
-                    yield b"data: " + json_bytes(chunk) + b"\n\n"
+                    yield b"data: " + chunk + b"\n\n"
         except ApiError as error:
             yield b"data: " + json_bytes(error.body) + b"\n\n"
         yield b"data: [DONE]\n\n"
@@ -148,7 +148,9 @@ class Service:
         """POST /inspect."""
         given = parse(InspectRequest, await self.body(request))
         served = await self.models.get(given.model)
-        return await unless_gone(request, inspect(served, given, self.config))
+        answer = inspect(served, given, self.config)
+        with self.metrics.inspection(served):
+            return await unless_gone(request, answer)
 
     async def tokenizer_info(self, request: Request) -> Response:
         """GET /tokenizer_info."""

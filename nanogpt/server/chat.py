@@ -6,14 +6,15 @@ and every answer carries a warning that says so. The text ends where the next "U
 
 import time
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from nanogpt.inference.tokens import Token
 from nanogpt.server.completions import FINISH_REASONS, token_text
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.jobs import Job, read_prompt
-from nanogpt.server.protocol import ChatRequest, Message
-from nanogpt.server.served import Served, Text
+from nanogpt.server.protocol import ChatRequest, Message, encoded, json_bytes
+from nanogpt.server.served import Part, Served
 from nanogpt.tokenizer.base import Tokenizer
 
 WARNING = (
@@ -23,6 +24,9 @@ WARNING = (
 
 NEXT_TURN = "\nUser:"
 """Where the user would speak again."""
+
+CHUNK: dict[str, Any] = {"object": "chat.completion.chunk"}
+"""What tells a chunk of a stream from an answer."""
 
 
 def chat_prompt(messages: Sequence[Message]) -> str:
@@ -55,20 +59,25 @@ class Chat:
             "warning": WARNING,
         }
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer, once all texts have ended. Raises: ApiError if one could not be made."""
+    async def whole(self) -> bytes:
+        """The answer in JSON, once all texts have ended. Raises: ApiError if one could not be made."""
         await self.job.finished()
-        choices = [self.choice(index, text, 0, "message") for index, text in enumerate(self.job.texts)]
-        return self.head | {"object": "chat.completion", "choices": choices, "usage": self.job.usage()}
+        parts = [text.since() for text in self.job.texts]
 
-    def choice(self, index: int, text: Text, first: int, key: str) -> dict[str, Any]:
-        """An answer's text from token `first` on. key: "message", or "delta" in a stream."""
-        parts = text.parts[first:]
-        message = {"content": "".join(piece for _, piece in parts)}
-        if first == 0:
+        def describe() -> dict[str, Any]:
+            """The answer."""
+            choices = [self.choice(index, part, "message") for index, part in enumerate(parts)]
+            return self.head | {"object": "chat.completion", "choices": choices, "usage": self.job.usage()}
+
+        return await encoded(sum(part.entries for part in parts), describe)
+
+    def choice(self, index: int, part: Part, key: str) -> dict[str, Any]:
+        """A part of a choice. key: "message", or "delta" in a stream."""
+        message = {"content": "".join(piece for _, piece in part.tokens)}
+        if part.first == 0:
             message["role"] = "assistant"
-        reason, tokenizer = text.finish_reason, self.served.tokenizer
-        scored = {"content": [describe_token(tokenizer, token) for token, _ in parts]}
+        reason, tokenizer = part.finish_reason, self.served.tokenizer
+        scored = {"content": [describe_token(tokenizer, token) for token, _ in part.tokens]}
         return {
             "index": index,
             key: message,
@@ -76,14 +85,18 @@ class Chat:
             "finish_reason": None if reason is None else FINISH_REASONS[reason],
         }
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer in chunks, as it is made. Raises: ApiError if a text could not be made."""
-        head = self.head | {"object": "chat.completion.chunk"}
-        async for index, first in self.job.growth():
-            yield head | {"choices": [self.choice(index, self.job.texts[index], first, "delta")]}
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The answer in chunks of JSON, as it is made. Raises: ApiError if a text could not be made."""
+        async for index, part in self.job.growth():
+            yield await encoded(part.entries, partial(self.chunk, index, part))
         options = self.request.stream_options
         if options and options.include_usage:
-            yield head | {"choices": [], "usage": self.job.usage()}
+            last: dict[str, Any] = {"choices": [], "usage": self.job.usage()}
+            yield json_bytes(self.head | CHUNK | last)
+
+    def chunk(self, index: int, part: Part) -> dict[str, Any]:
+        """A chunk of the answer with a part of a choice."""
+        return self.head | CHUNK | {"choices": [self.choice(index, part, "delta")]}
 
 
 def describe_token(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

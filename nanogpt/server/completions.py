@@ -8,14 +8,15 @@ temperature and the like, of one tensor and not rounded: clients compare them wi
 import time
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
-from statistics import mean
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 from nanogpt.inference.tokens import Token
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.jobs import Job, Prompt, read_prompt
-from nanogpt.server.protocol import ApiError, CompletionRequest
-from nanogpt.server.served import Served, Text
+from nanogpt.server.protocol import ApiError, CompletionRequest, encoded, json_bytes
+from nanogpt.server.served import Part, Served, Text
 from nanogpt.tokenizer.base import Tokenizer
 
 FINISH_REASONS = {"length": "length", "stop": "stop", "end_of_text": "stop"}
@@ -126,61 +127,63 @@ class Completion:
             "created": int(time.time()),
             "model": served.name,
         }
+        self.offsets = [0] * len(self.job.texts)
+        """Number of characters of each choice that have been described."""
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer, once all texts have ended. Raises: ApiError if one could not be made."""
+    async def whole(self) -> bytes:
+        """The answer in JSON, once all texts have ended. Raises: ApiError if one could not be made."""
         await self.job.finished()
-        choices = [
-            self.choice(self.n * number + place, text)
-            for number in range(len(self.prompts))
-            for place, text in enumerate(self.best(number))
-        ]
-        return self.head | {"choices": choices, "usage": self.job.usage()}
+        entries = sum(text.since().entries for text in self.job.texts)
+        return await encoded(entries, lambda: self.describe(enumerate(self.best()), usage=True))
 
-    def best(self, number: int) -> list[Text]:
-        """The n texts of a prompt; if there are more, those with the highest mean log-probability."""
-        count = self.job.count
-        texts = self.job.texts[number * count : (number + 1) * count]
-        if count == self.n:
-            return texts
-        return sorted(texts, key=lambda text: mean([t.logprob or 0.0 for t, _ in text.parts] or [0.0]))[
-            : -self.n - 1 : -1
-        ]
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The answer in chunks of JSON, as it is made. Raises: ApiError if a text could not be made."""
+        options = self.request.stream_options
+        usage = bool(options and options.include_usage)
+        always = usage and bool(options and options.continuous_usage_stats)
+        async for index, part in self.job.growth():
+            yield await encoded(part.entries, partial(self.describe, [(index, part)], usage=always))
+        if usage:
+            yield json_bytes(self.describe([], usage=True))
 
-    def choice(self, index: int, text: Text, first: int = 0, offset: int = 0) -> dict[str, Any]:
-        """An answer's text, or the part of it that begins with token `first`, at character `offset`.
+    def best(self) -> list[Part]:
+        """The n texts of each prompt; if there are more, those with the highest mean log-probability."""
+        texts, count = self.job.texts, self.job.count
+        found: list[Text] = []
+        for first in range(0, len(texts), count):
+            own = texts[first : first + count]
+            found += own if count == self.n else sorted(own, key=mean_logprob, reverse=True)[: self.n]
+        return [text.since() for text in found]
 
-        The prompt stands before the first token, if it is to be echoed.
-        """
+    def describe(self, parts: Iterable[tuple[int, Part]], *, usage: bool) -> dict[str, Any]:
+        """An answer, or a chunk of it, with parts of texts, by index of the choice."""
+        choices = [self.choice(index, part) for index, part in parts]
+        return self.head | {"choices": choices} | ({"usage": self.job.usage()} if usage else {})
+
+    def choice(self, index: int, part: Part) -> dict[str, Any]:
+        """A part of a choice. The prompt stands before the first one, if it is to be echoed."""
         prompt, tokenizer = self.prompts[index // self.n], self.served.tokenizer
-        parts = text.parts[first:]
-        if self.request.echo and first == 0:
-            parts = prompt_parts(tokenizer, prompt, text.prompt_tokens) + parts
-        found = pieces(parts, offset)
+        tokens, begins, reason = part.tokens, part.first == 0, part.finish_reason
+        if self.request.echo and begins:
+            tokens = prompt_parts(tokenizer, prompt, part.text.prompt_tokens) + tokens
+        found = pieces(tokens, self.offsets[index])
+        content = "".join(piece.text for piece in found)
+        self.offsets[index] += len(content)
         scored = self.request.logprobs is not None
-        reason = text.finish_reason
         choice: dict[str, Any] = {
             "index": index,
-            "text": "".join(piece.text for piece in found),
+            "text": content,
             "logprobs": describe_logprobs(tokenizer, found) if scored else None,
             "finish_reason": None if reason is None else FINISH_REASONS[reason],
         }
         if self.request.return_token_ids:
             choice["token_ids"] = [piece.token.id for piece in found]
-            choice["prompt_token_ids"] = prompt.ids if first == 0 else None
-        if self.request.prompt_logprobs is not None and first == 0:
-            choice["prompt_logprobs"] = describe_prompt_logprobs(tokenizer, text.prompt_tokens)
+            choice["prompt_token_ids"] = prompt.ids if begins else None
+        if self.request.prompt_logprobs is not None and begins:
+            choice["prompt_logprobs"] = describe_prompt_logprobs(tokenizer, part.text.prompt_tokens)
         return choice
 
-    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer in chunks, as it is made. Raises: ApiError if a text could not be made."""
-        options = self.request.stream_options
-        usage = bool(options and options.include_usage)
-        always = usage and bool(options and options.continuous_usage_stats)
-        offsets = [0] * len(self.job.texts)
-        async for index, first in self.job.growth():
-            choice = self.choice(index, self.job.texts[index], first, offsets[index])
-            offsets[index] += len(choice["text"])
-            yield self.head | {"choices": [choice]} | ({"usage": self.job.usage()} if always else {})
-        if usage:
-            yield self.head | {"choices": [], "usage": self.job.usage()}
+
+def mean_logprob(text: Text) -> float:
+    """The mean log-probability of the tokens of a text; of none, 0."""
+    return fmean([token.logprob or 0.0 for token, _ in text.parts] or [0.0])

@@ -20,7 +20,7 @@ from nanogpt.inference.text import Alternative
 from nanogpt.server.completions import token_text
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.jobs import TOO_SLOW, failure, read_prompt, refusal
-from nanogpt.server.protocol import ApiError, InspectRequest, json_bytes
+from nanogpt.server.protocol import ApiError, InspectRequest, json_in_parts
 from nanogpt.server.served import Served
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -83,32 +83,28 @@ def encode(served: Served, found: Inspection, *, distribution: bool) -> bytes:
     }
     if distribution:
         following["logprobs"] = found.next.logprobs.tolist()
-    attention = lens = b"null"
+    weights: list[list[float]] | None = None
     if found.attention is not None:
         rounded = found.attention.double().round(decimals=ATTENTION_DECIMALS)
-        attention = array(cast(list[list[float]], rounded.tolist()))
-    if found.lens is not None:
-        lens = array([describe_top(tokenizer, top) for top in layer] for layer in found.lens)
-    fields = {
-        "tokens": array(describe_token(tokenizer, token) for token in found.tokens),
-        "next": json_bytes(following),
-        "attention": attention,
-        "lens": lens,
-        "layers": json_bytes(shape.n_layer),
-        "heads": json_bytes(shape.n_head),
-        "context": json_bytes(shape.block_size),
-    }
-    return b"{" + b",".join(json_bytes(name) + b":" + value for name, value in fields.items()) + b"}"
-
-
-def array(items: Iterable[object]) -> bytes:
-    """A list as JSON, item by item: other threads have their turn after each."""
-    return b"[" + b",".join(map(json_bytes, items)) + b"]"
+        weights = cast(list[list[float]], rounded.tolist())
+    return json_in_parts(
+        {
+            "tokens": (describe_token(tokenizer, token) for token in found.tokens),
+            "next": following,
+            "attention": weights,
+            "lens": found.lens and [(describe_top(tokenizer, top) for top in layer) for layer in found.lens],
+            "layers": shape.n_layer,
+            "heads": shape.n_head,
+            "context": shape.block_size,
+        },
+        levels=3,
+    )
 
 
 def describe_token(tokenizer: Tokenizer, token: InspectedToken) -> dict[str, Any]:
-    """A token of the text."""
-    return vars(token) | {"top": describe_top(tokenizer, token.top)}
+    """A token of the text: `text` is what it adds, `token` its name, as in completions."""
+    named = {"token": token_text(tokenizer, token.id), "top": describe_top(tokenizer, token.top)}
+    return vars(token) | named
 
 
 def describe_top(tokenizer: Tokenizer, top: Iterable[Alternative]) -> list[dict[str, Any]]:

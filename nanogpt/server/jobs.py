@@ -17,7 +17,7 @@ from nanogpt.inference.scheduler import Request
 from nanogpt.inference.text import TokenTexts
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.protocol import ApiError, SamplingFields
-from nanogpt.server.served import Served, Text
+from nanogpt.server.served import Part, Served, Text
 
 DEFAULT_MAX_TOKENS = 16
 """New tokens unless the request says how many, as OpenAI has it."""
@@ -166,11 +166,8 @@ class Job:
                 raise ApiError(504, TOO_SLOW)
             yield
 
-    async def growth(self) -> AsyncIterator[tuple[int, int]]:
-        """Wait as `news` does: the number of each text that has grown or ended, and its tokens before that.
-
-        The text has to be read at once: it may grow again while anything is awaited.
-        """
+    async def growth(self) -> AsyncIterator[tuple[int, Part]]:
+        """Wait as `news` does: the number of each text that has grown or ended, and the new part of it."""
         known, over = [0] * len(self.texts), [False] * len(self.texts)
         async for _ in self.news():
             for number, text in enumerate(self.texts):
@@ -178,7 +175,7 @@ class Job:
                 if over[number] or (len(text.parts) == before and not ended):
                     continue
                 known[number], over[number] = len(text.parts), ended
-                yield number, before
+                yield number, text.since(before)
 
     def expire(self) -> None:
         """Let whoever waits know that the deadline is over."""

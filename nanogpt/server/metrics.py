@@ -3,9 +3,17 @@
 Example: metrics = Metrics(lambda: [served]); metrics.count(job); body = metrics.render()
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -69,13 +77,20 @@ class Metrics:
         """loaded: gives the models that are loaded."""
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(loaded))
-        self.first, self.between, self.whole = (
-            Histogram(f"vllm:{name}", meaning, ["model_name"], buckets=SECONDS, registry=self.registry)
+        self.first, self.between, self.whole, self.inspected = (
+            Histogram(name, meaning, ["model_name"], buckets=SECONDS, registry=self.registry)
             for name, meaning in (
-                ("time_to_first_token_seconds", "Seconds from a request to its first token"),
-                ("inter_token_latency_seconds", "Seconds from one token of a text to the next"),
-                ("e2e_request_latency_seconds", "Seconds from a request to its end"),
+                ("vllm:time_to_first_token_seconds", "Seconds from a request to its first token"),
+                ("vllm:inter_token_latency_seconds", "Seconds from one token of a text to the next"),
+                ("vllm:e2e_request_latency_seconds", "Seconds from a request to its end"),
+                ("nanogpt:inspection_seconds", "Seconds from a request to inspect a text to its end"),
             )
+        )
+        self.inspecting = Gauge(
+            "nanogpt:num_inspections_running",
+            "Inspections of texts that are made or wait",
+            ["model_name"],
+            registry=self.registry,
         )
         self.ended = Counter(
             "vllm:request_success",
@@ -99,6 +114,13 @@ class Metrics:
             else:
                 reason = "length" if text.finish_reason == "length" else "stop"
             self.ended.labels(name, reason).inc()
+
+    @contextmanager
+    def inspection(self, served: Served) -> Generator[None]:
+        """Count an inspection, which takes as long as this context."""
+        name = served.name
+        with self.inspecting.labels(name).track_inprogress(), self.inspected.labels(name).time():
+            yield
 
     def render(self) -> bytes:
         """The metrics as Prometheus reads them."""

@@ -4,9 +4,11 @@ Example: request = CompletionRequest.model_validate_json('{"prompt": "ROMEO:", "
 Fields of other servers that are not here are ignored, as their clients expect. Knows nothing of models.
 """
 
+import asyncio
 import json
 import re
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.responses import Response
@@ -75,6 +77,32 @@ def json_bytes(value: object) -> bytes:
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A value as an answer in JSON."""
     return Response(json_bytes(value), status, headers, "application/json")
+
+
+MANY_ENTRIES = 2000
+"""Tokens and alternatives that take so long to describe that a thread of its own does it."""
+
+JSON_LEVELS = 5
+"""Levels of an answer that are encoded item by item: below them are single tokens."""
+
+
+async def encoded(entries: int, describe: Callable[[], object]) -> bytes:
+    """What a function describes, as JSON; a large answer is made on a thread, so that nobody waits for it."""
+    if entries < MANY_ENTRIES:
+        return json_bytes(describe())
+    return await asyncio.to_thread(lambda: json_in_parts(describe()))
+
+
+def json_in_parts(value: object, levels: int = JSON_LEVELS) -> bytes:
+    """As json_bytes, item by item: after each, other threads have their turn. An iterator is a list."""
+    if levels and isinstance(value, dict):
+        items = cast(dict[str, object], value).items()
+        return b"{%b}" % b",".join(
+            json_bytes(key) + b":" + json_in_parts(item, levels - 1) for key, item in items
+        )
+    if levels and isinstance(value, list | Iterator):
+        return b"[%b]" % b",".join(json_in_parts(item, levels - 1) for item in cast(Iterator[object], value))
+    return json_bytes(value)
 
 
 class Model(BaseModel):

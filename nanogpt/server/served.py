@@ -77,6 +77,25 @@ class Bridge:
             self.loop.call_soon_threadsafe(lambda: [action() for action in news])
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a text, which stays as it is while the text grows."""
+
+    text: "Text"
+    first: int
+    """Number of tokens of the text before it."""
+    tokens: list[tuple[Token, str]]
+    """Each with its part of the text."""
+    finish_reason: FinishReason | None
+    """Why the text ends with this part; None if it goes on."""
+
+    @property
+    def entries(self) -> int:
+        """Number of tokens and alternatives, with those of the prompt in the first part."""
+        tokens = [token for token, _ in self.tokens] + (self.text.prompt_tokens if self.first == 0 else [])
+        return sum(1 + len(token.top) for token in tokens)
+
+
 @dataclass(eq=False)
 class Text:
     """A text while it is made: a Listener of the engine, and what the event loop knows of it."""
@@ -140,6 +159,10 @@ class Text:
         self.finish_reason, self.error = reason, error
         if parts or reason is not None:
             self.changed.set()
+
+    def since(self, first: int = 0) -> Part:
+        """What the event loop knows of the text from a token on."""
+        return Part(self, first, self.parts[first:], self.finish_reason)
 
 
 def checkpoint_path(config: ServeConfig) -> Path:
