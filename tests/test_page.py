@@ -32,7 +32,7 @@ axe = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-p
 TEXT = (
     "S\u00fc\u00df: from fairest creatures we desire increase, that thereby beauty's rose might never die.\n"
 )
-KEY = "a key"
+KEY = "a k\u00e9y \u65e5"
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +250,11 @@ def test_the_tree_is_walked_named_and_saved(opened: Open, tmp_path: Path) -> Non
     )
     assert root["settings"]["seed"] == 1
     assert len(branch["tokens"]) >= 20
-    at.page.get_by_role("button", name="Remove Text 1").click()
+    at.page.get_by_role("button", name="Remove Text 1").press("Enter")
     assert at.page.locator("#tree strong").all_inner_texts() == ["the other <b>way</b>"]
+    assert at.page.evaluate("() => document.activeElement.dataset.row") == "0"
+    at.page.get_by_role("button", name="Remove the other").press("Enter")
+    assert at.page.evaluate("() => document.activeElement.id") == "generate"
 
 
 def test_the_distribution_is_drawn_as_the_settings_cut_it(opened: Open) -> None:
@@ -286,6 +289,23 @@ def test_two_texts_with_other_settings_stand_side_by_side(opened: Open) -> None:
     at.page.locator("#compare").uncheck()
     at.write("from ")
     assert not at.page.locator("#text-b").is_visible()
+
+
+def test_what_cannot_be_seen_is_spelled(opened: Open) -> None:
+    at = opened()
+    shown = at.page.evaluate(
+        r"() => ['bytes:\\xfc', '\\xE4', ' a\n', '\t', '\x07', 'bytes:'].map(Dom.marked)"
+    )
+    assert shown == ["\\xfc", "\\xE4", "\u00b7a\u21b5", "\u21e5", "\\x07", "bytes:"]
+    framed = at.page.evaluate(
+        r"""() => {
+            const view = TextView.create(document.createElement("div"), { onChoose() {}, onBranch() {} });
+            view.show({ prompt: "", pieces: [{ text: "\ufffd", parts: [{ id: 1, text: "bytes:\\xfc" }] }] });
+            view.frame(true);
+            return view.root.textContent;
+        }"""
+    )
+    assert framed == "\\xfc"
 
 
 def test_tokens_are_made_visible(opened: Open) -> None:
@@ -402,6 +422,19 @@ def test_the_page_follows_a_training_while_it_runs(
         at.page.close()
 
 
+def test_a_training_that_is_resumed_is_followed_once_its_tab_is_opened(
+    opened: Open, out: Path, config: ServeConfig, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(out, tmp_path / "out")
+    with serving(replace(config, checkpoint=str(folder))) as url:
+        at = opened(url)
+        with lock(folder, "busy"):
+            panel = at.open("Training")
+            panel.get_by_text("The training is running").wait_for()
+        panel.get_by_text("The training is running").wait_for(state="hidden")
+        at.page.close()
+
+
 # --- the first visit, explanations, the key ---
 
 
@@ -454,6 +487,41 @@ def test_the_key_is_asked_for_once(opened: Open, config: ServeConfig) -> None:
         assert len(at.write("from ", tokens=5)) == 10
         at.page.close()
         at.messages[:] = [message for message in at.messages if "401" not in message]
+
+
+def test_whoever_has_no_key_is_told_how_to_give_one(opened: Open, config: ServeConfig) -> None:
+    with serving(replace(config, api_key=KEY)) as url:
+        at = opened(url, ready=False)
+        dialog = at.page.locator("#key-dialog")
+        dialog.wait_for()
+        at.page.keyboard.press("Escape")
+        dialog.wait_for(state="hidden")
+        alert = at.page.get_by_role("alert")
+        assert alert.inner_text() == (
+            "The model cannot be loaded. This server asks for a key: load the page again to give it."
+        )
+        at.page.close()
+        at.messages[:] = [message for message in at.messages if "401" not in message]
+
+
+def test_a_stream_that_breaks_off_is_told_and_the_end_of_a_text_too(opened: Open) -> None:
+    at = opened()
+    chunk = {"index": 0, "text": "a", "token_ids": [97], "prompt_token_ids": [98], "finish_reason": "stop"}
+    chunk["logprobs"] = {
+        "tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1.0}], "text_offset": [0],
+    }  # fmt: skip
+    stream = f"data: {json.dumps({'choices': [chunk]})}\n\n"
+    answers = [stream, stream + "data: [DONE]\n\n"]
+    at.page.route(
+        "**/v1/completions",
+        lambda route: route.fulfill(body=answers.pop(0), content_type="text/event-stream"),
+    )
+    assert at.write("b") == "ba"
+    assert at.page.get_by_role("alert").inner_text().startswith("The server does not answer")
+    assert at.page.locator("#prompt").get_attribute("aria-invalid") is None
+    at.write("b")
+    assert not at.page.get_by_role("alert").is_visible()
+    assert at.page.locator("#status").inner_text().endswith("The model ended the text here.")
 
 
 def test_mistakes_are_told_in_one_line(opened: Open, config: ServeConfig) -> None:

@@ -280,6 +280,40 @@ def test_a_body_that_is_no_request_is_refused(url: str, raw: bytes):
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_the_field_that_is_wrong_is_named(url: str):
+    for path, body, field in (
+        ("/tokenize", {"prompt": "\ud800"}, None),
+        ("/detokenize", {"tokens": [256]}, "tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 65}]}, "messages"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+        ),
+    ):
+        raw = json.dumps(body).encode()
+        answer = httpx.post(url + path, content=raw, timeout=HANGS)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), path
+
+
+def test_the_content_of_a_message_may_have_parts_or_be_missing(url: str):
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+
+    def answer(*contents: object) -> str:
+        messages = [{"role": "user", "content": content} for content in contents]
+        given = post(url, "/v1/chat/completions", messages=messages, max_tokens=8, seed=1)
+        return given.raise_for_status().json()["choices"][0]["message"]["content"]
+
+    assert answer(parts, None) == answer("Hi\nthere", "")
+
+
+def test_a_model_is_found_by_its_name(url: str):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    assert client.models.retrieve("out") == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+        client.models.retrieve("other")
+
+
 def test_unknown_paths_and_methods(url: str):
     assert httpx.get(f"{url}/v2/completions").json()["error"]["type"] == "not_found_error"
     answer = httpx.get(f"{url}/v1/completions")
@@ -442,6 +476,17 @@ def test_a_key_is_needed_and_compared_whole(config: ServeConfig, monkeypatch):
 
 
 # --- limits ---
+
+
+def test_only_who_serves_others_without_a_key_is_warned(config: ServeConfig, monkeypatch, capsys):
+    everywhere = replace(config, host="0.0.0.0")
+    for key, warned in ((None, True), ("secret", False)):
+        if key:
+            monkeypatch.setenv("NANOGPT_API_KEY", f" {key} ")  # a header has no spaces at its ends
+        with serving(everywhere) as url:
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+        assert ("Whoever reaches this address" in capsys.readouterr().err) == warned
 
 
 def test_too_long_and_too_many_and_too_slow(config: ServeConfig):

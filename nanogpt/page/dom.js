@@ -55,14 +55,20 @@ const Dom = (() => {
     return `${value < 1 ? value.toFixed(2) : value < 10 ? value.toFixed(1) : value.toFixed(0)}\u00A0%`;
   }
 
+  /* Whether the name of a token spells bytes that are no text by themselves. */
+  const isBytes = (name) => /^(bytes:)?(\\x[0-9a-f]{2})+$/i.test(name);
+
   /* A text with its invisible characters named. */
   function visible(string) {
     const names = { " ": "space", "\n": "line break", "\r": "carriage return", "\t": "tab", "": "nothing" };
     return string in names ? element("em", names[string]) : element("code", marked(string));
   }
 
-  /* A text in which spaces and line breaks are seen. */
-  const marked = (string) => string.replace(/\n/g, "\u21B5").replace(/^ | $/g, "\u00B7");
+  /* A text in which spaces, line breaks, tabs and control characters are seen; bytes are spelled as \xc3. */
+  const marked = (string) => (isBytes(string) ? string.replace("bytes:", "") : string).replace(/\n/g, "\u21B5").replace(/\t/g, "\u21E5")
+    .replace(/^ | $/g, "\u00B7").replace(/[\0-\x1F\x7F]/g, (char) => `\\x${char.charCodeAt().toString(16).padStart(2, "0")}`);
+
+  const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
   /* --- what is this? --- */
 
@@ -122,5 +128,5 @@ const Dom = (() => {
     return element("div", [element("dt", [name, what(word)]), element("dd", value)]);
   }
 
-  return { find, element, button, field, select, range, svg, percent, visible, marked, what, explainAll, figure };
+  return { find, element, button, field, select, range, svg, percent, plural, isBytes, visible, marked, what, explainAll, figure };
 })();

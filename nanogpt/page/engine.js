@@ -239,7 +239,7 @@ const NanoGPT = (() => {
         yield event;
         continue;
       }
-      if (event.id === tokenizer.end) return;
+      if (event.id === tokenizer.end) return yield { tokens: 1, ended: true };
       tokens.push(named(tokenizer, event));
       const text = decode(event.id);
       if (text === "") yield { tokens: 1 };

@@ -136,7 +136,7 @@ const AttentionPanel = (() => {
       box.replaceChildren(
         element("p", ["While it reads ", Dom.visible(tokens[row].text), ", this head looks at", Dom.what("attention")]), list,
         matrix(attention, row, (chosen) => app.choose(view, pieceAt(view, chosen + offset))),
-        element("p", "Each line is a token that looks, each column a token that is looked at. Darker is more.", "hint"));
+        element("p", "Each line is a token that looks, each column a token that is looked at. A stronger color is more.", "hint"));
     }
 
     const levels = (piece) => {

@@ -10,7 +10,7 @@
          off; ids: of the tokens to continue instead of the prompt; first: id of the first new token
          tell({ read, prompt }) from 0 to 1 while the prompt is read, once with the ids of the prompt, then
          tell({ tokens, text, probability, parts }) for each piece of text, of one or several tokens, of which `tokens` are
-         new; or tell({ tokens }) for a part of a piece. parts: [{ id, text, probability, top: [{ text, probability }] }], for each
+         new; or tell({ tokens }) for a part of a piece; tell({ ended: true }) where the model ends the text. parts: [{ id, text, probability, top: [{ text, probability }] }], for each
          token, the likeliest first; entropy and rank too where they are known
      inspect(wish, tell, signal)       what the model expected at each token of a text; see engine.js
      next(wish, signal)                what may come after some tokens; see engine.js
@@ -56,7 +56,12 @@ function startPage(backend) {
     problem.hidden = message === "";
   }
 
-  const plural = (count) => `${count} ${count === 1 ? "token" : "tokens"}`;
+  /* The message of an error; `param` names the field that the server found wrong, if it is an error of the server's. */
+  function explainError({ message, param = "prompt" }) {
+    if (param === "prompt") prompt.setAttribute("aria-invalid", "true");
+    explain(message);
+    status.textContent = "";
+  }
 
   /* How much of a long work is done; nothing is shown when all is. */
   function showProgress(share) {
@@ -120,7 +125,7 @@ function startPage(backend) {
     counting = setTimeout(async () => {
       const text = prompt.value;
       const ids = text === "" ? null : await backend.tokenize(text).catch(() => null);
-      if (text === prompt.value) find("count").textContent = ids === null ? "" : plural(ids.length);
+      if (text === prompt.value) find("count").textContent = ids === null ? "" : Dom.plural(ids.length, "token");
     }, 300);
   }
 
@@ -184,20 +189,19 @@ function startPage(backend) {
   async function work(jobs) {
     const began = performance.now(), controller = new AbortController(), { signal } = controller;
     const wanted = jobs.reduce((all, { settings }) => all + settings.numTokens, 0);
-    let tokens = 0;
+    let tokens = 0, ended = false;
     setRunning(controller);
     explain("");
     status.textContent = "Reading the prompt";
     try {
       await Promise.all(jobs.map((job) => writeOne(job, signal, told)));
       const seconds = (performance.now() - began) / 1000, { seed } = jobs[0].settings;
-      const written = `${plural(tokens)}, ${Math.round(tokens / seconds).toLocaleString("en")} a second, seed ${seed}`;
-      status.textContent = `${signal.aborted ? "Stopped after" : "Done:"} ${written}`;
+      const written = `${Dom.plural(tokens, "token")}, ${Math.round(tokens / seconds).toLocaleString("en")} a second, seed ${seed}`;
+      const end = ended && jobs.length === 1 ? ". The model ended the text here." : "";
+      status.textContent = `${signal.aborted ? "Stopped after" : "Done:"} ${written}${end}`;
     } catch (error) {
       controller.abort();
-      prompt.setAttribute("aria-invalid", "true");
-      explain(error.message);
-      status.textContent = "";
+      explainError(error);
     } finally {
       for (const { view } of jobs) view.root.setAttribute("aria-busy", "false");
       setRunning(null);
@@ -208,6 +212,7 @@ function startPage(backend) {
     function told(event) {
       if (tokens === 0 && event.tokens) status.textContent = "Writing";
       tokens += event.tokens || 0;
+      ended ||= Boolean(event.ended);
       showProgress(tokens === 0 ? event.read ?? 0 : tokens / wanted);
     }
   }
@@ -260,12 +265,10 @@ function startPage(backend) {
       reading.remember(made, tokens);
       views[0].show(made);
       compare.show(false);
-      status.textContent = `Measured ${plural(ids.length)}`;
+      status.textContent = `Measured ${Dom.plural(ids.length, "token")}`;
       if (!["attention", "lens"].includes(tabs.current())) tabs.open("surprise");
     } catch (error) {
-      prompt.setAttribute("aria-invalid", "true");
-      explain(error.message);
-      status.textContent = "";
+      explainError(error);
     } finally {
       setRunning(null);
       showProgress(1);

@@ -5,8 +5,6 @@
 "use strict";
 
 const Reading = (() => {
-  const BYTES = /^(bytes:)?(\\x[0-9a-f]{2})+$/i; // the name of a token that is no text by itself
-
   function create(backend, contextSize) {
     /* Tokens that add to a text, as pieces of it. */
     function piecesOf(tokens) {
@@ -46,7 +44,7 @@ const Reading = (() => {
 
     /* The same tokens. A window may end within a character: bytes become text together, whichever window they are in. */
     function joinBytes(tokens) {
-      const stream = new TextDecoder("utf-8", { ignoreBOM: true }), isBytes = (token) => BYTES.test(token?.text);
+      const stream = new TextDecoder("utf-8", { ignoreBOM: true }), isBytes = (token) => token && Dom.isBytes(token.text);
       for (const [i, token] of tokens.entries()) {
         if (!isBytes(token)) continue;
         const bytes = token.text.match(/(?<=\\x)../g).map((digits) => parseInt(digits, 16));

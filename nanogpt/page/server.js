@@ -7,6 +7,7 @@
 
 const NanoGPTServer = (() => {
   const KEY = "nanogpt.key", TOP = 10, RETRY_MS = 2000;
+  const SILENT = "The server does not answer: is `nanogpt serve` still running?";
 
   /* What a browser may refuse to keep. */
   const kept = {
@@ -15,29 +16,38 @@ const NanoGPTServer = (() => {
   };
 
   function backend() {
-    let key = kept.get(), askForKey, context = Infinity;
+    let key = kept.get(), askForKey, asking = null, context = Infinity;
 
-    /* The answer to a request. Throws an Error, for people, with its status. */
+    /* Another key than the one that was refused. All requests that wait for one share the question. */
+    function newKey(refused) {
+      if (key !== refused) return key;
+      asking ??= askForKey(refused ? "This key is wrong. Give the right one." : "").then((given) => kept.set((key = given))).finally(() => (asking = null));
+      return asking;
+    }
+
+    /* The answer to a request. Throws an Error, for people, with its status and the field that is wrong; null: none is. */
     async function ask(path, body, signal) {
       for (;;) {
-        const headers = key ? { Authorization: `Bearer ${key}` } : {};
+        const used = key, headers = key ? { Authorization: `Bearer ${asBytes(key)}` } : {};
         let response;
         try {
           response = await fetch(path, body ? { method: "POST", headers, signal, body: JSON.stringify(body) } : { headers, signal });
         } catch (error) {
           if (signal?.aborted) throw error;
-          throw new Error("The server does not answer: is `nanogpt serve` still running?");
+          throw failure(SILENT);
         }
         if (response.ok) return response;
         if (response.status === 401) {
-          const given = await askForKey(key ? "This key is wrong. Give the right one." : "");
-          kept.set((key = given));
+          await newKey(used);
           continue;
         }
-        const said = await response.json().catch(() => null);
-        throw Object.assign(new Error(said?.error?.message || `The server answers with ${response.status}.`), { status: response.status });
+        const { error } = await response.json().catch(() => ({}));
+        throw failure(error?.message || `The server answers with ${response.status}.`, { status: response.status, param: error?.param });
       }
     }
+
+    const asBytes = (text) => String.fromCharCode(...new TextEncoder().encode(text)); // as a header has it
+    const failure = (message, { status = null, param = null } = {}) => Object.assign(new Error(message), { status, param });
 
     /* The data of server-sent events, with the names of the events. */
     async function* events(response) {
@@ -83,15 +93,17 @@ const NanoGPTServer = (() => {
           add(firstPart, firstPart.text.startsWith("bytes:") ? "" : firstPart.text);
         }
         for await (const { data } of events(response)) {
-          if (data === "[DONE]") break;
+          if (data === "[DONE]") return;
           const { choices, error } = JSON.parse(data);
-          if (error) throw new Error(error.message);
+          if (error) throw failure(error.message, error);
           const [choice] = choices;
           if (choice?.prompt_token_ids && first == null) tell({ prompt: settings.ids || choice.prompt_token_ids });
           if (choice) partsOf(choice).forEach(([part, text]) => add(part, text));
+          if (choice?.finish_reason === "stop") tell({ ended: true });
         }
+        throw new TypeError("the stream has no end");
       } catch (error) {
-        if (!signal.aborted) throw error;
+        if (!signal.aborted) throw error instanceof TypeError ? failure(SILENT) : error; // a connection that breaks is a TypeError
       }
     }
 
@@ -154,9 +166,9 @@ const NanoGPTServer = (() => {
 
   function describe(run, shape, context) {
     const last = run?.rows.findLast((row) => row.val_loss !== undefined);
-    const made = shape ? `${shape.layers} layers of ${shape.heads} attention heads, ` : "";
-    const trained = last ? ` Trained for ${last.step.toLocaleString("en")} updates, to a validation loss of ${last.val_loss.toFixed(3)}.` : "";
-    return `Your model: ${made}a context of ${context} tokens.${trained}`;
+    const made = shape ? `${Dom.plural(shape.layers, "layer")} of ${Dom.plural(shape.heads, "attention head")}, ` : "";
+    const trained = last ? ` Trained for ${Dom.plural(last.step, "update")}, to a validation loss of ${last.val_loss.toFixed(3)}.` : "";
+    return `Your model: ${made}a context of ${Dom.plural(context, "token")}.${trained}`;
   }
 
   const likely = ({ id, text, logprob }) => ({ id, text, probability: Math.exp(logprob) });

@@ -152,6 +152,7 @@ const Texts = (() => {
       app.tree.remove(text);
       if (view.text === text) showText(text.parent || rows[place + 1] || rows[place - 1] || null);
       render();
+      (list.querySelector(`[data-row="${Math.min(place, rows.length - 2)}"]`) || Dom.find("generate")).focus(); // not lost with the button
     }
 
     const fileName = () => document.title.replace(/[^\w.-]+/g, "_") || "model";
@@ -295,20 +296,20 @@ const Tour = (() => {
 })();
 
 const KeyDialog = (() => {
-  /* The key that a person gives. */
+  /* The key that a person gives. Throws an Error, for people, if they close the dialog. */
   function ask(message) {
     const dialog = Dom.find("key-dialog"), input = Dom.find("key");
     Dom.find("key-problem").textContent = message;
     Dom.find("key-problem").hidden = message === "";
     input.value = "";
     dialog.showModal();
-    return new Promise((resolve) => {
-      dialog.oncancel = (event) => event.preventDefault();
+    return new Promise((resolve, reject) => {
       Dom.find("key-form").onsubmit = (event) => {
         event.preventDefault();
+        resolve(input.value);
         dialog.close();
-        resolve(input.value.trim());
       };
+      dialog.onclose = () => reject(new Error("This server asks for a key: load the page again to give it."));
     });
   }
 

@@ -50,7 +50,7 @@ const TextView = (() => {
     /* Each token of a piece in a frame of its own, invisible ones too. */
     function framesOf({ text: content, parts }) {
       return parts.map((part, i) => {
-        const frame = Dom.element("i", parts.length > 1 ? part.text.replace("bytes:", "") : Dom.marked(content), "token");
+        const frame = Dom.element("i", Dom.marked(parts.length > 1 || Dom.isBytes(part.text) ? part.text : content), "token");
         if (part.id !== undefined) frame.dataset.id = part.id;
         if (i === parts.length - 1 && content.endsWith("\n")) frame.append("\n");
         return frame;

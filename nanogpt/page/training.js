@@ -9,7 +9,7 @@ const TrainingPanel = (() => {
 
   function create(app) {
     const box = Dom.find("training-body"), samples = new Map();
-    let run, place, slider, text, label, curve, numbers, timer, writing;
+    let run, place, slider, text, label, curve, numbers, timer, writing, following = false;
 
     function begin(found) {
       run = found;
@@ -27,6 +27,8 @@ const TrainingPanel = (() => {
     /* --- the live view --- */
 
     async function live() {
+      if (following) return;
+      following = true;
       while (run.running) {
         try {
           await app.backend.follow(hear, new AbortController().signal);
@@ -34,10 +36,19 @@ const TrainingPanel = (() => {
         await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
         await update().catch(() => {});
       }
+      following = false;
+    }
+
+    /* The tab is opened: a training that had ended may go on. */
+    function show() {
+      if (!run.running) update().then(() => live()).catch(() => {});
     }
 
     function hear({ row, checkpoint, restart, end }) {
-      if (restart) run.rows = [];
+      if (restart) {
+        run.rows = [];
+        samples.clear();
+      }
       if (row) run.rows.push(row);
       if (end) run.running = false;
       if (checkpoint || restart) update().catch(() => {}); // the run may have dropped others
@@ -120,6 +131,7 @@ const TrainingPanel = (() => {
           samples.set(key, pieces);
         }
         shown();
+        if (model === "") samples.delete(key); // another one may be served by the next time
       } catch (error) {
         if (!signal.aborted) mine.replaceChildren(element("span", error.message, "problem"));
       } finally {
@@ -127,7 +139,7 @@ const TrainingPanel = (() => {
       }
     }
 
-    return { begin, show: () => {}, levels: null };
+    return { begin, show, levels: null };
   }
 
   /* Losses against steps: lines, a dot for each kept checkpoint, a mark at the chosen one. */

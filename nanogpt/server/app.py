@@ -26,7 +26,7 @@ from nanogpt.server.guard import Guard
 from nanogpt.server.inspection import inspect
 from nanogpt.server.jobs import Job, read_prompt
 from nanogpt.server.metrics import CONTENT_TYPE, Metrics
-from nanogpt.server.models import Models
+from nanogpt.server.models import Models, unknown_model
 from nanogpt.server.openapi import EVENTS, JSON, document
 from nanogpt.server.protocol import (
     ApiError,
@@ -128,20 +128,21 @@ class Service:
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize. The text of an end of text, alone, is its token; within a text it is text."""
         given = parse(TokenizeRequest, await self.body(request))
-        text = given.content if given.prompt is None else given.prompt
+        field, text = ("content", given.content) if given.prompt is None else ("prompt", given.prompt)
         if text is None:
             raise ApiError(400, "prompt or content is missing: give the text", param="prompt")
         tokenizer = self.served.tokenizer
         if text == END_OF_TEXT and tokenizer.end_of_text is not None:
             ids = [tokenizer.end_of_text]
         else:
-            ids = read_prompt(self.served, text, whole=False).ids if text else []
+            ids = read_prompt(self.served, text, whole=False, field=field).ids if text else []
         return json_response({"count": len(ids), "max_model_len": self.served.context, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
         given = parse(DetokenizeRequest, await self.body(request))
-        text = read_prompt(self.served, given.tokens, whole=False).text if given.tokens else ""
+        prompt = read_prompt(self.served, given.tokens, whole=False, field="tokens") if given.tokens else None
+        text = prompt.text if prompt else ""
         return json_response({"prompt": text, "content": text})
 
     async def inspect(self, request: Request) -> Response:
@@ -180,6 +181,14 @@ class Service:
         """GET /v1/models."""
         found = await asyncio.to_thread(self.models.describe)
         return json_response({"object": "list", "data": found})
+
+    async def show_model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        name = str(request.path_params["name"])
+        for model in await asyncio.to_thread(self.models.describe):
+            if model["id"] == name:
+                return json_response(model)
+        raise unknown_model(f"there is no model {name!r}: GET /v1/models names all")
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
@@ -226,6 +235,7 @@ class Service:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/models", self.list_models),
+            Route("/v1/models/{name}", self.show_model),
             Route("/run", self.run),
             Route("/run/events", self.run_events),
             Route("/tokenize", self.tokenize, methods=["POST"]),

@@ -31,7 +31,7 @@ CHUNK: dict[str, Any] = {"object": "chat.completion.chunk"}
 
 def chat_prompt(messages: Sequence[Message]) -> str:
     """The prompt for messages: a line for each, and the beginning of the assistant's."""
-    lines = [f"{message.role.capitalize()}: {message.content}" for message in messages]
+    lines = [f"{message.role.capitalize()}: {message.text}" for message in messages]
     return "\n".join([*lines, "Assistant:"])
 
 
@@ -45,7 +45,7 @@ class Chat:
         fields = request.model_copy(update={"stop": [*request.stops, NEXT_TURN]})
         self.job = Job(
             served,
-            [read_prompt(served, chat_prompt(request.messages))],
+            [read_prompt(served, chat_prompt(request.messages), field="messages")],
             fields,
             limits,
             count=request.n or 1,

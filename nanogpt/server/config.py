@@ -73,7 +73,10 @@ class ServeConfig(Settings):
             self.max_queue >= self.max_texts,
             f"--max_queue {self.max_queue} is less than --max_texts {self.max_texts}",
         )
-        require(self.api_key != "", '--api_key "" is empty: leave it out, or give a key')
+        require(
+            self.api_key is None or self.api_key.strip() != "",
+            '--api_key "" is empty: leave it out, or give a key',
+        )
         require(self.run != "", '--run "" is empty: give a run folder, as --run out')
         require(
             self.run is None or self.checkpoint == ServeConfig.checkpoint,

@@ -32,7 +32,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.app = app
-        self.key = config.api_key or os.environ.get(KEY_VARIABLE) or ""
+        self.key = key_of(config)
         self.hosts = known_hosts(config)
         self.origins = frozenset(config.cors)
 
@@ -60,6 +60,11 @@ class Guard:
             given = given.strip() if scheme.lower() == "bearer" else headers.get("api-key", "")
             if not secrets.compare_digest(given.encode("latin-1"), self.key.encode()):
                 raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+
+
+def key_of(config: ServeConfig) -> str:
+    """The key that clients must send; "": none. A header has no spaces at its ends."""
+    return (config.api_key or os.environ.get(KEY_VARIABLE) or "").strip()
 
 
 def known_hosts(config: ServeConfig) -> frozenset[str]:

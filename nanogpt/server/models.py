@@ -28,6 +28,11 @@ NO_CHECKPOINT = "no checkpoint yet: the run has not saved one"
 REPLACED = "the model was replaced"
 
 
+def unknown_model(message: str) -> ApiError:
+    """The error for a name that is no model's."""
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
 class Models:
     """The served checkpoint and the kept ones of its run. All but `describe` is for the event loop."""
 
@@ -61,8 +66,9 @@ class Models:
         path = self.path_of(name)
         stamp = await asyncio.to_thread(stamp_of, path)
         if stamp == (0, 0):
-            message = f"the run has not kept the model {name!r}: GET /v1/models names those that it has"
-            raise ApiError(404, message, param="model", code="model_not_found")
+            raise unknown_model(
+                f"the run has not kept the model {name!r}: GET /v1/models names those that it has"
+            )
         if not self.has(name, stamp):
             async with self.loading:
                 if not self.has(name, stamp):
@@ -74,8 +80,7 @@ class Models:
         """The file that a kept checkpoint of this name has. Raises: ApiError if it is no such name."""
         step = re.fullmatch(r"@(0|[1-9][0-9]{0,17})", name.removeprefix(self.name))
         if step is None or not name.startswith(self.name):
-            message = f"the model {name!r} is not served here, but {self.name!r} is"
-            raise ApiError(404, message, param="model", code="model_not_found")
+            raise unknown_model(f"the model {name!r} is not served here, but {self.name!r} is")
         return kept_path(self.folder.kept, int(step[1]))
 
     def has(self, name: str, stamp: tuple[int, int]) -> bool:

@@ -31,6 +31,7 @@ REQUESTS: dict[str, tuple[type[Model], str, list[str]]] = {
 PAGES = {
     "/": ("The page for a browser", HTML),
     "/v1/models": ("The models that are served", JSON),
+    "/v1/models/{name}": ("One of them", JSON),
     "/run": ("The training of the model: settings, curve, kept checkpoints", JSON),
     "/run/events": ("News of the training while it runs", EVENTS),
     "/tokenizer_info": ("The tokenizer", JSON),
@@ -92,10 +93,12 @@ def document() -> dict[str, Any]:
         for path, (kind, summary, forms) in REQUESTS.items()
     }
     for path, (summary, form) in PAGES.items():
-        more = ("404", "429") if path.startswith("/run") else ()
+        more = ("404", "429") if path.startswith(("/run", "/v1/models/")) else ()
         few = {status: errors[status] for status in ("401", "403", "503", *more)}
         paths[path] = {"get": {"summary": summary, "responses": {"200": success({form: {}}), **few}}}
     paths["/run/events"]["get"]["responses"]["204"] = {"description": "No training runs"}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths["/v1/models/{name}"]["get"]["parameters"] = [name]
     return {
         "openapi": "3.1.0",
         "info": {"title": "NanoGPT", "version": __version__},

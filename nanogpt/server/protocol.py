@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.responses import Response
@@ -206,11 +206,27 @@ class CompletionRequest(SamplingFields):
         return [part for part in self.prompt if not isinstance(part, int)]
 
 
+class TextPart(Model):
+    """A part of a message that has several."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(Model):
     """A message of a chat."""
 
     role: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]{1,32}$")]
-    content: str
+    content: str | list[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of all parts."""
+        return (
+            "\n".join(part.text for part in self.content)
+            if isinstance(self.content, list)
+            else self.content or ""
+        )
 
 
 class ChatRequest(SamplingFields):

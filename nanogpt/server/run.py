@@ -18,6 +18,7 @@ from nanogpt.errors import UserError, require
 from nanogpt.server.app import Service, create_app
 from nanogpt.server.config import LOOPBACK, ServeConfig
 from nanogpt.server.connection import Connection
+from nanogpt.server.guard import key_of
 from nanogpt.server.served import Served, load, newest_stamp
 
 WATCH_SECONDS = 1.0
@@ -117,7 +118,7 @@ def announce(service: Service, listener: socket.socket) -> None:
     shown = f"[{host}]" if ":" in host else host
     say(describe(served) if served else f"Waiting for the first checkpoint in {config.run}")
     say(f"Serving at http://{shown}:{port} (Ctrl-C stops it)")
-    if config.host != LOOPBACK and not config.api_key:
+    if config.host != LOOPBACK and not key_of(config):
         warn("Whoever reaches this address can use the model: give --api_key, or $NANOGPT_API_KEY")
 
 
