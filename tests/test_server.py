@@ -20,6 +20,9 @@ import openai
 import pytest
 import torch
 from conftest import tiny_run
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from serving import connect, post, serving, text_of
 from waiting import HANGS, wait_until
 
@@ -31,6 +34,7 @@ from nanogpt.server import inspection as server_inspection
 from nanogpt.server import run as server_run
 from nanogpt.server.app import Service
 from nanogpt.server.config import ServeConfig
+from nanogpt.server.metrics import BUCKETS, Seconds
 from nanogpt.server.openapi import document
 
 TEXT = "Süß, 日本 and 🙂: from fairest creatures we desire increase.\n" * 30
@@ -539,6 +543,29 @@ def test_metrics_count_what_was_made(config: ServeConfig):
         }  # fmt: skip
         for name, value in expected.items():
             assert float(lines[f'vllm:{name}{{model_name="out"}}']) == value, name
+
+
+@given(st.lists(st.lists(st.floats(0, 200) | st.sampled_from(BUCKETS), max_size=5), min_size=1, max_size=3))
+def test_a_histogram_is_that_of_prometheus(times: list[list[float]]):
+    own, theirs = CollectorRegistry(), CollectorRegistry()
+    seconds, histogram = (
+        Seconds("a", "b"),
+        Histogram("a", "b", ["model_name"], buckets=BUCKETS, registry=theirs),
+    )
+    own.register(seconds)
+    for some in times:
+        seconds.observe("out", some)
+        for value in some:
+            histogram.labels("out").observe(value)
+    histogram.labels("out")
+    for found, wanted in zip(
+        generate_latest(own).decode().splitlines(),
+        [line for line in generate_latest(theirs).decode().splitlines() if "a_created" not in line],
+        strict=True,
+    ):
+        name, value = found.rsplit(" ", 1)
+        assert name == wanted.rsplit(" ", 1)[0]
+        assert found[0] == "#" or float(value) == pytest.approx(float(wanted.rsplit(" ", 1)[1]))
 
 
 def test_metrics_count_inspections(config: ServeConfig, monkeypatch):

@@ -14,7 +14,7 @@ from nanogpt.server.completions import FINISH_REASONS, token_text
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.jobs import Job, read_prompt
 from nanogpt.server.protocol import ChatRequest, Message, encoded, json_bytes
-from nanogpt.server.served import Part, Served
+from nanogpt.server.served import Delta, Served
 from nanogpt.tokenizer.base import Tokenizer
 
 WARNING = (
@@ -62,22 +62,22 @@ class Chat:
     async def whole(self) -> bytes:
         """The answer in JSON, once all texts have ended. Raises: ApiError if one could not be made."""
         await self.job.finished()
-        parts = [text.since() for text in self.job.texts]
+        deltas = [text.since() for text in self.job.texts]
 
         def describe() -> dict[str, Any]:
             """The answer."""
-            choices = [self.choice(index, part, "message") for index, part in enumerate(parts)]
+            choices = (self.choice(index, delta, "message") for index, delta in enumerate(deltas))
             return self.head | {"object": "chat.completion", "choices": choices, "usage": self.job.usage()}
 
-        return await encoded(sum(part.entries for part in parts), describe)
+        return await encoded(sum(delta.entries for delta in deltas), describe)
 
-    def choice(self, index: int, part: Part, key: str) -> dict[str, Any]:
+    def choice(self, index: int, delta: Delta, key: str) -> dict[str, Any]:
         """A part of a choice. key: "message", or "delta" in a stream."""
-        message = {"content": "".join(piece for _, piece in part.tokens)}
-        if part.first == 0:
+        message = {"content": "".join(piece for _, piece in delta.tokens)}
+        if delta.first == 0:
             message["role"] = "assistant"
-        reason, tokenizer = part.finish_reason, self.served.tokenizer
-        scored = {"content": [describe_token(tokenizer, token) for token, _ in part.tokens]}
+        reason, tokenizer = delta.finish_reason, self.served.tokenizer
+        scored = {"content": [describe_token(tokenizer, token) for token, _ in delta.tokens]}
         return {
             "index": index,
             key: message,
@@ -87,16 +87,16 @@ class Chat:
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The answer in chunks of JSON, as it is made. Raises: ApiError if a text could not be made."""
-        async for index, part in self.job.growth():
-            yield await encoded(part.entries, partial(self.chunk, index, part))
+        async for index, delta in self.job.deltas():
+            yield await encoded(delta.entries, partial(self.chunk, index, delta))
         options = self.request.stream_options
         if options and options.include_usage:
             last: dict[str, Any] = {"choices": [], "usage": self.job.usage()}
             yield json_bytes(self.head | CHUNK | last)
 
-    def chunk(self, index: int, part: Part) -> dict[str, Any]:
+    def chunk(self, index: int, delta: Delta) -> dict[str, Any]:
         """A chunk of the answer with a part of a choice."""
-        return self.head | CHUNK | {"choices": [self.choice(index, part, "delta")]}
+        return self.head | CHUNK | {"choices": [self.choice(index, delta, "delta")]}
 
 
 def describe_token(tokenizer: Tokenizer, token: Token) -> dict[str, Any]:

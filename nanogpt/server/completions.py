@@ -16,7 +16,7 @@ from nanogpt.inference.tokens import Token
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.jobs import Job, Prompt, read_prompt
 from nanogpt.server.protocol import ApiError, CompletionRequest, encoded, json_bytes
-from nanogpt.server.served import Part, Served, Text
+from nanogpt.server.served import Delta, Served, Text
 from nanogpt.tokenizer.base import Tokenizer
 
 FINISH_REASONS = {"length": "length", "stop": "stop", "end_of_text": "stop"}
@@ -141,12 +141,12 @@ class Completion:
         options = self.request.stream_options
         usage = bool(options and options.include_usage)
         always = usage and bool(options and options.continuous_usage_stats)
-        async for index, part in self.job.growth():
-            yield await encoded(part.entries, partial(self.describe, [(index, part)], usage=always))
+        async for index, delta in self.job.deltas():
+            yield await encoded(delta.entries, partial(self.describe, [(index, delta)], usage=always))
         if usage:
             yield json_bytes(self.describe([], usage=True))
 
-    def best(self) -> list[Part]:
+    def best(self) -> list[Delta]:
         """The n texts of each prompt; if there are more, those with the highest mean log-probability."""
         texts, count = self.job.texts, self.job.count
         found: list[Text] = []
@@ -155,17 +155,17 @@ class Completion:
             found += own if count == self.n else sorted(own, key=mean_logprob, reverse=True)[: self.n]
         return [text.since() for text in found]
 
-    def describe(self, parts: Iterable[tuple[int, Part]], *, usage: bool) -> dict[str, Any]:
+    def describe(self, deltas: Iterable[tuple[int, Delta]], *, usage: bool) -> dict[str, Any]:
         """An answer, or a chunk of it, with parts of texts, by index of the choice."""
-        choices = [self.choice(index, part) for index, part in parts]
+        choices = (self.choice(index, delta) for index, delta in deltas)  # one at a time: they may be large
         return self.head | {"choices": choices} | ({"usage": self.job.usage()} if usage else {})
 
-    def choice(self, index: int, part: Part) -> dict[str, Any]:
+    def choice(self, index: int, delta: Delta) -> dict[str, Any]:
         """A part of a choice. The prompt stands before the first one, if it is to be echoed."""
         prompt, tokenizer = self.prompts[index // self.n], self.served.tokenizer
-        tokens, begins, reason = part.tokens, part.first == 0, part.finish_reason
+        tokens, begins, reason = delta.tokens, delta.first == 0, delta.finish_reason
         if self.request.echo and begins:
-            tokens = prompt_parts(tokenizer, prompt, part.text.prompt_tokens) + tokens
+            tokens = prompt_parts(tokenizer, prompt, delta.text.prompt_tokens) + tokens
         found = pieces(tokens, self.offsets[index])
         content = "".join(piece.text for piece in found)
         self.offsets[index] += len(content)
@@ -180,7 +180,7 @@ class Completion:
             choice["token_ids"] = [piece.token.id for piece in found]
             choice["prompt_token_ids"] = prompt.ids if begins else None
         if self.request.prompt_logprobs is not None and begins:
-            choice["prompt_logprobs"] = describe_prompt_logprobs(tokenizer, part.text.prompt_tokens)
+            choice["prompt_logprobs"] = describe_prompt_logprobs(tokenizer, delta.text.prompt_tokens)
         return choice
 
 

@@ -43,7 +43,7 @@ class Connection(H11Protocol):
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
         if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
             self.refuse(ApiError(503, "too many connections: try again in a moment"))
-        self.look()
+        self.update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -54,22 +54,22 @@ class Connection(H11Protocol):
         """See asyncio.Protocol."""
         if not self.transport.is_closing():
             super().data_received(data)
-            self.look()
+            self.update_timer()
 
     def on_response_complete(self) -> None:
         """See H11Protocol."""
         super().on_response_complete()
-        self.look()
+        self.update_timer()
 
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
         super().pause_writing()
-        self.look()
+        self.update_timer()
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         super().resume_writing()
-        self.look()
+        self.update_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request."""
@@ -94,7 +94,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     @property
-    def waits(self) -> bool:
+    def waits_for_client(self) -> bool:
         """Whether the client is to do something: to ask, or to read."""
         return self.flow.write_paused or self.transport.is_closing() or not self.is_answering
 
@@ -103,13 +103,13 @@ class Connection(H11Protocol):
         """Whether there is a request without a whole answer."""
         return bool(self.cycle) and not self.cycle.response_complete
 
-    def look(self) -> None:
+    def update_timer(self) -> None:
         """Start or stop the timer."""
-        if not self.waits:
+        if not self.waits_for_client:
             self.stop_timer()
         elif self.timer is None:
             self.unread = self.transport.get_write_buffer_size()
-            self.timer = self.loop.call_later(CLIENT_SECONDS, self.lose_patience)
+            self.timer = self.loop.call_later(CLIENT_SECONDS, self.on_timeout)
 
     def stop_timer(self) -> None:
         """Stop the timer, if it runs."""
@@ -117,10 +117,10 @@ class Connection(H11Protocol):
             self.timer.cancel()
             self.timer = None
 
-    def lose_patience(self) -> None:
+    def on_timeout(self) -> None:
         """Abort the connection, unless the client has read enough of its answer in the meantime."""
         self.timer = None
         if self.unread - self.transport.get_write_buffer_size() >= LEAST_BYTES:
-            self.look()
+            self.update_timer()
         else:
             self.transport.abort()

@@ -17,7 +17,7 @@ from nanogpt.inference.scheduler import Request
 from nanogpt.inference.text import TokenTexts
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.protocol import ApiError, SamplingFields
-from nanogpt.server.served import Part, Served, Text
+from nanogpt.server.served import Delta, Served, Text
 
 DEFAULT_MAX_TOKENS = 16
 """New tokens unless the request says how many, as OpenAI has it."""
@@ -150,10 +150,10 @@ class Job:
             texts.end_of_text = None
         return Text(texts, self.served.bridge, self.changed, frozenset(ends))
 
-    async def news(self) -> AsyncIterator[None]:
-        """Wait for news of the texts, again and again, until all have ended.
+    async def updates(self) -> AsyncIterator[None]:
+        """Wait for updates of the texts, again and again, until all have ended.
 
-        The last news may come at any time: before anyone waits for it, or while someone reads the one before.
+        The last one may come at any time: before anyone waits for it, or while someone reads the one before.
         Raises: ApiError if a text could not be made, or the deadline is over.
         """
         over = False
@@ -166,10 +166,10 @@ class Job:
                 raise ApiError(504, TOO_SLOW)
             yield
 
-    async def growth(self) -> AsyncIterator[tuple[int, Part]]:
-        """Wait as `news` does: the number of each text that has grown or ended, and the new part of it."""
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """Wait as `updates` does: the number of each text that has grown or ended, and the new part of it."""
         known, over = [0] * len(self.texts), [False] * len(self.texts)
-        async for _ in self.news():
+        async for _ in self.updates():
             for number, text in enumerate(self.texts):
                 ended, before = text.finish_reason is not None, known[number]
                 if over[number] or (len(text.parts) == before and not ended):
@@ -189,8 +189,8 @@ class Job:
             raise failure(self.served, error)
 
     async def finished(self) -> None:
-        """Wait until all texts have ended. Raises: as `news`."""
-        async for _ in self.news():
+        """Wait until all texts have ended. Raises: as `updates`."""
+        async for _ in self.updates():
             pass
 
     def end(self) -> None:

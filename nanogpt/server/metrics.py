@@ -3,18 +3,15 @@
 Example: metrics = Metrics(lambda: [served]); metrics.count(job); body = metrics.render()
 """
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-)
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from nanogpt.server.jobs import Job
@@ -22,7 +19,7 @@ from nanogpt.server.served import Served
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Bounds of the histograms' buckets."""
 
 
@@ -70,6 +67,31 @@ def numbers_of(served: Served) -> dict[str, float]:
     }
 
 
+class Seconds(Collector):
+    """A histogram of seconds for each model, which takes many at a time: a text has thousands."""
+
+    def __init__(self, name: str, meaning: str) -> None:
+        self.name, self.meaning = name, meaning
+        self.counts: dict[str, NDArray[np.int64]] = {}
+        """For each model, how many fell into each bucket, the last one being without a bound."""
+        self.sums: dict[str, float] = {}
+
+    def observe(self, model: str, seconds: ArrayLike) -> None:
+        """Count some."""
+        found = np.bincount(np.searchsorted(BUCKETS, seconds), minlength=len(BUCKETS) + 1)
+        self.counts[model] = found + self.counts.get(model, np.zeros_like(found))
+        self.sums[model] = self.sums.get(model, 0.0) + float(np.sum(seconds))
+
+    def collect(self) -> Iterator[Metric]:
+        """The histogram. In Prometheus' format each bucket has what the smaller ones have too."""
+        family = HistogramMetricFamily(self.name, self.meaning, labels=["model_name"])
+        bounds = [*map(str, map(float, BUCKETS)), "+Inf"]
+        for model, counts in self.counts.items():
+            totals = cast(list[float], np.cumsum(counts).tolist())
+            family.add_metric([model], list(zip(bounds, totals, strict=True)), self.sums[model])
+        yield family
+
+
 class Metrics:
     """All metrics of a server."""
 
@@ -78,7 +100,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(loaded))
         self.first, self.between, self.whole, self.inspected = (
-            Histogram(name, meaning, ["model_name"], buckets=SECONDS, registry=self.registry)
+            Seconds(name, meaning)
             for name, meaning in (
                 ("vllm:time_to_first_token_seconds", "Seconds from a request to its first token"),
                 ("vllm:inter_token_latency_seconds", "Seconds from one token of a text to the next"),
@@ -86,6 +108,8 @@ class Metrics:
                 ("nanogpt:inspection_seconds", "Seconds from a request to inspect a text to its end"),
             )
         )
+        for histogram in (self.first, self.between, self.whole, self.inspected):
+            self.registry.register(histogram)
         self.inspecting = Gauge(
             "nanogpt:num_inspections_running",
             "Inspections of texts that are made or wait",
@@ -102,13 +126,10 @@ class Metrics:
     def count(self, job: Job, started: float, ended: float) -> None:
         """Count a request that has ended. started, ended: values of time.perf_counter()."""
         name = job.served.name
-        first, between = self.first.labels(name), self.between.labels(name)
-        self.whole.labels(name).observe(ended - started)
+        self.whole.observe(name, [ended - started])
         for text in job.texts:
-            if text.times:
-                first.observe(text.times[0] - started)
-            for earlier, later in zip(text.times, text.times[1:], strict=False):
-                between.observe(later - earlier)
+            self.first.observe(name, [heard - started for heard in text.times[:1]])
+            self.between.observe(name, np.diff(text.times))
             if text.error or text.finish_reason is None:
                 reason = "abort"
             else:
@@ -118,9 +139,12 @@ class Metrics:
     @contextmanager
     def inspection(self, served: Served) -> Generator[None]:
         """Count an inspection, which takes as long as this context."""
-        name = served.name
-        with self.inspecting.labels(name).track_inprogress(), self.inspected.labels(name).time():
-            yield
+        started = time.perf_counter()
+        try:
+            with self.inspecting.labels(served.name).track_inprogress():
+                yield
+        finally:
+            self.inspected.observe(served.name, [time.perf_counter() - started])
 
     def render(self) -> bytes:
         """The metrics as Prometheus reads them."""

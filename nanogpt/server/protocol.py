@@ -70,8 +70,11 @@ ERROR_TYPES = {
 
 
 def json_bytes(value: object) -> bytes:
-    """A value as JSON: ASCII, so that half a surrogate pair, which a vocabulary may have, passes too."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    """A value as JSON: ASCII, so that half a surrogate pair, which a vocabulary may have, passes too.
+
+    An iterator is a list.
+    """
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=list).encode()
 
 
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -94,7 +97,7 @@ async def encoded(entries: int, describe: Callable[[], object]) -> bytes:
 
 
 def json_in_parts(value: object, levels: int = JSON_LEVELS) -> bytes:
-    """As json_bytes, item by item: after each, other threads have their turn. An iterator is a list."""
+    """As json_bytes, item by item: after each, other threads have their turn."""
     if levels and isinstance(value, dict):
         items = cast(dict[str, object], value).items()
         return b"{%b}" % b",".join(

@@ -78,7 +78,7 @@ class Bridge:
 
 
 @dataclass(frozen=True)
-class Part:
+class Delta:
     """A part of a text, which stays as it is while the text grows."""
 
     text: "Text"
@@ -160,9 +160,9 @@ class Text:
         if parts or reason is not None:
             self.changed.set()
 
-    def since(self, first: int = 0) -> Part:
+    def since(self, first: int = 0) -> Delta:
         """What the event loop knows of the text from a token on."""
-        return Part(self, first, self.parts[first:], self.finish_reason)
+        return Delta(self, first, self.parts[first:], self.finish_reason)
 
 
 def checkpoint_path(config: ServeConfig) -> Path:
