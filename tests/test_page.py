@@ -431,6 +431,10 @@ def test_a_training_that_is_resumed_is_followed_once_its_tab_is_opened(
         with lock(folder, "busy"):
             panel = at.open("Training")
             panel.get_by_text("The training is running").wait_for()
+            at.page.reload()
+            at.page.locator("#generate:enabled").wait_for()
+            assert at.page.locator("#about").inner_text().endswith("tokens. It is being trained.")
+            at.open("Training")
         panel.get_by_text("The training is running").wait_for(state="hidden")
         at.page.close()
 

@@ -10,8 +10,9 @@
          off; ids: of the tokens to continue instead of the prompt; first: id of the first new token
          tell({ read, prompt }) from 0 to 1 while the prompt is read, once with the ids of the prompt, then
          tell({ tokens, text, probability, parts }) for each piece of text, of one or several tokens, of which `tokens` are
-         new; or tell({ tokens }) for a part of a piece; tell({ ended: true }) where the model ends the text. parts: [{ id, text, probability, top: [{ text, probability }] }], for each
-         token, the likeliest first; entropy and rank too where they are known
+         new; or tell({ tokens }) for a part of a piece; tell({ ended: true }) where the model ends the text
+         parts: [{ id, text, probability, top: [{ text, probability }] }], for each token, the likeliest first; entropy and
+         rank too where they are known
      inspect(wish, tell, signal)       what the model expected at each token of a text; see engine.js
      next(wish, signal)                what may come after some tokens; see engine.js
      tokenize(text)                    a promise of the ids of its tokens
@@ -151,25 +152,33 @@ function startPage(backend) {
     write([chosen, ...compare.second(chosen)].map((given, i) => ({ view: views[i], settings: given, text: { prompt: given.prompt } })));
   }
 
-  /* Writes on with another token there. lead: the tokens of its character before it. */
+  /* Writes on with another token in the place of a piece's part `index`. */
   async function branch(view, piece, index, other) {
-    const text = view.text, before = [...Tree.idsBefore(text, piece), ...piece.parts.slice(0, index).map(({ id }) => id)];
+    const text = view.text, lead = piece.parts.slice(0, index); // the tokens of its character before it
+    const before = [...Tree.idsBefore(text, piece), ...lead.map(({ id }) => id)];
     if (!isValid()) return;
     running?.abort();
     await ended;
     try {
-      const known = other.id === undefined ? (await backend.next({ ids: index === 0 ? Tree.contextOf(text, piece, info.context) : before, model: text.settings?.model })).top.find(({ text }) => text === other.text) : other;
-      if (!known) throw new Error("This token is no longer among the likeliest: choose it again.");
+      const known = await withId(other, index === 0 ? Tree.contextOf(text, piece, info.context) : before, text.settings?.model);
       const given = text.start ? text.start.indexOf(piece) : -1, at = given < 0 ? text.pieces.indexOf(piece) : 0;
       const beginning = given < 0 ? { prompt: text.prompt, ids: text.ids, start: text.start }
         : { prompt: text.start.slice(0, given).map(({ text }) => text).join(""), ids: before, start: text.start.slice(0, given) };
       const { top, entropy } = piece.parts[index], firstPart = { ...known, top, entropy };
       const job = { parent: given < 0 ? Tree.writerOf(text, at) : text, at, ...beginning, pieces: given < 0 ? text.pieces.slice(0, at) : [] };
       const chosen = { ...settings(), model: text.settings?.model ?? compare.model() };
-      await write([{ view, text: job, settings: { ...chosen, prompt: job.prompt, ids: before, first: known.id, firstPart }, lead: piece.parts.slice(0, index) }]);
+      await write([{ view, text: job, settings: { ...chosen, prompt: job.prompt, ids: before, first: known.id, firstPart }, lead }]);
     } catch (error) {
       explain(error.message);
     }
+  }
+
+  /* An alternative with its id, which a stream of OpenAI's does not tell. ids: of the tokens that the model saw before it. */
+  async function withId(other, ids, model) {
+    if (other.id !== undefined) return other;
+    const found = (await backend.next({ ids, model })).top.find(({ text }) => text === other.text);
+    if (!found) throw new Error("This token is no longer among the likeliest: choose it again.");
+    return found;
   }
 
   /* Writes on at the end of a text. */

@@ -167,7 +167,7 @@ const NanoGPTServer = (() => {
   function describe(run, shape, context) {
     const last = run?.rows.findLast((row) => row.val_loss !== undefined);
     const made = shape ? `${Dom.plural(shape.layers, "layer")} of ${Dom.plural(shape.heads, "attention head")}, ` : "";
-    const trained = last ? ` Trained for ${Dom.plural(last.step, "update")}, to a validation loss of ${last.val_loss.toFixed(3)}.` : "";
+    const trained = run?.running ? " It is being trained." : last ? ` Trained for ${Dom.plural(last.step, "update")}, to a validation loss of ${last.val_loss.toFixed(3)}.` : "";
     return `Your model: ${made}a context of ${Dom.plural(context, "token")}.${trained}`;
   }
 
