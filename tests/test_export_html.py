@@ -482,8 +482,8 @@ def test_a_piece_of_several_tokens_shows_them_all_and_a_text_ends_at_its_end(tmp
     const settings = { prompt: "a", numTokens: 9, temperature: 0 };
     return page.all(page.NanoGPT.generate(await page.model(), page.tokenizer(), settings));
     """
-    waiting, piece = run(page(Source("small", saved, TOKENIZERS["byte"]), tmp_path), code)
-    assert waiting == {"tokens": 1}
+    waiting, piece, end = run(page(Source("small", saved, TOKENIZERS["byte"]), tmp_path), code)
+    assert (waiting, end) == ({"tokens": 1}, {"tokens": 1, "ended": True})
     assert (piece["text"], piece["tokens"]) == ("\u00e9", 1)
     assert [part["text"] for part in piece["parts"]] == ["\\xC3", "\\xA9"]
     first, second = (part["probability"] for part in piece["parts"])

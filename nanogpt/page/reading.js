@@ -19,7 +19,7 @@ const Reading = (() => {
       return pieces;
     }
 
-    /* What the model expected at every token. What is longer than its context is read in the windows of `nanogpt eval`
+    /* What the model expected at every token. What is longer than its context is read in the windows of `score`
        (nanogpt/scoring.py): one context after the other, the first token of each predicted by the one before. */
     async function read(ids, wish, signal, tell = () => {}) {
       const tokens = [], size = contextSize();
