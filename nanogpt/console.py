@@ -1,7 +1,7 @@
 """Output for a person: lines, warnings, progress bars, figures, numbers with their units.
 
 On a terminal, colors and bars through rich (which respects NO_COLOR); in a notebook, bars of one line
-(notebook.py); elsewhere, plain lines. Nothing is printed within `with silence():`.
+(notebook.py); elsewhere, plain lines (plain_progress.py). Nothing is printed within `with silence():`.
 """
 
 import os
@@ -21,7 +21,7 @@ from nanogpt.streams import is_main_process, write_signal_safe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, Task
 
 MIB, GIB = 2**20, 2**30
 """Bytes."""
@@ -33,7 +33,7 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u206
 """Characters that a terminal obeys instead of showing (except tab and line feed), or cannot show."""
 
 BAR_AFTER_SECONDS = 2.0
-"""Seconds after which a late_progress_bar appears."""
+"""Seconds after which a late_progress_bar appears, or the first line of progress without a terminal."""
 
 SILENT: ContextVar[bool] = ContextVar("silent", default=False)
 """Whether this thread is within `silence`."""
@@ -196,23 +196,31 @@ def command(name: str) -> list[str]:
     return ["python", f"{name}.py"] if called.endswith(".py") else ["nanogpt", name]
 
 
-def progress_bar(unit: str, *, size_in_bytes: bool = False, on_stderr: bool = False) -> "Progress":
-    """A progress bar with elapsed and remaining time, on a terminal or in a notebook.
+def progress_bar(
+    unit: str, *, size_in_bytes: bool = False, on_stderr: bool = False, lines: bool = True
+) -> "Progress":
+    """A progress bar with elapsed and remaining time, on a terminal or in a notebook; elsewhere lines.
 
     unit: shown in front of the bar. A task's `detail` field is shown behind it.
     on_stderr: show it on standard error, for a command whose standard output is its result.
+    lines: whether there are lines where there can be no bar; they go to standard error.
     """
     from rich import progress
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False) if on_stderr else terminal()
+    is_cell, has_bar = in_notebook(), console.is_terminal and not console.is_dumb_terminal
+    if lines and not (is_silent() or is_cell or has_bar):
+        from nanogpt.plain_progress import PlainProgress
 
+        return PlainProgress(
+            lambda task: warn(progress_line(unit, task, size_in_bytes=size_in_bytes)), BAR_AFTER_SECONDS
+        )
     amount: progress.ProgressColumn = (
         progress.DownloadColumn()
         if size_in_bytes
         else progress.TextColumn("{task.completed:,}/{task.total:,}")
     )
-    is_cell = in_notebook()
     bar = progress_class(in_cell=is_cell)(
         progress.TextColumn(unit),
         progress.BarColumn(bar_width=24),
@@ -224,10 +232,23 @@ def progress_bar(unit: str, *, size_in_bytes: bool = False, on_stderr: bool = Fa
         console=console,
         refresh_per_second=5,
         redirect_stdout=not on_stderr,
-        disable=is_silent() or not (is_cell or console.is_terminal),
+        disable=is_silent() or not (is_cell or has_bar),
     )
     PROGRESS_BARS.add(bar)
     return bar
+
+
+def progress_line(unit: str, task: "Task", *, size_in_bytes: bool) -> str:
+    """How far a task is, and how long the rest takes: Encoding: 71.3 MB of 200.8 MB, left 12 s."""
+    amount = size if size_in_bytes else "{:,}".format
+    parts = [f"{unit}: {amount(round(task.completed))}"]
+    if task.total is not None:
+        parts[0] += f" of {amount(round(task.total))}"
+    if detail := task.fields["detail"]:
+        parts.append(detail)
+    if task.time_remaining is not None:
+        parts.append(f"left {duration(task.time_remaining)}")
+    return ", ".join(parts)
 
 
 def progress_class(*, in_cell: bool) -> "type[Progress]":
@@ -242,12 +263,14 @@ def progress_class(*, in_cell: bool) -> "type[Progress]":
 
 
 @contextmanager
-def late_progress_bar(unit: str, total: int, *, enabled: bool = True) -> Generator[Callable[[int], None]]:
+def late_progress_bar(
+    unit: str, total: int, *, size_in_bytes: bool = False, enabled: bool = True
+) -> Generator[Callable[[int], None]]:
     """A progress bar that appears after BAR_AFTER_SECONDS, unless another one is shown.
 
     Yields what to call with the number of units that are done.
     """
-    bar, began = progress_bar(unit), time.monotonic()
+    bar, began = progress_bar(unit, size_in_bytes=size_in_bytes, lines=enabled), time.monotonic()
     task, started = bar.add_task("", total=total, detail=""), False
 
     def advance(count: int) -> None:

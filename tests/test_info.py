@@ -382,6 +382,72 @@ def test_safetensors_with_odd_metadata(
         assert message in refusal(capsys, path)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("gguf", "q8_0"), ("gguf", "bf16"), ("safetensors", "f16")])
+def test_an_export_cut_short_is_damaged(name: str, dtype: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / NAMES[name]
+    export(source(n_embd=48), name, path, dtype=dtype)
+    raw = path.read_bytes()
+    assert "parameters" in printed(capsys, path)
+    for length in (len(raw) - 1, len(raw) - 40, len(raw) // 2):
+        path.write_bytes(raw[:length])
+        assert "cut short" in refusal(capsys, path)
+
+
+def adapter(folder: Path, **settings: Any) -> Path:
+    """A folder of adapters, of which peft_type and r are as peft writes them."""
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+
+    folder.mkdir()
+    content = {"peft_type": "LORA", "r": 4, "bias": "none", **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    tensors = {"layer.lora_A.weight": torch.ones(4, 6), "layer.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_say_what_they_are_for(tmp_path: Path, capsys) -> None:
+    targets = ["attn.c_attn", "mlp.c_fc"]
+    mine = adapter(tmp_path / "mine", base_model_name_or_path="gpt2", target_modules=targets)
+    text = printed(capsys, mine)
+    assert re.search(r"^Model +56 parameters: LORA, rank 4$", text, re.MULTILINE)
+    assert re.search(r"^Weights +56 in f32$", text, re.MULTILINE)
+    assert re.search(r"^Base model +gpt2$", text, re.MULTILINE)
+    assert re.search(r"^Targets +attn.c_attn, mlp.c_fc$", text, re.MULTILINE)
+    assert re.search(
+        r"^Sizes +adapter_config.json \d+ bytes, adapter_model.safetensors \d+", text, re.MULTILINE
+    )
+    assert "bias" not in text  # that of adapters, which is not the setting of ours
+    other = adapter(tmp_path / "other", target_modules="all-linear", r=8)
+    difference = printed(capsys, "--diff", mine, other)
+    assert "r: 4 in A, 8 in B" in difference
+    assert "2 tensors, all equal" in difference
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"r": {}, "target_modules": {}}', "{}"])
+def test_odd_adapters_are_described_or_refused(content: str, tmp_path: Path, capsys) -> None:
+    folder = adapter(tmp_path / "mine")
+    (folder / "adapter_config.json").write_text(content)
+    assert info(folder) in (0, 2)
+    assert len(capsys.readouterr().err.splitlines()) <= 1
+    (folder / "adapter_model.safetensors").unlink()
+    refusal(capsys, folder)
+
+
+def test_verification_tells_how_far_it_is(tmp_path: Path, data_dir: Path, config: TrainConfig) -> None:
+    fit(config)
+    for path, files in (
+        (data_dir, data_dir.glob("t*.pt")),
+        (Path(config.out_dir), Path(config.out_dir).glob("*.pt")),
+        (Path(config.out_dir, "ckpt.pt"), [Path(config.out_dir, "ckpt.pt")]),
+    ):
+        done: list[int] = []
+        describe(path, verified=True, advance=done.append)
+        assert sum(done) >= 0.9 * sum(
+            file.stat().st_size for file in files
+        )  # a seal is no part of what it seals
+        describe(path, advance=lambda count: pytest.fail("nothing is to be verified"))
+
+
 def test_diff_takes_two(capsys) -> None:
     assert "--diff takes two files or folders, and 1 is given" in refusal(capsys, "--diff", "a")
 

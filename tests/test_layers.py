@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nanogpt"
 
 HOUSE = (
-    {"errors", "console", "notebook", "streams", "settings"},
+    {"errors", "console", "notebook", "plain_progress", "streams", "settings"},
     {"files", "locking", "config", "cores", "foreign_names", "graphs", "malloc", "pt_files", "page"},
     {"device", "device_kind", "precision", "presets", "seals", "model", "text"},
     {"distributed", "tokenizer", "native"},
@@ -28,6 +28,7 @@ NO_TORCH = (
     "errors",
     "console",
     "notebook",
+    "plain_progress",
     "streams",
     "settings",
     "files",

@@ -13,7 +13,7 @@ is the best model, and which one is resumed.
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_type_hints
@@ -130,9 +130,10 @@ def write_sealed(path: Path, content: object) -> None:
     seals.save_with_checksum(path, content, SEAL, torch.save)
 
 
-def verify(path: Path) -> bool:
+def verify(path: Path, advance: Callable[[int], object] = int) -> bool:
     """Verify the checksum in the seal at the end of a checkpoint file. False: the file has no seal.
 
+    advance: called with the number of bytes verified since the last call.
     Raises: UserError if a single bit has changed.
     """
     remaining = path.stat().st_size - SEAL_SIZE
@@ -141,6 +142,7 @@ def verify(path: Path) -> bool:
         while remaining > 0 and (block := file.read(min(remaining, 1 << 20))):
             digest.update(block)
             remaining -= len(block)
+            advance(len(block))
         seal = file.read()
     sealed = seal.startswith(SEAL)
     require(

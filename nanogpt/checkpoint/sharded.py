@@ -12,7 +12,7 @@ import functools
 import io
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -145,12 +145,17 @@ def cause_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or (str(error).splitlines() or [repr(error)])[-1]
 
 
-def verify(folder: Path, digests: Mapping[str, str]) -> None:
-    """Verify the SHA-256 of files in a folder. Raises: UserError if a file is missing or damaged."""
+def verify(folder: Path, digests: Mapping[str, str], advance: Callable[[int], object] = int) -> None:
+    """Verify the SHA-256 of files in a folder.
+
+    advance: called with the number of bytes verified since the last call.
+    Raises: UserError if a file is missing or damaged.
+    """
     for name, digest in digests.items():
         path = folder / name
         require(path.is_file(), f"{path} is missing, a shard of the checkpoint: copy its folder with last.pt")
         require(sha256(path) == digest, f"{path} is damaged (its checksum does not match)")
+        advance(path.stat().st_size)
 
 
 class IndexUnpickler(pickle.Unpickler):

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.config import InfoConfig
 from nanogpt.console import late_progress_bar, say
 from nanogpt.device import explain_out_of_memory
 from nanogpt.info.curve import BARS
+from nanogpt.info.description import Description, size_of
 from nanogpt.info.difference import compare
 from nanogpt.info.registry import describe
 from nanogpt.info.show import difference_lines, lines
@@ -23,7 +25,7 @@ def main(config: InfoConfig) -> int:
     """Describe a file or folder, or compare two. Returns the exit code."""
     if config.diff:
         return compare_two(config)
-    described = describe(Path(config.path), verified=config.verify)
+    described = describe_one(Path(config.path), config)
     if config.json:
         print(json.dumps(described.to_json(), allow_nan=False))
     else:
@@ -33,7 +35,7 @@ def main(config: InfoConfig) -> int:
 
 def compare_two(config: InfoConfig) -> int:
     """Compare the two of --diff. Returns the exit code."""
-    a, b = (describe(Path(name), verified=config.verify) for name in config.diff)
+    a, b = (describe_one(Path(name), config) for name in config.diff)
     count, shows_bar = a.parameters or 0, not config.json
     with explain_out_of_memory(), late_progress_bar("Comparing", count, enabled=shows_bar) as advance:
         found = compare(a, b, advance)
@@ -42,6 +44,14 @@ def compare_two(config: InfoConfig) -> int:
     else:
         print_lines(difference_lines(a, b, found))
     return 0
+
+
+def describe_one(path: Path, config: InfoConfig) -> Description:
+    """Describe a file or folder, with a progress bar if --verify takes long."""
+    files = [path] if path.is_file() else [*path.glob("*.pt"), RunFolder(path).shards]
+    total = sum(map(size_of, files)) if config.verify else 0
+    with late_progress_bar("Verifying", total, size_in_bytes=True, enabled=not config.json) as advance:
+        return describe(path, verified=config.verify, advance=advance)
 
 
 def print_lines(shown: Iterable[str]) -> None:

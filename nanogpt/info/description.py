@@ -23,6 +23,9 @@ from nanogpt.initialize.source import first_line
 from nanogpt.model.size import meta_model
 from nanogpt.tokenizer.base import Tokenizer
 
+Advance = Callable[[int], object]
+"""Called with the number of bytes that were compared with a checksum since the last call."""
+
 
 @dataclass(frozen=True)
 class Weights:

@@ -60,12 +60,17 @@ def safetensors_tensors(path: Path) -> dict[str, TensorFacts]:
             size = int.from_bytes(file.read(8), "little")
             require(size <= min(path.stat().st_size, MAX_HEADER_BYTES), f"{path} is cut short, or damaged")
             header: dict[str, Any] = json.loads(file.read(size))
+        ends = [int(item["data_offsets"][1]) for name, item in header.items() if name != "__metadata__"]
+        whole = 8 + size + max(ends, default=0)
+        require(
+            path.stat().st_size >= whole, f"{path} is cut short: {path.stat().st_size:,} of {whole:,} bytes"
+        )
         return {
             name: TensorFacts(str(item["dtype"]).lower(), tuple(int(n) for n in item["shape"]))
             for name, item in header.items()
             if name != "__metadata__"
         }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no safetensors file that can be read: {first_line(error)}") from error
 
 

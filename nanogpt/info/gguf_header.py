@@ -6,6 +6,7 @@ neither time nor memory. Arrays of numbers are passed over. The format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ STRING, ARRAY = 8, 9
 
 TENSOR_TYPES = {0: "f32", 1: "f16", 8: "q8_0", 30: "bf16"}
 """Number of a type of tensors -> its name, of those that `nanogpt export` writes."""
+
+WEIGHT_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "bf16": 2.0}
+"""Bytes of a weight, by the name of its type."""
+
+ALIGNMENT, DEFAULT_ALIGNMENT = "general.alignment", 32
+"""The weights begin at a multiple of so many bytes."""
 
 MAX_DIMENSIONS = 4
 
@@ -103,18 +110,27 @@ def read_header(path: Path) -> Header:
             require(version in VERSIONS, f"{path} is GGUF of version {version}: update NanoGPT")
             num_tensors, num_settings = cursor.count(24), cursor.count(13)
             settings = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(num_settings)}
-            tensors = dict(read_tensor(cursor) for _ in range(num_tensors))
-    except (ValueError, KeyError, struct.error) as error:
+            found = [read_tensor(cursor) for _ in range(num_tensors)]
+            alignment = max(1, int(settings.get(ALIGNMENT, DEFAULT_ALIGNMENT)))
+            begin = -(-cursor.at // alignment) * alignment
+            if begin + max((end for _, _, end in found), default=0) > len(raw):
+                raise ValueError("it is cut short")
+    except (ValueError, TypeError, KeyError, struct.error) as error:
         raise UserError(f"{path} is no GGUF file that can be read: {error}") from error
-    return Header(version, settings, tensors)
+    return Header(version, settings, {name: tensor for name, tensor, _ in found})
 
 
-def read_tensor(cursor: Cursor) -> tuple[str, TensorFacts]:
-    """Name, type and shape of a tensor. Its dimensions stand in the file in the order of their strides."""
+def read_tensor(cursor: Cursor) -> tuple[str, TensorFacts, int]:
+    """Name of a tensor, its type and shape, and where it ends, in bytes behind the start of all weights.
+
+    Its dimensions stand in the file in the order of their strides. The end of a type that is not known here is
+    taken to be its start.
+    """
     name, dimensions = cursor.string(), cursor.number("I")
     if dimensions > MAX_DIMENSIONS:
         raise ValueError(f"{name[:40]} has {dimensions} dimensions")
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     kind = cursor.number("I")
-    cursor.number("Q")  # where the tensor begins
-    return name, TensorFacts(TENSOR_TYPES.get(kind, f"type {kind}"), shape)
+    dtype = TENSOR_TYPES.get(kind, f"type {kind}")
+    start = cursor.number("Q")
+    return name, TensorFacts(dtype, shape), start + int(math.prod(shape) * WEIGHT_BYTES.get(dtype, 0))

@@ -1,6 +1,6 @@
 """Descriptions of our own files: checkpoints, run folders, data folders.
 
-Example:    describe_checkpoint(Path("out/ckpt.pt"), False)
+Example:    describe_checkpoint(Path("out/ckpt.pt"), None)
 A checkpoint is memory-mapped, so that its size does not matter, unless it is to be verified. What the data
 folder of a training and its metrics.jsonl add is read where they still are.
 """
@@ -32,6 +32,7 @@ from nanogpt.data.swap import VOCAB_FILE
 from nanogpt.errors import UserError
 from nanogpt.info.curve import evaluations
 from nanogpt.info.description import (
+    Advance,
     Description,
     Weights,
     bytes_of,
@@ -46,12 +47,16 @@ from nanogpt.tokenizer.registry import from_dict
 # --- checkpoints ---
 
 
-def describe_checkpoint(path: Path, verified: bool) -> Description:
-    """A checkpoint. verified: compare all of it with its checksums. Raises: UserError if it is damaged."""
-    sealed = verify(path) if verified else has_seal(path)
+def describe_checkpoint(path: Path, advance: Advance | None) -> Description:
+    """A checkpoint.
+
+    advance: compare all of it with its checksums, and tell how far that is; None: compare nothing.
+    Raises: UserError if it is damaged.
+    """
+    sealed = has_seal(path) if advance is None else verify(path, advance)
     saved = open_checkpoint(path)
-    if verified:
-        sharded.verify(path.parent, saved.shards)
+    if advance is not None:
+        sharded.verify(path.parent, saved.shards, advance)
     version = cast(dict[str, Any], read_mapped(path))["format"]
     return Description(
         path,
@@ -64,7 +69,7 @@ def describe_checkpoint(path: Path, verified: bool) -> Description:
         training=saved.train_config,
         progress={**saved.progress, **saved.precision},
         curve=evaluations(path.with_name("metrics.jsonl"), saved.progress),
-        notes={"Checksum": checksum_note(verified=verified, sealed=sealed)},
+        notes={"Checksum": checksum_note(verified=advance is not None, sealed=sealed)},
         weights=lambda: open_weights(path),
     )
 
@@ -149,9 +154,10 @@ def is_run(folder: Path) -> bool:
     return folder.is_dir() and (is_checkpoint(run.best) or is_checkpoint(run.last))
 
 
-def describe_run(folder: Path, verified: bool) -> Description:
+def describe_run(folder: Path, advance: Advance | None) -> Description:
     """A run: its best checkpoint, or the newest if there is no best one, and how far it is.
 
+    advance: as for describe_checkpoint.
     Raises: UserError if no checkpoint in it can be read.
     """
     run = RunFolder(folder)
@@ -162,7 +168,7 @@ def describe_run(folder: Path, verified: bool) -> Description:
         if not path.is_file():
             continue
         try:
-            found[path] = describe_checkpoint(path, verified)
+            found[path] = describe_checkpoint(path, advance)
             notes[label] = f"{path.name}, {steps_of(found[path])}: {parts_of(found[path])}"
         except UserError as error:
             notes[label] = f"{path.name}, which cannot be read: {error}"
@@ -210,9 +216,14 @@ def is_data(folder: Path) -> bool:
     return (folder / VOCAB_FILE).is_file()
 
 
-def describe_data(folder: Path, verified: bool) -> Description:
-    """A data folder, in the words of `data info`. Raises: UserError if it is damaged."""
-    dataset = load_dataset(folder, verify_bytes=None if verified else 0)
+def describe_data(folder: Path, advance: Advance | None) -> Description:
+    """A data folder, in the words of `data info`.
+
+    advance: as for describe_checkpoint.
+    Raises: UserError if it is damaged.
+    """
+    verify_bytes = 0 if advance is None else None
+    dataset = load_dataset(folder, verify_bytes=verify_bytes, advance=advance or int)
     content, _ = load_with_checksum(folder / VOCAB_FILE)
     lines: Mapping[str, str] = dict(line.split(": ", 1) for line in summary(dataset))
     lines = {label: text for label, text in lines.items() if label not in ("Tokenizer", "Fingerprint")}
@@ -229,5 +240,5 @@ def describe_data(folder: Path, verified: bool) -> Description:
             "characters": dataset.characters,
             "bytes": dataset.bytes,
         },
-        notes=lines if not verified else {**lines, "Checksum": "verified"},
+        notes=lines if advance is None else {**lines, "Checksum": "verified"},
     )

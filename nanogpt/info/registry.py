@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from nanogpt.data.swap import VOCAB_FILE
 from nanogpt.errors import UserError, require
-from nanogpt.info import exports, foreign, ours
-from nanogpt.info.description import Description
+from nanogpt.info import adapters, exports, foreign, ours
+from nanogpt.info.description import Advance, Description
 from nanogpt.info.gguf_header import is_gguf
 from nanogpt.initialize.ours import is_checkpoint, is_safetensors
 
@@ -21,14 +21,14 @@ class Kind(NamedTuple):
 
     title: str
     matches: Callable[[Path], bool]
-    describe: Callable[[Path, bool], Description]
-    """The description; whether to verify all checksums. Raises: UserError if it is damaged."""
+    describe: Callable[[Path, Advance | None], Description]
+    """Describes a path, and verifies its checksums unless `advance` is None. Raises: UserError if damaged."""
     has_checksum: bool = False
 
 
-def without_checksum(read: Callable[[Path], Description]) -> Callable[[Path, bool], Description]:
+def without_checksum(read: Callable[[Path], Description]) -> Callable[[Path, Advance | None], Description]:
     """A reader of a format that has no checksums, as a row has it."""
-    return lambda path, verified: read(path)
+    return lambda path, advance: read(path)
 
 
 KINDS = (
@@ -36,6 +36,7 @@ KINDS = (
     Kind("a checkpoint", is_checkpoint, ours.describe_checkpoint, has_checksum=True),
     Kind("a data folder", ours.is_data, ours.describe_data, has_checksum=True),
     Kind("an exported safetensors file", is_safetensors, without_checksum(exports.describe_safetensors)),
+    Kind("adapters of peft", adapters.is_adapter, without_checksum(adapters.describe_adapter)),
     Kind("a GGUF file", is_gguf, without_checksum(exports.describe_gguf)),
     Kind("an exported ONNX folder", exports.is_onnx, without_checksum(exports.describe_onnx)),
     Kind("an exported page", exports.is_page, without_checksum(exports.describe_page)),
@@ -48,10 +49,11 @@ KINDS = (
 """Every kind, in the order in which they are tried."""
 
 
-def describe(path: Path, *, verified: bool = False) -> Description:
+def describe(path: Path, *, verified: bool = False, advance: Advance = int) -> Description:
     """Describe a file or folder without reading weights.
 
     verified: compare all of it with its checksums.
+    advance: called with the number of bytes compared since the last call.
     Raises: UserError if it is missing, damaged, or of no kind that is known.
     """
     try:
@@ -65,7 +67,7 @@ def describe(path: Path, *, verified: bool = False) -> Description:
             row.has_checksum or not verified,
             f"{path} is {row.title}, which has no checksums: leave --verify out",
         )
-        return row.describe(path, verified)
+        return row.describe(path, advance if verified else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UserError as error:  # readers of --init_from begin with it

@@ -8,9 +8,10 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from nanogpt.config import TrainConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.console import duration, plural, size
 from nanogpt.export.source import Evaluation
 from nanogpt.info.curve import ASCII_BARS, BARS, sparkline
@@ -72,7 +73,9 @@ def model_lines(one: Description) -> Iterator[str]:
 
 
 def changed_shape(one: Description) -> str:
-    """What of an architecture of ours is not the default, as settings."""
+    """What of an architecture of ours is not the default, as settings; nothing of another program's."""
+    if not {field.name for field in fields(GPTConfig)} <= one.config.keys():
+        return ""
     default = TrainConfig()
     counts = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")  # in the words before
     names = [name for name in one.config if hasattr(default, name) and name not in counts]

@@ -90,7 +90,7 @@ class ConsoleSink:
     """A progress bar on a terminal, plain lines elsewhere; evaluations are lines in both cases."""
 
     def __init__(self, max_iters: int) -> None:
-        self.bar = progress_bar("Training")
+        self.bar = progress_bar("Training", lines=False)
         self.max_iters = max_iters
         self.task = self.bar.add_task("", total=max_iters, detail="")
 
