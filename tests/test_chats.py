@@ -53,12 +53,18 @@ def test_lines_of_the_system_and_messages_without_text_are_left_out_and_counted(
         "1/2/24, 10:02 - Ben: This message was deleted\n"
         "1/2/24, 10:02 - Ben: null\n"
         "1/2/24, 10:03 - Ben: Nice <3 <This message was edited>\n"
+        "1/2/24, 10:03 - Ben: Diese Nachricht wurde gelöscht.\n"
+        "1/2/24, 10:03 - Anna: Eliminaste este mensaje\n"
+        "1/2/24, 10:03 - Anna: Gut <Diese Nachricht wurde bearbeitet.>\n"
+        "1/2/24, 10:03 - Anna: a <b> and <br/>\n"
         "1/2/24, 10:04 - Ben: \n"
     )
     report = SkipReport()
-    assert chat(tmp_path, text, report=report) == ["Anna: The view\nBen: Nice <3\n"]
+    assert chat(tmp_path, text, report=report) == [
+        "Anna: The view\nBen: Nice <3\nAnna: Gut\nAnna: a <b> and <br/>\n"
+    ]
     path = tmp_path / "WhatsApp Chat with Ben.txt"
-    assert report.notes == [f"{path}: 6 lines of the system, or without text, left out"]
+    assert report.notes == [f"{path}: 8 lines of the system, or without text, left out"]
     text = (
         "[1/2/24, 10:00:00] Trip: \u200eMessages and calls are end-to-end encrypted.\n"
         "\u200e[1/2/24, 10:00:01] Ben: \u200eBild weggelassen\n"
@@ -186,7 +192,7 @@ def test_telegram_one_chat_and_all_of_them(tmp_path, monkeypatch, size, indent):
     report = SkipReport()
     path.write_text(json.dumps(everything, indent=indent, ensure_ascii=False), "utf-8")
     assert documents_in(path, report) == TELEGRAM_TEXTS
-    assert report.notes == [f"{path}: 2 messages of the system, or without text, left out"] * 2
+    assert report.notes == [f"{path}: 4 messages of the system, or without text, left out"]
     path.write_text(json.dumps(telegram_chat(1, TELEGRAM[0]), indent=indent), "utf-8")
     assert documents_in(path) == TELEGRAM_TEXTS[:1]
 

@@ -524,7 +524,7 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, suffix):
     zeros = b" " * (1 << 23)
     path = tmp_path / f"bomb{suffix}"
     if suffix == ".zip":
-        path.write_bytes(zipped([("a.txt", zeros), ("b.txt", b"text")]))
+        path.write_bytes(zipped([("a.txt", b"a" * len(zeros)), ("b.txt", b"text")]))  # no text of it is kept
         report = SkipReport()
         assert documents_in(path, report) == ["text"]
         assert "decompression bomb" in report.broken[0]

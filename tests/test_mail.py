@@ -207,6 +207,13 @@ def test_malformed_mail_is_read_as_well_as_it_can_be(tmp_path, raw, text):
         assert found == [f"From: a@b.c\n\n{text}\n"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_letters_in_a_header_that_names_no_encoding(tmp_path, encoding):
+    text = "From: Jürgen <j@example.org>\nTo: Zoë <z@example.org>\nSubject: Tür\n\nGröße\n"
+    (tmp_path / "a.eml").write_bytes(text.encode(encoding))
+    assert documents_in(tmp_path / "a.eml") == ["From: Jürgen\nTo: Zoë\nSubject: Tür\n\nGröße\n"]
+
+
 def test_a_hostile_mail_is_reported_and_the_next_one_is_read(tmp_path):
     deep = b"From: a@b.c\n"
     for n in range(3000):

@@ -182,7 +182,9 @@ def test_what_is_no_pair_is_reported_with_file_and_line(tmp_path, record, capsys
     with pytest.raises(UserError, match=r"x\.jsonl:21: .*--strict stops"):
         prepare(replace(config, strict=True, data_dir=str(tmp_path / "strict")))
     path.write_text(record, "utf-8")
-    with pytest.raises(UserError, match=r"is empty: .* \(1 broken record, the first: .*x\.jsonl:1"):
+    with pytest.raises(
+        UserError, match=r"has no text that can be read: 1 broken record, the first: .*x\.jsonl:1"
+    ):
         prepare(replace(config, data_dir=str(tmp_path / "none")))
 
 

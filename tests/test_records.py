@@ -320,11 +320,24 @@ def test_windows_line_ends_fold_even_across_a_border(tmp_path_factory, text, beg
         patch.setattr(encoding, "READ_BYTES", size)
         found = documents_in(path, report=report)
     folded = text.replace("\r\n", "\n")
+    of_old_mac = "\r" in text and "\n" not in text
+    if of_old_mac:
+        folded = folded.replace("\r", "\n")
     assert found == ([folded] if text.strip() else [])
     if found:
         count = text.count("\r\n")
         said = [f"{path}: {plural(count, 'Windows line end')} (CRLF) folded to LF"] if count else []
+        said += [f"{path}: line ends of an old Mac (CR) became LF"] * of_old_mac
         assert report.notes == said
+
+
+def test_old_mac_line_ends_go_on_behind_the_beginning(tmp_path):
+    path = tmp_path / "mac.txt"
+    lines = [f"line {number}" for number in range(40_000)]
+    path.write_bytes("\r".join(lines).encode() + b"\r\nlast\r")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "READ_BYTES", 1000)
+        assert documents_in(path) == ["\n".join([*lines, "last", ""])]
 
 
 def test_notes_name_the_file(tmp_path):

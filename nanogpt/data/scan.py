@@ -123,13 +123,12 @@ def short_digest(raw: bytes) -> bytes:
 
 def require_text(scanned: ScanResult, config: PrepareConfig) -> None:
     """Raise UserError if there is no text, or none in --val_file."""
-    broken = scanned.report.broken
-    why = (
-        f" ({plural(scanned.report.broken_count, 'broken record')}, the first: {broken[0]})" if broken else ""
-    )
     message = "is empty: give a file with text in it"
-    require(scanned.first_val != len(scanned.characters), f"--val_file {config.val_source} {message}{why}")
-    require(bool(scanned.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}{why}")
+    if scanned.report.broken:
+        count = plural(scanned.report.broken_count, "broken record")
+        message = f"has no text that can be read: {count}, the first: {scanned.report.broken[0]}"
+    require(scanned.first_val != len(scanned.characters), f"--val_file {config.val_source} {message}")
+    require(bool(scanned.characters), f"--input_file {config.source or TINY_SHAKESPEARE} {message}")
 
 
 def fingerprint_of(scanned: ScanResult, config: PrepareConfig) -> str:

@@ -24,7 +24,7 @@ from tarfile import HeaderError, ReadError
 from typing import IO, BinaryIO, cast
 
 from nanogpt.errors import UserError, require
-from nanogpt.text.compressed import DECOMPRESSORS, BombGuard, CountingReader
+from nanogpt.text.compressed import DECOMPRESSORS, BombGuard, CountingReader, refuse_bomb
 from nanogpt.text.documents import Chunk, SkipReport, one_line
 from nanogpt.text.formats import Reader, read_document
 from nanogpt.text.records import Source, first_line, seekable_copy
@@ -94,13 +94,19 @@ def nested_source(source: Source, file: io.RawIOBase, kind: str) -> Source:
 
 
 def read_member(
-    source: Source, name: str, packed: int, opener: Callable[[], IO[bytes] | None]
+    source: Source, name: str, packed: int, unpacked: int, opener: Callable[[], IO[bytes] | None]
 ) -> Iterator[Chunk]:
-    """The documents in a member of an archive, `packed` bytes there. Damage is reported."""
+    """The documents in a member of an archive. Damage is reported.
+
+    packed: its bytes there. unpacked: how many it says it has. What says that it is a bomb is not opened; what
+    says less than the truth is stopped where that shows.
+    """
     whole_name = f"{source.name}/{name}"
 
     def chunks() -> Iterator[Chunk]:
         """Open the member and read it: only when the first chunk is asked for."""
+        with errors_with_name(whole_name):
+            refuse_bomb(unpacked, packed)
         with errors_with_name(whole_name), cast(IO[bytes], opener()) as stream:
             bounded = BombGuard(cast(BinaryIO, stream), partial(int, packed))
             yield from read_file(replace(nested_source(source, bounded, name), name=whole_name))
@@ -129,7 +135,9 @@ def read_zip(source: Source) -> Iterator[Chunk]:
                 with errors_with_name(f"{source.name}/{member.filename}"), opener() as link:
                     report_link(source, member.filename, link.read(MAX_LINK_BYTES).decode("utf-8", "replace"))
             else:
-                yield from read_member(source, member.filename, member.compress_size, opener)
+                yield from read_member(
+                    source, member.filename, member.compress_size, member.file_size, opener
+                )
     source.report.notes += hidden.notes(source.name)
 
 
@@ -142,7 +150,7 @@ def read_tar(source: Source) -> Iterator[Chunk]:
                 continue
             if member.isfile():
                 opener = partial(archive.extractfile, member)
-                yield from read_member(source, member.name, member.size, opener)
+                yield from read_member(source, member.name, member.size, member.size, opener)
             elif member.issym():
                 report_link(source, member.name, member.linkname)
             elif not member.islnk():  # a hard link: its text has been read under the other name

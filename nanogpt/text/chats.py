@@ -68,13 +68,27 @@ NAMED = re.compile(r"""(?:~\s?)?([^:\n"“”„«»]{1,100}):(?:\s|$)(.*)""", r
 MARK = "\u200e"
 """On iOS, the first character of what the program writes itself, such as "image omitted"."""
 
-NO_TEXT = re.compile(r"<[^<>\n]{1,60}>|null|(?:This message was deleted|You deleted this message)\.?")
+DELETED = (
+    "This message was deleted", "You deleted this message",
+    "Diese Nachricht wurde gelöscht", "Du hast diese Nachricht gelöscht",
+    "Se eliminó este mensaje", "Eliminaste este mensaje", "Este mensaje fue eliminado",
+    "Ce message a été supprimé", "Vous avez supprimé ce message",
+    "Questo messaggio è stato eliminato", "Hai eliminato questo messaggio",
+    "Mensagem apagada", "Esta mensagem foi apagada", "Você apagou esta mensagem",
+    "Dit bericht is verwijderd", "U hebt dit bericht verwijderd", "Je hebt dit bericht verwijderd",
+    "Данное сообщение удалено", "Вы удалили данное сообщение",
+    "Bu mesaj silindi", "Bu mesajı sildiniz",
+)  # fmt: skip
+"""What Android writes in place of a deleted message, in the languages that are known here; iOS marks it."""
+
+NO_TEXT = re.compile(rf"<[^<>\n]{{1,60}}>|null|(?:{'|'.join(DELETED)})\.?")
 """What stands for a message without text. In all languages, angle brackets are a picture: <Media omitted>."""
 
 ATTACHMENT = re.compile(r"\A[^\n]{1,200}\.\w{2,5} \([^()\n]{1,40}\)(?:\n|$)")
 """The first line of a message with a file: "IMG-20240101-WA0001.jpg (file attached)"."""
 
-EDITED = re.compile(rf"\s?(?:{MARK}<[^<>\n]{{1,60}}>|<This message was edited>)$")
+EDITED = re.compile(rf"\s?(?:{MARK}<[^<>\n]{{1,60}}>|<[^\W\d_]+(?: [^\W\d_]+){{1,6}}\.?>)$")
+"""The end of a message that was changed later, in words of any language: "<This message was edited>"."""
 
 WHATSAPP_NAME = re.compile(r"whatsapp|_chat\.txt$", re.IGNORECASE)
 
@@ -155,11 +169,12 @@ OVERLAP_CHARS = 200
 def read_telegram(source: Source) -> Iterator[Chunk]:
     """The chats in an export of Telegram: one, or all. Raises: UserError if there are none."""
     lists = MessageLists(decode_text(source).read)
-    found = False
+    left_out: list[int] = []
     while lists.seek():
-        found = True
-        yield from read_chat(source, telegram_messages(lists, source))
-    require(found, "has no messages: it is no export of Telegram")
+        yield from read_chat(source, telegram_messages(lists, left_out))
+    require(bool(left_out), "has no messages: it is no export of Telegram")
+    if count := sum(left_out):
+        source.note(f"{plural(count, 'message')} of the system, or without text, left out")
 
 
 class MessageLists:
@@ -206,18 +221,16 @@ class MessageLists:
             yield value
 
 
-def telegram_messages(values: Iterable[Any], source: Source) -> Iterator[Message]:
-    """The messages among the entries of a chat."""
-    left_out = 0
-    for value in values:
+def telegram_messages(lists: MessageLists, left_out: list[int]) -> Iterator[Message]:
+    """The messages among the entries of a chat. left_out: the number of other entries of each chat so far."""
+    left_out.append(0)
+    for value in lists:
         entry = as_dict(value)
         text = telegram_text(entry.get("text"))
         if entry.get("type") != "message" or not text.strip():
-            left_out += 1
+            left_out[-1] += 1
             continue
         yield str(entry.get("from") or "Deleted Account"), text
-    if left_out:
-        source.note(f"{plural(left_out, 'message')} of the system, or without text, left out")
 
 
 def telegram_text(text: object) -> str:

@@ -152,13 +152,22 @@ def mail_text(source: Source, mail: "Message[Any, Any]") -> str:
 
 def people(mail: "Message[Any, Any]", field: str) -> list[tuple[str, str]]:
     """The names and addresses in a field."""
-    values = [str(value)[:MAX_FIELD_CHARS] for value in mail.get_all(field, [])[:1]]
-    return [(decoded(name), address) for name, address in getaddresses(values) if name or address]
+    found = getaddresses([raw_field(mail, field)])
+    return [(decoded(name), address) for name, address in found if name or address]
 
 
 def header(mail: "Message[Any, Any]", field: str) -> str:
     """The decoded text of a field, in one line."""
-    return decoded(str(mail.get(field, ""))[:MAX_FIELD_CHARS])
+    return decoded(raw_field(mail, field))
+
+
+def raw_field(mail: "Message[Any, Any]", field: str) -> str:
+    """The first field of that name as it stands, without line ends; "" if there is none.
+
+    Old programs wrote letters beyond ASCII as they are, in an encoding that they did not name.
+    """
+    value = next((str(value) for name, value in mail.raw_items() if name.lower() == field), "")
+    return decode_part(value[:MAX_FIELD_CHARS].encode("utf-8", "surrogateescape"), "utf-8")
 
 
 def decoded(value: str) -> str:

@@ -36,6 +36,9 @@ from nanogpt.text.documents import (
 from nanogpt.text.encoding import utf8
 from nanogpt.text.speakers import EVERYBODY, Speakers
 
+MAX_NAME_DEPTH = 3
+"""How deep in a record a message names fields."""
+
 MAX_RECORD_CHARS = 1 << 26
 """Longest record of JSON Lines or CSV: a longer one counts as broken."""
 
@@ -109,11 +112,15 @@ class Beginning(NamedTuple):
 
 
 def read_text(source: Source) -> Iterator[Chunk]:
-    """The text of a file as one document. Windows line ends (CRLF) become LF."""
+    """The text of a file as one document. Line ends of Windows (CRLF) and of old Macs (CR alone) become LF."""
     source.report.count_plain_file(source.name)
+    beginning = source.beginning()
     blocks, notes = encoding.decode_file(source.file, lambda what: source.report.reject(source.name, what))
     for note in notes:
         source.note(note)
+    if b"\r" in beginning and b"\n" not in beginning:
+        source.note("line ends of an old Mac (CR) became LF")
+        blocks = replace_carriage_returns(blocks)
     yield from split_into_chunks(drop_byte_order_marks(normalize_line_ends(blocks, source), source))
 
 
@@ -154,6 +161,15 @@ def normalize_line_ends(blocks: Iterator[bytes], source: Source) -> Iterator[byt
     yield held
     if folded:
         source.note(f"{plural(folded, 'Windows line end')} (CRLF) folded to LF")
+
+
+def replace_carriage_returns(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Replace CR by LF, and CRLF too: files may have been joined."""
+    after_return = False
+    for block in blocks:
+        text = block.removeprefix(b"\n") if after_return else block
+        after_return = block.endswith(b"\r")
+        yield text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def read_record(source: Source, where: str, value: object) -> Iterator[Chunk]:
@@ -208,8 +224,8 @@ def text_of_pair(source: Source, record: object, flag: str) -> bytes:
 
 def explain_missing_text(flag: str, text_field: str, found: object, record: object) -> str:
     """The reason why a record has no text: the field, which `flag` names, is missing or is not a string."""
-    names = list(cast(dict[str, object], record)) if isinstance(record, dict) else []
     if found is MISSING:
+        names = list(field_names(record))
         known = f" (it has {join_names(names)}): give {flag}" if names else ""
         return f"no text in the field {text_field!r}{known}"
     if not isinstance(record, (dict, list)):
@@ -217,6 +233,15 @@ def explain_missing_text(flag: str, text_field: str, found: object, record: obje
     if found is None:
         return f"the field {text_field!r} is null"
     return f"the field {text_field!r} holds {describe_value(found)}, not text"
+
+
+def field_names(record: object, depth: int = 0) -> Iterator[str]:
+    """The names of the fields of a record, as --text_field takes them: with dots into nested records."""
+    while isinstance(record, list) and record:
+        record = cast(list[object], record)[0]
+    for name, value in cast(dict[str, object], record).items() if isinstance(record, dict) else ():
+        nested = list(field_names(value, depth + 1)) if depth < MAX_NAME_DEPTH else []
+        yield from (f"{name}.{inner}" for inner in nested) if nested else [name]
 
 
 def describe_value(value: object) -> str:
