@@ -2,15 +2,20 @@
 
 import codecs
 import io
+import json
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.cli.main import run_command
+from nanogpt.data.config import PrepareConfig
+from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
 from nanogpt.text.encoding import decode_file, find_encoding
+from nanogpt.text.markup import decode_html
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -141,6 +146,47 @@ def test_older_encodings_in_pieces_of_any_size_are_the_same_text(monkeypatch, te
     found, notes = read(text.encode(name))
     assert found == text
     assert len(notes) == 1
+
+
+def test_a_short_spanish_text_is_not_korean():
+    text = "En un lugar de la Mancha vivía un hidalgo. ¿Qué? ¡Año! mañana\n" * 10
+    assert find_encoding(text.encode("cp1252"), whole=True)[0] == "cp1252"
+
+
+CZECH = "Byl pozdní večer, první máj, večerní máj, byl lásky čas.\n"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".srt", ".html"])
+def test_an_encoding_that_is_given_is_not_detected(tmp_path, capsys, suffix):
+    wrapped = {
+        ".jsonl": json.dumps({"text": CZECH}, ensure_ascii=False),
+        ".csv": f'text\n"{CZECH}"\n',
+        ".srt": f"1\n00:00:01,000 --> 00:00:02,000\n{CZECH}",
+        ".html": f"<p>{CZECH}</p>",
+    }
+    old, new = tmp_path / f"old{suffix}", tmp_path / f"new{suffix}"
+    old.write_bytes(wrapped.get(suffix, CZECH).encode("cp1250"))
+    new.write_text(wrapped.get(suffix, CZECH), "utf-8")
+    arguments = ["--encoding", "cp1250", "--data_dir", str(tmp_path / "data")]
+    assert run_command("data", ["--input_file", str(old), str(new), *arguments], "nanogpt data") == 0
+    assert f"{old}: not UTF-8: read as cp1250, as --encoding says" in capsys.readouterr().out
+    dataset = load_dataset(tmp_path / "data")
+    text = dataset.tokenizer.decode([*map(int, dataset.train), *map(int, dataset.val)])
+    assert text.count(CZECH.strip()) == 2
+
+
+def test_what_a_file_says_of_itself_comes_before_the_flag():
+    text = "Größe " * 20
+    assert find_encoding(text.encode("utf-16"), whole=True, otherwise="cp1250")[0] == "utf-16"
+    assert find_encoding(text.encode(), whole=True, otherwise="cp1250")[0] == "utf-8"
+    page = b'<meta charset="iso-8859-1">' + text.encode("latin-1")
+    assert "".join(decode_html(io.BytesIO(page), page, otherwise="cp437")).endswith(text)
+    assert find_encoding("plain".encode("utf-16-le"), whole=True, otherwise="utf-16-le")[0] == "utf-16-le"
+
+
+def test_an_unknown_encoding_is_a_mistake():
+    with pytest.raises(UserError, match=r"^--encoding klingon is not known: use auto, "):
+        PrepareConfig(encoding="klingon")
 
 
 def test_ascii_that_is_something_else_later_is_refused_and_not_garbled(monkeypatch):

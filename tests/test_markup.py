@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from reading import documents_in, refusal, zipped
 
-from nanogpt.text import compressed, markup
+from nanogpt.text import compressed, encoding, markup
 from nanogpt.text.documents import SkipReport
 
 PAGE = """\
@@ -281,5 +281,5 @@ def test_tags_come_in_pairs_whatever_the_page():
 
 
 def test_only_encodings_of_text_are_encodings():
-    assert markup.is_encoding("utf-8")
-    assert not any(map(markup.is_encoding, ("rot13", "no-such", "idna", "unicode_escape", "hex", "a\0b")))
+    assert encoding.is_encoding("utf-8")
+    assert not any(map(encoding.is_encoding, ("rot13", "no-such", "idna", "unicode_escape", "hex", "a\0b")))

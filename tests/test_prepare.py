@@ -175,8 +175,8 @@ def test_nothing_but_broken_records_says_what_is_broken(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1, "turns": [{"who": "x", "said": ["y"]}], "meta": {}}\n' * 3)
     with pytest.raises(
         UserError,
-        match=r"a\.jsonl has no text that can be read: 3 broken records, the first: .*a\.jsonl:1: no text in the "
-        r"field 'text' \(it has id, turns\.who, turns\.said, meta\): give --text_field$",
+        match=r"a\.jsonl has no text that can be read: 3 broken records, the first: .*a\.jsonl:1: "
+        r"no text in the field 'text' \(it has id, turns\.who, turns\.said, meta\): give --text_field$",
     ):
         main(PrepareConfig(input_file=(str(tmp_path / "a.jsonl"),), data_dir=str(tmp_path / "data")))
 

@@ -12,6 +12,7 @@ from nanogpt.errors import require
 from nanogpt.inference.config import Quantization, UnknownCharacters
 from nanogpt.settings import Settings
 from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD
+from nanogpt.text.encoding import DETECT
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class EvaluateConfig(Settings):
     """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
     input_format: str = AUTO_FORMAT
     """How to read the files, as data.py does: auto, text (as they are), html, mbox, whatsapp, ..."""
+    encoding: str = DETECT
+    """Encoding of files that are not UTF-8, as data.py has it: auto (detected), cp1252, koi8-r, ..."""
     speakers: tuple[str, ...] = ()
     """Names in chats and mail, as data.py has them: "Anna Müller=Anna" renames, "Bot=" leaves out."""
     data_dir: str = "data"
@@ -104,7 +107,7 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         for name in ("context", "stride"):
             at_least(self, name, 1)
-        check_reading(self.input_format, self.speakers)
+        check_reading(self.input_format, self.encoding, self.speakers)
         require(
             not self.input_file or self.split is None,
             f"--input_file and --split {self.split} are two texts: leave one out",

@@ -170,6 +170,7 @@ def read_documents(config: EvaluateConfig, name: str) -> list[Chunk]:
             files,
             config.text_field,
             input_format=config.input_format,
+            encoding=config.encoding,
             speakers=Speakers.parse(config.speakers),
         )
         chunks += corpus.chunks(report)
@@ -196,9 +197,17 @@ def read_standard_input(config: EvaluateConfig, report: SkipReport) -> Iterator[
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"--input_file - cannot be read: {reason}") from error
     file = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
-    speakers = Speakers.parse(config.speakers)
     return read_file(
-        Source(file, "-", "-", config.text_field, report, input_format=config.input_format, speakers=speakers)
+        Source(
+            file,
+            "-",
+            "-",
+            config.text_field,
+            report,
+            input_format=config.input_format,
+            encoding=config.encoding,
+            speakers=Speakers.parse(config.speakers),
+        )
     )
 
 

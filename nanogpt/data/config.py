@@ -13,6 +13,7 @@ from nanogpt.errors import require
 from nanogpt.settings import Settings, unescape
 from nanogpt.text.addresses import without_secrets
 from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, PairFields
+from nanogpt.text.encoding import DETECT, check_encoding
 from nanogpt.text.speakers import Speakers
 
 SplitKind = Literal["tail", "documents"]
@@ -40,6 +41,8 @@ class PrepareConfig(Settings):
     """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
     input_format: str = AUTO_FORMAT
     """How to read the files: auto (by name and content), text (as they are), html, mbox, whatsapp, ..."""
+    encoding: str = DETECT
+    """Encoding of files that are not UTF-8 and have no mark: auto (detected), cp1252, koi8-r, ..."""
     speakers: tuple[str, ...] = ()
     """Names in chats and mail: "Anna Müller=Anna" renames, "Bot=" leaves out, "*=..." is for all others."""
     prompt_field: str | None = None
@@ -82,7 +85,7 @@ class PrepareConfig(Settings):
             from nanogpt.tokenizer.registry import check_name
 
             check_name(self.tokenizer, self.vocab_size)
-        check_reading(self.input_format, self.speakers)
+        check_reading(self.input_format, self.encoding, self.speakers)
         at_least(self, "shard_tokens", 1)
 
     @property
@@ -103,9 +106,10 @@ class PrepareConfig(Settings):
         return first_few(self.val_file)
 
 
-def check_reading(input_format: str, speakers: tuple[str, ...]) -> None:
-    """Raise UserError if --input_format or --speakers is wrong."""
+def check_reading(input_format: str, encoding: str, speakers: tuple[str, ...]) -> None:
+    """Raise UserError if --input_format, --encoding or --speakers is wrong."""
     Speakers.parse(speakers)
+    check_encoding(encoding)
     if input_format != AUTO_FORMAT:  # for the default, --help need not import every format
         from nanogpt.text.formats import check_format
 

@@ -225,7 +225,7 @@ def prepare_arguments(config: PrepareConfig) -> list[str]:
     words += ["--speakers", *config.speakers] if config.speakers else []
     for name in (
         *("train_split", "split", "tokenizer", "vocab_size", "shard_tokens"),
-        *("text_field", "prompt_field", "completion_field", "separator", "input_format"),
+        *("text_field", "prompt_field", "completion_field", "separator", "input_format", "encoding"),
     ):
         if getattr(config, name) != getattr(default, name):
             words += [f"--{name}", str(getattr(config, name))]

@@ -193,6 +193,7 @@ def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
             config.text_field,
             folder / DOWNLOADS,
             input_format=config.input_format,
+            encoding=config.encoding,
             speakers=Speakers.parse(config.speakers),
             pair=config.pair,
         )

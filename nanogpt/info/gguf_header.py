@@ -123,7 +123,7 @@ def read_header(path: Path) -> Header:
 def read_tensor(cursor: Cursor) -> tuple[str, TensorFacts, int]:
     """Name of a tensor, its type and shape, and where it ends, in bytes behind the start of all weights.
 
-    Its dimensions stand in the file in the order of their strides. The size of an unknown type is taken for 0.
+    Its dimensions stand in the file in the order of their strides. An unknown type counts as empty.
     """
     name, dimensions = cursor.string(), cursor.number("I")
     if dimensions > MAX_DIMENSIONS:

@@ -98,8 +98,8 @@ def read_member(
 ) -> Iterator[Chunk]:
     """The documents in a member of an archive. Damage is reported.
 
-    packed: its bytes there. unpacked: how many it says it has. What says that it is a bomb is not opened; what
-    says less than the truth is stopped where that shows.
+    packed: its bytes there. unpacked: how many it says it has. What says that it is a bomb is not opened;
+    what says less than the truth is stopped where that shows.
     """
     whole_name = f"{source.name}/{name}"
 

@@ -77,7 +77,7 @@ DELETED = (
     "Mensagem apagada", "Esta mensagem foi apagada", "Você apagou esta mensagem",
     "Dit bericht is verwijderd", "U hebt dit bericht verwijderd", "Je hebt dit bericht verwijderd",
     "Данное сообщение удалено", "Вы удалили данное сообщение",
-    "Bu mesaj silindi", "Bu mesajı sildiniz",
+    "Bu mesaj silindi", "Bu mesaj\u0131 sildiniz",
 )  # fmt: skip
 """What Android writes in place of a deleted message, in the languages that are known here; iOS marks it."""
 

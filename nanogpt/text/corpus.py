@@ -30,6 +30,7 @@ from nanogpt.text.documents import (
     SkipReport,
     one_line,
 )
+from nanogpt.text.encoding import DETECT
 from nanogpt.text.records import Source
 from nanogpt.text.speakers import EVERYBODY, Speakers
 
@@ -60,6 +61,7 @@ class Corpus:
     unreadable: files and folders that cannot be read, each with the reason. notes: lines on what is left out
     on purpose. input_format: how to read the files, by name. speakers: what becomes of names in chats.
     addresses: for messages, where files come from that were downloaded.
+    encoding: of the files that do not show it, in place of a detected one.
     """
 
     files: tuple[Path, ...]
@@ -70,6 +72,7 @@ class Corpus:
     speakers: Speakers = EVERYBODY
     addresses: Mapping[Path, str] = field(default_factory=dict[Path, str], hash=False)
     pair: PairFields | None = None
+    encoding: str = DETECT
 
     @property
     def size(self) -> int:
@@ -107,6 +110,7 @@ class Corpus:
                         input_format=self.input_format,
                         speakers=self.speakers,
                         pair=self.pair,
+                        encoding=self.encoding,
                     )
                 )
         except OSError as error:
@@ -157,6 +161,7 @@ def find_corpus(
     input_format: str = AUTO_FORMAT,
     speakers: Speakers = EVERYBODY,
     pair: PairFields | None = None,
+    encoding: str = DETECT,
 ) -> Corpus:
     """The corpus of files, folders, globs and addresses, in order. Folders are sorted; a file comes once.
 
@@ -178,6 +183,7 @@ def find_corpus(
         speakers,
         search.addresses,
         pair,
+        encoding,
     )
 
 

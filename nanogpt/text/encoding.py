@@ -2,7 +2,7 @@
 
 Example:
     blocks, notes = decode_file(file)
-A byte order mark decides, then valid UTF-8, then detection. Errors are UserErrors without the
+A byte order mark decides, then valid UTF-8, then --encoding or detection. Errors are UserErrors without the
 file's name, which the caller adds.
 
 """
@@ -27,6 +27,16 @@ NOT_TEXT = "is not a text file: save it as plain text in UTF-8"
 PREFERRED_ENCODING = "cp1252"
 """The old encoding of western Europe, which has all characters of Latin-1."""
 
+DETECT = "auto"
+"""The --encoding that is detected, file by file."""
+
+NEVER_DETECTED = (
+    *("johab", "hz", "tis_620", "cp1258", "iso8859_3", "iso8859_10", "iso8859_14", "iso8859_16"),
+    *("mac_greek", "mac_iceland", "mac_latin2", "mac_turkish", "hp_roman8", "kz1048", "ptcp154", "cp1006"),
+    *("cp1125", "cp037", "cp273", "cp424", "cp500", "cp875", "cp1026", "cp1140"),
+)
+"""Encodings that few files have and common ones are mistaken for: Spanish in cp1252 looks like johab."""
+
 DETECTION_BYTES = 1 << 20
 """Bytes of a file that encoding detection looks at."""
 
@@ -38,16 +48,16 @@ READ_BYTES = 1 << 17
 
 
 def decode_file(
-    file: BinaryIO, on_loss: Callable[[str], object] = str
+    file: BinaryIO, on_loss: Callable[[str], object] = str, otherwise: str = DETECT
 ) -> tuple[Iterator[bytes], tuple[str, ...]]:
     """The text of a file in UTF-8, in blocks of whole characters, and notes on its encoding (a line each).
 
-    on_loss: called with a line on bytes at the end that are left out.
+    on_loss: called with a line on bytes at the end that are left out. otherwise: as of find_encoding.
     Raises: UserError if it is binary, or, in the middle of the blocks, where it cannot be decoded.
     """
     beginning = file.read(HEAD_BYTES)
     following = file.read(READ_BYTES)
-    encoding, notes = find_encoding(beginning, whole=not following)
+    encoding, notes = find_encoding(beginning, whole=not following, otherwise=otherwise)
     parts = read_blocks(file, beginning, following)
     return reject_nul(
         check_utf8(parts, on_loss) if encoding == "utf-8" else convert_to_utf8(parts, encoding)
@@ -121,16 +131,20 @@ def whole_characters(raw: bytes) -> bytes:
     return raw
 
 
-def find_encoding(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple[str, tuple[str, ...]]:
+def find_encoding(
+    raw: bytes, *, whole: bool, in_records: bool = False, otherwise: str = DETECT
+) -> tuple[str, tuple[str, ...]]:
     """The encoding of a file, from its first bytes, and notes on it: by its mark, else UTF-8, else detected.
 
     whole: `raw` is the whole file. in_records: a few bytes that are not UTF-8 break their records, not the
-    file.
+    file. otherwise: the encoding of what has no mark and is not UTF-8, in place of a detected one.
     Raises: UserError if it is binary or cannot be decoded.
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if raw.startswith(mark):  # the codec drops the mark
             return encoding, (f"read as {encoding.upper()}, by its byte order mark",)
+    if otherwise != DETECT and b"\0" in raw:  # UTF-16 of English looks like UTF-8
+        return otherwise, (f"read as {otherwise}, as --encoding says",)
     valid, cut_off = valid_utf8(raw)
     if valid == len(raw) or (cut_off and not whole) or (in_records and is_mostly_utf8(raw)):
         return "utf-8", ()
@@ -140,10 +154,12 @@ def find_encoding(raw: bytes, *, whole: bool, in_records: bool = False) -> tuple
         not is_mostly_utf8(raw),
         f"is UTF-8 but for the byte 0x{raw[valid]:02X} at {valid:,}: remove or repair it",
     )
+    if otherwise != DETECT:
+        return otherwise, (f"not UTF-8: read as {otherwise}, as --encoding says",)
     encoding = guess_encoding(raw, whole=whole)
     if encoding is None:
         raise UserError(NOT_TEXT)
-    return encoding, (f"not UTF-8: read as {encoding}, as detected",)
+    return encoding, (f"not UTF-8: read as {encoding}, as detected (--encoding gives another)",)
 
 
 def valid_utf8(raw: bytes) -> tuple[int, int]:
@@ -177,7 +193,7 @@ def guess_encoding(raw: bytes, *, whole: bool) -> str | None:
     if len(beginning) < len(raw) or not whole:  # end with a line, so that no character is cut in half
         end = beginning.rfind(b"\n") + 1
         beginning = beginning[:end] if 2 * end > len(beginning) else beginning
-    matches = from_bytes(beginning)
+    matches = from_bytes(beginning, cp_exclusion=[*NEVER_DETECTED])
     best = matches.best()
     if best is None:
         return None
@@ -185,6 +201,23 @@ def guess_encoding(raw: bytes, *, whole: bool) -> str | None:
     equals = [match for match in matches if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
     encodings = [best.encoding, *(name for match in equals for name in match.could_be_from_charset)]
     return PREFERRED_ENCODING if PREFERRED_ENCODING in encodings else best.encoding
+
+
+def is_encoding(name: str) -> bool:
+    """Whether Python knows an encoding of that name, for text."""
+    try:
+        b"abcd".decode(name, "replace")
+    except (LookupError, ValueError):
+        return False
+    return name.lower().replace("-", "_") not in ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
+
+
+def check_encoding(name: str) -> None:
+    """Raise UserError if --encoding names none."""
+    require(
+        name == DETECT or is_encoding(name),
+        f"--encoding {name} is not known: use auto, cp1252, cp1250, koi8-r, shift_jis, ... (Python's names)",
+    )
 
 
 def utf8(text: str) -> bytes:

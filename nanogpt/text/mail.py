@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, cast
 from nanogpt.console import plural
 from nanogpt.errors import UserError, require
 from nanogpt.text.documents import Chunk, split_into_chunks
-from nanogpt.text.markup import decode_html, html_text, is_encoding
+from nanogpt.text.encoding import is_encoding
+from nanogpt.text.markup import decode_html, html_text
 from nanogpt.text.records import Beginning, Source, first_line, utf8
 from nanogpt.text.speakers import clean_name
 

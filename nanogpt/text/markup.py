@@ -112,7 +112,7 @@ HTML_START = re.compile(
 def read_html(source: Source) -> Iterator[Chunk]:
     """The text of a page as one document."""
     yield from split_into_chunks(
-        in_blocks(html_text(decode_html(source.file, source.beginning(), source.note)))
+        in_blocks(html_text(decode_html(source.file, source.beginning(), source.note, source.encoding)))
     )
 
 
@@ -123,12 +123,15 @@ def looks_like_html(beginning: Beginning) -> str:
     return "likely" if PurePath(beginning.name).suffix else "certain"
 
 
-def decode_html(file: BinaryIO, beginning: bytes, note: Callable[[str], object] = str) -> Iterator[str]:
+def decode_html(
+    file: BinaryIO, beginning: bytes, note: Callable[[str], object] = str, otherwise: str = encoding.DETECT
+) -> Iterator[str]:
     """The characters of a page, in blocks, in the encoding that its bytes show or that it names.
 
+    otherwise: the encoding if they do neither, in place of a detected one.
     Raises: UserError if it is binary.
     """
-    name, notes = html_encoding(beginning)
+    name, notes = html_encoding(beginning, otherwise)
     for line in notes:
         note(line)
     decoder = codecs.getincrementaldecoder(name)("replace")
@@ -139,22 +142,13 @@ def decode_html(file: BinaryIO, beginning: bytes, note: Callable[[str], object] 
     yield decoder.decode(b"", final=True)
 
 
-def html_encoding(beginning: bytes) -> tuple[str, tuple[str, ...]]:
-    """The encoding of a page, and notes on it: UTF-8 if it is valid, else the one it names, else detected."""
+def html_encoding(beginning: bytes, otherwise: str) -> tuple[str, tuple[str, ...]]:
+    """The encoding of a page, and notes on it: UTF-8 if valid, else the one it names, else `otherwise`."""
     valid, cut_off = encoding.valid_utf8(beginning)
     named = NAMED_ENCODING.search(beginning[:ENCODING_BYTES])
-    if valid + cut_off < len(beginning) and named and is_encoding(name := named[1].decode()):
+    if valid + cut_off < len(beginning) and named and encoding.is_encoding(name := named[1].decode()):
         return name, (f"read as {name}, as the page says",)
-    return encoding.find_encoding(beginning, whole=False, in_records=True)
-
-
-def is_encoding(name: str) -> bool:
-    """Whether Python knows an encoding of that name, for text."""
-    try:
-        b"abcd".decode(name, "replace")
-    except (LookupError, ValueError):
-        return False
-    return name.lower().replace("-", "_") not in ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
+    return encoding.find_encoding(beginning, whole=False, in_records=True, otherwise=otherwise)
 
 
 def html_text(blocks: Iterable[str]) -> Iterator[str]:

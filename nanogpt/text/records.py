@@ -33,7 +33,7 @@ from nanogpt.text.documents import (
     is_blank,
     split_into_chunks,
 )
-from nanogpt.text.encoding import utf8
+from nanogpt.text.encoding import DETECT, utf8
 from nanogpt.text.speakers import EVERYBODY, Speakers
 
 MAX_NAME_DEPTH = 3
@@ -69,6 +69,7 @@ class Source:
     name: its name in messages. kind: a name whose suffix is that of its format. depth: of nested archives.
     input_format: how to read it, by name. speakers: names in chats, and what becomes of them.
     pair: the fields of a prompt and its completion, which are read in the place of text_field.
+    encoding: that of a file that does not show it, in place of a detected one.
     """
 
     file: BinaryIO
@@ -80,6 +81,7 @@ class Source:
     input_format: str = AUTO_FORMAT
     speakers: Speakers = EVERYBODY
     pair: PairFields | None = None
+    encoding: str = DETECT
 
     @property
     def fields(self) -> dict[str, str]:
@@ -112,10 +114,12 @@ class Beginning(NamedTuple):
 
 
 def read_text(source: Source) -> Iterator[Chunk]:
-    """The text of a file as one document. Line ends of Windows (CRLF) and of old Macs (CR alone) become LF."""
+    """The text of a file as one document. Line ends of Windows and of old Macs (CR alone) become LF."""
     source.report.count_plain_file(source.name)
     beginning = source.beginning()
-    blocks, notes = encoding.decode_file(source.file, lambda what: source.report.reject(source.name, what))
+    blocks, notes = encoding.decode_file(
+        source.file, lambda what: source.report.reject(source.name, what), source.encoding
+    )
     for note in notes:
         source.note(note)
     if b"\r" in beginning and b"\n" not in beginning:
@@ -267,7 +271,9 @@ def open_text(source: Source) -> io.TextIOWrapper:
 
 def decode_text(source: Source, errors: str = "replace", newline: str | None = "") -> io.TextIOWrapper:
     """Open a file as text, in the encoding that it has. newline: as of open()."""
-    name, notes = encoding.find_encoding(source.beginning(), whole=False, in_records=True)
+    name, notes = encoding.find_encoding(
+        source.beginning(), whole=False, in_records=True, otherwise=source.encoding
+    )
     for note in notes:
         source.note(note)
     return io.TextIOWrapper(source.file, name, newline=newline, errors=errors)
