@@ -183,16 +183,22 @@ def test_nothing_but_broken_records_says_what_is_broken(tmp_path):
 
 def test_broken_records_are_shown_and_listed(many, tmp_path, capsys):
     with open(many.input_file[0], "a") as file:
-        file.write("no\n" * 20)
+        file.write("no\n" * 20 + "{}\n7\n")
+        file.writelines(f'{{"{"x" * number}": 1}}\n' for number in range(1, 12))
     main(many)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == prepare.MAX_SHOWN + 1
-    assert (
-        said[0] == f"left out: {many.input_file[0]}:401: not JSON (Expecting value: line 1 column 1 (char 0))"
-    )
+    path = many.input_file[0]
+    broken = f"{path}:401: not JSON (Expecting value: line 1 column 1 (char 0))"
+    assert said[0] == f"left out: {broken} (and 19 more like this)"
+    assert said[1] == f"left out: {path}:421: no text in the field 'text'"
+    assert len(said) == prepare.MAX_SHOWN + 2
+    assert said[-2:] == [
+        "... and 4 more lines",
+        f"Broken records or files left out: 33, listed in {tmp_path / 'data' / 'broken.txt'}",
+    ]
     listed = (tmp_path / "data/broken.txt").read_text().splitlines()
-    assert len(listed) == 20
-    assert listed[0] == said[0].removeprefix("left out: ")
+    assert len(listed) == 33
+    assert listed[0] == broken
     loaded = load_dataset(tmp_path / "data")
     assert split_documents(loaded, np.concatenate((loaded.train, loaded.val))) == DOCUMENTS
     with pytest.raises(UserError, match="--strict"):

@@ -47,7 +47,7 @@ from nanogpt.scoring import (
 )
 from nanogpt.text.archives import read_file
 from nanogpt.text.corpus import find_corpus
-from nanogpt.text.documents import Chunk, SkipReport
+from nanogpt.text.documents import Chunk, SkipReport, first_of_each_kind
 from nanogpt.text.records import Source
 from nanogpt.text.speakers import Speakers, require_known
 from nanogpt.tokenizer.base import Tokenizer, describe_character
@@ -177,11 +177,11 @@ def read_documents(config: EvaluateConfig, name: str) -> list[Chunk]:
     if len(files) < len(config.input_file):
         chunks += read_standard_input(config, report)
     require_known(config.speakers, report.used_rules, report.speakers)
-    for note in [*report.reading_notes(config.text_field), *report.notes][:MAX_SHOWN]:
+    for note in first_of_each_kind(report.all_notes(config.text_field))[:MAX_SHOWN]:
         warn(note)
-    for line in report.broken[:MAX_SHOWN]:
+    for line in first_of_each_kind(report.broken)[:MAX_SHOWN]:
         warn(f"left out: {line}")
-    if report.broken_count > MAX_SHOWN:
+    if report.broken_count > 1:
         warn(f"Broken records or files left out: {report.broken_count:,}")
     require(bool(chunks), f"{name} is empty: give a file with text in it")
     return chunks

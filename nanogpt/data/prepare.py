@@ -12,7 +12,7 @@ text in memory, and shares the work among threads. The second resumes after a ki
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,7 @@ from nanogpt.files import atomic_write
 from nanogpt.locking import lock
 from nanogpt.seals import Checksum, save_with_checksum
 from nanogpt.text.corpus import Corpus, find_corpus
-from nanogpt.text.documents import Chunk, PairFields, SkipReport
+from nanogpt.text.documents import Chunk, PairFields, SkipReport, first_of_each_kind
 from nanogpt.text.speakers import Speakers
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
 from nanogpt.tokenizer.base import Ids, Tokenizer
@@ -67,8 +67,8 @@ STDIN_FILE = "stdin.txt"
 DOWNLOADS = "downloads"
 """Folder of downloaded texts within the data folder."""
 
-MAX_SHOWN = 5
-"""Broken records that are printed; broken.txt lists them all."""
+MAX_SHOWN = 10
+"""Kinds of notes, and of broken records, that are printed; broken.txt lists all records."""
 
 
 def main(config: PrepareConfig) -> int:
@@ -238,19 +238,23 @@ def is_prepared(folder: Path, fingerprint: str, overwrite: bool) -> bool:
 
 def print_skip_report(report: SkipReport, folder: Path) -> None:
     """Print how the corpus was read and which records were skipped; broken.txt lists all of those."""
-    for note in report.notes[:MAX_SHOWN]:
-        say(note)
-    if len(report.notes) > MAX_SHOWN:
-        say(f"... and {plural(len(report.notes) - MAX_SHOWN, 'more note')} of that kind")
+    print_first(first_of_each_kind(report.notes), say)
     if report.repaired:
         say(f"Records with what is no character, which became U+FFFD: {report.repaired:,}")
     (folder / "broken.txt").unlink(missing_ok=True)
     if report.broken_count:
-        for line in report.broken[:MAX_SHOWN]:
-            warn(f"left out: {line}")
+        print_first([f"left out: {line}" for line in first_of_each_kind(report.broken)], warn)
         with atomic_write(folder / "broken.txt") as file:
             file.write(("\n".join(report.broken) + "\n").encode("utf-8", "replace"))
         warn(f"Broken records or files left out: {report.broken_count:,}, listed in {folder / 'broken.txt'}")
+
+
+def print_first(lines: Sequence[str], show: Callable[[str], None]) -> None:
+    """Print the first lines, and how many there are more."""
+    for line in lines[:MAX_SHOWN]:
+        show(line)
+    if len(lines) > MAX_SHOWN:
+        show(f"... and {plural(len(lines) - MAX_SHOWN, 'more line')}")
 
 
 class EncodedBatch(NamedTuple):

@@ -99,9 +99,7 @@ def scan(corpora: Mapping[str, Corpus], config: PrepareConfig) -> ScanResult:
             for batch in map_in_order(measure, group_into_batches(chunks, lambda chunk: len(chunk.raw))):
                 for chunk in batch:
                     scanned.add(chunk)
-    scanned.report.notes[:0] = scanned.report.reading_notes(
-        config.text_field
-    )  # first, so that they are printed
+    scanned.report.notes = scanned.report.all_notes(config.text_field)
     require_known(config.speakers, scanned.report.used_rules, scanned.report.speakers)
     require_text(scanned, config)
     return scanned

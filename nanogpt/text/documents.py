@@ -7,6 +7,7 @@ Knows neither files nor tokens.
 
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ ASCII = bytes(range(128))
 MAX_LISTED_RECORDS = 10_000
 """Broken records that are listed; further ones are only counted."""
 
+
+NUMBER = re.compile(r"\d[\d,.]*")
+"""A number in a message."""
 
 MISSING: Final = object()
 """Marks a field that a record does not have. (None is a value: null.)"""
@@ -119,6 +123,11 @@ class SkipReport:
         self.looks[what] += 1
         self.first_looks.setdefault(what, one_line(name))
 
+    def all_notes(self, text_field: str) -> list[str]:
+        """All lines on how the files were read. Formats, which surprise least, are the last."""
+        unused = self.unused_field_note(text_field)
+        return [*unused, *self.notes, *self.reading_notes(text_field)[len(unused) :]]
+
     def reading_notes(self, text_field: str) -> tuple[str, ...]:
         """Lines on how all files were read: their fields, the formats that they look like, who speaks."""
         looks = (
@@ -148,6 +157,17 @@ class SkipReport:
             f"--text_field {text_field} does nothing: {self.first_plain_file[0]} is read as plain text, "
             "which has no fields (JSON Lines, JSON, CSV, TSV and Parquet have)",
         )
+
+
+def first_of_each_kind(lines: Iterable[str]) -> list[str]:
+    """The first of each kind of lines such as "a.jsonl:17: not JSON": others differ in file and numbers."""
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        kinds.setdefault(NUMBER.sub("", line.partition(": ")[2]), []).append(line)
+    return [
+        found[0] if len(found) == 1 else f"{found[0]} (and {len(found) - 1:,} more like this)"
+        for found in kinds.values()
+    ]
 
 
 def one_line(text: str) -> str:

@@ -22,7 +22,7 @@ BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins like UTF-16'
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
-NOT_TEXT = "is not a text file: save it as plain text in UTF-8"
+NOT_TEXT = "is not a text file: save it as plain text in UTF-8, or give its --encoding"
 
 PREFERRED_ENCODING = "cp1252"
 """The old encoding of western Europe, which has all characters of Latin-1."""
