@@ -428,7 +428,10 @@ def test_unknown_characters_are_counted_and_named(run: Run) -> None:
         (b"", "--input_file text.txt is empty: give a file with text in it"),
         (b" \n\n", "--input_file text.txt is empty: give a file with text in it"),
         (b"F", "--input_file text.txt is too short (1 token): there is nothing to predict"),
-        (bytes(range(256)), "--input_file text.txt is not a text file: save it as plain text in UTF-8"),
+        (
+            bytes(range(256)),
+            "--input_file text.txt is not a text file: save it as plain text in UTF-8, or give its --encoding",
+        ),
         (None, "--input_file text.txt does not exist: check the path"),
     ],
     ids=["empty", "blank", "one token", "binary", "missing"],

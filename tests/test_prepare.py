@@ -795,3 +795,10 @@ def test_a_pipe_in_place_of_a_file_is_read_once_or_refused(tmp_path):
         assert whole_text(load_dataset(tmp_path / "data")) == TEXT
     finally:
         os.close(reading)
+
+
+def test_a_folder_that_cannot_be_made_is_named(many, tmp_path):
+    (tmp_path / "file").write_text("x")
+    folder = tmp_path / "file" / "data"
+    with pytest.raises(UserError, match=rf"^--data_dir {folder} cannot be written \(.+\): give another$"):
+        main(replace(many, data_dir=str(folder)))

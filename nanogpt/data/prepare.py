@@ -83,6 +83,10 @@ def main(config: PrepareConfig) -> int:
                     (folder / STDIN_FILE).unlink(missing_ok=True)
     except FileExistsError as error:
         raise UserError(f"--data_dir {folder} is a file: give a folder") from error
+    except OSError as error:
+        if error.filename is None or not is_above_or_below(Path(error.filename), folder):
+            raise
+        raise UserError(f"--data_dir {folder} cannot be written ({error.strerror}): give another") from error
     except (MemoryError, RuntimeError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
@@ -90,6 +94,11 @@ def main(config: PrepareConfig) -> int:
             "not enough memory to prepare the data: end other programs, or give a smaller --vocab_size"
         ) from error
     return 0
+
+
+def is_above_or_below(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder, is in it, or leads to it."""
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -142,7 +142,7 @@ def find_encoding(
     """
     for mark, encoding in BYTE_ORDER_MARKS:
         if raw.startswith(mark):  # the codec drops the mark
-            return encoding, (f"read as {encoding.upper()}, by its byte order mark",)
+            return encoding, (f"read as {encoding.upper().removesuffix('-SIG')}, by its byte order mark",)
     if otherwise != DETECT and b"\0" in raw:  # UTF-16 of English looks like UTF-8
         return otherwise, (f"read as {otherwise}, as --encoding says",)
     valid, cut_off = valid_utf8(raw)
