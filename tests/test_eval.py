@@ -31,6 +31,7 @@ from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
 from nanogpt.scoring import Score, bootstrap, common_segments, compare, encode_documents, score
 from nanogpt.text.documents import Chunk
+from nanogpt.text.encoding import NOT_TEXT
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import train_bpe
 from nanogpt.training.fit import fit
@@ -430,7 +431,7 @@ def test_unknown_characters_are_counted_and_named(run: Run) -> None:
         (b"F", "--input_file text.txt is too short (1 token): there is nothing to predict"),
         (
             bytes(range(256)),
-            "--input_file text.txt is not a text file: save it as plain text in UTF-8, or give its --encoding",
+            f"--input_file text.txt {NOT_TEXT}",
         ),
         (None, "--input_file text.txt does not exist: check the path"),
     ],

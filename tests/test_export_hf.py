@@ -161,10 +161,22 @@ def test_the_card_says_what_is_known_and_no_more() -> None:
 
 
 def test_the_card_names_no_folder_of_the_machine() -> None:
-    saved = checkpoint(data_dir="/home/somebody/letters", out_dir="/home/somebody/runs/secret")
-    card = model_card(Source("small", saved, LETTERS), "f32")
+    folders = {name: f"/home/somebody/secret/{name}" for name in ("data_dir", "out_dir", "init_from")}
+    card = model_card(Source("small", checkpoint(**folders), LETTERS), "f32")
     assert "somebody" not in card
     assert "secret" not in card
+
+
+def test_a_fine_tuned_model_is_not_said_to_be_trained_from_scratch() -> None:
+    scratch, tuned = (
+        model_card(Source("small", checkpoint(init_from=base), LETTERS), "f32")
+        for base in (None, "runs/base")
+    )
+    assert "trained from scratch with NanoGPT" in scratch
+    assert "--init_from" not in scratch
+    assert "fine-tuned from another model with NanoGPT" in tuned
+    assert "from scratch" not in tuned
+    assert "--init_from MODEL" in tuned
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ The form: https://huggingface.co/docs/hub/model-cards.
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast
 
 from nanogpt import __version__
@@ -25,6 +25,9 @@ tags:
 - nanogpt
 ---
 """
+
+UNNAMED = "MODEL"
+"""What stands in the recipe for the model that a fine-tuning started from: its name may be a folder."""
 
 MAX_EVALUATIONS = 20
 """Rows of the table of losses."""
@@ -50,12 +53,16 @@ def model_card(source: Source, dtype: str) -> str:
 
 def introduction(source: Source) -> list[str]:
     """What it is, and what the card does not know."""
+    is_tuned = source.saved.train_config.init_from is not None
+    origin = "fine-tuned from another model" if is_tuned else "trained from scratch"
+    base = ["The name of that model is not said here, where it may be a folder: add it, and its licence."]
     return [
-        f"A language model of {source.num_weights:,} parameters, trained from scratch with NanoGPT "
-        f"{__version__}. It continues text.",
+        f"A language model of {source.num_weights:,} parameters, {origin} with NanoGPT {__version__}. It "
+        "continues text.",
         "",
         "This card was written from the checkpoint, which does not know the language and the origin of the "
         "text, nor a licence: add them before you publish it.",
+        *(base if is_tuned else []),
     ]
 
 
@@ -131,6 +138,8 @@ def recipe(source: Source) -> list[str]:
     elapsed = progress.get("elapsed_s")
     time = f" in {duration(elapsed)}" if elapsed else ""
     precision = source.saved.precision
+    if config.init_from is not None:
+        config = replace(config, init_from=UNNAMED)
     average = ["", "The weights are an average (EMA) over the last updates."] if source.saved.average else []
     return [
         f"{plural(source.step, 'update')} of {config.batch_size} times {config.block_size} tokens, {seen:,} "
@@ -167,12 +176,13 @@ def words_of(config: TrainConfig, name: str) -> list[str]:
 
 def losses(source: Source) -> list[str]:
     """The validation loss, and its curve if it is known."""
-    config, progress = source.saved.train_config, source.saved.progress
+    config = source.saved.train_config
     if source.val_loss is None:
         return ["It was not evaluated."]
-    is_best = progress.get("evaluated_at") == source.step and not progress.get("worse_evaluations")
     which = (
-        "Validation loss" if is_best else "Lowest validation loss of the run (these weights are later ones)"
+        "Validation loss"
+        if source.is_best
+        else "Lowest validation loss of the run (these weights are later ones)"
     )
     over = (
         ""

@@ -132,9 +132,7 @@ def describe(source: Source) -> str:
     """The model in a line or two: what the checkpoint says, and how long its text is, if that is known."""
     tokens = f"{len(source.data.train):,} " if source.data is not None else ""
     kind = {"char": "characters", "byte": "bytes", "bpe": "pieces of words (BPE)"}[source.tokenizer.kind]
-    progress = source.saved.progress
-    is_best = progress.get("evaluated_at") == source.step and not progress.get("worse_evaluations")
-    loss = "" if is_best else " (the lowest of its run; these weights are later ones)"
+    loss = "" if source.is_best else " (the lowest of its run; these weights are later ones)"
     losses = (
         "It was not evaluated."
         if source.val_loss is None

@@ -70,6 +70,12 @@ class Source:
         return loss if math.isfinite(loss) else None
 
     @property
+    def is_best(self) -> bool:
+        """Whether val_loss is that of these weights, and not of earlier ones."""
+        progress = self.saved.progress
+        return progress.get("evaluated_at") == self.step and not progress.get("worse_evaluations")
+
+    @property
     def num_weights(self) -> int:
         """Number of weights."""
         return sum(weight.numel() for weight in self.weights.values())

@@ -31,6 +31,7 @@ from nanogpt.text.documents import (
     one_line,
 )
 from nanogpt.text.encoding import DETECT
+from nanogpt.text.mail import MAIL_FOLDERS
 from nanogpt.text.records import Source
 from nanogpt.text.speakers import EVERYBODY, Speakers
 
@@ -43,7 +44,7 @@ SPECIAL_FILES = {
 """Kinds of files that are not read, because reading them may never end."""
 
 MAILDIR_FOLDERS = {"cur", "new", "tmp"}
-"""The folders that make a Maildir. Its mail is in the first two; what else is there is a program's own."""
+"""The folders that make a Maildir. Its mail is in MAIL_FOLDERS; what else is there is a program's own."""
 
 MAX_NAME_CHARS = 200
 """Longest name in a message: somebody may give a whole text instead of its file."""
@@ -294,9 +295,7 @@ class FileSearch:
                 continue
             seen.add(real)
             if set(folders) >= MAILDIR_FOLDERS:  # a dot begins a mail folder there, such as .Sent
-                folders[:] = sorted(
-                    name for name in folders if name in ("cur", "new") or name.startswith(".")
-                )
+                folders[:] = sorted(name for name in folders if name in MAIL_FOLDERS or name.startswith("."))
                 continue
             for name in (*folders, *files):
                 if name.startswith("."):

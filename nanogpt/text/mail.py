@@ -47,7 +47,7 @@ NAMED_FIELDS = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 
-MAILDIR_FOLDERS = ("cur", "new")
+MAIL_FOLDERS = ("cur", "new")
 """Folders of a Maildir that hold a mail in each file."""
 
 OTHER_ENCODINGS = ("utf-8", "cp1252")
@@ -86,7 +86,7 @@ def looks_like_mail(beginning: Beginning) -> str:
     if not all(HEADER.match(line.encode()) for line in lines) or len(names) < 3 or "from:" not in names:
         return "no"
     parts = PureWindowsPath(beginning.name).parts
-    return "certain" if len(parts) > 1 and parts[-2] in MAILDIR_FOLDERS else "likely"
+    return "certain" if len(parts) > 1 and parts[-2] in MAIL_FOLDERS else "likely"
 
 
 def split_mbox(file: BinaryIO) -> Iterator[bytes]:
