@@ -270,19 +270,28 @@ class NativeGPT:
 
 
 def is_plain(model: GPT) -> bool:
-    """Whether step.c computes what the model does: nothing foreign in it, all of it on a CPU."""
-    weights = (*model.parameters(), *model.buffers())
-    on_cpu = all(type(w) in {Tensor, nn.Parameter} and w.device.type == "cpu" for w in weights)
-    ours = all(type(module) in PLAIN and "forward" not in vars(module) for module in model.modules())
-    return on_cpu and ours and has_all_parts(model) and not is_watched(model)
+    """Whether step.c computes what the model does: nothing foreign in it, all of it on a CPU.
+
+    Asked before every text, so each module is looked at once: that takes 0.2 ms, PyTorch's iterators 0.7.
+    """
+    modules = list(model.modules())
+    return all(map(is_plain_module, modules)) and has_all_parts(model, modules)
 
 
-def has_all_parts(model: GPT) -> bool:
-    """Whether a model is built as its configuration says, with weights that step.c reads."""
+def is_plain_module(module: nn.Module) -> bool:
+    """Whether a module is one of those that step.c computes, with weights on a CPU."""
+    own = vars(module)
+    weights = (*own["_parameters"].values(), *own["_buffers"].values())
+    on_cpu = all(w is None or (type(w) in {Tensor, nn.Parameter} and w.is_cpu) for w in weights)
+    return on_cpu and type(module) in PLAIN and "forward" not in own and not has_hooks(module)
+
+
+def has_all_parts(model: GPT, modules: list[nn.Module]) -> bool:
+    """Whether a model of these modules is built as its configuration says, with weights that step.c reads."""
     config, blocks = model.config, [block for block in model.blocks if isinstance(block, Block)]
     function, _ = ACTIVATION_FUNCTIONS[config.mlp]
     norms = [model.final_norm, *(norm for block in blocks for norm in (block.norm_1, block.norm_2))]
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Int8Linear))]
+    layers = [module for module in modules if isinstance(module, (nn.Linear, Int8Linear))]
     return (
         len(blocks) == config.n_layer == len(model.blocks)
         and all(isinstance(norm, NORMS) for norm in norms)
@@ -294,7 +303,9 @@ def has_all_parts(model: GPT) -> bool:
 
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks run along with a module of the model, which only Python calls."""
-    return any(
-        bool(module._forward_hooks or module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage, reportUnknownArgumentType, reportUnknownMemberType]
-        for module in model.modules()
-    )
+    return any(map(has_hooks, model.modules()))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run along with this module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage, reportUnknownArgumentType, reportUnknownMemberType]

@@ -43,7 +43,7 @@ SHAPES = (
 )  # fmt: skip
 """Layers and widths, smallest first."""
 
-TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.3, 0.4
+TOKENS, FLOPS, GROWTH_BELOW, GROWTH_ABOVE = 2.3e6, 2.1e13, 0.3, 0.55
 """A training of FLOPS is best with TOKENS characters; the exponents of their growth below and above it."""
 
 REPEATS = 2
@@ -68,7 +68,7 @@ OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
 MEASURING_SHARE, MEASURED_UPDATES = 0.04, 3
 """Largest share of the time for measuring shapes, and the updates measured of each, after a warm-up."""
 
-CONTEXTS, MAX_CONTEXT = ((3e5, 64), (5e6, 128), (3e7, 256), (3e8, 512)), 1024
+CONTEXTS, MAX_CONTEXT = ((3e5, 64), (1e7, 128), (3e7, 256), (3e8, 512)), 1024
 """Pairs (tokens, context): the context of trainings of fewer tokens than that; MAX_CONTEXT: of all others."""
 
 BATCH, MIN_BATCH, MAX_BATCH, SPARE_BATCH = 8192, 2048, 2**19, 4096
