@@ -16,7 +16,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nanogpt.model.gpt import ACTIVATIONS as ACTIVATION_FUNCTIONS
 from nanogpt.model.gpt import GPT, MLP, Block, CausalSelfAttention
@@ -148,6 +147,7 @@ class NativeGPT:
         self.kept: list[Any] = []
         """What the structs point to."""
         self.described = self.describe()
+        self.no_tokens = torch.full((MAX_TOKENS, NGRAM_TOKENS), BEFORE_TEXT, device="cpu")
         self.max_tokens = MAX_TOKENS
         narrow = self.described.head.dtype != DTYPES[torch.float32]
         if narrow and linear_bytes(model) > LARGE_BYTES:
@@ -165,10 +165,8 @@ class NativeGPT:
         B, T = idx.shape
         assert idx.dtype == torch.int64
         logits = torch.empty(B, T, self.config.vocab_size, dtype=torch.float32, device="cpu")
-        if step.before is None:
-            ids = F.pad(idx, (NGRAM_TOKENS, 0), value=BEFORE_TEXT)
-        else:
-            ids = torch.cat((step.before, idx), dim=1)  # (B, NGRAM_TOKENS + T)
+        before = self.no_tokens[:B] if step.before is None else step.before
+        ids = torch.cat((before, idx), dim=1)  # (B, NGRAM_TOKENS + T)
         positions = step.positions.expand(B, T).contiguous()
         keys, values = step.cache.in_float32()  # (L, R, K, S, D) each
         described = CStep(
