@@ -10,7 +10,7 @@ Shapes: R rows of a step, T tokens of a prompt, V vocab_size
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol, cast
@@ -91,6 +91,10 @@ class Row:
     """Number of new tokens."""
 
 
+RowLogits = tuple[list[Row], Tensor]
+"""Some rows, and the logits after the newest token of each, (R, V)."""
+
+
 @dataclass
 class Counts:
     """Totals since the scheduler was created, for monitoring."""
@@ -127,7 +131,7 @@ class Scheduler:
 
     # --- prompts ---
 
-    def admit(self, request: Request) -> tuple[Row, Tensor] | None:
+    def admit(self, request: Request) -> RowLogits | None:
         """Give a request a row, and compute its prompt. Returns the row and the logits, (1, V).
 
         None: the request wanted only the log-probabilities of its prompt.
@@ -151,7 +155,7 @@ class Scheduler:
         self.rows.append(row)
         self.counts.prompt_tokens += len(prompt)
         self.counts.reused_tokens += filled
-        return row, computed
+        return [row], computed
 
     def take_slot(self, prompt: list[int]) -> tuple[int, int]:
         """Take a free row for a prompt, and copy the longest prefix that another row has.
@@ -219,7 +223,8 @@ class Scheduler:
                 request.listener.on_end("")
             else:
                 logits.append(admitted)
-        self.choose(logits)
+        if logits:
+            self.choose(logits)
 
     def give_back(self, free: list[int]) -> None:
         """Free the rows that were free before a request failed."""
@@ -232,48 +237,53 @@ class Scheduler:
         self.contents[slot], self.prompt_logits[slot] = [], None
         self.free.append(slot)
 
-    def next_logits(self) -> list[tuple[Row, Tensor]]:
-        """The logits after the newest token of every text, (1, V) each."""
+    def next_logits(self) -> list[RowLogits]:
+        """The logits after the newest token of every text."""
         for row in [row for row in self.rows if row.request.listener.cancelled]:
             self.end(row, "cancelled")
         lengths = self.cache.lengths
         rest = [row for row in self.rows if lengths[row.slot] < self.size]
-        found: list[tuple[Row, Tensor]] = []
+        found: list[RowLogits] = []
         for row in [row for row in self.rows if lengths[row.slot] == self.size]:
             overlap = row.request.params.context_overlap or max(1, self.size // 2)
             end = torch.tensor(row.text[-overlap:]).to(self.device)
-            found.append((row, self.fill(row.slot, end)))
+            found.append(([row], self.fill(row.slot, end)))
             self.prompt_logits[row.slot] = None
         if rest:
             tokens = integers([row.text[-1] for row in rest], self.device)
-            logits = decode_one(self.steps, self.cache, [row.slot for row in rest], tokens)  # (R, V)
+            found.append((rest, decode_one(self.steps, self.cache, [row.slot for row in rest], tokens)))
             for row in rest:
                 self.contents[row.slot].append(row.text[-1])
-            found += zip(rest, cast(tuple[Tensor, ...], logits.split(1)), strict=True)
         return found
 
-    def choose(self, logits: Iterable[tuple[Row, Tensor]]) -> None:
-        """Sample a token for each row from its logits, (1, V), and pass it to the listener."""
-        groups: dict[object, list[tuple[Row, Tensor]]] = {}
-        for row, own in logits:
+    def choose(self, logits: Sequence[RowLogits]) -> None:
+        """Sample a token for each row, for rows of the same settings at once, and pass it to the listener."""
+        rows = [row for some, _ in logits for row in some]
+        joined = torch.cat([own for _, own in logits])  # (R, V)
+        groups: dict[object, list[int]] = {}
+        for place, row in enumerate(rows):
             request = row.request
             alone = row if row.history is not None or row.made < request.min_tokens else None
-            groups.setdefault((request.params, request.logprobs, alone), []).append((row, own))
-        for group in groups.values():
-            rows, joined = [row for row, _ in group], torch.cat([own for _, own in group])  # (R, V)
-            request, history = rows[0].request, rows[0].history
-            allowed = joined
-            if rows[0].made < request.min_tokens and request.ends:
-                allowed = joined.index_fill(1, integers(request.ends, joined.device), NO_CHANCE)
-            tokens = sample(allowed, request.params, [row.generator for row in rows], history)  # (R,)
-            if history is not None:
-                history.add(tokens)
-            if request.logprobs is None:
-                made = [Token(token) for token in cast(list[int], tokens.tolist())]
-            else:
-                made = with_logprobs(joined, tokens, request.logprobs)
-            for row, token in zip(rows, made, strict=True):
-                self.tell(row, token)
+            groups.setdefault((request.params, request.logprobs, alone), []).append(place)
+        for places in groups.values():
+            own = joined if len(groups) == 1 else joined[integers(places, joined.device)]
+            self.choose_alike([rows[place] for place in places], own)
+
+    def choose_alike(self, rows: Sequence[Row], logits: Tensor) -> None:
+        """Sample a token for each row from its logits, (R, V). All have the same settings."""
+        request, history = rows[0].request, rows[0].history
+        allowed = logits
+        if rows[0].made < request.min_tokens and request.ends:
+            allowed = logits.index_fill(1, integers(request.ends, logits.device), NO_CHANCE)
+        tokens = sample(allowed, request.params, [row.generator for row in rows], history)  # (R,)
+        if history is not None:
+            history.add(tokens)
+        if request.logprobs is None:
+            made = [Token(token) for token in cast(list[int], tokens.tolist())]
+        else:
+            made = with_logprobs(logits, tokens, request.logprobs)
+        for row, token in zip(rows, made, strict=True):
+            self.tell(row, token)
 
     def tell(self, row: Row, token: Token) -> None:
         """Add a token to the text of a row, and pass it to the listener."""
