@@ -23,6 +23,7 @@ from nanogpt.data.prepare import main as prepare
 from nanogpt.native.build import BuildError
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport
+from nanogpt.text.options import ReadOptions
 
 VERSE = "From fairest creatures we desire increase,\nThat thereby beauty's rose might never die,\n"
 
@@ -103,7 +104,7 @@ def texts_in(path: Path, raw: str | bytes, text_field: str = "text") -> tuple[li
     path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
     report = SkipReport()
     found, waiting = [], b""
-    for piece, ends in Corpus((path,), text_field).chunks(report):
+    for piece, ends in Corpus((path,), ReadOptions(text_field)).chunks(report):
         waiting += piece
         if ends:
             found.append(waiting.decode())

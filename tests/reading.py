@@ -8,13 +8,13 @@ import pytest
 from nanogpt.errors import UserError
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport
-from nanogpt.text.speakers import Speakers
+from nanogpt.text.options import ReadOptions
 
 
 def documents_in(path, report=None, rules=(), **settings):
     """The documents of one file."""
     found, waiting = [], b""
-    corpus = Corpus((path,), speakers=Speakers.parse(rules), **settings)
+    corpus = Corpus((path,), ReadOptions(speakers=tuple(rules), **settings))
     for raw, ends in corpus.chunks(report or SkipReport()):
         waiting += raw
         if ends:

@@ -23,6 +23,7 @@ from nanogpt.text import archives, compressed, documents, encoding
 from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import SkipReport
 from nanogpt.text.formats import FORMATS
+from nanogpt.text.options import ReadOptions
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -36,7 +37,7 @@ TEXTS = ["One, twö.\nthree", "  four", '"five" 🙂\t']
 
 def documents_in(path, report=None, **settings):
     """The documents of one file."""
-    return joined(Corpus((path,), **settings).chunks(report or SkipReport()))
+    return joined(Corpus((path,), ReadOptions(**settings)).chunks(report or SkipReport()))
 
 
 def joined(pieces):
@@ -404,7 +405,7 @@ def test_the_name_of_a_field_that_does_nothing_is_said(tmp_path):
 
     def said(names, field):
         report = SkipReport()
-        list(find_corpus([str(tmp_path / name) for name in names], field).chunks(report))
+        list(find_corpus([str(tmp_path / name) for name in names], ReadOptions(field)).chunks(report))
         return report.unused_field_note(field)
 
     assert said(["posts.js"], "text") == ()

@@ -13,7 +13,8 @@ from reading import documents_in, refusal
 from nanogpt.text import mail
 from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import SkipReport
-from nanogpt.text.speakers import Speakers, require_known
+from nanogpt.text.options import ReadOptions
+from nanogpt.text.speakers import require_known
 
 PLAIN = b"""\
 Return-Path: <anna@example.org>
@@ -176,7 +177,7 @@ def test_senders_are_renamed_and_left_out_by_name_or_address(tmp_path):
     path.write_bytes(mbox())
     rules = ["Müller, Anna=Anna", "news@example.org=", "ben@example.org=Ben"]
     report = SkipReport()
-    corpus = Corpus((path,), speakers=Speakers.parse(rules))
+    corpus = Corpus((path,), ReadOptions(speakers=tuple(rules)))
     found = b"".join(raw for raw, _ in corpus.chunks(report)).decode()
     assert [line for line in found.splitlines() if line.startswith("From: ")] == ["From: Anna", "From: Ben"]
     assert "To: Ben, carla@example.org\n" in found

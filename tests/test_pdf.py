@@ -133,7 +133,7 @@ def test_a_reader_that_stops_early_leaves_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(pdf.subprocess, "Popen", Watched)
     (tmp_path / "a.pdf").write_bytes(pdf_of(*[lines("word " * 10)] * 50))
     with (tmp_path / "a.pdf").open("rb") as file:
-        pages = pdf.page_texts(pdf.Source(file, "a.pdf", "a.pdf", "text", SkipReport()))
+        pages = pdf.page_texts(pdf.Source(file, "a.pdf", "a.pdf", SkipReport()))
         assert next(pages).startswith("word word")
         pages.close()
     assert [process.returncode is not None for process in started] == [True]

@@ -17,6 +17,7 @@ from nanogpt.errors import UserError
 from nanogpt.text import documents, encoding, records
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport
+from nanogpt.text.options import ReadOptions
 
 quick = settings(deadline=None, derandomize=True, max_examples=50)
 RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог"
@@ -24,7 +25,7 @@ RUSSIAN = "Мой дядя самых честных правил, когда н
 
 def documents_in(path, text_field="text", report=None):
     """The documents of one file."""
-    return joined(Corpus((path,), text_field).chunks(report or SkipReport()))
+    return joined(Corpus((path,), ReadOptions(text_field)).chunks(report or SkipReport()))
 
 
 def joined(pieces):

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanogpt.config import Dtype, GPTConfig, TrainConfig, at_least
-from nanogpt.data.config import check_reading
+from nanogpt.data.config import check_input_format
 from nanogpt.errors import require
 from nanogpt.inference.config import Quantization, UnknownCharacters
 from nanogpt.settings import Settings
-from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD
-from nanogpt.text.encoding import DETECT
+from nanogpt.text.options import ReadOptions
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class InfoConfig(Settings):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Settings):
-    """Measure the loss of a checkpoint on any text, alone or against another checkpoint."""
+class SubjectConfig(Settings):
+    """The checkpoints to evaluate, and the text."""
 
     checkpoint: str = "out/ckpt.pt"
     """The checkpoint to evaluate; everything needed is inside it."""
@@ -74,14 +73,12 @@ class EvaluateConfig(Settings):
     """Another checkpoint to compare it with, on the same text."""
     input_file: tuple[str, ...] = ()
     """The text: files, folders, globs, addresses, - for standard input. Without it: a split of data_dir."""
-    text_field: str = DEFAULT_TEXT_FIELD
-    """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
-    input_format: str = AUTO_FORMAT
-    """How to read the files, as data.py does: auto, text (as they are), html, mbox, whatsapp, ..."""
-    encoding: str = DETECT
-    """Encoding of files that are not UTF-8, as data.py has it: auto (detected), cp1252, koi8-r, ..."""
-    speakers: tuple[str, ...] = ()
-    """Names in chats and mail, as data.py has them: "Anna Müller=Anna" renames, "Bot=" leaves out."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ReadOptions, SubjectConfig):  # the flags of the last base are the first in --help
+    """Measure the loss of a checkpoint on any text, alone or against another checkpoint."""
+
     data_dir: str = "data"
     """Folder with the prepared data."""
     split: Literal["val", "train"] | None = None
@@ -107,7 +104,7 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         for name in ("context", "stride"):
             at_least(self, name, 1)
-        check_reading(self.input_format, self.encoding, self.speakers)
+        check_input_format(self.input_format)
         require(
             not self.input_file or self.split is None,
             f"--input_file and --split {self.split} are two texts: leave one out",

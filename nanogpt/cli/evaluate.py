@@ -49,7 +49,7 @@ from nanogpt.text.archives import read_file
 from nanogpt.text.corpus import find_corpus
 from nanogpt.text.documents import Chunk, SkipReport, first_of_each_kind
 from nanogpt.text.records import Source
-from nanogpt.text.speakers import Speakers, require_known
+from nanogpt.text.speakers import require_known
 from nanogpt.tokenizer.base import Tokenizer, describe_character
 
 MAX_SHOWN = 5
@@ -166,14 +166,7 @@ def read_documents(config: EvaluateConfig, name: str) -> list[Chunk]:
     chunks: list[Chunk] = []
     files = [file for file in config.input_file if file != "-"]
     if files:
-        corpus = find_corpus(
-            files,
-            config.text_field,
-            input_format=config.input_format,
-            encoding=config.encoding,
-            speakers=Speakers.parse(config.speakers),
-        )
-        chunks += corpus.chunks(report)
+        chunks += find_corpus(files, config).chunks(report)
     if len(files) < len(config.input_file):
         chunks += read_standard_input(config, report)
     require_known(config.speakers, report.used_rules, report.speakers)
@@ -197,18 +190,7 @@ def read_standard_input(config: EvaluateConfig, report: SkipReport) -> Iterator[
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"--input_file - cannot be read: {reason}") from error
     file = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
-    return read_file(
-        Source(
-            file,
-            "-",
-            "-",
-            config.text_field,
-            report,
-            input_format=config.input_format,
-            encoding=config.encoding,
-            speakers=Speakers.parse(config.speakers),
-        )
-    )
+    return read_file(Source(file, "-", "-", report, config))
 
 
 def open_split(dataset: Dataset, split: str) -> EncodedText:

@@ -13,15 +13,14 @@ from nanogpt.errors import require
 from nanogpt.settings import Settings, unescape
 from nanogpt.text.addresses import without_secrets
 from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, PairFields
-from nanogpt.text.encoding import DETECT, check_encoding
-from nanogpt.text.speakers import Speakers
+from nanogpt.text.options import ReadOptions
 
 SplitKind = Literal["tail", "documents"]
 
 
 @dataclass(frozen=True)
-class PrepareConfig(Settings):
-    """Turn texts into token files: train.pt, val.pt and vocab.pt in the data folder."""
+class SplitConfig(Settings):
+    """The texts, how they are split, and into which tokens."""
 
     input_file: tuple[str, ...] = ()
     """Your texts: files, folders, globs, addresses, - for standard input; without it, Tiny Shakespeare."""
@@ -37,14 +36,12 @@ class PrepareConfig(Settings):
     """What a token is: char, byte, bpe (learned from your text), gpt2, or a path: tokenizer.json, ckpt.pt."""
     vocab_size: int = 4096
     """Number of tokens that bpe learns."""
-    text_field: str = DEFAULT_TEXT_FIELD
-    """Which field of a JSON record, or column of a table, is the text; dots lead into nested records."""
-    input_format: str = AUTO_FORMAT
-    """How to read the files: auto (by name and content), text (as they are), html, mbox, whatsapp, ..."""
-    encoding: str = DETECT
-    """Encoding of files that are not UTF-8 and have no mark: auto (detected), cp1252, koi8-r, ..."""
-    speakers: tuple[str, ...] = ()
-    """Names in chats and mail: "Anna Müller=Anna" renames, "Bot=" leaves out, "*=..." is for all others."""
+
+
+@dataclass(frozen=True)
+class PrepareConfig(ReadOptions, SplitConfig):  # the flags of the last base are the first in --help
+    """Turn texts into token files: train.pt, val.pt and vocab.pt in the data folder."""
+
     prompt_field: str | None = None
     """Pairs instead of texts: the field with the prompt, whose tokens do not count for the loss."""
     completion_field: str | None = None
@@ -85,7 +82,7 @@ class PrepareConfig(Settings):
             from nanogpt.tokenizer.registry import check_name
 
             check_name(self.tokenizer, self.vocab_size)
-        check_reading(self.input_format, self.encoding, self.speakers)
+        check_input_format(self.input_format)
         at_least(self, "shard_tokens", 1)
 
     @property
@@ -106,14 +103,12 @@ class PrepareConfig(Settings):
         return first_few(self.val_file)
 
 
-def check_reading(input_format: str, encoding: str, speakers: tuple[str, ...]) -> None:
-    """Raise UserError if --input_format, --encoding or --speakers is wrong."""
-    Speakers.parse(speakers)
-    check_encoding(encoding)
-    if input_format != AUTO_FORMAT:  # for the default, --help need not import every format
+def check_input_format(name: str) -> None:
+    """Raise UserError if --input_format names none."""
+    if name != AUTO_FORMAT:  # for the default, --help need not import every format
         from nanogpt.text.formats import check_format
 
-        check_format(input_format)
+        check_format(name)
 
 
 def first_few(names: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from nanogpt.data.vocab_file import MASKED_VERSION, MASKS, SPLITS, VocabFile
 from nanogpt.errors import UserError, require
 from nanogpt.seals import VERIFY_BYTES, DamageError, load_with_checksum, verify
 from nanogpt.text.addresses import without_secrets
+from nanogpt.text.options import ReadOptions
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer.base import Tokenizer
 
@@ -217,18 +218,22 @@ def prepare_advice(folder: Path, vocabulary: Mapping[str, Any] | None = None) ->
 
 def prepare_arguments(config: PrepareConfig) -> list[str]:
     """The arguments of the command that prepares the same data again, for advice to the user."""
+    names = dict.fromkeys(
+        (
+            *("input_file", "val_file", "speakers"),
+            *("train_split", "split", "tokenizer", "vocab_size", "shard_tokens"),
+            *("text_field", "prompt_field", "completion_field", "separator"),
+            *(field.name for field in fields(ReadOptions)),
+        )
+    )
     words: list[str] = []
-    for name in ("input_file", "val_file"):
-        values = getattr(config, name)
-        words += [f"--{name}", *map(without_secrets, values)] if values else []
     default = PrepareConfig()
-    words += ["--speakers", *config.speakers] if config.speakers else []
-    for name in (
-        *("train_split", "split", "tokenizer", "vocab_size", "shard_tokens"),
-        *("text_field", "prompt_field", "completion_field", "separator", "input_format", "encoding"),
-    ):
-        if getattr(config, name) != getattr(default, name):
-            words += [f"--{name}", str(getattr(config, name))]
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            texts = cast(tuple[str, ...], value) if isinstance(value, tuple) else (str(value),)
+            shown = without_secrets if name in ("input_file", "val_file") else str
+            words += [f"--{name}", *map(shown, texts)]
     return words
 
 

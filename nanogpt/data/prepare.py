@@ -43,7 +43,6 @@ from nanogpt.locking import lock
 from nanogpt.seals import Checksum, save_with_checksum
 from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import Chunk, PairFields, SkipReport, first_of_each_kind
-from nanogpt.text.speakers import Speakers
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import TOKENIZERS
@@ -197,15 +196,7 @@ def open_corpora(config: PrepareConfig, folder: Path) -> dict[str, Corpus]:
     corpora: dict[str, Corpus] = {}
     for side, names in given.items():
         files = [str(save_standard_input(folder)) if name == "-" else name for name in names]
-        corpora[side] = find_corpus(
-            files,
-            config.text_field,
-            folder / DOWNLOADS,
-            input_format=config.input_format,
-            encoding=config.encoding,
-            speakers=Speakers.parse(config.speakers),
-            pair=config.pair,
-        )
+        corpora[side] = find_corpus(files, config, folder / DOWNLOADS)
     return corpora
 
 

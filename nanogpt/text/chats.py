@@ -20,6 +20,7 @@ from nanogpt.errors import UserError, require
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.json_formats import READ_CHARS, as_dict, as_list, decode, json_values
+from nanogpt.text.options import ReadOptions
 from nanogpt.text.records import (
     Beginning,
     Lines,
@@ -324,7 +325,8 @@ def read_discord(source: Source) -> Iterator[Chunk]:
 def discord_messages(source: Source) -> Iterator[Message]:
     """The messages of a channel."""
     csv.field_size_limit(records.MAX_RECORD_CHARS)
-    rows = TableRows(Lines(open_text(source)), replace(source, text_field="Content"))
+    options = ReadOptions(text_field="Content")
+    rows = TableRows(Lines(open_text(source)), replace(source, options=options))
     (said,) = rows.read_header(",").values()
     require("Author" in rows.names, "has no column 'Author': it is no export of DiscordChatExporter")
     author = rows.names.index("Author")

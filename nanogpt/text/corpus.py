@@ -1,7 +1,7 @@
 """A corpus: the documents in files, folders and globs, in any of the usual formats.
 
 Example:
-    corpus = find_corpus(["books/", "dump.jsonl.gz"], text_field="text")
+    corpus = find_corpus(["books/", "dump.jsonl.gz"], ReadOptions(text_field="body"))
     for chunk in corpus.chunks(SkipReport()): chunk.raw; chunk.ends
 A pass holds one chunk of one document in memory, whatever the size of the corpus. Another pass gives the
 same chunks. Files that cannot be read are reported. Knows nothing of tokens.
@@ -22,18 +22,10 @@ from nanogpt.errors import UserError, require
 from nanogpt.text.addresses import is_address, local_name
 from nanogpt.text.archives import HiddenFiles, read_file, skip_on_error
 from nanogpt.text.compressed import CountingReader
-from nanogpt.text.documents import (
-    AUTO_FORMAT,
-    DEFAULT_TEXT_FIELD,
-    Chunk,
-    PairFields,
-    SkipReport,
-    one_line,
-)
-from nanogpt.text.encoding import DETECT
+from nanogpt.text.documents import Chunk, SkipReport, one_line
 from nanogpt.text.mail import MAIL_FOLDERS
+from nanogpt.text.options import DEFAULT_OPTIONS, ReadOptions
 from nanogpt.text.records import Source
-from nanogpt.text.speakers import EVERYBODY, Speakers
 
 SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
@@ -57,23 +49,15 @@ PROC_FOLDER = "/proc"
 class Corpus:
     """Documents in files, in order.
 
-    text_field: the field of a record that is its text; dots lead into nested records. pair: the fields of a
-    prompt and its completion, which are read in its place.
     unreadable: files and folders that cannot be read, each with the reason. notes: lines on what is left out
-    on purpose. input_format: how to read the files, by name. speakers: what becomes of names in chats.
-    addresses: for messages, where files come from that were downloaded.
-    encoding: of the files that do not show it, in place of a detected one.
+    on purpose. addresses: for messages, where files come from that were downloaded.
     """
 
     files: tuple[Path, ...]
-    text_field: str = DEFAULT_TEXT_FIELD
+    options: ReadOptions = DEFAULT_OPTIONS
     unreadable: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
-    input_format: str = AUTO_FORMAT
-    speakers: Speakers = EVERYBODY
     addresses: Mapping[Path, str] = field(default_factory=dict[Path, str], hash=False)
-    pair: PairFields | None = None
-    encoding: str = DETECT
 
     @property
     def size(self) -> int:
@@ -101,19 +85,7 @@ class Corpus:
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:
                 file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, advance), 1 << 18))
-                yield from read_file(
-                    Source(
-                        file,
-                        name,
-                        str(path),
-                        self.text_field,
-                        report,
-                        input_format=self.input_format,
-                        speakers=self.speakers,
-                        pair=self.pair,
-                        encoding=self.encoding,
-                    )
-                )
+                yield from read_file(Source(file, name, str(path), report, self.options))
         except OSError as error:
             raise UserError(f"--input_file {name} cannot be read: {error.strerror or error}") from error
 
@@ -155,14 +127,7 @@ def system_device() -> int | None:
 
 
 def find_corpus(
-    names: Sequence[str],
-    text_field: str = DEFAULT_TEXT_FIELD,
-    downloads: Path | None = None,
-    *,
-    input_format: str = AUTO_FORMAT,
-    speakers: Speakers = EVERYBODY,
-    pair: PairFields | None = None,
-    encoding: str = DETECT,
+    names: Sequence[str], options: ReadOptions = DEFAULT_OPTIONS, downloads: Path | None = None
 ) -> Corpus:
     """The corpus of files, folders, globs and addresses, in order. Folders are sorted; a file comes once.
 
@@ -177,14 +142,10 @@ def find_corpus(
             search.add(local_name(name))
     return Corpus(
         tuple(search.files.values()),
-        text_field,
+        options,
         tuple(search.unreadable.items()),
         search.hidden.notes(),
-        input_format,
-        speakers,
         search.addresses,
-        pair,
-        encoding,
     )
 
 

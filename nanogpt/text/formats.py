@@ -17,7 +17,7 @@ from pathlib import Path
 from nanogpt.errors import require
 from nanogpt.text import chats, mail, markup, pdf, subtitles
 from nanogpt.text.books import read_docx, read_epub
-from nanogpt.text.documents import AUTO_FORMAT, DEFAULT_TEXT_FIELD, Chunk
+from nanogpt.text.documents import AUTO_FORMAT, Chunk
 from nanogpt.text.json_formats import read_json, read_json_lines
 from nanogpt.text.notebooks import read_notebook
 from nanogpt.text.records import Beginning, Source, read_text
@@ -85,10 +85,11 @@ def read_document(source: Source) -> Iterator[Chunk]:
 
     Raises: UserError if pairs are wanted, and it has no records.
     """
-    name = choose_format(source) if source.input_format == AUTO_FORMAT else source.input_format
+    given = source.options.input_format
+    name = choose_format(source) if given == AUTO_FORMAT else given
     chosen = FORMATS[name]
     require(
-        source.pair is None or name in FIELD_FORMATS,
+        source.options.pair is None or name in FIELD_FORMATS,
         f"is read as {chosen.title or 'plain text'}, which has no pairs: give JSON Lines, JSON, CSV, TSV or "
         "Parquet (--input_format jsonl, if that is what it is)",
     )
@@ -105,8 +106,7 @@ def choose_format(source: Source) -> str:
     """
     suffix = Path(source.kind).suffix.lower()
     usual = next((name for name, row in FORMATS.items() if suffix in row.suffixes), "text")
-    has_field = source.pair is not None or source.text_field != DEFAULT_TEXT_FIELD
-    if FORMATS[usual].title or (usual in FIELD_FORMATS and has_field):
+    if FORMATS[usual].title or (usual in FIELD_FORMATS and source.options.has_fields):
         return usual
     beginning = Beginning(source.kind, source.beginning().decode("utf-8-sig", "replace"))
     certainty = {name: row.recognize(beginning) for name, row in FORMATS.items() if row.recognize}

@@ -146,7 +146,8 @@ def mail_text(source: Source, mail: "Message[Any, Any]") -> str:
     name = source.speaker(*sender)
     if name is None:
         return ""
-    receivers = [source.speakers.rename(*person) for person in people(mail, "to")]
+    rules = source.options.speaker_rules
+    receivers = [rules.rename(*person) for person in people(mail, "to")]
     fields = {"From": name, "To": ", ".join(filter(None, receivers)), "Subject": header(mail, "subject")}
     return "".join(f"{key}: {value}\n" for key, value in fields.items() if value) + f"\n{body}\n"
 

@@ -112,7 +112,7 @@ HTML_START = re.compile(
 def read_html(source: Source) -> Iterator[Chunk]:
     """The text of a page as one document."""
     yield from split_into_chunks(
-        in_blocks(html_text(decode_html(source.file, source.beginning(), source.note, source.encoding)))
+        in_blocks(html_text(decode_html(source.file, source.beginning(), source.note, source.options.encoding)))
     )
 
 

@@ -23,18 +23,16 @@ from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
 from nanogpt.text.documents import (
-    AUTO_FORMAT,
     MISSING,
     Chunk,
-    PairFields,
     PromptChunk,
     SkipReport,
     field_values,
     is_blank,
     split_into_chunks,
 )
-from nanogpt.text.encoding import DETECT, utf8
-from nanogpt.text.speakers import EVERYBODY, Speakers
+from nanogpt.text.encoding import utf8
+from nanogpt.text.options import DEFAULT_OPTIONS, ReadOptions
 
 MAX_NAME_DEPTH = 3
 """How deep in a record a message names fields."""
@@ -67,28 +65,14 @@ class Source:
     """A file, or a member of an archive.
 
     name: its name in messages. kind: a name whose suffix is that of its format. depth: of nested archives.
-    input_format: how to read it, by name. speakers: names in chats, and what becomes of them.
-    pair: the fields of a prompt and its completion, which are read in the place of text_field.
-    encoding: that of a file that does not show it, in place of a detected one.
     """
 
     file: BinaryIO
     name: str
     kind: str
-    text_field: str
     report: SkipReport
+    options: ReadOptions = DEFAULT_OPTIONS
     depth: int = 0
-    input_format: str = AUTO_FORMAT
-    speakers: Speakers = EVERYBODY
-    pair: PairFields | None = None
-    encoding: str = DETECT
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """Flag -> the field that it names: that of the text, or those of a pair."""
-        if self.pair is None:
-            return {"--text_field": self.text_field}
-        return {"--prompt_field": self.pair.prompt, "--completion_field": self.pair.completion}
 
     def note(self, what: str) -> None:
         """Add a note on how the file is read."""
@@ -101,9 +85,10 @@ class Source:
     def speaker(self, name: str, address: str = "") -> str | None:
         """Count a message, and return the name of who wrote it as --speakers has it; None: leave it out."""
         self.report.speakers[name or address] += 1
-        if (rule := self.speakers.rule_for(name, address)) is not None:
+        rules = self.options.speaker_rules
+        if (rule := rules.rule_for(name, address)) is not None:
             self.report.used_rules.add(rule)
-        return self.speakers.rename(name, address)
+        return rules.rename(name, address)
 
 
 class Beginning(NamedTuple):
@@ -118,7 +103,7 @@ def read_text(source: Source) -> Iterator[Chunk]:
     source.report.count_plain_file(source.name)
     beginning = source.beginning()
     blocks, notes = encoding.decode_file(
-        source.file, lambda what: source.report.reject(source.name, what), source.encoding
+        source.file, lambda what: source.report.reject(source.name, what), source.options.encoding
     )
     for note in notes:
         source.note(note)
@@ -181,14 +166,15 @@ def read_record(source: Source, where: str, value: object) -> Iterator[Chunk]:
 
     If pairs are wanted: its pair.
     """
-    if source.pair is not None:
-        yield from read_pair(source, where, value, source.pair.separator)
+    if (pair := source.options.pair) is not None:
+        yield from read_pair(source, where, value, pair.separator)
         return
-    for text in field_values(value, source.text_field.split(".")):
+    text_field = source.options.text_field
+    for text in field_values(value, text_field.split(".")):
         if isinstance(text, str):
             yield from split_into_chunks([record_bytes(source, text)])
         else:
-            source.report.reject(where, explain_missing_text("--text_field", source.text_field, text, value))
+            source.report.reject(where, explain_missing_text("--text_field", text_field, text, value))
 
 
 def record_bytes(source: Source, text: str) -> bytes:
@@ -201,7 +187,7 @@ def record_bytes(source: Source, text: str) -> bytes:
 def read_pair(source: Source, where: str, record: object, separator: str) -> Iterator[Chunk]:
     """A record as one document: prompt and separator, which do not count for the loss, and completion."""
     try:
-        prompt, completion = (text_of_pair(source, record, flag) for flag in source.fields)
+        prompt, completion = (text_of_pair(source, record, flag) for flag in source.options.fields)
     except ValueError as error:
         source.report.reject(where, str(error))
         return
@@ -212,7 +198,7 @@ def read_pair(source: Source, where: str, record: object, separator: str) -> Ite
 
 def text_of_pair(source: Source, record: object, flag: str) -> bytes:
     """The text in the field that `flag` names, in UTF-8. Raises: ValueError that says why there is none."""
-    name = source.fields[flag]
+    name = source.options.fields[flag]
     if isinstance(record, str):
         raise ValueError(f"a text, not a record with the field {name!r}")
     found = list(field_values(record, name.split(".")))
@@ -272,7 +258,7 @@ def open_text(source: Source) -> io.TextIOWrapper:
 def decode_text(source: Source, errors: str = "replace", newline: str | None = "") -> io.TextIOWrapper:
     """Open a file as text, in the encoding that it has. newline: as of open()."""
     name, notes = encoding.find_encoding(
-        source.beginning(), whole=False, in_records=True, otherwise=source.encoding
+        source.beginning(), whole=False, in_records=True, otherwise=source.options.encoding
     )
     for note in notes:
         source.note(note)

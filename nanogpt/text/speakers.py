@@ -57,10 +57,6 @@ class Speakers:
         return name or address if rule is None else self.renames[rule] or None
 
 
-EVERYBODY = Speakers()
-"""No rules: everybody keeps their name."""
-
-
 def clean_name(name: str) -> str:
     """A name in one line, without invisible marks, each letter in its composed form (NFC)."""
     return unicodedata.normalize("NFC", " ".join(name.translate(DIRECTION_MARKS).split()))

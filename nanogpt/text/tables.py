@@ -152,7 +152,7 @@ class TableRows:
 
     def find_layout(self, delimiter: str) -> HeaderLayout:
         """The layout in which the header has the wanted fields; if none does, the one with the most names."""
-        wanted, layouts = set(self.source.fields.values()), list[HeaderLayout]()
+        wanted, layouts = set(self.source.options.fields.values()), list[HeaderLayout]()
         for candidate in (delimiter, *(other for other in DELIMITERS if other != delimiter)):
             for spaced in (False, True):
                 names = self.split_header(candidate, spaced)
@@ -307,7 +307,7 @@ def find_columns(source: Source, names: Sequence[str]) -> dict[str, int]:
     Raises: UserError if one is missing.
     """
     found: dict[str, int] = {}
-    for flag, field in source.fields.items():
+    for flag, field in source.options.fields.items():
         path = field.split(".")
         beginnings = [".".join(path[:size]) for size in range(len(path), 0, -1)]
         name = next((beginning for beginning in beginnings if beginning in names), None)
