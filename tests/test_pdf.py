@@ -60,6 +60,54 @@ def test_the_text_of_all_pages(tmp_path, name):
     assert report.reading_notes("text") == (f"{tmp_path / name}: read as PDF",)
 
 
+def test_headers_footers_and_page_numbers_are_left_out(tmp_path):
+    """A header on the left and another on the right, a footer of two lines, all but on the first page."""
+    pages = [lines("A LONG TALE", "Once there was", "an ant.")]
+    for number in range(2, 10):
+        head = f"{number} A Long Tale" if number % 2 == 0 else f"Chapter {number // 4} {number}"
+        body = "It rained", f"in the year {1900 + 7 * number}."
+        pages.append(lines(head, f"Part {number**2}.", *body, "Draft of May", f"- {number} of 9 -"))
+    (tmp_path / "a.pdf").write_bytes(pdf_of(*pages))
+    report = SkipReport()
+    (text,) = documents_in(tmp_path / "a.pdf", report)
+    expected = ["A LONG TALE", "Once there was", "an ant."]
+    for number in range(2, 10):
+        left_out = number % 2 == 0
+        expected += [] if left_out else [f"Chapter {number // 4} {number}"]
+        expected += [f"Part {number**2}.", "It rained", f"in the year {1900 + 7 * number}."]
+    assert text.splitlines() == expected
+    says = "20 lines left out that come again on many pages (headers, footers, page numbers)"
+    assert report.notes == [f"{tmp_path / 'a.pdf'}: {says}"]
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [["The Tale", f"page {n} of it", str(n)] for n in range(3)],  # too few
+        [["The Tale"] for n in range(9)],  # nothing else is there
+        [[f"{n * n} 1.5", f"{3 * n} 2.5", f"{100 - n} 0.5"] for n in range(9)],  # rows of a table
+        [
+            [("Anna:", "Ben:", "Carla:")[n % 3], f"line {n * n}", "Well."[: n % 4 + 1]] for n in range(12)
+        ],  # a play
+    ],
+)
+def test_lines_that_may_be_text_stay(tmp_path, pages):
+    (tmp_path / "a.pdf").write_bytes(pdf_of(*[lines(*page) for page in pages]))
+    report = SkipReport()
+    (text,) = documents_in(tmp_path / "a.pdf", report)
+    assert text.splitlines() == [line for page in pages for line in page]
+    assert report.notes == []
+
+
+def test_progress_comes_page_by_page(tmp_path):
+    path = tmp_path / "a.pdf"
+    path.write_bytes(pdf_of(*[b"%" + b"x" * 30_000 + b"\n" + lines(f"word {n * n}") for n in range(40)]))
+    told = []
+    assert list(find_corpus([str(path)]).chunks(SkipReport(), told.append))
+    assert sum(told) == path.stat().st_size
+    assert sum(count > 0 for count in told) >= 40
+
+
 def test_several_with_a_damaged_one_among_them(tmp_path):
     (tmp_path / "1.pdf").write_bytes(BOOK)
     (tmp_path / "2.pdf").write_bytes(b"%PDF-1.4 and nothing more")

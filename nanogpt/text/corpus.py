@@ -25,7 +25,7 @@ from nanogpt.text.compressed import CountingReader
 from nanogpt.text.documents import Chunk, SkipReport, one_line
 from nanogpt.text.mail import MAIL_FOLDERS
 from nanogpt.text.options import DEFAULT_OPTIONS, ReadOptions
-from nanogpt.text.records import Source
+from nanogpt.text.records import ReadProgress, Source
 
 SPECIAL_FILES = {
     stat.S_IFIFO: "a named pipe",
@@ -67,7 +67,7 @@ class Corpus:
     def chunks(self, report: SkipReport, advance: Callable[[int], object] = int) -> Iterator[Chunk]:
         """All chunks of all documents.
 
-        advance: called with the number of bytes read from the disk since the last call.
+        advance: called with the number of bytes of the files that are done since the last call.
         Raises: UserError if the only file cannot be read. Of several files, it is reported.
         """
         report.notes += self.notes
@@ -81,11 +81,11 @@ class Corpus:
         self, path: Path, report: SkipReport, advance: Callable[[int], object]
     ) -> Iterator[Chunk]:
         """The documents in a file. Raises: UserError if it cannot be read."""
-        name = self.name_of(path)
+        name, progress = self.name_of(path), ReadProgress(advance)
         try:
             with open(path, "rb", buffering=0, opener=open_file) as raw:
-                file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, advance), 1 << 18))
-                yield from read_file(Source(file, name, str(path), report, self.options))
+                file = cast(BinaryIO, io.BufferedReader(CountingReader(raw, progress.add), 1 << 18))
+                yield from read_file(Source(file, name, str(path), report, self.options, progress))
         except OSError as error:
             raise UserError(f"--input_file {name} cannot be read: {error.strerror or error}") from error
 

@@ -1,7 +1,7 @@
 """The process that reads a PDF (pdf.py starts it): the file on stdin, a line of JSON for each page on stdout.
 
 Run:    python pdf_worker.py SECONDS CHARACTERS BYTES < in.pdf
-Lines:  {"text": "..."} or {"broken": true} for each page, then {"end": true}; or {"error": "..."}
+Lines:  {"pages": 9}, {"text": "..."} or {"broken": true} for each page, {"end": true}; or {"error": "..."}
 SECONDS and CHARACTERS bound a page, BYTES the memory; over a limit, it dies. It imports nothing of NanoGPT:
 so it starts in little time.
 """
@@ -45,6 +45,7 @@ def answers(seconds: int, characters: int) -> Iterator[dict[str, Any]]:
             else "is damaged: no PDF that PDFium can read"
         }
         return
+    yield {"pages": len(document)}
     for number in range(len(document)):
         faulthandler.dump_traceback_later(seconds, exit=True)  # replaces that of the last page
         try:

@@ -14,9 +14,9 @@ import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple, cast
 
 from nanogpt.console import plural
@@ -60,6 +60,45 @@ SPOOL_BYTES = 1 << 24
 """Bytes of a nested archive that are kept in memory; a larger one goes to a temporary file."""
 
 
+class ReadProgress:
+    """How far the reading of a file is, for a progress bar.
+
+    advance: called with the number of bytes that are done since the last call.
+    """
+
+    def __init__(self, advance: Callable[[int], object] = int) -> None:
+        self.advance, self.holds_back, self.held = advance, False, 0
+
+    def add(self, size: int) -> None:
+        """Count bytes that were read from the disk: they are done, unless they are held back."""
+        if self.holds_back:
+            self.held += size
+        else:
+            self.advance(size)
+
+    @contextmanager
+    def hold_back(self) -> Generator[Callable[[float], None]]:
+        """Hold back what is read in here, for a reader that copies a file and then works on it for long.
+
+        Gives a function that says which fraction of it is done. At the end, all of it is.
+        """
+        told = 0
+        self.holds_back, self.held = True, 0
+
+        def tell(fraction: float) -> None:
+            """Advance to a fraction of what is held back."""
+            nonlocal told
+            done = max(told, int(self.held * min(fraction, 1.0)))
+            self.advance(done - told)
+            told = done
+
+        try:
+            yield tell
+        finally:
+            tell(1.0)
+            self.holds_back = False
+
+
 @dataclass(frozen=True)
 class Source:
     """A file, or a member of an archive.
@@ -72,6 +111,7 @@ class Source:
     kind: str
     report: SkipReport
     options: ReadOptions = DEFAULT_OPTIONS
+    progress: ReadProgress = field(default_factory=ReadProgress)
     depth: int = 0
 
     def note(self, what: str) -> None:
