@@ -128,9 +128,33 @@ def test_a_run_folder(config: TrainConfig, capsys) -> None:
     prepared(Path(config.data_dir), "Another text, without numbers.\n" * 9, overwrite=True)
     assert as_json(capsys, out)["data"]["folder_has_it"] is False
     (out / "last.pt").write_bytes(b"cut short")
-    assert "last.pt, which cannot be read" in printed(capsys, out).replace("\n" + " " * 14, " ")
+    assert info(out) == 2
+    said = capsys.readouterr()
+    assert "last.pt, which cannot be read" in said.out.replace("\n" + " " * 14, " ")
+    assert said.err.startswith(f"error: {out / 'last.pt'} ")
+    assert info("--json", out) == 2
+    said = capsys.readouterr()
+    assert said.err == f"error: {json.loads(said.out)['damage']}\n"
     (out / "ckpt.pt").write_bytes((out / "ckpt.pt").read_bytes()[:-50])
     assert "is none of" in refusal(capsys, out)
+
+
+def test_one_damaged_checkpoint_of_two_is_found_by_verify_alone(config: TrainConfig, capsys) -> None:
+    fit(config)
+    out = Path(config.out_dir)
+    assert as_json(capsys, out, "--verify")["damage"] is None
+    raw = bytearray((out / "last.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (out / "last.pt").write_bytes(raw)
+    assert info(out) == 0
+    capsys.readouterr()
+    assert info(out, "--verify") == 2
+    said = capsys.readouterr()
+    assert "Best          ckpt.pt, step " in said.out
+    assert said.err.startswith(
+        f"error: checkpoint {out / 'last.pt'} is damaged (its checksum does not match)"
+    )
+    assert said.err.count("\n") == 1
 
 
 def test_a_data_folder_says_what_data_info_says(data_dir: Path, capsys) -> None:

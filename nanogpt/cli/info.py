@@ -14,6 +14,7 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.config import InfoConfig
 from nanogpt.console import late_progress_bar, say
 from nanogpt.device import explain_out_of_memory
+from nanogpt.errors import require
 from nanogpt.info.curve import BARS
 from nanogpt.info.description import Description, size_of
 from nanogpt.info.difference import compare
@@ -22,20 +23,24 @@ from nanogpt.info.show import difference_lines, lines
 
 
 def main(config: InfoConfig) -> int:
-    """Describe a file or folder, or compare two. Returns the exit code."""
+    """Describe a file or folder, or compare two. Returns the exit code.
+
+    Raises: UserError if one of them is damaged; if a part alone is, after the rest is described.
+    """
+    described = [describe_one(Path(name), config) for name in config.diff or (config.path,)]
     if config.diff:
-        return compare_two(config)
-    described = describe_one(Path(config.path), config)
-    if config.json:
-        print(json.dumps(described.to_json(), allow_nan=False))
+        compare_two(described[0], described[1], config)
+    elif config.json:
+        print(json.dumps(described[0].to_json(), allow_nan=False))
     else:
-        print_lines(lines(described, ascii_only=not can_show(BARS)))
+        print_lines(lines(described[0], ascii_only=not can_show(BARS)))
+    for one in described:
+        require(not one.damage, one.damage)
     return 0
 
 
-def compare_two(config: InfoConfig) -> int:
-    """Compare the two of --diff. Returns the exit code."""
-    a, b = (describe_one(Path(name), config) for name in config.diff)
+def compare_two(a: Description, b: Description, config: InfoConfig) -> None:
+    """Compare the two of --diff."""
     count, shows_bar = a.parameters or 0, not config.json
     with explain_out_of_memory(), late_progress_bar("Comparing", count, enabled=shows_bar) as advance:
         found = compare(a, b, advance)
@@ -43,7 +48,6 @@ def compare_two(config: InfoConfig) -> int:
         print(json.dumps({"a": a.to_json(), "b": b.to_json(), **found.to_json()}, allow_nan=False))
     else:
         print_lines(difference_lines(a, b, found))
-    return 0
 
 
 def describe_one(path: Path, config: InfoConfig) -> Description:

@@ -75,6 +75,8 @@ class Description:
     curve: Sequence[Evaluation] = ()
     notes: Mapping[str, str] = field(default_factory=dict[str, str])
     """Further lines, by their labels."""
+    damage: str = ""
+    """The error of a part that cannot be read; the rest is described."""
     weights: Callable[[], Weights] | None = None
     """Opens the weights that sampling uses, by our names, without a tied head; None if they have others."""
 
@@ -109,6 +111,7 @@ class Description:
             "progress": {name: finite(value) for name, value in self.progress.items()},
             "curve": [{"step": point.step, "val_loss": finite(point.loss)} for point in self.curve],
             "notes": dict(self.notes),
+            "damage": self.damage or None,
         }
 
 

@@ -157,7 +157,7 @@ def is_run(folder: Path) -> bool:
 def describe_run(folder: Path, advance: Advance | None) -> Description:
     """A run: its best checkpoint, or the newest if there is no best one, and how far it is.
 
-    advance: as for describe_checkpoint.
+    advance: as for describe_checkpoint. One of two checkpoints may be damaged: the other is described.
     Raises: UserError if no checkpoint in it can be read.
     """
     run = RunFolder(folder)
@@ -188,6 +188,7 @@ def describe_run(folder: Path, advance: Advance | None) -> Description:
         progress=newest.progress,
         curve=newest.curve,
         notes={**notes, **main.notes},
+        damage=str(errors[0]) if errors else "",
     )
 
 
