@@ -118,6 +118,21 @@ def test_commands_take_a_checkpoint_with_adapters(base: TrainConfig, tmp_path: P
     assert first.model.keys() == model.state_dict().keys()
 
 
+def test_a_folder_of_adapters_is_no_model_and_the_line_names_their_run(tmp_path: Path, capsys) -> None:
+    folder, checkpoint = tmp_path / "tuned" / "adapter", tmp_path / "tuned" / "ckpt.pt"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    for advice in (
+        "merge them into their model first (peft)",
+        f"give the checkpoint of their run, {checkpoint}",
+    ):
+        for command, flag in (("sample", "--checkpoint"), ("eval", "--checkpoint"), ("train", "--init_from")):
+            assert run_command(command, [flag, str(folder)], command) == 2
+            line = f"error: {flag} {folder} holds adapters alone (LoRA), no whole model: {advice}\n"
+            assert capsys.readouterr().err == line
+        checkpoint.touch()
+
+
 @pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )  # peft asks for it

@@ -37,6 +37,12 @@ FORMAT_VERSION = 5
 
 NOT_A_CHECKPOINT = "is not a NanoGPT checkpoint: give the ckpt.pt or last.pt of a run"
 
+RUN_FILES = ("ckpt.pt", "last.pt")
+"""Checkpoints in a run folder, the one to use first."""
+
+ADAPTER_FILE = "adapter_config.json"
+"""The file that makes a folder one of adapters, in the format of peft."""
+
 SEAL = b"nanogpt\n"
 SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
 
@@ -201,12 +207,27 @@ def checkpoint_at(path: Path, flag: str) -> Path:
     """
     if not path.is_dir():
         return path
-    for name in ("ckpt.pt", "last.pt"):
-        if (path / name).is_file():
-            return path / name
+    if (found := checkpoint_in(path)) is not None:
+        return found
+    refuse_adapter(flag, path)
     raise UserError(
         f"{flag} {path} is a folder without a checkpoint (ckpt.pt, last.pt): give a run's --out_dir"
     )
+
+
+def checkpoint_in(folder: Path) -> Path | None:
+    """The checkpoint in a run folder: ckpt.pt (the best), else last.pt; None if there is none."""
+    return next((folder / name for name in RUN_FILES if (folder / name).is_file()), None)
+
+
+def refuse_adapter(flag: str, folder: Path) -> None:
+    """Raise UserError if a folder holds adapters alone, as peft loads them on top of a model."""
+    if (folder / ADAPTER_FILE).is_file():
+        run = checkpoint_in(folder.parent)
+        advice = (
+            f"give the checkpoint of their run, {run}" if run else "merge them into their model first (peft)"
+        )
+        raise UserError(f"{flag} {folder} holds adapters alone (LoRA), no whole model: {advice}")
 
 
 def build_model(saved: Checkpoint, device: torch.device) -> tuple[GPT, Tokenizer]:

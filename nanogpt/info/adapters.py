@@ -8,11 +8,12 @@ import math
 from pathlib import Path
 from typing import Any, cast
 
+from nanogpt.checkpoint.format import ADAPTER_FILE
 from nanogpt.errors import require
 from nanogpt.info.description import Description, count_by_dtype, size_of
 from nanogpt.info.exports import open_safetensors, safetensors_tensors
 from nanogpt.initialize.source import read_json
-from nanogpt.training.adapters import SETTINGS_FILE, WEIGHTS_FILE
+from nanogpt.training.adapters import WEIGHTS_FILE
 
 NAMED_SETTINGS = {
     "r": "rank",
@@ -24,12 +25,12 @@ NAMED_SETTINGS = {
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds adapters."""
-    return (folder / SETTINGS_FILE).is_file()
+    return (folder / ADAPTER_FILE).is_file()
 
 
 def describe_adapter(folder: Path) -> Description:
     """Adapters. Raises: UserError if a file is missing or malformed."""
-    settings = read_json(folder / SETTINGS_FILE)
+    settings = read_json(folder / ADAPTER_FILE)
     require((folder / WEIGHTS_FILE).is_file(), f"{folder} has no {WEIGHTS_FILE}: the adapters are not in it")
     tensors = safetensors_tensors(folder / WEIGHTS_FILE)
     named = [f"{label} {settings[name]}" for name, label in NAMED_SETTINGS.items() if name in settings]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from nanogpt.checkpoint.format import checkpoint_in, refuse_adapter
 from nanogpt.errors import UserError
 from nanogpt.initialize import hf, litgpt, original, ours
 from nanogpt.initialize.source import Source
@@ -46,9 +47,6 @@ FORMATS = (
 )
 """The formats, in the order in which they are tried."""
 
-RUN_FILES = ("ckpt.pt", "last.pt")
-"""Checkpoints in a run folder, the one to start from first."""
-
 
 def open_source(name: str) -> Source:
     """The model that --init_from names. Raises: UserError if there is none, or it does not fit."""
@@ -56,7 +54,7 @@ def open_source(name: str) -> Source:
     if not path.exists() and hf.is_hub_name(name):
         path = hf.download(name)
     try:
-        path = next((path / file for file in RUN_FILES if (path / file).is_file()), path)
+        path = checkpoint_in(path) or path
         for row in FORMATS:
             if row.matches(path):
                 return row.read(name, path)
@@ -64,5 +62,6 @@ def open_source(name: str) -> Source:
         raise UserError(f"--init_from {name} cannot be read: {error.strerror}") from error
     if not path.exists():
         raise UserError(f"--init_from {name} does not exist: check the path")
+    refuse_adapter("--init_from", path)
     known = ", ".join(row.title for row in FORMATS[:-1])
     raise UserError(f"--init_from {name} is none of {known} (or it is damaged)")

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanogpt.checkpoint.format import Checkpoint
+from nanogpt.checkpoint.format import ADAPTER_FILE, Checkpoint
 from nanogpt.config import GPTConfig
 from nanogpt.files import atomic_write, make_folder
 from nanogpt.foreign_names import GPT2, QWEN3, Names, foreign_names
 from nanogpt.model.lora import A, B, alpha_of
 
-SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
 """What peft puts before the name of a layer."""
@@ -51,7 +51,7 @@ def save_adapters(folder: Path, saved: Checkpoint) -> bool:
     make_folder(folder)
     with atomic_write(folder / WEIGHTS_FILE) as file:
         file.write(save(tensors, {"format": "pt"}))
-    with atomic_write(folder / SETTINGS_FILE) as file:
+    with atomic_write(folder / ADAPTER_FILE) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
     return True
 
