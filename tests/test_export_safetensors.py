@@ -56,10 +56,10 @@ def test_the_tokenizer_is_in_the_file_twice(name: str, tmp_path: Path) -> None:
 
 
 def test_the_recipe_and_the_loss_are_in_the_file_but_no_folders(tmp_path: Path) -> None:
-    saved = checkpoint(data_dir="/home/somebody/letters", seed=7)
+    saved = checkpoint(data_dir="/home/somebody/letters", init_from="/home/somebody/base", seed=7)
     export(Source("small", saved, LETTERS), "safetensors", tmp_path / "model.safetensors")
     _, metadata = read(tmp_path / "model.safetensors")
-    assert metadata["training"]["seed"] == 7
+    assert (metadata["training"]["seed"], metadata["training"]["init_from"]) == (7, "MODEL")
     assert (metadata["step"], metadata["val_loss"], metadata["version"]) == (12, 2.5, 1)
     assert b"somebody" not in (tmp_path / "model.safetensors").read_bytes()
 

@@ -194,6 +194,14 @@ def test_an_export_is_described_as_its_checkpoint(name: str, tmp_path: Path, cap
     assert "has no checksums" in refusal(capsys, path, "--verify")
 
 
+def test_an_export_differs_in_no_name_that_it_leaves_out(tmp_path: Path, capsys) -> None:
+    model = source(init_from="/home/somebody/base", data_dir="/home/somebody/data")
+    save_checkpoint(tmp_path / "ckpt.pt", model.saved)
+    export(model, "safetensors", tmp_path / "m.safetensors")
+    found = as_json(capsys, "--diff", tmp_path / "ckpt.pt", tmp_path / "m.safetensors")
+    assert found["settings"]["training"] == {}
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("hf", "f32"), ("safetensors", "f32"), ("safetensors", "bf16")])
 def test_the_weights_of_an_export_are_compared_with_the_checkpoint(
     name: str, dtype: str, tmp_path: Path, capsys

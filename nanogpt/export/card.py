@@ -7,7 +7,7 @@ The form: https://huggingface.co/docs/hub/model-cards.
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, cast
 
 from nanogpt import __version__
@@ -25,9 +25,6 @@ tags:
 - nanogpt
 ---
 """
-
-UNNAMED = "MODEL"
-"""What stands in the recipe for the model that a fine-tuning started from: its name may be a folder."""
 
 MAX_EVALUATIONS = 20
 """Rows of the table of losses."""
@@ -132,14 +129,12 @@ def data(source: Source) -> list[str]:
 
 def recipe(source: Source) -> list[str]:
     """How it was trained: the settings that differ from NanoGPT's defaults, as a command."""
-    config, progress = source.saved.train_config, source.saved.progress
+    config, progress = source.train_config, source.saved.progress
     seen = source.step * config.batch_size * config.block_size
     epochs = "" if source.data is None else f", {seen / max(1, len(source.data.train)):.1f} epochs"
     elapsed = progress.get("elapsed_s")
     time = f" in {duration(elapsed)}" if elapsed else ""
     precision = source.saved.precision
-    if config.init_from is not None:
-        config = replace(config, init_from=UNNAMED)
     average = ["", "The weights are an average (EMA) over the last updates."] if source.saved.average else []
     return [
         f"{plural(source.step, 'update')} of {config.batch_size} times {config.block_size} tokens, {seen:,} "

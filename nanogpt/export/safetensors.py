@@ -41,9 +41,11 @@ def metadata(source: Source) -> dict[str, object]:
     """What the file says beside the weights.
 
     config: GPTConfig. tokenizer: Tokenizer.to_dict. tokenizer.json: the same tokenizer for Hugging Face's
-    tokenizers. training: TrainConfig without the names of folders. val_loss: None if it was not evaluated.
+    tokenizers. training: TrainConfig without the names of folders and of the model that it started from.
+    val_loss: None if it was not evaluated.
     """
-    training = {k: v for k, v in source.saved.config.items() if k not in ("data_dir", "out_dir")}
+    settings = to_dict(source.train_config).items()
+    training = {name: value for name, value in settings if name not in ("data_dir", "out_dir")}
     return {
         "version": VERSION,
         "config": to_dict(source.config),

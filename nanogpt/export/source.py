@@ -6,20 +6,23 @@ Example:    source = Source("shakespeare", load_checkpoint(path), tokenizer)
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanogpt.checkpoint.format import Checkpoint
-from nanogpt.config import GPTConfig
+from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.dataset import Dataset
 from nanogpt.errors import require
 from nanogpt.tokenizer.base import Tokenizer
 
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Values of --dtype that PyTorch has."""
+
+UNNAMED = "MODEL"
+"""What an export calls the model that a fine-tuning started from: its name may be a folder."""
 
 Advance = Callable[[int], None]
 """Called with the number of weights exported since the last call."""
@@ -51,6 +54,12 @@ class Source:
     def config(self) -> GPTConfig:
         """The architecture."""
         return self.saved.model_config
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The settings of the training, with UNNAMED for the model that it started from."""
+        config = self.saved.train_config
+        return config if config.init_from is None else replace(config, init_from=UNNAMED)
 
     @property
     def weights(self) -> dict[str, Tensor]:

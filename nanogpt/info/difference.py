@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS
 from nanogpt.config import to_dict
+from nanogpt.export.source import UNNAMED
 from nanogpt.info.description import Description, TokenizerFacts, Weights, finite
 
 PIECE = 1 << 22
@@ -97,7 +98,10 @@ def compare(a: Description, b: Description, advance: Callable[[int], object] = i
 
 
 def sections(one: Description) -> dict[str, dict[str, Any]]:
-    """The settings of a description by section. A setting of the architecture is none of the training."""
+    """The settings of a description by section. A setting of the architecture is none of the training.
+
+    A name that an export leaves out is not compared.
+    """
     training = to_dict(one.training) if one.training else {}
     return {
         "architecture": dict(one.config),
@@ -106,7 +110,7 @@ def sections(one: Description) -> dict[str, dict[str, Any]]:
         "training": {
             name: value
             for name, value in training.items()
-            if name not in one.config and name not in PER_COMMAND_SETTINGS
+            if name not in one.config and name not in PER_COMMAND_SETTINGS and value != UNNAMED
         },
         "progress": {name: value for name, value in one.progress.items() if name not in SECONDS},
     }
