@@ -44,6 +44,40 @@ From here on: quoted.
 >From there: quoted too.
 """
 
+FLOWED = b"""\
+From: anna@example.org
+Content-Type: text/plain; charset=utf-8; format=flowed
+
+Each line \r
+goes on \r
+here.\r
+\r
+ >not a quote, \r
+ From is a word.\r
+> Quoted \r
+> text \r
+>> of another \r
+>> depth\r
+>\r
+and after it\r
+-- \r
+Anna\r
+"""
+
+FLOWED_TEXT = """\
+From: anna@example.org
+
+Each line goes on here.
+
+>not a quote, From is a word.
+> Quoted text\x20
+>> of another depth
+>
+and after it
+--\x20
+Anna
+"""
+
 ALTERNATIVE = b"""\
 From: ben@example.org
 Subject: two kinds
@@ -137,6 +171,16 @@ def test_a_mail_in_a_file_of_its_own(tmp_path):
     for name, raw, text in zip(("1.eml", "2.eml", "3.eml"), (PLAIN, ALTERNATIVE, HTML), TEXTS, strict=True):
         (tmp_path / name).write_bytes(raw)
         assert documents_in(tmp_path / name) == [text]
+
+
+def test_flowed_text_is_unwrapped(tmp_path):
+    (tmp_path / "a.eml").write_bytes(FLOWED)
+    assert documents_in(tmp_path / "a.eml") == [FLOWED_TEXT]
+    syllables = b"Content-Type: text/plain; format=Flowed; DelSp=YES\n\nsyl \nla \nbles  \nthere"
+    (tmp_path / "a.eml").write_bytes(b"From: a@b.c\n" + syllables)
+    assert documents_in(tmp_path / "a.eml") == ["From: a@b.c\n\nsyllables there\n"]
+    (tmp_path / "a.eml").write_bytes(FLOWED.replace(b"flowed", b"fixed"))
+    assert "goes on \nhere." in documents_in(tmp_path / "a.eml")[0]
 
 
 def test_a_maildir_is_read_with_its_subfolders_and_without_its_index(tmp_path):

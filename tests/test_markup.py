@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from reading import documents_in, refusal, zipped
 
-from nanogpt.text import compressed, encoding, markup
+from nanogpt.text import compressed, encoding, markup, word_lists
 from nanogpt.text.documents import SkipReport
 
 PAGE = """\
@@ -235,6 +235,90 @@ def test_a_word_file(tmp_path):
     path.write_bytes(zipped(WORD_FILE.items()))
     text = "Title & more\nin\tfield\nline\n\na\tb\nc\nd\n\nlink\nbox\nA note."
     assert documents_in(path) == [text]
+
+
+def listed(text, number=None, level=0, style=None):
+    """A paragraph of a list: by its number, by its style, or both."""
+    name = "" if style is None else f'<w:pStyle w:val="{style}"/>'
+    of = "" if number is None else f'<w:numPr><w:ilvl w:val="{level}"/><w:numId w:val="{number}"/></w:numPr>'
+    return (
+        f"<w:p><w:pPr>{name}{of}<w:pPrChange><w:pPr/></w:pPrChange></w:pPr>{run(text) if text else ''}</w:p>"
+    )
+
+
+def level_of(number, form, text, start=1):
+    """A level in numbering.xml."""
+    return (
+        f'<w:lvl w:ilvl="{number}"><w:start w:val="{start}"/><w:numFmt w:val="{form}"/>'
+        f'<w:lvlText w:val="{text}"/></w:lvl>'
+    )
+
+
+NUMBERING = (
+    f"<w:numbering {WORD_NAMES}>"
+    '<w:abstractNum w:abstractNumId="0">'
+    + level_of(0, "decimal", "%1.")
+    + level_of(1, "lowerLetter", "%2)")
+    + level_of(2, "decimalZero", "%1.%2.%3")
+    + '</w:abstractNum><w:abstractNum w:abstractNumId="1">'
+    + level_of(0, "bullet", "\uf0b7")
+    + '</w:abstractNum><w:abstractNum w:abstractNumId="2">'
+    + level_of(0, "upperRoman", "Part %1:", start=9)
+    + level_of(1, "none", "%2")
+    + "</w:abstractNum>"
+    + "".join(
+        f'<w:num w:numId="{number}"><w:abstractNumId w:val="{of}"/>{more}</w:num>'
+        for number, of, more in (
+            (1, 0, ""),
+            (2, 1, ""),
+            (3, 2, ""),
+            (4, 0, '<w:lvlOverride w:ilvl="0"><w:startOverride w:val="5"/></w:lvlOverride>'),
+        )
+    )
+    + "</w:numbering>"
+)
+
+STYLES = (
+    f'<w:styles {WORD_NAMES}><w:style w:styleId="Dots"><w:pPr><w:numPr><w:numId w:val="2"/></w:numPr></w:pPr>'
+    '</w:style><w:style w:styleId="Small"><w:basedOn w:val="Dots"/></w:style></w:styles>'
+)
+
+
+def test_the_lists_of_a_word_file(tmp_path):
+    """Bullets and numbers are no text in the file: they follow from the lists."""
+    paragraphs = [
+        *(listed("one", 1), listed("sub", 1, 1), listed("sub", 1, 1), listed("deep", 1, 2), listed("two", 1)),
+        *(listed("sub", 1, 1), listed("", 1), paragraph(run("plain")), listed("four", 1)),
+        *(listed("dot", style="Dots"), listed("dot", style="Small"), listed("no dot", 0, style="Small")),
+        *(listed("nine", 3), listed("bare", 3, 1), listed("ten", 3), listed("on", 4), listed("on", 4)),
+        *(listed("still", 1), listed("unknown", 77), listed("no style", style="None")),
+    ]
+    document = f"<w:document {WORD_NAMES}><w:body>{''.join(paragraphs)}</w:body></w:document>"
+    package = WORD_FILE | {"word/numbering.xml": NUMBERING, "word/styles.xml": STYLES}
+    del package["word/footnotes.xml"]
+    (tmp_path / "a.docx").write_bytes(zipped((package | {"word/document2.xml": document}).items()))
+    (text,) = documents_in(tmp_path / "a.docx")
+    assert text.splitlines() == [
+        *("1. one", "a) sub", "b) sub", "1.b.1 deep", "2. two", "a) sub", "plain", "4. four"),
+        *("- dot", "- dot", "no dot", "Part IX: nine", "bare", "Part X: ten", "5. on", "6. on", "7. still"),
+        *("unknown", "no style"),
+    ]
+
+
+def test_the_numbers_of_lists_are_bounded(tmp_path):
+    """Numbers in letters and a marker can be made as long as one likes."""
+    forms = {"lowerLetter": ["z", "aa", "123456"], "upperRoman": ["XXVI", "XXVII", "123456"]}
+    for form, expected in forms.items():
+        assert [word_lists.written(number, form) for number in (26, 27, 123456)] == expected
+    lists = word_lists.WordLists()
+    for tag, values in (
+        ("abstractNum", {"abstractNumId": "0"}),
+        *(("lvl", {"ilvl": "0"}), ("start", {"val": "9" * 5000}), ("lvlText", {"val": "%1" * 10_000})),
+        *(("num", {"numId": "1"}), ("abstractNumId", {"val": "0"})),
+    ):
+        lists.start(tag, values)
+    assert lists.marker({"numId": "1"}) == "1" * 16 + " "
+    assert lists.marker({"numId": "1", "ilvl": "\u00b2"}) == "2" * 16 + " "
 
 
 def test_a_hostile_package_is_refused(tmp_path, monkeypatch):

@@ -18,8 +18,9 @@ from zipfile import ZipFile
 from nanogpt.errors import require
 from nanogpt.text.compressed import refuse_bomb
 from nanogpt.text.documents import Chunk, split_into_chunks
-from nanogpt.text.markup import PlainText, decode_html, html_text, parse_xml
+from nanogpt.text.markup import PlainText, decode_html, html_text, local, parse_xml
 from nanogpt.text.records import BEGINNING_BYTES, Source, in_blocks, seekable_copy
+from nanogpt.text.word_lists import WordLists
 
 CONTAINER, ENCRYPTION, RELATIONS = "META-INF/container.xml", "META-INF/encryption.xml", "_rels/.rels"
 
@@ -36,6 +37,9 @@ HTML_TAGS = {
 """Elements of WordprocessingML as HTML. A template is left out: there the text stands a second time."""
 
 SYMBOLS = {"tab": "\t", "noBreakHyphen": "-"}
+
+LIST_PROPERTIES = ("pStyle", "numId", "ilvl")
+"""Elements that say which list a paragraph belongs to."""
 
 
 class Package:
@@ -115,20 +119,31 @@ def chapters(package: Package) -> list[str]:
 
 
 def read_docx(source: Source) -> Iterator[Chunk]:
-    """The text of a Word file as one document: a line for a paragraph, notes last, no deletions."""
+    """The text of a Word file as one document: a line for a paragraph, notes last, no deletions.
+
+    A paragraph of a list has its bullet or its number before it.
+    """
     with open_package(source) as package:
         relations = package.elements(RELATIONS)
         mains = [values for _, values in relations if values.get("Type", "").endswith("/officeDocument")]
         require(bool(mains) and "Target" in mains[0], "has no text: it is no Word file")
         main = mains[0]["Target"].lstrip("/")
-        notes = [posixpath.join(posixpath.dirname(main), f"{kind}notes.xml") for kind in ("foot", "end")]
-        parts = [main, *(name for name in notes if name in package.names)]
-        yield from split_into_chunks(in_blocks(word_text(package, parts)))
+        lists, others = WordLists(), dict[str, str]()
+        for kind in ("numbering", "styles", "footnotes", "endnotes"):
+            name = posixpath.join(posixpath.dirname(main), f"{kind}.xml")
+            if name in package.names:
+                others[kind] = name
+        for kind in ("numbering", "styles"):
+            if kind in others:
+                with package.open(others.pop(kind)) as file:
+                    for _ in parse_xml(file, lists.start):
+                        pass
+        yield from split_into_chunks(in_blocks(word_text(package, [main, *others.values()], lists)))
 
 
-def word_text(package: Package, parts: list[str]) -> Iterator[str]:
+def word_text(package: Package, parts: list[str], lists: WordLists) -> Iterator[str]:
     """The text of the parts of a Word file."""
-    text = WordText()
+    text = WordText(lists)
     for part in parts:
         with package.open(part) as file:
             for _ in parse_xml(file, text.start, text.end, text.data):
@@ -138,15 +153,24 @@ def word_text(package: Package, parts: list[str]) -> Iterator[str]:
 class WordText:
     """The text of WordprocessingML, from a stream of tags, by way of the HTML that they stand for."""
 
-    def __init__(self) -> None:
-        self.plain = PlainText()
+    def __init__(self, lists: WordLists) -> None:
+        self.lists, self.plain = lists, PlainText()
         self.plain.preformatted = 1
-        self.in_text = self.in_tab_stops = False
+        self.in_text = self.in_tab_stops = self.in_old_properties = False
+        self.properties: dict[str, str] = {}
+        """The style and the list of the paragraph."""
 
-    def start(self, tag: str, _: dict[str, str]) -> None:
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
         """An element begins."""
         self.in_text = tag == "t"
         self.in_tab_stops |= tag == "tabs"
+        self.in_old_properties |= tag == "pPrChange"
+        if tag == "p":
+            self.properties, self.plain.bullet = {}, ""
+        elif tag in LIST_PROPERTIES and not self.in_old_properties:
+            self.properties[tag] = next(
+                (value for name, value in attributes.items() if local(name) == "val"), ""
+            )
         if tag in SYMBOLS and not self.in_tab_stops:
             self.plain.data(SYMBOLS[tag])
         elif tag in HTML_TAGS:
@@ -156,6 +180,9 @@ class WordText:
         """An element ends."""
         self.in_text = False
         self.in_tab_stops &= tag != "tabs"
+        self.in_old_properties &= tag != "pPrChange"
+        if tag == "pPr" and not self.in_old_properties and not self.plain.left_out:
+            self.plain.bullet = self.lists.marker(self.properties)
         if tag in HTML_TAGS:
             self.plain.end(HTML_TAGS[tag])
 

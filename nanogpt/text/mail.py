@@ -50,6 +50,9 @@ NAMED_FIELDS = re.compile(
 MAIL_FOLDERS = ("cur", "new")
 """Folders of a Maildir that hold a mail in each file."""
 
+SIGNATURE = "-- "
+"""The line above a signature."""
+
 OTHER_ENCODINGS = ("utf-8", "cp1252")
 """Encodings that are tried for a text that is not in the one it names."""
 
@@ -201,7 +204,28 @@ def part_text(part: "Message[Any, Any]", kind: str) -> str:
     if kind == "text/html" and part.get_content_charset() is None:
         return "".join(html_text(decode_html(BytesIO(raw), raw)))
     text = decode_part(raw, named)
-    return "".join(html_text([text])) if kind == "text/html" else text
+    if kind == "text/html":
+        return "".join(html_text([text]))
+    parameters = {name: str(part.get_param(name, "")).lower() for name in ("format", "delsp")}
+    return unwrapped(text, parameters["delsp"] == "yes") if parameters["format"] == "flowed" else text
+
+
+def unwrapped(text: str, delete_space: bool) -> str:
+    """A text of format=flowed (RFC 3676), whose lines go on in the next one where they end with a space.
+
+    delete_space: that space is no part of the text (DelSp=yes). Quotes of each depth flow for themselves.
+    """
+    parts: list[str] = []
+    flows, last_depth = False, 0
+    for line in text.replace("\r\n", "\n").split("\n"):
+        words = line.lstrip(">")
+        depth = len(line) - len(words)
+        words = words.removeprefix(" ")  # which protects a line that begins with a space, > or From
+        if not flows or depth != last_depth or words == SIGNATURE:
+            parts += ["\n" * bool(parts), ">" * depth + " " * bool(depth and words)]
+        flows, last_depth = words.endswith(" ") and words != SIGNATURE, depth
+        parts.append(words[:-1] if flows and delete_space else words)
+    return "".join(parts)
 
 
 def decode_part(raw: bytes, named: str) -> str:

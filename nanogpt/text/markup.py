@@ -96,6 +96,9 @@ LINE_BREAKS: dict[str, int] = {
 
 SPACES = re.compile(r"[ \t\r\n\f]+")
 
+BULLET = "- "
+"""What stands before the text of a list item."""
+
 SOFT_HYPHEN = "\xad"
 """Where a word may be hyphenated. It is invisible."""
 
@@ -181,7 +184,7 @@ class PlainText:
         """Whether the parser has been fed."""
         self.parts: list[str] = []
         self.some_text = False
-        self.line_ends, self.tab, self.space, self.bullet = 0, False, False, False
+        self.line_ends, self.tab, self.space, self.bullet = 0, False, False, ""
         """What stands before the next text."""
         self.left_out, self.preformatted, self.pre_begins = 0, 0, False
         self.row_begun = self.cell_begins = False
@@ -201,7 +204,8 @@ class PlainText:
         self.separate(tag)
         self.preformatted += tag == "pre"
         self.pre_begins = tag == "pre"
-        self.bullet = tag == "li" or (self.bullet and tag not in ("ul", "ol"))
+        if tag in ("li", "ul", "ol"):
+            self.bullet = BULLET if tag == "li" else ""
         if tag == "br":
             self.line_ends = min(2, self.line_ends + 1)
         elif tag in ("td", "th"):
@@ -248,9 +252,9 @@ class PlainText:
         if not text:
             return
         before = "\n" * self.line_ends or ("\t" if self.tab else " " * self.space)
-        self.parts.append((before if self.some_text else "") + "- " * self.bullet + text)
+        self.parts.append((before if self.some_text else "") + self.bullet + text)
         self.some_text = self.row_begun = True
-        self.line_ends, self.tab, self.space, self.bullet, self.cell_begins = 0, False, False, False, False
+        self.line_ends, self.tab, self.space, self.bullet, self.cell_begins = 0, False, False, "", False
 
     def close(self) -> None:
         """The end of the document."""
