@@ -16,10 +16,9 @@ from torch import Tensor
 
 from nanogpt.config import GPTConfig, TrainConfig, to_dict
 from nanogpt.console import plural
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, first_line
 from nanogpt.export.card import recipe_command
 from nanogpt.export.source import Evaluation
-from nanogpt.initialize.source import first_line
 from nanogpt.model.size import meta_model
 from nanogpt.tokenizer.base import Tokenizer
 

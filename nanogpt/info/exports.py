@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanogpt.config import GPTConfig, TrainConfig, from_dict
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.info.description import (
     Description,
     TokenizerFacts,
@@ -25,7 +25,7 @@ from nanogpt.info.description import (
 )
 from nanogpt.info.gguf_header import TensorFacts, read_header
 from nanogpt.initialize.ours import KEY, metadata, read_safetensors_file
-from nanogpt.initialize.source import first_line, read_json
+from nanogpt.initialize.source import read_json
 from nanogpt.tokenizer.registry import from_file
 
 MAX_HEADER_BYTES = 1 << 28

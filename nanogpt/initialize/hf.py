@@ -15,14 +15,13 @@ from torch import Tensor
 
 from nanogpt.config import GPTConfig
 from nanogpt.console import say
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.foreign_names import GPT2, QWEN3, Names
 from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import (
     Need,
     Source,
     count,
-    first_line,
     misfits,
     number,
     own_head_dim,

@@ -12,14 +12,13 @@ from typing import Any, cast
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.foreign_names import LITGPT, LITGPT_GATED
 from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import (
     Need,
     Source,
     count,
-    first_line,
     misfits,
     number,
     own_head_dim,

@@ -13,10 +13,10 @@ from typing import Any, NoReturn, cast
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.foreign_names import GPT2
 from nanogpt.initialize.names import to_our_names
-from nanogpt.initialize.source import Source, count, first_line, read_torch, tensors_in
+from nanogpt.initialize.source import Source, count, read_torch, tensors_in
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 from nanogpt.tokenizer.registry import existing_tokenizer
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nanogpt.checkpoint.format import has_seal, load_checkpoint, open_checkpoint, read_plain
 from nanogpt.config import GPTConfig, from_dict
-from nanogpt.errors import UserError, require
-from nanogpt.initialize.source import Source, first_line, read_safetensors, refuse, to_float32
+from nanogpt.errors import UserError, first_line, require
+from nanogpt.initialize.source import Source, read_safetensors, refuse, to_float32
 from nanogpt.model.size import meta_model
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint.format import read_plain
 from nanogpt.config import SHAPE_FIELDS, GPTConfig
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.model.gpt import default_hidden_dim
 from nanogpt.settings import show_value
 from nanogpt.tokenizer.base import Tokenizer
@@ -151,9 +151,3 @@ def to_float32(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     wrong = [name for name, weight in weights.items() if not weight.is_floating_point()]
     require(not wrong, f"{', '.join(wrong[:1])} is quantized: give the model with its full weights")
     return {name: weight.to(torch.float32) for name, weight in weights.items()}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, shortened."""
-    reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return (reason.splitlines() or [type(error).__name__])[0][:160]

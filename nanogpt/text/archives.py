@@ -23,11 +23,11 @@ from pathlib import Path, PureWindowsPath
 from tarfile import HeaderError, ReadError
 from typing import IO, BinaryIO, cast
 
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.text.compressed import DECOMPRESSORS, BombGuard, CountingReader, refuse_bomb
 from nanogpt.text.documents import Chunk, SkipReport, one_line
 from nanogpt.text.formats import Reader, read_document
-from nanogpt.text.records import Source, first_line, seekable_copy
+from nanogpt.text.records import Source, seekable_copy
 
 TAR_SUFFIXES = (".tgz", ".tbz2", ".txz", ".tzst")
 

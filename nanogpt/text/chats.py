@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from nanogpt.console import plural
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.json_formats import READ_CHARS, as_dict, as_list, decode, json_values
@@ -27,7 +27,6 @@ from nanogpt.text.records import (
     LongLine,
     Source,
     decode_text,
-    first_line,
     in_blocks,
     open_text,
     utf8,

@@ -12,13 +12,13 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+from nanogpt.errors import first_line
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk
 from nanogpt.text.records import (
     Lines,
     LongLine,
     Source,
-    first_line,
     note_byte_order_marks,
     open_text,
     read_record,

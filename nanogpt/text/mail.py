@@ -19,11 +19,11 @@ from pathlib import PureWindowsPath
 from typing import Any, BinaryIO, cast
 
 from nanogpt.console import plural
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.encoding import is_encoding
 from nanogpt.text.markup import decode_html, html_text
-from nanogpt.text.records import Beginning, Source, first_line, utf8
+from nanogpt.text.records import Beginning, Source, utf8
 from nanogpt.text.speakers import clean_name
 
 MAX_MAIL_BYTES = 1 << 26

@@ -9,11 +9,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from nanogpt.errors import UserError, require
+from nanogpt.errors import UserError, first_line, require
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.json_formats import as_dict, as_list
-from nanogpt.text.records import Source, decode_text, first_line, in_blocks
+from nanogpt.text.records import Source, decode_text, in_blocks
 
 TEXT_CELLS = ("markdown", "heading")
 

@@ -378,11 +378,6 @@ def join_names(names: Sequence[str]) -> str:
     return " ".join(", ".join(names).split())[:200]
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def seekable_copy(file: BinaryIO) -> Generator[BinaryIO]:
     """The file itself if it is seekable, else a copy that is."""

@@ -13,14 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nanogpt.console import plural
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, first_line
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk
 from nanogpt.text.records import (
     Lines,
     LongLine,
     Source,
-    first_line,
     join_names,
     missing_library,
     note_byte_order_marks,
