@@ -65,7 +65,7 @@ def read_file(source: Source) -> Iterator[Chunk]:
     Raises: UserError if it is damaged, or not what its suffix says.
     """
     with errors_with_name(source.name):
-        yield from CONTAINERS.get(Path(source.kind).suffix.lower(), read_document)(source)
+        yield from CONTAINERS.get(Path(source.file_name).suffix.lower(), read_document)(source)
 
 
 @contextmanager
@@ -84,13 +84,13 @@ def errors_with_name(name: str) -> Generator[None]:
         raise UserError(f"--input_file {name} is damaged: {first_line(error)}") from error
 
 
-def nested_source(source: Source, file: io.RawIOBase, kind: str) -> Source:
+def nested_source(source: Source, file: io.RawIOBase, file_name: str) -> Source:
     """The source inside a compressed file. Raises: UserError if archives are nested too deep."""
     require(
         source.depth < MAX_DEPTH, f"has archives inside archives, more than {MAX_DEPTH} deep: unpack it first"
     )
     buffered = cast(BinaryIO, io.BufferedReader(file, 1 << 18))
-    return replace(source, file=buffered, kind=kind, depth=source.depth + 1)
+    return replace(source, file=buffered, file_name=file_name, depth=source.depth + 1)
 
 
 def read_member(
@@ -118,9 +118,9 @@ def read_compressed(opener: Callable[[BinaryIO], BinaryIO], source: Source) -> I
     """The documents in a compressed file."""
     counted = CountingReader(source.file, int)
     stream = BombGuard(opener(cast(BinaryIO, io.BufferedReader(counted))), lambda: counted.bytes_read)
-    path = Path(source.kind)
-    kind = path.with_suffix(".tar" if path.suffix.lower() in TAR_SUFFIXES else "")
-    yield from read_file(nested_source(source, stream, str(kind)))
+    path = Path(source.file_name)
+    inside = path.with_suffix(".tar" if path.suffix.lower() in TAR_SUFFIXES else "")
+    yield from read_file(nested_source(source, stream, str(inside)))
 
 
 def read_zip(source: Source) -> Iterator[Chunk]:

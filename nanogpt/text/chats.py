@@ -23,6 +23,7 @@ from nanogpt.text.json_formats import READ_CHARS, as_dict, as_list, decode, json
 from nanogpt.text.options import ReadOptions
 from nanogpt.text.records import (
     Beginning,
+    Certainty,
     Lines,
     LongLine,
     Source,
@@ -142,7 +143,7 @@ def split_name(line: str, bare: str) -> Message:
     return ("", bare) if named is None or text.startswith(MARK) else (named[1], text or named[2])
 
 
-def looks_like_whatsapp(beginning: Beginning) -> str:
+def sniff_whatsapp(beginning: Beginning) -> Certainty:
     """Whether a file begins as a chat: certainly so if its name says WhatsApp. A log can look like one."""
     lines = beginning.text.translate(DIRECTION_MARKS).splitlines()[:40]
     found = sum(STAMP.match(line) is not None for line in lines)
@@ -239,7 +240,7 @@ def telegram_text(text: object) -> str:
     return "".join(part if isinstance(part, str) else str(as_dict(part).get("text") or "") for part in parts)
 
 
-def looks_like_telegram(beginning: Beginning) -> str:
+def sniff_telegram(beginning: Beginning) -> Certainty:
     """Whether a file is an export of Telegram: one chat, or all."""
     text = beginning.text
     one = re.search(
@@ -299,7 +300,7 @@ def full_name(record: dict[str, Any], first: str, last: str) -> str:
     return " ".join(str(part) for part in parts if part)
 
 
-def looks_like_signal(beginning: Beginning) -> str:
+def sniff_signal(beginning: Beginning) -> Certainty:
     """Whether a file is an export of Signal, or of signal-export: its first line shows it."""
     try:
         entry = as_dict(json.loads(beginning.text.lstrip("\ufeff").partition("\n")[0]))
@@ -333,7 +334,7 @@ def discord_messages(source: Source) -> Iterator[Message]:
         yield TAG.sub("", row[author]), row[said]
 
 
-def looks_like_discord(beginning: Beginning) -> str:
+def sniff_discord(beginning: Beginning) -> Certainty:
     """Whether a file is a CSV of DiscordChatExporter: its header shows it."""
     return "certain" if DISCORD_HEADER.match(beginning.text) else "no"
 
@@ -381,6 +382,6 @@ def post_text(text: str, entities: dict[str, Any]) -> str:
     return html.unescape(text).strip()
 
 
-def looks_like_twitter(beginning: Beginning) -> str:
+def sniff_twitter(beginning: Beginning) -> Certainty:
     """Whether a file belongs to a Twitter archive."""
     return "certain" if ARCHIVE_FILE.match(beginning.text) else "no"

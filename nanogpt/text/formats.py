@@ -20,7 +20,7 @@ from nanogpt.text.books import read_docx, read_epub
 from nanogpt.text.documents import AUTO_FORMAT, Chunk
 from nanogpt.text.json_formats import read_json, read_json_lines
 from nanogpt.text.notebooks import read_notebook
-from nanogpt.text.records import Beginning, Source, read_text
+from nanogpt.text.records import Beginning, Certainty, Source, read_text
 from nanogpt.text.tables import read_parquet, read_table
 
 Reader = Callable[[Source], Iterator[Chunk]]
@@ -32,14 +32,14 @@ class Format:
     """A text format.
 
     title: its name in messages, for one that is made into text; "" for plain text and records. read: reads a
-    file. suffixes: of its files, in lower case. recognize: how sure it is, by its beginning, that a file of
-    another suffix or none has this format: "no", "likely" or "certain".
+    file. suffixes: of its files, in lower case. sniff: how sure it is, by its beginning, that a file of
+    another suffix or none has this format.
     """
 
     title: str
     read: Reader
     suffixes: tuple[str, ...] = ()
-    recognize: Callable[[Beginning], str] | None = None
+    sniff: Callable[[Beginning], Certainty] | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -49,23 +49,21 @@ FORMATS: dict[str, Format] = {
     "csv": Format("", partial(read_table, ","), (".csv",)),
     "tsv": Format("", partial(read_table, "\t"), (".tsv",)),
     "parquet": Format("", read_parquet, (".parquet",)),
-    "pdf": Format("PDF", pdf.read_pdf, (".pdf",), pdf.looks_like_pdf),
+    "pdf": Format("PDF", pdf.read_pdf, (".pdf",), pdf.sniff_pdf),
     "epub": Format("an EPUB book", read_epub, (".epub",)),
     "docx": Format("a Word file", read_docx, (".docx",)),
     "notebook": Format("a Jupyter notebook", read_notebook, (".ipynb",)),
-    "mbox": Format("a mailbox (mbox)", mail.read_mbox, (".mbox", ".mbx"), mail.looks_like_mbox),
-    "mail": Format("a mail", mail.read_mail, (".eml",), mail.looks_like_mail),
-    "html": Format("HTML", markup.read_html, (".html", ".htm", ".xhtml"), markup.looks_like_html),
-    "subtitles": Format(
-        "subtitles", subtitles.read_subtitles, (".srt", ".vtt"), subtitles.looks_like_subtitles
-    ),
-    "whatsapp": Format("a WhatsApp chat", chats.read_whatsapp, (), chats.looks_like_whatsapp),
-    "telegram": Format("Telegram chats", chats.read_telegram, (), chats.looks_like_telegram),
-    "signal": Format("Signal chats", chats.read_signal, (), chats.looks_like_signal),
-    "discord": Format("a Discord channel", chats.read_discord, (), chats.looks_like_discord),
-    "twitter": Format("a Twitter archive", chats.read_twitter, (), chats.looks_like_twitter),
+    "mbox": Format("a mailbox (mbox)", mail.read_mbox, (".mbox", ".mbx"), mail.sniff_mbox),
+    "mail": Format("a mail", mail.read_mail, (".eml",), mail.sniff_mail),
+    "html": Format("HTML", markup.read_html, (".html", ".htm", ".xhtml"), markup.sniff_html),
+    "subtitles": Format("subtitles", subtitles.read_subtitles, (".srt", ".vtt"), subtitles.sniff_subtitles),
+    "whatsapp": Format("a WhatsApp chat", chats.read_whatsapp, (), chats.sniff_whatsapp),
+    "telegram": Format("Telegram chats", chats.read_telegram, (), chats.sniff_telegram),
+    "signal": Format("Signal chats", chats.read_signal, (), chats.sniff_signal),
+    "discord": Format("a Discord channel", chats.read_discord, (), chats.sniff_discord),
+    "twitter": Format("a Twitter archive", chats.read_twitter, (), chats.sniff_twitter),
 }
-"""The formats by name. Of several that recognize a file, the first is chosen."""
+"""The formats by name. Of several whose sniffing is certain, the first is chosen."""
 
 FIELD_FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 """Formats of records: with the flag of a field they are read as such, whatever else they look like."""
@@ -104,12 +102,12 @@ def choose_format(source: Source) -> str:
 
     A format that is only likely is not chosen, but it is said how to read the file so.
     """
-    suffix = Path(source.kind).suffix.lower()
+    suffix = Path(source.file_name).suffix.lower()
     usual = next((name for name, row in FORMATS.items() if suffix in row.suffixes), "text")
     if FORMATS[usual].title or (usual in FIELD_FORMATS and source.options.has_fields):
         return usual
-    beginning = Beginning(source.kind, source.beginning().decode("utf-8-sig", "replace"))
-    certainty = {name: row.recognize(beginning) for name, row in FORMATS.items() if row.recognize}
+    beginning = Beginning(source.file_name, source.beginning().decode("utf-8-sig", "replace"))
+    certainty = {name: row.sniff(beginning) for name, row in FORMATS.items() if row.sniff}
     if certain := [name for name, found in certainty.items() if found == "certain"]:
         return certain[0]
     if usual == "text":

@@ -23,7 +23,7 @@ from nanogpt.errors import UserError, first_line, require
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.encoding import is_encoding
 from nanogpt.text.markup import decode_html, html_text
-from nanogpt.text.records import Beginning, Source, utf8
+from nanogpt.text.records import Beginning, Certainty, Source, utf8
 from nanogpt.text.speakers import clean_name
 
 MAX_MAIL_BYTES = 1 << 26
@@ -75,13 +75,13 @@ def read_mail(source: Source) -> Iterator[Chunk]:
     yield from mail_chunks(source, source.name, source.file.read(MAX_MAIL_BYTES))
 
 
-def looks_like_mbox(beginning: Beginning) -> str:
+def sniff_mbox(beginning: Beginning) -> Certainty:
     """Whether a file is an mbox file, whatever its name."""
     first, _, rest = beginning.text.partition("\n")
     return "certain" if first.startswith("From ") and HEADER.match(rest.encode()) else "no"
 
 
-def looks_like_mail(beginning: Beginning) -> str:
+def sniff_mail(beginning: Beginning) -> Certainty:
     """Whether a file is a mail: certainly so in a Maildir, whose files have no suffix."""
     head = re.split(r"\r?\n\r?\n", beginning.text, maxsplit=1)[0]
     names = {match[0].lower() for match in NAMED_FIELDS.finditer(head)}

@@ -18,7 +18,7 @@ from xml.parsers import expat
 from nanogpt.errors import UserError, require
 from nanogpt.text import encoding
 from nanogpt.text.documents import Chunk, split_into_chunks
-from nanogpt.text.records import Beginning, Source, in_blocks, missing_library
+from nanogpt.text.records import Beginning, Certainty, Source, in_blocks, missing_library
 
 READ_BYTES = 1 << 16
 """Bytes of HTML to parse at a time."""
@@ -115,11 +115,13 @@ HTML_START = re.compile(
 def read_html(source: Source) -> Iterator[Chunk]:
     """The text of a page as one document."""
     yield from split_into_chunks(
-        in_blocks(html_text(decode_html(source.file, source.beginning(), source.note, source.options.encoding)))
+        in_blocks(
+            html_text(decode_html(source.file, source.beginning(), source.note, source.options.encoding))
+        )
     )
 
 
-def looks_like_html(beginning: Beginning) -> str:
+def sniff_html(beginning: Beginning) -> Certainty:
     """Whether a file is HTML: only likely in a file whose name has a suffix that means something else."""
     if not HTML_START.match(beginning.text):
         return "no"

@@ -23,7 +23,7 @@ from nanogpt.console import plural
 from nanogpt.errors import UserError, require
 from nanogpt.text.compressed import refuse_bomb
 from nanogpt.text.documents import Chunk, split_into_chunks
-from nanogpt.text.records import SPOOL_BYTES, Beginning, Source, in_blocks, missing_library
+from nanogpt.text.records import SPOOL_BYTES, Beginning, Certainty, Source, in_blocks, missing_library
 
 WORKER = Path(__file__).with_name("pdf_worker.py")
 
@@ -68,7 +68,7 @@ def read_pdf(source: Source) -> Iterator[Chunk]:
     )
 
 
-def looks_like_pdf(beginning: Beginning) -> str:
+def sniff_pdf(beginning: Beginning) -> Certainty:
     """Whether a file is a PDF, whatever its name."""
     return "certain" if beginning.text.startswith("%PDF-") else "no"
 
@@ -96,8 +96,8 @@ def without_running_lines(source: Source) -> Iterator[str]:
 class RunningLines:
     """The headers and footers of pages, page numbers among them. stripped: lines left out so far.
 
-    A line is one if it stands in the same place, counted from the top or from the bottom, on MIN_REPEATS pages
-    and on half of the left pages or half of the right ones. A number in it may grow with the pages. All lines
+    A line is one if it stands in the same place, counted from the top or the bottom, on MIN_REPEATS pages and
+    on half of the left pages or half of the right ones. A number in it may grow with the pages. All lines
     between it and the edge have to be such lines too, and a page of nothing else keeps them.
     """
 
@@ -146,7 +146,7 @@ class RunningLines:
 
 
 def signatures(line: str, page: int) -> set[str]:
-    """What a line has in common with those of other pages: its words, or all but a number that grows with them.
+    """What a line has in common with those of other pages: its words, or all but a growing number.
 
     Any other number has to be the same: the rows of a table differ.
     """
@@ -160,7 +160,7 @@ def signatures(line: str, page: int) -> set[str]:
 
 
 def page_texts(source: Source) -> Iterator[str]:
-    """The text of each page, "" for a damaged one. Raises: UserError if one cannot be read within the limits."""
+    """The text of each page, "" for a damaged one. Raises: UserError if the limits stop one."""
     limits = [str(limit) for limit in (MAX_PAGE_SECONDS, MAX_PAGE_CHARS, MAX_MEMORY)]
     with source.progress.hold_back() as tell, tempfile.TemporaryFile() as copy:  # the worker seeks in it
         shutil.copyfileobj(source.file, copy, 1 << 20)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, Literal, NamedTuple, cast
 
 from nanogpt.console import plural
 from nanogpt.errors import UserError
@@ -103,12 +103,13 @@ class ReadProgress:
 class Source:
     """A file, or a member of an archive.
 
-    name: its name in messages. kind: a name whose suffix is that of its format. depth: of nested archives.
+    name: its name in messages. file_name: a name whose suffix is that of its format. depth: of nested
+    archives.
     """
 
     file: BinaryIO
     name: str
-    kind: str
+    file_name: str
     report: SkipReport
     options: ReadOptions = DEFAULT_OPTIONS
     progress: ReadProgress = field(default_factory=ReadProgress)
@@ -129,6 +130,10 @@ class Source:
         if (rule := rules.rule_for(name, address)) is not None:
             self.report.used_rules.add(rule)
         return rules.rename(name, address)
+
+
+Certainty = Literal["no", "likely", "certain"]
+"""How sure it is, by its beginning, that a file has a format."""
 
 
 class Beginning(NamedTuple):

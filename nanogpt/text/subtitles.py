@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from nanogpt.text.documents import Chunk, split_into_chunks
-from nanogpt.text.records import Beginning, Lines, Source, decode_text, in_blocks
+from nanogpt.text.records import Beginning, Certainty, Lines, Source, decode_text, in_blocks
 
 TIMES = re.compile(r"\s*(?:\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}\s*-->\s*(?:\d+:)?\d{1,2}:\d{2}[.,]\d{1,3}")
 
@@ -31,7 +31,7 @@ def read_subtitles(source: Source) -> Iterator[Chunk]:
     yield from split_into_chunks(in_blocks(f"{line}\n" for line in spoken_lines(source)))
 
 
-def looks_like_subtitles(beginning: Beginning) -> str:
+def sniff_subtitles(beginning: Beginning) -> Certainty:
     """Whether a file begins with the times of a subtitle: likely subtitles, under another name."""
     lines = beginning.text.lstrip("\ufeff\r\n ").splitlines()[:2]
     found = beginning.text.startswith("WEBVTT") or (
