@@ -31,7 +31,7 @@ from rich.table import Table
 from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.device import eager_mode
 from nanogpt.export.registry import export
-from nanogpt.export.source import Source
+from nanogpt.export.source import TrainedModel
 from nanogpt.inference.generate import generate
 from nanogpt.model.quantize import prepare_for_sampling
 from nanogpt.native.step import native_problem
@@ -44,7 +44,7 @@ Sample = Callable[[list[int], int], tuple[list[int], float]]
 def exported(checkpoint: Path, name: str, output: Path) -> Path:
     """Export a checkpoint. Returns the path of the export."""
     saved = load_checkpoint(checkpoint)
-    export(Source(output.stem, saved, from_dict(saved.tokenizer)), name, output, dtype="f32")
+    export(TrainedModel(output.stem, saved, from_dict(saved.tokenizer)), name, output, dtype="f32")
     return output
 
 

@@ -16,7 +16,7 @@ from nanogpt.checkpoint.format import Checkpoint, save_checkpoint
 from nanogpt.config import SHAPE_FIELDS, TrainConfig, model_config, to_dict
 from nanogpt.export.gguf_vocabulary import QWEN2_WORDS
 from nanogpt.export.html import rounded
-from nanogpt.export.source import Source
+from nanogpt.export.source import TrainedModel
 from nanogpt.model.gpt import GPT
 from nanogpt.presets import PRESETS
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
@@ -204,9 +204,9 @@ def trained(text: str, **settings: Any) -> Checkpoint:
     return replace(saved, model={name: weight.detach() for name, weight in model.state_dict().items()})
 
 
-def source(tokenizer: Tokenizer = LETTERS, **settings: Any) -> Source:
+def source(tokenizer: Tokenizer = LETTERS, **settings: Any) -> TrainedModel:
     """The same, to be exported."""
-    return Source("small", checkpoint(tokenizer, **settings), tokenizer)
+    return TrainedModel("small", checkpoint(tokenizer, **settings), tokenizer)
 
 
 def saved(path: Path, tokenizer: Tokenizer = LETTERS, **settings: Any) -> Path:
@@ -215,7 +215,7 @@ def saved(path: Path, tokenizer: Tokenizer = LETTERS, **settings: Any) -> Path:
     return path
 
 
-def as_in_the_page(exported: Source) -> GPT:
+def as_in_the_page(exported: TrainedModel) -> GPT:
     """The model that a page computes: its weights rounded, everything else in float32."""
     model = GPT(exported.config).eval()
     weights = {name: rounded(weight) for name, weight in exported.weights.items()}

@@ -20,7 +20,7 @@ from nanogpt.checkpoint.format import build_model
 from nanogpt.errors import UserError
 from nanogpt.export.gguf_vocabulary import CONTROL, vocabulary
 from nanogpt.export.registry import export
-from nanogpt.export.source import Source
+from nanogpt.export.source import TrainedModel
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import END_OF_TEXT, CharTokenizer, Tokenizer
@@ -185,7 +185,7 @@ def learned(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     torch.set_num_threads(1)
     saved = trained(VERSE * 40, block_size=256, **SHAPES[request.param])
     path = tmp_path_factory.mktemp("export") / "model.gguf"
-    export(Source("verse", saved, CharTokenizer.train(VERSE)), "gguf", path)
+    export(TrainedModel("verse", saved, CharTokenizer.train(VERSE)), "gguf", path)
     with Llama(path) as llama:
         yield request.param, build_model(saved, CPU)[0], llama
 

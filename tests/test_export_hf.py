@@ -18,7 +18,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.export.card import NO_RECIPE, model_card
 from nanogpt.export.hf import FILES
 from nanogpt.export.registry import export
-from nanogpt.export.source import Evaluation, Source
+from nanogpt.export.source import Evaluation, TrainedModel
 from nanogpt.inference.generate import generate
 from nanogpt.tokenizer.base import END_OF_TEXT, CharTokenizer, Tokenizer
 
@@ -131,7 +131,7 @@ def test_the_end_of_text_is_the_same_token(pair: tuple[Tokenizer, Any]) -> None:
 # The model card
 
 
-def card_of(**named: Any) -> tuple[Source, str]:
+def card_of(**named: Any) -> tuple[TrainedModel, str]:
     """A source, and its card."""
     exported = replace(source(max_iters=20, seed=7, log_to=("jsonl", "tensorboard"), bias=False), **named)
     return exported, model_card(exported, "f32")
@@ -162,14 +162,14 @@ def test_the_card_says_what_is_known_and_no_more() -> None:
 
 def test_the_card_names_no_folder_of_the_machine() -> None:
     folders = {name: f"/home/somebody/secret/{name}" for name in ("data_dir", "out_dir", "init_from")}
-    card = model_card(Source("small", checkpoint(**folders), LETTERS), "f32")
+    card = model_card(TrainedModel("small", checkpoint(**folders), LETTERS), "f32")
     assert "somebody" not in card
     assert "secret" not in card
 
 
 def test_a_fine_tuned_model_is_not_said_to_be_trained_from_scratch() -> None:
     scratch, tuned = (
-        model_card(Source("small", checkpoint(init_from=base), LETTERS), "f32")
+        model_card(TrainedModel("small", checkpoint(init_from=base), LETTERS), "f32")
         for base in (None, "runs/base")
     )
     assert "trained from scratch with NanoGPT" in scratch
@@ -188,7 +188,7 @@ def test_a_fine_tuned_model_is_not_said_to_be_trained_from_scratch() -> None:
     ],
 )
 def test_the_loss_is_that_of_the_weights_or_said_to_be_another(progress: dict[str, Any], says: str) -> None:
-    assert says in model_card(Source("small", replace(checkpoint(), progress=progress), LETTERS), "f32")
+    assert says in model_card(TrainedModel("small", replace(checkpoint(), progress=progress), LETTERS), "f32")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError
 from nanogpt.export.html import as_text, packed, rounded
 from nanogpt.export.registry import export
-from nanogpt.export.source import Source
+from nanogpt.export.source import TrainedModel
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import generate
 from nanogpt.inference.inspection import inspect_tokens
@@ -51,7 +51,7 @@ NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="Node is not installed")
 
 
-def page(exported: Source, folder: Path) -> Path:
+def page(exported: TrainedModel, folder: Path) -> Path:
     """The page of a model."""
     path = folder / "model.html"
     export(exported, "html", path, overwrite=path.exists())
@@ -176,7 +176,7 @@ def test_a_trained_model_writes_what_sampling_in_int8_writes(shape: str, tmp_pat
     """
     text = "".join(f"{number} bottles of beer on the wall, take one down. " for number in range(40, 0, -1))
     tokenizer = CharTokenizer.train(text)
-    exported = Source("beer", trained(text, **PRESET_SHAPES[shape] | {"block_size": 256}), tokenizer)
+    exported = TrainedModel("beer", trained(text, **PRESET_SHAPES[shape] | {"block_size": 256}), tokenizer)
     model = as_in_the_page(exported)
     prompt = tokenizer.encode("40 bottles").astype("int64").tolist()
     steps = generate(model, torch.tensor([prompt]), num_tokens=150, temperature=0)
@@ -482,7 +482,7 @@ def test_a_piece_of_several_tokens_shows_them_all_and_a_text_ends_at_its_end(tmp
     const settings = { prompt: "a", numTokens: 9, temperature: 0 };
     return page.all(page.NanoGPT.generate(await page.model(), page.tokenizer(), settings));
     """
-    waiting, piece, end = run(page(Source("small", saved, TOKENIZERS["byte"]), tmp_path), code)
+    waiting, piece, end = run(page(TrainedModel("small", saved, TOKENIZERS["byte"]), tmp_path), code)
     assert (waiting, end) == ({"tokens": 1}, {"tokens": 1, "ended": True})
     assert (piece["text"], piece["tokens"]) == ("\u00e9", 1)
     assert [part["text"] for part in piece["parts"]] == ["\\xC3", "\\xA9"]
@@ -616,7 +616,7 @@ def test_a_page_is_little_more_than_its_weights(tmp_path: Path) -> None:
 def test_a_line_says_what_the_checkpoint_says(progress: dict[str, Any], said: str, tmp_path: Path) -> None:
     saved = checkpoint(data_dir="/home/somebody/letters")
     saved.progress.update(progress)
-    exported = Source("small", saved, LETTERS)
+    exported = TrainedModel("small", saved, LETTERS)
     path = page(exported, tmp_path)
     header = json.loads(Elements(path.read_text("utf-8")).of("script")[1][1])
     assert header["about"].startswith(

@@ -21,7 +21,7 @@ from nanogpt.errors import UserError
 from nanogpt.export import onnx as exporter
 from nanogpt.export.html import rounded
 from nanogpt.export.registry import export
-from nanogpt.export.source import Source
+from nanogpt.export.source import TrainedModel
 from nanogpt.inference.generate import generate
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import Tokenizer
@@ -71,7 +71,7 @@ class Session:
         return tokens
 
 
-def exported(folder: Path, shape: str, **settings: Any) -> tuple[Source, GPT]:
+def exported(folder: Path, shape: str, **settings: Any) -> tuple[TrainedModel, GPT]:
     """A model that is exported to a folder; its source and itself."""
     made = source(**EVERY_SHAPE[shape] | {"block_size": CONTEXT} | settings)
     export(made, "onnx", folder)

@@ -12,7 +12,7 @@ from exported import LETTERS, REFUSED, SHAPES, TOKENIZERS, checkpoint, source
 from nanogpt.checkpoint.format import build_model
 from nanogpt.config import GPTConfig, from_dict
 from nanogpt.export.registry import export
-from nanogpt.export.source import Source
+from nanogpt.export.source import TrainedModel
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
@@ -57,7 +57,7 @@ def test_the_tokenizer_is_in_the_file_twice(name: str, tmp_path: Path) -> None:
 
 def test_the_recipe_and_the_loss_are_in_the_file_but_no_folders(tmp_path: Path) -> None:
     saved = checkpoint(data_dir="/home/somebody/letters", init_from="/home/somebody/base", seed=7)
-    export(Source("small", saved, LETTERS), "safetensors", tmp_path / "model.safetensors")
+    export(TrainedModel("small", saved, LETTERS), "safetensors", tmp_path / "model.safetensors")
     _, metadata = read(tmp_path / "model.safetensors")
     assert (metadata["training"]["seed"], metadata["training"]["init_from"]) == (7, "MODEL")
     assert (metadata["step"], metadata["val_loss"], metadata["version"]) == (12, 2.5, 1)

@@ -15,7 +15,7 @@ from nanogpt.device import explain_out_of_memory
 from nanogpt.errors import require
 from nanogpt.export.config import ExportConfig
 from nanogpt.export.registry import FORMATS, check_fits, check_request, default_dtype, export
-from nanogpt.export.source import Source
+from nanogpt.export.source import TrainedModel
 from nanogpt.info.curve import evaluations
 from nanogpt.tokenizer.registry import from_dict
 
@@ -30,7 +30,7 @@ def main(config: ExportConfig) -> int:
     path = find_checkpoint(Path(config.checkpoint), action="Exporting")
     with explain_out_of_memory():
         saved = replace(load_checkpoint(path), optimizers=[])  # most of its size
-        source = Source(
+        source = TrainedModel(
             escape_control_characters(output.name.removesuffix(FORMATS[config.format].suffix)),
             saved,
             from_dict(saved.tokenizer),

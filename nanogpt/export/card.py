@@ -14,7 +14,7 @@ from nanogpt import __version__
 from nanogpt.config import TrainConfig
 from nanogpt.console import duration, plural
 from nanogpt.export.families import closest_family
-from nanogpt.export.source import Evaluation, Source
+from nanogpt.export.source import Evaluation, TrainedModel
 from nanogpt.tokenizer.base import END_OF_TEXT, CharTokenizer
 
 FRONT_MATTER = """\
@@ -33,7 +33,7 @@ NO_RECIPE = ("preset", "data_dir", "out_dir", "resume", "overwrite", "minutes", 
 """Settings that are not part of the recipe: names, folders, the machine, and what chose the others."""
 
 
-def model_card(source: Source, dtype: str) -> str:
+def model_card(source: TrainedModel, dtype: str) -> str:
     """The whole card, in Markdown."""
     sections = {
         f"# {source.name}": introduction(source),
@@ -48,7 +48,7 @@ def model_card(source: Source, dtype: str) -> str:
     return "\n\n".join([FRONT_MATTER.rstrip(), *parts]) + "\n"
 
 
-def introduction(source: Source) -> list[str]:
+def introduction(source: TrainedModel) -> list[str]:
     """What it is, and what the card does not know."""
     is_tuned = source.saved.train_config.init_from is not None
     origin = "fine-tuned from another model" if is_tuned else "trained from scratch"
@@ -63,7 +63,7 @@ def introduction(source: Source) -> list[str]:
     ]
 
 
-def usage(source: Source) -> list[str]:
+def usage(source: TrainedModel) -> list[str]:
     """Python that continues a text."""
     newline_is_known = not source.tokenizer.unknown_characters("\n")
     prompt = "\n" if newline_is_known else source.tokenizer.decode([0])
@@ -82,7 +82,7 @@ def usage(source: Source) -> list[str]:
     ]
 
 
-def shape(source: Source, dtype: str) -> list[str]:
+def shape(source: TrainedModel, dtype: str) -> list[str]:
     """The architecture."""
     config = source.config
     rows = {
@@ -104,7 +104,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def data(source: Source) -> list[str]:
+def data(source: TrainedModel) -> list[str]:
     """What is known of the text."""
     tokenizer, known = source.tokenizer, source.data
     what = {
@@ -127,7 +127,7 @@ def data(source: Source) -> list[str]:
     ]
 
 
-def recipe(source: Source) -> list[str]:
+def recipe(source: TrainedModel) -> list[str]:
     """How it was trained: the settings that differ from NanoGPT's defaults, as a command."""
     config, progress = source.train_config, source.saved.progress
     seen = source.step * config.batch_size * config.block_size
@@ -169,7 +169,7 @@ def words_of(config: TrainConfig, name: str) -> list[str]:
     )
 
 
-def losses(source: Source) -> list[str]:
+def losses(source: TrainedModel) -> list[str]:
     """The validation loss, and its curve if it is known."""
     config = source.saved.train_config
     if source.val_loss is None:
@@ -204,7 +204,7 @@ def spread(curve: Sequence[Evaluation]) -> list[Evaluation]:
     return [curve[i] for i in sorted(chosen | {best})]
 
 
-def limits(source: Source) -> list[str]:
+def limits(source: TrainedModel) -> list[str]:
     """What it cannot do."""
     config, tokenizer = source.saved.train_config, source.tokenizer
     lines = [

@@ -16,7 +16,7 @@ from nanogpt import __version__
 from nanogpt.config import GPTConfig
 from nanogpt.export import gguf_vocabulary
 from nanogpt.export.families import closest_family, pieces
-from nanogpt.export.source import Advance, Source, to_dtype
+from nanogpt.export.source import Advance, TrainedModel, to_dtype
 from nanogpt.model.gpt import default_hidden_dim
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 """Value of --dtype -> general.file_type."""
 
 
-def misfits(source: Source) -> list[str]:
+def misfits(source: TrainedModel) -> list[str]:
     """What of a model llama.cpp cannot express."""
     flags = closest_family(source.config).misfits(source.config)
     return flags + gguf_vocabulary.misfits(source.tokenizer)
 
 
-def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
+def write(source: TrainedModel, path: Path, dtype: str, advance: Advance) -> None:
     """Write the file. Raises: OSError; UserError if the weights are too large for the dtype."""
     import gguf
 
@@ -85,7 +85,7 @@ def type_of(name: str, tensor: Tensor, dtype: str) -> str:
     return "f16" if dtype == "q8_0" and tensor.shape[-1] % BLOCK else dtype
 
 
-def write_header(writer: "GGUFWriter", source: Source, dtype: str) -> None:
+def write_header(writer: "GGUFWriter", source: TrainedModel, dtype: str) -> None:
     """What the file says of every model."""
     config = source.config
     writer.add_name(source.name)
@@ -99,7 +99,7 @@ def write_header(writer: "GGUFWriter", source: Source, dtype: str) -> None:
     writer.add_head_count_kv(config.n_kv_head or config.n_head)
 
 
-def describe(source: Source) -> str:
+def describe(source: TrainedModel) -> str:
     """The model in a line or two."""
     loss = "" if source.val_loss is None else f", best validation loss {source.val_loss:.4f} nats a token"
     gelu = (

@@ -16,7 +16,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.export.card import model_card
 from nanogpt.export.families import closest_family, pieces
 from nanogpt.export.safetensors import write_tensors
-from nanogpt.export.source import Advance, Source, to_dtype
+from nanogpt.export.source import Advance, TrainedModel, to_dtype
 from nanogpt.export.tokenizer_json import tokenizer_config, tokenizer_json
 from nanogpt.model.gpt import default_hidden_dim
 
@@ -28,12 +28,12 @@ CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 """Layers that transformers' GPT-2 keeps transposed, (in, out)."""
 
 
-def misfits(source: Source) -> list[str]:
+def misfits(source: TrainedModel) -> list[str]:
     """What of a model transformers cannot express."""
     return closest_family(source.config).misfits(source.config)
 
 
-def write(source: Source, folder: Path, dtype: str, advance: Advance) -> None:
+def write(source: TrainedModel, folder: Path, dtype: str, advance: Advance) -> None:
     """Write the folder. Raises: OSError; UserError if the weights are too large for the dtype."""
     folder.mkdir()
     family = closest_family(source.config)

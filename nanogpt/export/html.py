@@ -22,7 +22,7 @@ from torch import Tensor
 from nanogpt.config import to_dict
 from nanogpt.console import plural
 from nanogpt.export import gguf_vocabulary
-from nanogpt.export.source import Advance, Source
+from nanogpt.export.source import Advance, TrainedModel
 from nanogpt.model.quantize import quantize_rows
 from nanogpt.page.assemble import assemble
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
@@ -54,12 +54,12 @@ POLICY = (
 """Nothing may be fetched or sent, and no code may run but ours (Content Security Policy)."""
 
 
-def misfits(source: Source) -> list[str]:
+def misfits(source: TrainedModel) -> list[str]:
     """What of a model the page cannot express: some tokenizers."""
     return gguf_vocabulary.misfits(source.tokenizer)
 
 
-def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
+def write(source: TrainedModel, path: Path, dtype: str, advance: Advance) -> None:
     """Write the page. Raises: OSError."""
     del dtype  # 8 bits are all that there is
     weights = packed(source, advance)
@@ -87,7 +87,7 @@ def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
     path.write_bytes(page.encode())
 
 
-def packed(source: Source, advance: Advance) -> bytes:
+def packed(source: TrainedModel, advance: Advance) -> bytes:
     """The weights as the page reads them (readTensors in engine.js), little-endian.
 
     All vectors, float32; the scales of all matrices, the upper half of a float32 each; all matrices, int8.
@@ -128,7 +128,7 @@ def rounded(weight: Tensor) -> Tensor:
     return integers.float() * scale.float()[:, None]
 
 
-def describe(source: Source) -> str:
+def describe(source: TrainedModel) -> str:
     """The model in a line or two: what the checkpoint says, and how long its text is, if that is known."""
     tokens = f"{len(source.data.train):,} " if source.data is not None else ""
     kind = {"char": "characters", "byte": "bytes", "bpe": "pieces of words (BPE)"}[source.tokenizer.kind]

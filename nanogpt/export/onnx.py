@@ -13,7 +13,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import require
 from nanogpt.export.families import closest_family
 from nanogpt.export.hf import CONFIGS, write_json
-from nanogpt.export.source import Advance, Source
+from nanogpt.export.source import Advance, TrainedModel
 from nanogpt.export.tokenizer_json import tokenizer_config, tokenizer_json
 
 FILES = (
@@ -27,13 +27,13 @@ MAX_BYTES = 2_000_000_000
 """The most weights in a file, which is a message of Protocol Buffers and ends at 2^31 bytes."""
 
 
-def misfits(source: Source) -> list[str]:
+def misfits(source: TrainedModel) -> list[str]:
     """What of a model the format cannot carry: nothing."""
     del source
     return []
 
 
-def write(source: Source, folder: Path, dtype: str, advance: Advance) -> None:
+def write(source: TrainedModel, folder: Path, dtype: str, advance: Advance) -> None:
     """Write the folder. Raises: OSError; UserError if the weights are too large for the dtype or a file."""
     from nanogpt.export.onnx_graph import GPTGraph, cache_layers
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanogpt.errors import UserError, require
 from nanogpt.export import gguf, hf, html, onnx, safetensors
-from nanogpt.export.source import Advance, Source
+from nanogpt.export.source import Advance, TrainedModel
 from nanogpt.files import atomic_output
 from nanogpt.settings import join_choices
 
@@ -21,8 +21,8 @@ from nanogpt.settings import join_choices
 class Format:
     """An export format."""
 
-    write: Callable[[Source, Path, str, Advance], None]
-    misfits: Callable[[Source], list[str]]
+    write: Callable[[TrainedModel, Path, str, Advance], None]
+    misfits: Callable[[TrainedModel], list[str]]
     """What of a model the format cannot carry, in words or flags."""
     dtypes: tuple[str, ...]
     """Values of --dtype; the first is its default."""
@@ -61,7 +61,7 @@ FORMATS = {
 
 
 def export(
-    source: Source,
+    source: TrainedModel,
     name: str,
     output: Path,
     *,
@@ -138,7 +138,7 @@ def check_output(chosen: Format, output: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_fits(source: Source, name: str) -> None:
+def check_fits(source: TrainedModel, name: str) -> None:
     """Raise UserError, naming the formats that can, if a format cannot carry a model."""
     if misfits := FORMATS[name].misfits(source):
         able = [other for other, row in FORMATS.items() if not row.misfits(source)]

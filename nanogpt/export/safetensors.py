@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nanogpt.config import to_dict
-from nanogpt.export.source import Advance, Source, to_dtype
+from nanogpt.export.source import Advance, TrainedModel, to_dtype
 from nanogpt.export.tokenizer_json import tokenizer_json
 
 KEY, VERSION = "nanogpt", 1
@@ -22,13 +22,13 @@ MARK = (8, b'{"__metadata__":{"nanogpt":')
 """What a file begins with, after the length of its header."""
 
 
-def misfits(source: Source) -> list[str]:
+def misfits(source: TrainedModel) -> list[str]:
     """What of a model the format cannot carry: nothing."""
     del source
     return []
 
 
-def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
+def write(source: TrainedModel, path: Path, dtype: str, advance: Advance) -> None:
     """Write the file. Raises: OSError; UserError if the weights are too large for the dtype."""
     tensors: dict[str, Tensor] = {}
     for name, weight in source.weights.items():
@@ -37,7 +37,7 @@ def write(source: Source, path: Path, dtype: str, advance: Advance) -> None:
     write_tensors(tensors, path, {KEY: json.dumps(metadata(source))})
 
 
-def metadata(source: Source) -> dict[str, object]:
+def metadata(source: TrainedModel) -> dict[str, object]:
     """What the file says beside the weights.
 
     config: GPTConfig. tokenizer: Tokenizer.to_dict. tokenizer.json: the same tokenizer for Hugging Face's

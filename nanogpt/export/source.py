@@ -1,6 +1,6 @@
 """What an exporter gets: the checkpoint, its tokenizer, the curve of its run; and weights in another dtype.
 
-Example:    source = Source("shakespeare", load_checkpoint(path), tokenizer)
+Example:    source = TrainedModel("shakespeare", load_checkpoint(path), tokenizer)
             for name, weight in source.weights.items(): to_dtype(name, weight, "f16")
 """
 
@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedModel:
     """A model to export."""
 
     name: str

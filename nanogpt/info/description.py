@@ -22,7 +22,7 @@ from nanogpt.export.source import Evaluation
 from nanogpt.model.size import meta_model
 from nanogpt.tokenizer.base import Tokenizer
 
-Advance = Callable[[int], object]
+VerifyProgress = Callable[[int], object]
 """Called with the number of bytes that were compared with a checksum since the last call."""
 
 

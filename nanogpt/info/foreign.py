@@ -25,7 +25,7 @@ from nanogpt.info.description import (
 from nanogpt.info.exports import safetensors_tensors
 from nanogpt.initialize import original
 from nanogpt.initialize.registry import FORMATS, Format
-from nanogpt.initialize.source import Source, read_torch
+from nanogpt.initialize.source import PretrainedModel, read_torch
 
 SHOWN_SETTINGS = ("dataset", "max_iters", "batch_size", "learning_rate")
 """Settings of a training with nanoGPT that a description shows."""
@@ -66,7 +66,7 @@ def describe_foreign(path: Path) -> Description:
     )
 
 
-def open_tokenizer(source: Source) -> tuple[TokenizerFacts | None, dict[str, str]]:
+def open_tokenizer(source: PretrainedModel) -> tuple[TokenizerFacts | None, dict[str, str]]:
     """The tokenizer, and a note if there is none. GPT-2's is not here and is not downloaded."""
     if source.prepare_with == "gpt2":
         return TokenizerFacts("gpt2", source.num_tokens or source.config.vocab_size), {}
@@ -76,7 +76,7 @@ def open_tokenizer(source: Source) -> tuple[TokenizerFacts | None, dict[str, str
         return None, {"Tokenizer": str(error)}
 
 
-def open_weights(source: Source) -> Weights:
+def open_weights(source: PretrainedModel) -> Weights:
     """The weights under our names, converted to float32 in memory. Raises: UserError if they do not fit."""
     weights = source.weights()
     return Weights(list(weights), weights.__getitem__)

@@ -32,8 +32,8 @@ from nanogpt.data.swap import VOCAB_FILE
 from nanogpt.errors import UserError
 from nanogpt.info.curve import evaluations
 from nanogpt.info.description import (
-    Advance,
     Description,
+    VerifyProgress,
     Weights,
     bytes_of,
     shape_facts,
@@ -47,7 +47,7 @@ from nanogpt.tokenizer.registry import from_dict
 # --- checkpoints ---
 
 
-def describe_checkpoint(path: Path, advance: Advance | None) -> Description:
+def describe_checkpoint(path: Path, advance: VerifyProgress | None) -> Description:
     """A checkpoint.
 
     advance: compare all of it with its checksums, and tell how far that is; None: compare nothing.
@@ -154,7 +154,7 @@ def is_run(folder: Path) -> bool:
     return folder.is_dir() and (is_checkpoint(run.best) or is_checkpoint(run.last))
 
 
-def describe_run(folder: Path, advance: Advance | None) -> Description:
+def describe_run(folder: Path, advance: VerifyProgress | None) -> Description:
     """A run: its best checkpoint, or the newest if there is no best one, and how far it is.
 
     advance: as for describe_checkpoint. One of two checkpoints may be damaged: the other is described.
@@ -217,7 +217,7 @@ def is_data(folder: Path) -> bool:
     return (folder / VOCAB_FILE).is_file()
 
 
-def describe_data(folder: Path, advance: Advance | None) -> Description:
+def describe_data(folder: Path, advance: VerifyProgress | None) -> Description:
     """A data folder, in the words of `data info`.
 
     advance: as for describe_checkpoint.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from nanogpt.data.swap import VOCAB_FILE
 from nanogpt.errors import UserError, require
 from nanogpt.info import adapters, exports, foreign, ours
-from nanogpt.info.description import Advance, Description
+from nanogpt.info.description import Description, VerifyProgress
 from nanogpt.info.gguf_header import is_gguf
 from nanogpt.initialize.ours import is_checkpoint, is_safetensors
 
@@ -21,12 +21,14 @@ class Kind(NamedTuple):
 
     title: str
     matches: Callable[[Path], bool]
-    describe: Callable[[Path, Advance | None], Description]
+    describe: Callable[[Path, VerifyProgress | None], Description]
     """Describes a path, and verifies its checksums unless `advance` is None. Raises: UserError if damaged."""
     has_checksum: bool = False
 
 
-def without_checksum(read: Callable[[Path], Description]) -> Callable[[Path, Advance | None], Description]:
+def without_checksum(
+    read: Callable[[Path], Description],
+) -> Callable[[Path, VerifyProgress | None], Description]:
     """A reader of a format that has no checksums, as a row has it."""
     return lambda path, advance: read(path)
 
@@ -49,7 +51,7 @@ KINDS = (
 """Every kind, in the order in which they are tried."""
 
 
-def describe(path: Path, *, verified: bool = False, advance: Advance = int) -> Description:
+def describe(path: Path, *, verified: bool = False, advance: VerifyProgress = int) -> Description:
     """Describe a file or folder without reading weights.
 
     verified: compare all of it with its checksums.

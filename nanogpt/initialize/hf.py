@@ -20,7 +20,7 @@ from nanogpt.foreign_names import GPT2, QWEN3, Names
 from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import (
     Need,
-    Source,
+    PretrainedModel,
     count,
     misfits,
     number,
@@ -88,7 +88,7 @@ def matches(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def read(name: str, folder: Path) -> Source:
+def read(name: str, folder: Path) -> PretrainedModel:
     """The model in a folder. Raises: UserError that lists what does not fit."""
     content = read_json(folder / "config.json")
     kind = content.get("model_type")
@@ -114,7 +114,7 @@ def read(name: str, folder: Path) -> Source:
         return from_file(path)
 
     weight_files(folder)  # that they are there is seen before anything is made
-    return Source(name, "transformers", config, weights, tokenizer, str(path))
+    return PretrainedModel(name, "transformers", config, weights, tokenizer, str(path))
 
 
 def rope_settings(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nanogpt.foreign_names import LITGPT, LITGPT_GATED
 from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import (
     Need,
-    Source,
+    PretrainedModel,
     count,
     misfits,
     number,
@@ -73,7 +73,7 @@ def matches(folder: Path) -> bool:
     return (folder / WEIGHTS).is_file() and (folder / SETTINGS).is_file()
 
 
-def read(name: str, folder: Path) -> Source:
+def read(name: str, folder: Path) -> PretrainedModel:
     """The model in a folder. Raises: UserError that lists what does not fit."""
     content = read_settings(folder / SETTINGS)
     refuse(name, [*misfits(content, NEEDS), *other_problems(content)])
@@ -94,7 +94,7 @@ def read(name: str, folder: Path) -> Source:
         require(path.is_file(), f"--init_from {name} has no tokenizer.json: copy that of the model there")
         return from_file(path)
 
-    return Source(name, "litgpt", config, weights, tokenizer, str(path))
+    return PretrainedModel(name, "litgpt", config, weights, tokenizer, str(path))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError, first_line, require
 from nanogpt.foreign_names import GPT2
 from nanogpt.initialize.names import to_our_names
-from nanogpt.initialize.source import Source, count, read_torch, tensors_in
+from nanogpt.initialize.source import PretrainedModel, count, read_torch, tensors_in
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 from nanogpt.tokenizer.registry import existing_tokenizer
 
@@ -39,7 +39,7 @@ def matches(path: Path) -> bool:
     return isinstance(content, dict) and {"model", "model_args"} <= cast(dict[Any, Any], content).keys()
 
 
-def read(name: str, path: Path) -> Source:
+def read(name: str, path: Path) -> PretrainedModel:
     """The model in a checkpoint. Raises: UserError that lists what does not fit."""
     content: Mapping[str, Any] = read_torch(path)
     tensors = bare_names(tensors_in(content["model"], path))
@@ -74,7 +74,7 @@ def read(name: str, path: Path) -> Source:
         return found
 
     prepare_with, tokens = ("char", None) if meta else ("gpt2", GPT2_TOKENS)
-    return Source(name, "nanoGPT", config, weights, tokenizer, prepare_with, tokens)
+    return PretrainedModel(name, "nanoGPT", config, weights, tokenizer, prepare_with, tokens)
 
 
 def bare_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanogpt.checkpoint.format import has_seal, load_checkpoint, open_checkpoint, read_plain
 from nanogpt.config import GPTConfig, from_dict
 from nanogpt.errors import UserError, first_line, require
-from nanogpt.initialize.source import Source, read_safetensors, refuse, to_float32
+from nanogpt.initialize.source import PretrainedModel, read_safetensors, refuse, to_float32
 from nanogpt.model.size import meta_model
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
 
@@ -36,7 +36,7 @@ def is_checkpoint(path: Path) -> bool:
     return named.get("format") == 1 and {"model", "fingerprint"} <= named.keys()
 
 
-def read_checkpoint(name: str, path: Path) -> Source:
+def read_checkpoint(name: str, path: Path) -> PretrainedModel:
     """The model in a checkpoint. Raises: UserError if it is damaged."""
     try:
         saved = open_checkpoint(path)
@@ -50,7 +50,7 @@ def read_checkpoint(name: str, path: Path) -> Source:
 
     described = saved.tokenizer
     tokenizer = lambda: tokenizer_from_dict(described)  # noqa: E731
-    return Source(name, "NanoGPT", config, weights, tokenizer, str(path))
+    return PretrainedModel(name, "NanoGPT", config, weights, tokenizer, str(path))
 
 
 def without_tied_head(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def read_safetensors_file(name: str, path: Path) -> Source:
+def read_safetensors_file(name: str, path: Path) -> PretrainedModel:
     """The model in an exported safetensors file. Raises: UserError."""
     try:
         described: dict[str, Any] = json.loads(metadata(path)[KEY])
@@ -92,7 +92,7 @@ def read_safetensors_file(name: str, path: Path) -> Source:
         """The weights."""
         return checked(read_safetensors(path), config, name)
 
-    return Source(name, "NanoGPT", config, weights, lambda: tokenizer, str(path))
+    return PretrainedModel(name, "NanoGPT", config, weights, lambda: tokenizer, str(path))
 
 
 def checked(tensors: dict[str, Tensor], config: GPTConfig, name: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 from nanogpt.checkpoint.format import checkpoint_in, refuse_adapter
 from nanogpt.errors import UserError
 from nanogpt.initialize import hf, litgpt, original, ours
-from nanogpt.initialize.source import Source
+from nanogpt.initialize.source import PretrainedModel
 
 
 class Format(NamedTuple):
@@ -20,7 +20,7 @@ class Format(NamedTuple):
     title: str
     matches: Callable[[Path], bool]
     """Whether a file or folder is of this format."""
-    read: Callable[[str, Path], Source]
+    read: Callable[[str, Path], PretrainedModel]
     """The model, by what --init_from says and where it is. Raises: UserError."""
 
 
@@ -48,7 +48,7 @@ FORMATS = (
 """The formats, in the order in which they are tried."""
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str) -> PretrainedModel:
     """The model that --init_from names. Raises: UserError if there is none, or it does not fit."""
     path = Path(name)
     if not path.exists() and hf.is_hub_name(name):

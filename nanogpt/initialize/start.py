@@ -17,7 +17,7 @@ from nanogpt.config import SHAPE_FIELDS, Architecture, TrainConfig
 from nanogpt.console import command, say
 from nanogpt.errors import UserError, require
 from nanogpt.initialize.registry import open_source
-from nanogpt.initialize.source import Source
+from nanogpt.initialize.source import PretrainedModel
 from nanogpt.model.gpt import ACTIVATIONS, default_hidden_dim
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 from nanogpt.tokenizer.registry import PROBE
@@ -53,7 +53,7 @@ def first_weights(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Tensor
     return weights
 
 
-def check_shape(config: TrainConfig, source: Source) -> None:
+def check_shape(config: TrainConfig, source: PretrainedModel) -> None:
     """Check that a training has the source's architecture. Raises: UserError naming the first difference."""
     for name in SHAPE_FIELDS:
         given, found = value_of(config, name), value_of(source.config, name)
@@ -85,7 +85,7 @@ def value_of(config: Architecture, name: str) -> Any:
 # --- the vocabulary ---
 
 
-def match_tokens(source: Source, tokenizer: Tokenizer, data_dir: str) -> list[int | None]:
+def match_tokens(source: PretrainedModel, tokenizer: Tokenizer, data_dir: str) -> list[int | None]:
     """The row of the source for each token of the data, (V,); None for a new character.
 
     Raises: UserError if the data has other tokens.
@@ -132,7 +132,7 @@ def is_characters(tokenizer: Tokenizer) -> bool:
 
 
 def report_characters(
-    source: Source, theirs: Tokenizer, tokenizer: Tokenizer, rows: Sequence[int | None]
+    source: PretrainedModel, theirs: Tokenizer, tokenizer: Tokenizer, rows: Sequence[int | None]
 ) -> None:
     """Say which characters are new, and which of the source's the data does not have."""
     new = [token for token, row in zip(tokenizer.tokens, rows, strict=True) if row is None]
