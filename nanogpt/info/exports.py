@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from torch import Tensor
+
 from nanogpt.config import GPTConfig, TrainConfig, from_dict
 from nanogpt.errors import UserError, first_line, require
 from nanogpt.info.description import (
@@ -108,16 +110,26 @@ def progress_in(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_safetensors(path: Path) -> Weights:
-    """The weights of a safetensors file. Raises: UserError if they cannot be read."""
+    """The weights of a safetensors file, which is open only while one is read.
+
+    Raises: UserError if they cannot be read.
+    """
     try:
         from safetensors import safe_open
-
-        opened: Any = cast(Any, safe_open)(path, "pt").__enter__()
     except ModuleNotFoundError as error:
         raise UserError(f"{path} needs the package safetensors: pip install nanogpt[export]") from error
+
+    def read(name: str) -> Tensor:
+        """A weight."""
+        with cast(Any, safe_open)(path, "pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        with cast(Any, safe_open)(path, "pt") as file:
+            names = list(file.keys())
     except Exception as error:  # the library raises a class of its own
         raise UserError(f"{path} holds no weights that can be read: {first_line(error)}") from error
-    return Weights(list(opened.keys()), opened.get_tensor)
+    return Weights(names, read)
 
 
 # --- GGUF ---

@@ -53,15 +53,15 @@ def describe_foreign(path: Path) -> Description:
     assert row is not None
     source = row.read(str(path), file)
     tokenizer, notes = open_tokenizer(source)
+    content: Mapping[str, Any] = read_torch(file) if row.read is original.read else {}
     return Description(
         path,
         row.title,
-        sizes=sizes_of(file),
         **shape_facts(source.config),
-        dtypes=dtypes_of(file),
+        **(checkpoint_facts(content, size_of(file)) if content else folder_facts(file)),
         tokenizer=tokenizer,
-        progress=progress_of(file) if row.read is original.read else {},
-        notes=notes | (settings_of(file) if row.read is original.read else {}),
+        progress=progress_of(content),
+        notes=notes | settings_of(content),
         weights=lambda: open_weights(source),
     )
 
@@ -82,14 +82,25 @@ def open_weights(source: PretrainedModel) -> Weights:
     return Weights(list(weights), weights.__getitem__)
 
 
-def sizes_of(path: Path) -> dict[str, int]:
-    """Bytes of weights and of the rest, in a folder or a checkpoint of nanoGPT."""
-    if path.is_dir():
-        return {file.name: size_of(file) for file in sorted(path.iterdir())}
-    content: Mapping[str, Any] = read_torch(path)
-    parts = {"weights": content["model"], "optimizer": content.get("optimizer")}
-    sizes = {name: bytes_of(tensors_within(part)) for name, part in parts.items()}
-    return {**sizes, "rest": size_of(path) - sum(sizes.values())}
+def folder_facts(folder: Path) -> dict[str, Any]:
+    """Bytes of each file in a folder, and dtypes as far as the headers of the files say them."""
+    files = sorted(folder.iterdir())
+    tensors = [safetensors_tensors(file).values() for file in files if file.suffix == ".safetensors"]
+    return {
+        "sizes": {file.name: size_of(file) for file in files},
+        "dtypes": count_by_dtype([tensor for found in tensors for tensor in found]),
+    }
+
+
+def checkpoint_facts(content: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Bytes of the parts of a checkpoint of nanoGPT, and its dtypes. size: of the whole file, in bytes."""
+    weights = tensors_within(content["model"])
+    sizes = {"weights": bytes_of(weights), "optimizer": bytes_of(tensors_within(content.get("optimizer")))}
+    dtypes = ((str(one.dtype).removeprefix("torch."), tuple(one.shape)) for one in weights)
+    return {
+        "sizes": {**sizes, "rest": size - sum(sizes.values())},
+        "dtypes": count_by_dtype(dtypes),
+    }
 
 
 def tensors_within(value: Any) -> list[Tensor]:
@@ -103,27 +114,16 @@ def tensors_within(value: Any) -> list[Tensor]:
     return []
 
 
-def dtypes_of(path: Path) -> dict[str, int]:
-    """Dtype -> number of weights that have it, where the headers of the files say so."""
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        return count_by_dtype([tensor for file in files for tensor in safetensors_tensors(file).values()])
-    tensors = tensors_within(read_torch(path)["model"])
-    return count_by_dtype((str(one.dtype).removeprefix("torch."), tuple(one.shape)) for one in tensors)
-
-
-def progress_of(path: Path) -> dict[str, Any]:
+def progress_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """How far a training with nanoGPT was."""
-    content: Mapping[str, Any] = read_torch(path)
     step, loss = content.get("iter_num"), content.get("best_val_loss")
     loss = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else loss
     found: dict[str, Any] = {"step": step} if isinstance(step, int) else {}
     return {**found, "best_val_loss": float(loss)} if isinstance(loss, int | float) else found
 
 
-def settings_of(path: Path) -> dict[str, str]:
+def settings_of(content: Mapping[str, Any]) -> dict[str, str]:
     """The settings of a training with nanoGPT, as a note."""
-    content: Mapping[str, Any] = read_torch(path)
     settings = content.get("config")
     if not isinstance(settings, dict):
         return {}
