@@ -8,6 +8,8 @@ side keeps several matrices that are one of ours (query, key and value; gate and
 import re
 from collections.abc import Mapping
 
+from nanogpt.config import GPTConfig
+
 Names = Mapping[str, tuple[str, ...]]
 """Layer of ours -> the layers that it is elsewhere, in the order of its rows."""
 
@@ -85,6 +87,14 @@ LITGPT_GATED: Names = {
     "blocks.{}.mlp.fc": ("transformer.h.{}.mlp.fc_1", "transformer.h.{}.mlp.fc_2"),
 }
 """litgpt, with an MLP of two matrices or of three."""
+
+
+def piece_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
+    """Rows of each matrix elsewhere: queries, keys and values, if there are three of them; else all equal."""
+    if count != 3:
+        return [rows // count] * count
+    keys = (config.n_kv_head or config.n_head) * config.head_width
+    return [config.n_head * config.head_width, keys, keys]
 
 
 def foreign_names(names: Names, ours: str) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanogpt.config import GPTConfig
 from nanogpt.foreign_names import GPT2 as GPT2_NAMES
-from nanogpt.foreign_names import GPT2_GGUF, QWEN3_GGUF, Names, foreign_names
+from nanogpt.foreign_names import GPT2_GGUF, QWEN3_GGUF, Names, foreign_names, piece_sizes
 from nanogpt.foreign_names import QWEN3 as QWEN3_NAMES
 
 
@@ -123,11 +123,3 @@ def pieces_of(name: str, tensor: Tensor, family: Family, config: GPTConfig) -> I
     hf, gguf = foreign_names(family.hf, name), foreign_names(family.gguf, name)
     cut = torch.split(tensor, piece_sizes(config, len(tensor), len(hf)))
     yield from map(Piece, hf, gguf, cut)
-
-
-def piece_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
-    """Rows of each piece: queries, keys and values, if there are three of them; else all equal."""
-    if count != 3:
-        return [rows // count] * count
-    keys = (config.n_kv_head or config.n_head) * config.head_width
-    return [config.n_head * config.head_width, keys, keys]

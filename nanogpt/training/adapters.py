@@ -15,7 +15,7 @@ from torch import Tensor
 from nanogpt.checkpoint.format import ADAPTER_FILE, Checkpoint
 from nanogpt.config import GPTConfig
 from nanogpt.files import atomic_write, make_folder
-from nanogpt.foreign_names import GPT2, QWEN3, Names, foreign_names
+from nanogpt.foreign_names import GPT2, QWEN3, Names, foreign_names, piece_sizes
 from nanogpt.model.lora import A, B, alpha_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -81,20 +81,12 @@ def peft_tensors(names: Names, saved: Checkpoint) -> dict[str, Tensor]:
             continue
         parts = foreign_names(names, f"{layer}.weight")
         b = weights[f"{layer}.{B}"]
-        sizes = part_sizes(config, len(b), len(parts))
+        sizes = piece_sizes(config, len(b), len(parts))
         for part, rows in zip(parts, torch.split(b, sizes), strict=True):
             module = prefix + part.removesuffix(".weight")
             found[f"{module}.lora_A.weight"] = a.detach().clone()  # tensors in one file share no memory
             found[f"{module}.lora_B.weight"] = rows.detach().clone()
     return found
-
-
-def part_sizes(config: GPTConfig, rows: int, count: int) -> list[int]:
-    """Rows of each part of a layer: queries, keys and values if there are three, else equal shares."""
-    if count != 3:
-        return [rows // count] * count
-    keys = (config.n_kv_head or config.n_head) * config.head_width
-    return [config.n_head * config.head_width, keys, keys]
 
 
 def target(name: str) -> str:
