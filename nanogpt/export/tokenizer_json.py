@@ -11,9 +11,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
-from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer, ForeignTokenizer, added_tokens, spell
+from nanogpt.tokenizer.bpe import (
+    CHAR_OF,
+    WORDS,
+    BPETokenizer,
+    ForeignTokenizer,
+    added_tokens,
+    byte_level,
+    spell,
+)
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BYTE_LEVEL = WORDS | {"use_regex": False}
 """Writes each byte as a visible character, and splits nothing."""
 
 EACH_CHARACTER = {
@@ -78,13 +86,13 @@ def char_json(tokenizer: CharTokenizer) -> dict[str, Any]:
     """
     vocabulary = {spell(tokenizer.tokens[i]): i for i in range(len(tokenizer.chars))}
     words = {"type": "Sequence", "pretokenizers": [EACH_CHARACTER, BYTE_LEVEL]}
-    return byte_level(vocabulary, words, ignore_merges=True)
+    return byte_level(vocabulary, [], pre_tokenizer=words, decoder=BYTE_LEVEL, ignore_merges=True)
 
 
 def byte_json(tokenizer: ByteTokenizer) -> dict[str, Any]:
     """Each byte is a token."""
     vocabulary = {CHAR_OF[i]: i for i in range(tokenizer.vocab_size) if i != tokenizer.end_of_text}
-    return byte_level(vocabulary, BYTE_LEVEL)
+    return byte_level(vocabulary, [], pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL)
 
 
 def own_json(tokenizer: BPETokenizer | ForeignTokenizer) -> dict[str, Any]:
@@ -99,31 +107,3 @@ MAKERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "tokenizer.json": own_json,
 }
 """Kind of tokenizer -> a function that describes it."""
-
-
-def byte_level(
-    vocabulary: Mapping[str, int], pre_tokenizer: Mapping[str, Any], *, ignore_merges: bool = False
-) -> dict[str, Any]:
-    """A tokenizer.json without merges. ignore_merges: a word that is a token need not be merged."""
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": ignore_merges,
-            "vocab": vocabulary,
-            "merges": [],
-        },
-    }

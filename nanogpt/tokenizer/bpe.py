@@ -44,6 +44,14 @@ CHAR_OF = {
 
 BYTE_OF = {char: byte for byte, char in CHAR_OF.items()}
 
+WORDS: dict[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+"""The part of a tokenizer.json that splits a text by GPT-2's rule for words."""
+
 
 class BPETokenizer(Tokenizer):
     """Byte-pair encoding as a tokenizer.json describes it, in gigatoken.
@@ -222,32 +230,45 @@ def byte_level_json(merges: Iterable[tuple[bytes, bytes]], alphabet: Iterable[in
     for left, right in spelled:
         vocabulary.setdefault(left + right, len(vocabulary))
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": len(vocabulary), "content": END_OF_TEXT, **added}],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": vocabulary,
-                "merges": spelled,
-            },
+    described = byte_level(vocabulary, spelled, pre_tokenizer=WORDS, decoder=WORDS)
+    described["added_tokens"].append({"id": len(vocabulary), "content": END_OF_TEXT, **added})
+    return json.dumps(described, ensure_ascii=False)
+
+
+def byte_level(
+    vocabulary: Mapping[str, int],
+    merges: Sequence[tuple[str, str]],
+    *,
+    pre_tokenizer: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """The content of a tokenizer.json of a byte-level BPE, without added tokens.
+
+    pre_tokenizer: how a text is split into words. ignore_merges: a word that is a token need not be merged.
+    """
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocabulary,
+            "merges": merges,
         },
-        ensure_ascii=False,
-    )
+    }
 
 
 def gpt2_tokenizer(vocab_bpe: str) -> BPETokenizer:
