@@ -24,12 +24,12 @@ from nanogpt.initialize.source import (
     count,
     misfits,
     number,
-    own_head_dim,
     own_width,
     read_json,
     read_safetensors,
     read_torch,
     refuse,
+    rope_config,
     tensors_in,
 )
 from nanogpt.tokenizer.base import Tokenizer
@@ -196,19 +196,17 @@ def gpt2_problems(content: Mapping[str, Any]) -> list[str]:
 def qwen3_config(content: Mapping[str, Any]) -> GPTConfig:
     """Qwen3."""
     width, heads = count(content, "hidden_size"), count(content, "num_attention_heads")
-    kv_heads = count(content, "num_key_value_heads", heads)
-    return GPTConfig(
+    return rope_config(
         block_size=count(content, "max_position_embeddings"),
         n_layer=count(content, "num_hidden_layers"),
         n_head=heads,
-        n_kv_head=None if kv_heads == heads else kv_heads,
-        head_dim=own_head_dim(count(content, "head_dim", 128), width, heads),
+        n_kv_head=count(content, "num_key_value_heads", heads),
+        head_width=count(content, "head_dim", 128),
         n_embd=width,
         norm="rmsnorm",
-        positions="rope",
         rope_base=number(content, "rope_theta", 10_000.0),
         mlp="swiglu",
-        mlp_width=own_width(count(content, "intermediate_size"), width, gated=True),
+        mlp_width=count(content, "intermediate_size"),
         bias=False,
         qk_norm=True,
         tied=bool(content.get("tie_word_embeddings", False)),

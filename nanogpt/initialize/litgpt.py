@@ -21,10 +21,9 @@ from nanogpt.initialize.source import (
     count,
     misfits,
     number,
-    own_head_dim,
-    own_width,
     read_torch,
     refuse,
+    rope_config,
     tensors_in,
 )
 from nanogpt.tokenizer.base import Tokenizer
@@ -127,23 +126,20 @@ def other_problems(content: Mapping[str, Any]) -> list[str]:
 def config_of(content: Mapping[str, Any]) -> GPTConfig:
     """The architecture. The head is never tied: litgpt keeps two matrices."""
     width, heads = count(content, "n_embd"), count(content, "n_head")
-    groups = count(content, "n_query_groups", heads)
     gated = content.get("mlp_class_name") == "LLaMAMLP"
-    hidden = count(content, "intermediate_size", 4 * width)
     exact = content.get("gelu_approximate", "none") == "none"
     rows, multiple = count(content, "vocab_size"), count(content, "padding_multiple", 512)
-    return GPTConfig(
+    return rope_config(
         block_size=count(content, "block_size"),
         n_layer=count(content, "n_layer"),
         n_head=heads,
-        n_kv_head=None if groups == heads else groups,
-        head_dim=own_head_dim(count(content, "head_size", width // heads), width, heads),
+        n_kv_head=count(content, "n_query_groups", heads),
+        head_width=count(content, "head_size", width // heads),
         n_embd=width,
         norm="rmsnorm" if content.get("norm_class_name") == "RMSNorm" else "layernorm",
-        positions="rope",
         rope_base=number(content, "rope_base", 10_000),
         mlp="swiglu" if gated else "gelu" if exact else "gelu_tanh",
-        mlp_width=own_width(hidden, width, gated=gated),
+        mlp_width=count(content, "intermediate_size", 4 * width),
         bias=bool(content.get("bias", True)),
         qk_norm=bool(content.get("norm_qk", False)),
         tied=False,

@@ -1,8 +1,8 @@
 """A trained model to start from: its architecture, its tokenizer, its weights under our names.
 
 Example:    source = open_source("gpt2"); source.settings; source.weights()      # initialize/registry.py
-A reader of a format makes a PretrainedModel from what a file says about itself. The weights are read when they are
-asked for. What of a model has no counterpart here is refused, all of it in one message (`refuse`).
+A reader of a format makes a PretrainedModel from what a file says about itself. The weights are read when
+they are asked for. What of a model has no counterpart here is refused, all of it in one message (`refuse`).
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.checkpoint.format import read_plain
-from nanogpt.config import SHAPE_FIELDS, GPTConfig
+from nanogpt.config import SHAPE_FIELDS, GPTConfig, MLPKind
 from nanogpt.errors import UserError, first_line, require
 from nanogpt.model.gpt import default_hidden_dim
 from nanogpt.settings import show_value
@@ -95,9 +95,23 @@ def number(content: Mapping[str, Any], name: str, default: float) -> float:
     return float(cast(float, value))
 
 
-def own_head_dim(width: int, n_embd: int, n_head: int) -> int | None:
-    """The value of head_dim for heads of this width; None for the default."""
-    return None if width * n_head == n_embd else width
+def rope_config(
+    *, n_embd: int, n_head: int, n_kv_head: int, head_width: int, mlp_width: int, mlp: MLPKind, **others: Any
+) -> GPTConfig:
+    """The architecture of a model with RoPE: widths that are our defaults become None, as we have them.
+
+    others: further fields of GPTConfig.
+    """
+    return GPTConfig(
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=None if n_kv_head == n_head else n_kv_head,
+        head_dim=None if head_width * n_head == n_embd else head_width,
+        mlp=mlp,
+        mlp_width=own_width(mlp_width, n_embd, gated=mlp == "swiglu"),
+        positions="rope",
+        **others,
+    )
 
 
 def own_width(width: int, n_embd: int, *, gated: bool) -> int | None:
