@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_mail import MAILS, TEXTS, mbox
 from test_markup import BOOK, PAGE, WORD_FILE
 from test_subtitles import CELLS, SRT, VTT, notebook
 
+from nanogpt.cli.config import EvaluateConfig
 from nanogpt.cli.parse import parse
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import load_dataset, prepare_arguments
@@ -19,6 +21,7 @@ from nanogpt.data.prepare import main
 from nanogpt.errors import UserError
 from nanogpt.text.documents import SkipReport
 from nanogpt.text.formats import FORMATS
+from nanogpt.text.options import ReadOptions
 
 CHAT_NAME = "WhatsApp Chat with Anna.txt"
 
@@ -134,6 +137,25 @@ def test_from_the_flags_to_the_data_folder(tmp_path, capsys):
     saved = torch.load(tmp_path / "data/vocab.pt", weights_only=True)["arguments"]
     assert saved == prepare_arguments(config)
     assert parse(PrepareConfig, saved, "data").speakers == config.speakers
+
+
+def test_both_commands_have_every_reading_option_and_the_facts_keep_it():
+    given = {"text_field": "body", "input_format": "jsonl", "encoding": "cp1252", "speakers": ("Bot=",)}
+    assert given.keys() == {field.name for field in fields(ReadOptions)}
+    for config in (PrepareConfig, EvaluateConfig):
+        made = config(**given)
+        assert {name: getattr(made, name) for name in given} == given
+    arguments = [
+        "--speakers",
+        "Bot=",
+        "--text_field",
+        "body",
+        "--input_format",
+        "jsonl",
+        "--encoding",
+        "cp1252",
+    ]
+    assert prepare_arguments(PrepareConfig(**given)) == arguments
 
 
 def test_a_name_that_nobody_has_stops_before_anything_is_written(tmp_path):
