@@ -79,7 +79,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 # --- our own files ---
 
 
-def test_a_checkpoint_says_what_it_holds(tmp_path: Path, capsys) -> None:
+def test_a_checkpoint_says_what_it_holds(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder `data` is
     path = saved(tmp_path / "ckpt.pt", ema_decay=0.0, **QWEN3)
     found, held = as_json(capsys, path), load_checkpoint(path)
     assert found["config"] == to_dict(held.model_config)
