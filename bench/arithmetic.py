@@ -19,8 +19,8 @@ from rich.table import Table
 
 from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.device import name_of
-from nanogpt.precision import matmul_rates, pick_dtype, pick_muon_dtype
+from nanogpt.machine.device import name_of
+from nanogpt.machine.precision import matmul_rates, pick_dtype, pick_muon_dtype
 
 BASE = "AdamW in float32"
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, trainers
 
-from nanogpt.cores import usable_cores
 from nanogpt.data.scan import group_into_batches, map_in_order
+from nanogpt.machine.cores import usable_cores
 from nanogpt.text.documents import Chunk
 from nanogpt.tokenizer.base import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import GPT2_ORDER, train_bpe, unspell

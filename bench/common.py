@@ -18,12 +18,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the commands do, before Py
 import torch
 from torch import Tensor
 
-from nanogpt import device as devices
 from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.distributed.parallelize import checkpoint_activations
 from nanogpt.model.gpt import GPT
-from nanogpt.precision import pick_muon_dtype
 from nanogpt.training.optimizer import build_optimizers
+
+try:
+    from nanogpt.machine import device as devices
+    from nanogpt.machine import precision
+except ModuleNotFoundError:  # in an earlier checkout, with bench/step.py --against
+    from nanogpt import device as devices
+    from nanogpt import precision
 
 FOLDER = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -81,7 +86,9 @@ def our_step(  # noqa: PLR0917
     model = GPT(config).to(place)
     settings = settings or TrainConfig()
     checkpoint_activations(model, settings.grad_checkpoint)
-    optimizers = build_optimizers(model, settings, muon_dtype or pick_muon_dtype("auto", place).dtype)
+    optimizers = build_optimizers(
+        model, settings, muon_dtype or precision.pick_muon_dtype("auto", place).dtype
+    )
     loss_of = torch.compile(model.loss, mode=compiled) if compiled else model.loss
 
     def step(x: Tensor, y: Tensor) -> None:

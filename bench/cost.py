@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.console import MIB
+from nanogpt.machine import device
 from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training import memory_estimate
+from nanogpt.units import MIB
 
 BASE = TrainConfig(n_layer=4, n_head=4, n_embd=256, block_size=128, batch_size=8, dropout=0.0)
 

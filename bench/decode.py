@@ -31,11 +31,11 @@ from transformers.utils import logging
 from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.config import GPTConfig
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import autocast, eager_mode
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import decode, generate
 from nanogpt.inference.speculation import MAX_LEARNED, NgramGuesses, Speculator
 from nanogpt.inference.steps import StepModel
+from nanogpt.machine.device import autocast, eager_mode
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import linear_bytes, prepare_for_sampling
 from nanogpt.native.step import native_problem, with_native_steps

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanogpt.checkpoint.format import load_model
-from nanogpt.device import autocast, eager_mode
 from nanogpt.inference.generate import generate
+from nanogpt.machine.device import autocast, eager_mode
 from nanogpt.model.quantize import prepare_for_sampling
 from nanogpt.native.step import native_problem
 

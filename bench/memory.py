@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanogpt import device
 from nanogpt.config import GPTConfig
 from nanogpt.distributed import parallelize
+from nanogpt.machine import device
 from nanogpt.model.gpt import GPT
 
 MODES = ("off", "selective", "blocks")

@@ -22,13 +22,13 @@ from rich.table import Table
 
 from nanogpt.cli.plan import CHECKPOINT_MODES
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.console import MIB
-from nanogpt.device import autocast, pick_device
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.world import distributed_world, local_device
+from nanogpt.machine.device import autocast, pick_device
 from nanogpt.model.gpt import GPT
 from nanogpt.training import memory_estimate
 from nanogpt.training.optimizer import build_optimizers
+from nanogpt.units import MIB
 
 SHAPES = {
     "6 layers of 384, 16 x 256": (65, TrainConfig(batch_size=16)),

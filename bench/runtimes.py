@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nanogpt.checkpoint.format import load_checkpoint, load_model
-from nanogpt.device import eager_mode
 from nanogpt.export.registry import export
 from nanogpt.export.source import TrainedModel
 from nanogpt.inference.generate import generate
+from nanogpt.machine.device import eager_mode
 from nanogpt.model.quantize import prepare_for_sampling
 from nanogpt.native.step import native_problem
 from nanogpt.tokenizer.registry import from_dict

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.device import autocast, eager_mode, pick_device
 from nanogpt.inference.generate import generate
+from nanogpt.machine.device import autocast, eager_mode, pick_device
 from nanogpt.model.gpt import GPT
 
 SHAPES = {

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
-from nanogpt.device import kind_of
 from nanogpt.distributed.world import distributed_world
+from nanogpt.machine.device import kind_of
 from nanogpt.training import snapshot
 from nanogpt.training.results import read_result
 from nanogpt.training.run import Run

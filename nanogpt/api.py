@@ -27,10 +27,8 @@ from torch import Tensor
 from nanogpt import scoring
 from nanogpt.checkpoint.format import TextModel
 from nanogpt.config import Dtype
-from nanogpt.console import late_progress_bar, silence
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare_data
-from nanogpt.device import autocast, eager_mode, explain_out_of_memory
 from nanogpt.errors import require
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.generate import DEFAULT_PARAMS, Observer
@@ -39,9 +37,11 @@ from nanogpt.inference.inspection import Inspection, inspect_tokens
 from nanogpt.inference.prompts import device_of
 from nanogpt.inference.sampling import Randomness
 from nanogpt.inference.text import pieces_of
+from nanogpt.machine.device import autocast, eager_mode, explain_out_of_memory
+from nanogpt.machine.precision import pick_sampling_dtype
 from nanogpt.model.gpt import GPT
-from nanogpt.precision import pick_sampling_dtype
 from nanogpt.sampler import Completion, Sampler
+from nanogpt.terminal.console import late_progress_bar, silence
 from nanogpt.text.encoding import utf8
 
 Texts = list[str] | tuple[str, ...]

@@ -20,11 +20,11 @@ from torch import Tensor
 from nanogpt.data.batches import BatchLoader, evaluation_batches
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.shards import Tokens
-from nanogpt.device import autocast, eager_mode, kind_of
 from nanogpt.distributed.parallelize import unsharded
 from nanogpt.distributed.world import ALONE, World
 from nanogpt.errors import require
 from nanogpt.inference.generate import generate
+from nanogpt.machine.device import autocast, eager_mode, kind_of
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kernels import IGNORED
 

@@ -15,8 +15,6 @@ from typing import cast
 import torch
 
 from nanogpt.checkpoint.format import TextModel
-from nanogpt.console import warn
-from nanogpt.device import autocast, eager_mode, explain_out_of_memory
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.prompts import device_of, encode_prompt, generate_in_batches
 from nanogpt.inference.steps import copy_for_steps
@@ -29,7 +27,9 @@ from nanogpt.inference.text import (
     resolve_logit_bias,
 )
 from nanogpt.inference.tokens import SHORT_MEMORY, Token
+from nanogpt.machine.device import autocast, eager_mode, explain_out_of_memory
 from nanogpt.model.gpt import GPT
+from nanogpt.terminal.console import warn
 from nanogpt.tokenizer.base import Tokenizer
 
 

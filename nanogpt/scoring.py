@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanogpt.console import ceil_div
 from nanogpt.data.batches import BatchLoader
 from nanogpt.data.shards import Tokens
-from nanogpt.device import autocast, eager_mode, kind_of
 from nanogpt.errors import require
+from nanogpt.machine.device import autocast, eager_mode, kind_of
 from nanogpt.model.gpt import GPT
 from nanogpt.text.documents import Chunk, PromptChunk
 from nanogpt.text.encoding import utf8
 from nanogpt.tokenizer.base import Tokenizer
+from nanogpt.units import ceil_div
 
 TOKENS_PER_BATCH = 2**14
 """Tokens to compute at a time."""

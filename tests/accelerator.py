@@ -5,7 +5,7 @@ PyTorch lets Python add a device (PrivateUse1). Its tensors wrap a tensor of the
 them is done on what they wrap; so all of PyTorch above the kernels is real: autograd, modules, optimizers,
 autocast, and each of its checks. What hardware would object to is an error here: a tensor of the CPU among
 those of the device, a step that waits for the device while it is not to (`forbid_waiting`).
-What it can do is registered where the product says what devices can do: nanogpt.device.KINDS.
+What it can do is registered where the product says what devices can do: nanogpt.machine.device.KINDS.
 
 Does not show: what a kernel computes, what is fast, memory that runs out.
 """
@@ -20,8 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from nanogpt import device as devices
-from nanogpt.device_kind import DeviceKind
+from nanogpt.machine import device as devices
+from nanogpt.machine.device_kind import DeviceKind
 
 aten = torch.ops.aten
 
@@ -262,7 +262,7 @@ class Untaped:
 
 
 class Recorder:
-    """Captures work on a tape: nanogpt.graphs.Graphs of the stand-in."""
+    """Captures work on a tape: nanogpt.machine.graphs.Graphs of the stand-in."""
 
     def warm_up(self, work: Any) -> Any:
         """Nothing of the stand-in needs it."""

@@ -1,7 +1,7 @@
 """llama.cpp in a process of its own, since it ends with an abort: JSON lines in, JSON lines out.
 
-Run:    python tests/llama.py model.gguf       {"route": "/tokenize", "body": {"content": "hello"}}
-Example:    with Llama(path) as llama: llama.ask("/tokenize", content="hello")["tokens"]
+Run:     python tests/llama.py model.gguf       {"route": "/tokenize", "body": {"content": "hello"}}
+Example: with Llama(path) as llama: llama.ask("/tokenize", content="hello")["tokens"]
 """
 
 import json

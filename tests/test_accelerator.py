@@ -19,7 +19,7 @@ from test_engine import run as run_scheduler
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from nanogpt import device, evaluation
+from nanogpt import evaluation
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
@@ -33,6 +33,7 @@ from nanogpt.inference import graph_step
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.generate import generate
 from nanogpt.inference.scheduler import Request, Scheduler
+from nanogpt.machine import device
 from nanogpt.model.kernels import chunked_cross_entropy
 from nanogpt.training import autosize, cuda_graph, trainer
 from nanogpt.training.fit import fit

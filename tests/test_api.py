@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nanogpt
-from nanogpt import TextModel, TrainConfig, UserError, console, fit, generate, load_model, prepare, scoring
+from nanogpt import TextModel, TrainConfig, UserError, fit, generate, load_model, prepare, scoring
 from nanogpt.api import SETTINGS, Completion
 from nanogpt.api import score as score_text
 from nanogpt.checkpoint.format import load_checkpoint, save_checkpoint
@@ -25,6 +25,7 @@ from nanogpt.cli.sample import SEPARATOR
 from nanogpt.data.dataset import load_dataset
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.model.gpt import GPT
+from nanogpt.terminal import console
 from nanogpt.tokenizer.base import ByteTokenizer
 
 TEXT = "Süß, 日本 and 🙂: from fairest creatures we desire increase.\n" * 30

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogpt import device, precision
-from nanogpt.device import autocast
 from nanogpt.errors import UserError
-from nanogpt.precision import is_bfloat16_faster, is_slow, matmul_rates, pick_dtype, pick_muon_dtype
+from nanogpt.machine import device, precision
+from nanogpt.machine.device import autocast
+from nanogpt.machine.precision import is_bfloat16_faster, is_slow, matmul_rates, pick_dtype, pick_muon_dtype
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda:0"), torch.device("mps")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nanogpt
-from nanogpt import console
 from nanogpt.cli import main as cli
 from nanogpt.cli.parse import parse as parse_arguments
 from nanogpt.config import TrainConfig
@@ -23,6 +22,7 @@ from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
+from nanogpt.terminal import console
 from nanogpt.text import tiny_shakespeare
 
 ROOT = Path(__file__).parent.parent
@@ -380,7 +380,7 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_pytorch_finds_an_environment_for_this_machine(project: Path, unset) -> None:
-    unset.setattr("nanogpt.cores.usable_cores", lambda: 5)
+    unset.setattr("nanogpt.machine.cores.usable_cores", lambda: 5)
     unset.setattr(cli, "torch_version", lambda: "2.11.0+cu128")
     assert run("python data.py") == 0
     assert {name: os.environ[name] for name in VARIABLES if name in os.environ} == {

@@ -2,8 +2,9 @@
 
 import pytest
 
-from nanogpt import console, plain_progress
-from nanogpt.console import ceil_div, duration, late_progress_bar, plural, progress_bar
+from nanogpt.terminal import console, plain_progress
+from nanogpt.terminal.console import late_progress_bar, progress_bar
+from nanogpt.units import ceil_div, duration, plural
 
 
 @pytest.mark.parametrize(

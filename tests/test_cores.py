@@ -2,8 +2,8 @@
 
 import pytest
 
-from nanogpt import cores
-from nanogpt.cores import CoreWatch, cgroup_quota, usable_cores
+from nanogpt.machine import cores
+from nanogpt.machine.cores import CoreWatch, cgroup_quota, usable_cores
 
 
 @pytest.fixture

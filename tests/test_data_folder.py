@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import TINY, prepared
 
-from nanogpt import seals
 from nanogpt.config import TrainConfig
 from nanogpt.data import dataset
 from nanogpt.data.batches import BatchLoader
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
-from nanogpt.seals import load_with_checksum, save_with_checksum
+from nanogpt.storage import seals
+from nanogpt.storage.seals import load_with_checksum, save_with_checksum
 from nanogpt.training import trainer
 from nanogpt.training.fit import fit
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import device as devices
-from nanogpt.console import GIB
-from nanogpt.device import (
+from nanogpt.errors import UserError
+from nanogpt.machine import device as devices
+from nanogpt.machine.device import (
     describe,
     is_out_of_memory,
     kind_of,
     pick_device,
 )
-from nanogpt.errors import UserError
 from nanogpt.training.compilation import MIN_COMPILE_OPERATIONS, pick_compile
+from nanogpt.units import GIB
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import documents
 from nanogpt.text.documents import MISSING, Chunk, SkipReport, field_values, split_into_chunks
+from nanogpt.units import plural
 
 quick = settings(deadline=None, derandomize=True, max_examples=150)
 prose = st.text(st.sampled_from("ab  \n\t'é.1") | st.characters(exclude_categories=["Cs"]), max_size=80)

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import pytest
 from exported import QWEN3, REFUSED, saved
 
-from nanogpt import files
 from nanogpt.cli.export import main
 from nanogpt.cli.main import run_command
 from nanogpt.config import TrainConfig
@@ -21,6 +20,7 @@ from nanogpt.errors import UserError
 from nanogpt.export import registry
 from nanogpt.export.config import ExportConfig, ExportDtype, FormatName
 from nanogpt.export.registry import FORMATS
+from nanogpt.storage import files
 from nanogpt.training.fit import fit
 
 for package in ("gguf", "onnx", "safetensors"):
@@ -240,7 +240,7 @@ def test_a_kill_between_two_renames_loses_no_export(config, tmp_path: Path) -> N
     main(config("hf"))
     whole = content(tmp_path / "model")
     code = (
-        "import os; from nanogpt import files; from nanogpt.cli.main import main\n"
+        "import os; from nanogpt.storage import files; from nanogpt.cli.main import main\n"
         "rename, kill = files.rename, lambda *rest: os.kill(os.getpid(), 9)\n"
         "files.rename = lambda old, new: (kill if old.suffix == '.part' else rename)(old, new)\n"
         "main()"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt import files
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_output, atomic_write
+from nanogpt.storage import files
+from nanogpt.storage.files import atomic_output, atomic_write
 
 OLD = b"the old file, whole"
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
@@ -220,7 +220,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(path):
             sys.executable,
             "-c",
             "import sys, time; sys.modules['torch'] = None\n"  # files.py needs none, and starts at once
-            "from pathlib import Path; from nanogpt.files import atomic_write\n"
+            "from pathlib import Path; from nanogpt.storage.files import atomic_write\n"
             "with atomic_write(Path(sys.argv[1])) as file:\n"
             "    file.write(b'half'); file.flush(); time.sleep(60)",
             str(path),

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt import __version__, seals
+from nanogpt import __version__
 from nanogpt.checkpoint import format as checkpoints
 from nanogpt.checkpoint.format import load_checkpoint, load_model, write_sealed
 from nanogpt.checkpoint.run_dir import RunFolder
@@ -28,6 +28,7 @@ from nanogpt.cli.sample import main as sample
 from nanogpt.data import vocab_file
 from nanogpt.data.dataset import load_dataset
 from nanogpt.inference.config import SampleConfig
+from nanogpt.storage import seals
 from nanogpt.training.fit import fit
 
 RUNS = {"run": "data", "bpe-run": "bpe", "fsdp": "bytes"}

@@ -10,7 +10,7 @@ from nanogpt.data.config import InspectConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.data.inspect import main
 from nanogpt.errors import UserError
-from nanogpt.seals import load_with_checksum
+from nanogpt.storage.seals import load_with_checksum
 
 TEXT = "It was the best of times, it was the worst of times.\n" * 20
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from nanogpt import TextModel, UserError, inspect_text, presets
 from nanogpt.api import score
 from nanogpt.config import GPTConfig, model_config
-from nanogpt.device import CPU
 from nanogpt.inference.inspection import Inspection, inspect_in_parts, inspect_tokens
+from nanogpt.machine.device import CPU
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import sampling_copy
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer

@@ -18,10 +18,10 @@ from nanogpt.cli.interactive import GREETING, parse_value
 from nanogpt.cli.sample import main
 from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError
-from nanogpt.files import user_folder
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.text import generate_text
 from nanogpt.model.gpt import GPT
+from nanogpt.storage.files import user_folder
 from nanogpt.tokenizer.base import CharTokenizer
 
 CTRL_C, CTRL_D, UP, LEFT, BACKSPACE = "\x03", "\x04", "\x1b[A", "\x1b[D", "\x7f"

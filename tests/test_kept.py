@@ -20,7 +20,7 @@ from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import main as cli
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
-from nanogpt.files import copy_file
+from nanogpt.storage.files import copy_file
 from nanogpt.training import checkpointing, report
 from nanogpt.training.fit import fit
 from nanogpt.training.setup import set_up

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nanogpt import device
 from nanogpt.config import GPTConfig
+from nanogpt.machine import device
 from nanogpt.model import kernels
 from nanogpt.model.gpt import GPT
 

@@ -10,10 +10,10 @@ import threading
 
 import pytest
 
-from nanogpt import files, locking
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.errors import UserError
-from nanogpt.locking import is_locked, lock
+from nanogpt.storage import files, locking
+from nanogpt.storage.locking import is_locked, lock
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -46,7 +46,7 @@ def test_without_locks_a_second_owner_is_refused_and_the_lack_said_once(tmp_path
     assert not (tmp_path / ".owner").exists()
 
 
-OWNER = "import sys, time; from pathlib import Path; from nanogpt.locking import write_owner_file\n"
+OWNER = "import sys, time; from pathlib import Path; from nanogpt.storage.locking import write_owner_file\n"
 OWNER += "write_owner_file(Path(sys.argv[1])); print('mine', flush=True); time.sleep(60)"
 
 

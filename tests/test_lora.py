@@ -12,9 +12,9 @@ from test_initialize import PUBLISHED_QWEN3, same_logits, tokens_of, transformer
 from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.cli.main import run_command
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.device import pick_device
 from nanogpt.errors import UserError
 from nanogpt.initialize.registry import open_source
+from nanogpt.machine.device import pick_device
 from nanogpt.model.gpt import GPT
 from nanogpt.model.lora import adapter_scale, add_adapters, is_adapter, merged
 from nanogpt.model.size import flops_per_token, meta_model

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import cores, device
 from nanogpt.config import TrainConfig, model_config
+from nanogpt.machine import cores, device
 from nanogpt.model.gpt import GPT
 from nanogpt.model.size import meta_model
 from nanogpt.training import memory_estimate

@@ -14,10 +14,11 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from nanogpt import console, files
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import SINK_NAMES, TrainConfig
 from nanogpt.errors import UserError
+from nanogpt.storage import files
+from nanogpt.terminal import console
 from nanogpt.training.fit import fit
 from nanogpt.training.metrics import (
     ConsoleSink,

@@ -14,9 +14,9 @@ from nanogpt.checkpoint.format import Progress, load_checkpoint, save_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig, decay_spans, model_config
-from nanogpt.device import pick_device
 from nanogpt.distributed.world import ALONE
 from nanogpt.errors import UserError
+from nanogpt.machine.device import pick_device
 from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training import autosize, deadline
 from nanogpt.training import run as run_module

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from nanogpt import load_model
-from nanogpt.notebook import CellProgress
+from nanogpt.terminal.notebook import CellProgress
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "notebook.ipynb"
 
@@ -164,7 +164,7 @@ def cell(monkeypatch: pytest.MonkeyPatch) -> Cell:
     """An empty cell; every change is shown at once."""
     shown = Cell()
     monkeypatch.setattr("IPython.display.display", shown.display)
-    monkeypatch.setattr("nanogpt.notebook.UPDATE_SECONDS", 0.0)
+    monkeypatch.setattr("nanogpt.terminal.notebook.UPDATE_SECONDS", 0.0)
     return shown
 
 
@@ -186,7 +186,7 @@ def test_a_bar_is_one_line_of_the_newest_task(cell: Cell):
 
 
 def test_a_line_is_not_replaced_too_often_but_at_the_end(cell: Cell, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("nanogpt.notebook.UPDATE_SECONDS", 1000.0)
+    monkeypatch.setattr("nanogpt.terminal.notebook.UPDATE_SECONDS", 1000.0)
     with CellProgress("{task.completed}") as bar:
         task = bar.add_task("", total=100)
         for _ in range(100):

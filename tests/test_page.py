@@ -23,9 +23,9 @@ from waiting import HANGS
 
 from nanogpt import TextModel, load_model
 from nanogpt.inference.generate import generate
-from nanogpt.locking import lock
 from nanogpt.scoring import score
 from nanogpt.server.config import ServeConfig
+from nanogpt.storage.locking import lock
 
 axe = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-python is not installed")
 

@@ -12,7 +12,6 @@ import torch
 from conftest import TINY
 from torch.nn import functional as F
 
-from nanogpt import device
 from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.main import run_command
@@ -26,10 +25,11 @@ from nanogpt.data.swap import WORK
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evaluate
+from nanogpt.machine import device
 from nanogpt.model import kernels
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kernels import IGNORED
-from nanogpt.seals import load_with_checksum, save_with_checksum
+from nanogpt.storage.seals import load_with_checksum, save_with_checksum
 from nanogpt.training import trainer
 from nanogpt.training.fit import fit
 from nanogpt.training.setup import set_up

@@ -13,11 +13,11 @@ from nanogpt.cli.model import main as summarize
 from nanogpt.cli.parse import parse
 from nanogpt.cli.plan import Target, main
 from nanogpt.config import model_config
-from nanogpt.console import MIB
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
 from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training.memory_estimate import HEADROOM
+from nanogpt.units import MIB
 
 SMALL = PlanConfig(n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=8, vocab_size=65, device="cpu")
 HERE = Target(torch.device("cpu"), torch.float32, 2.0**40)

@@ -22,12 +22,12 @@ import torch
 from conftest import prepared
 from filelock import FileLock
 
-from nanogpt import files
 from nanogpt.data import prepare, scan, token_writer
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.data.prepare import main
 from nanogpt.errors import UserError
+from nanogpt.storage import files
 from nanogpt.tokenizer import bpe
 from nanogpt.tokenizer.bpe import byte_level_json, gpt2_tokenizer
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import pt_files
 from nanogpt.data.token_map import open_tokens
-from nanogpt.pt_files import Stream, save
+from nanogpt.storage import pt_files
+from nanogpt.storage.pt_files import Stream, save
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import documents, encoding, records
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import SkipReport
 from nanogpt.text.options import ReadOptions
+from nanogpt.units import plural
 
 quick = settings(deadline=None, derandomize=True, max_examples=50)
 RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог"

@@ -20,12 +20,12 @@ import torch
 from waiting import wait_for
 
 import nanogpt.training.fit as fit_module
-from nanogpt import files
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint
 from nanogpt.checkpoint.kept import kept_checkpoints
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
-from nanogpt.locking import lock
+from nanogpt.storage import files
+from nanogpt.storage.locking import lock
 from nanogpt.training.fit import fit
 
 KILLS = 20

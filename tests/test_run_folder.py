@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanogpt import files
 from nanogpt.checkpoint import run_dir
 from nanogpt.checkpoint.format import Checkpoint, Progress, save_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig, model_config, to_dict
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
+from nanogpt.storage import files
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ import tokenizers
 import torch
 from conftest import prepared
 
-from nanogpt import precision
 from nanogpt.cli.sample import main, print_text, read_prompt
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
+from nanogpt.machine import precision
 from nanogpt.model.kv_cache import KVCache
 from nanogpt.settings import unescape
 from nanogpt.training.fit import fit

@@ -11,12 +11,12 @@ import pytest
 from accelerator import CudaLike, standing_in_for
 from torch import Tensor
 
-from nanogpt import files
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, save_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.distributed.world import ALONE, World
 from nanogpt.errors import UserError
+from nanogpt.storage import files
 from nanogpt.training import checkpointing, memory_estimate, snapshot
 from nanogpt.training.checkpointing import MAX_STRETCH, Checkpointer
 from nanogpt.training.fit import fit

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.cores import usable_cores
 from nanogpt.data import scan
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.scan import ScanResult, Split, fingerprint_of, group_into_batches, map_in_order
 from nanogpt.errors import UserError
+from nanogpt.machine.cores import usable_cores
 from nanogpt.text.documents import Chunk
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)

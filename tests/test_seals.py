@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt import seals
-from nanogpt.seals import BlockHasher, DamageError, load_with_checksum, save_with_checksum, verify
+from nanogpt.storage import seals
+from nanogpt.storage.seals import BlockHasher, DamageError, load_with_checksum, save_with_checksum, verify
 
 
 @pytest.fixture

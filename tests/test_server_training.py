@@ -23,12 +23,12 @@ from nanogpt import TrainConfig, fit, generate, inspect_text, load_model, prepar
 from nanogpt.checkpoint.kept import kept_checkpoints, kept_path
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.errors import UserError
-from nanogpt.locking import lock
 from nanogpt.server import models, training
 from nanogpt.server import run as server_run
 from nanogpt.server.app import Service
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.training import Reader
+from nanogpt.storage.locking import lock
 
 TEXT = "from fairest creatures we desire increase.\n" * 40
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 8, "warmup_iters": 2,

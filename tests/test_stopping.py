@@ -22,12 +22,12 @@ import torch
 from waiting import wait_for, written_rows
 
 import nanogpt.training.fit as fit_module
-from nanogpt import streams
 from nanogpt.checkpoint.format import Progress, load_checkpoint, peek
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import main as cli
 from nanogpt.config import TrainConfig
 from nanogpt.distributed.world import ALONE
+from nanogpt.terminal import streams
 from nanogpt.training import stopping, trainer
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.decisions import Due, all_reduce_decisions

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import streams
 from nanogpt.errors import UserError
-from nanogpt.streams import ProtectedStream, protect_stream
+from nanogpt.terminal import streams
+from nanogpt.terminal.streams import ProtectedStream, protect_stream
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,7 +189,7 @@ def test_a_home_that_cannot_be_written_is_no_matter(data_dir: Path, place: dict[
 
 ON_A_TERMINAL = """
 import sys, time
-from nanogpt import console
+from nanogpt.terminal import console
 from nanogpt.cli import main as cli
 from nanogpt.errors import UserError
 from nanogpt.training import stopping

@@ -12,7 +12,7 @@ from nanogpt.data.config import PrepareConfig
 from nanogpt.data.scan import ScanResult
 from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.errors import UserError
-from nanogpt.seals import BLOCK_BYTES
+from nanogpt.storage.seals import BLOCK_BYTES
 from nanogpt.tokenizer.base import ByteTokenizer
 
 DTYPES = {np.uint8: torch.uint8, np.uint16: torch.uint16, np.uint32: torch.uint32}

@@ -15,7 +15,7 @@ import torch
 from nanogpt.data import token_map
 from nanogpt.data.token_map import TokenFile, open_tokens
 from nanogpt.errors import UserError
-from nanogpt.seals import DamageError
+from nanogpt.storage.seals import DamageError
 
 DTYPES = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 

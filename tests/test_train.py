@@ -16,15 +16,15 @@ import torch
 from conftest import prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nanogpt import device, precision
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, save_checkpoint
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import TrainConfig
-from nanogpt.cores import CoreWatch
 from nanogpt.data import batches as data_module
 from nanogpt.data.batches import BatchLoader
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
+from nanogpt.machine import device, precision
+from nanogpt.machine.cores import CoreWatch
 from nanogpt.model.gpt import GPT
 from nanogpt.training import checkpointing, report, results, trainer
 from nanogpt.training.compilation import compile_model

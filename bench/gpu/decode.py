@@ -24,13 +24,13 @@ from rows import Results, attempt, parser_of, place_of
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.device import autocast, eager_mode
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import decode
 from nanogpt.inference.scheduler import Request, Scheduler
 from nanogpt.inference.speculation import NgramGuesses, Speculator
 from nanogpt.inference.steps import StepModel, fastest_steps
 from nanogpt.inference.tokens import Token
+from nanogpt.machine.device import autocast, eager_mode
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import prepare_for_sampling
 

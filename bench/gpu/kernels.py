@@ -22,7 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from nanogpt import presets
-from nanogpt.device import kind_of
+from nanogpt.machine.device import kind_of
 
 UPDATES = 20
 

@@ -5,7 +5,7 @@ Run:    python bench/gpu/rows.py                names the cards, the driver, PyT
         python bench/gpu/rows.py FOLDER         prints a table of each gpu-*.jsonl in it
 The first line of such a file is the machine, every other one a row: what a time limit cuts off keeps
 all that came before. Needs torch, numpy and psutil, as the measurements do; nothing is imported from
-nanogpt but nanogpt.device.
+nanogpt but nanogpt.machine.device.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import torch
 from typing_extensions import Self
 
-from nanogpt import device as devices
+from nanogpt.machine import device as devices
 
 FOLDER = Path(__file__).parents[1]
 

@@ -37,7 +37,7 @@ from rows import Results, attempt, fresh, parser_of, place_of, reset_peak
 from nanogpt import presets
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.data.config import PrepareConfig
-from nanogpt.device import kind_of
+from nanogpt.machine.device import kind_of
 from nanogpt.model.size import flops_per_token, meta_model
 
 MODES = ("", "default", "reduce-overhead", "max-autotune-no-cudagraphs")

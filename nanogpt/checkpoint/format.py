@@ -20,17 +20,18 @@ from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 
-from nanogpt import __version__, seals
+from nanogpt import __version__
 from nanogpt.checkpoint import sharded, validation
 from nanogpt.checkpoint.upgrade import upgrade
 from nanogpt.config import GPTConfig, TrainConfig, from_dict, model_config
-from nanogpt.console import plural
-from nanogpt.device import pick_device
 from nanogpt.errors import UserError, require
+from nanogpt.machine.device import pick_device
 from nanogpt.model.gpt import GPT
 from nanogpt.model.lora import adapter_scale, merged
+from nanogpt.storage import seals
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict as tokenizer_from_dict
+from nanogpt.units import plural
 
 FORMAT_VERSION = 5
 """Version of the checkpoint format. Older formats are read too (upgrade.py)."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nanogpt.errors import UserError
-from nanogpt.files import TEMPORARY_SUFFIX
+from nanogpt.storage.files import TEMPORARY_SUFFIX
 
 
 def kept_path(folder: Path, step: int) -> Path:

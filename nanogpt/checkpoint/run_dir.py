@@ -16,11 +16,11 @@ from pathlib import Path
 from nanogpt.checkpoint import sharded
 from nanogpt.checkpoint.format import Checkpoint, load_checkpoint, peek
 from nanogpt.config import TrainConfig
-from nanogpt.console import warn
 from nanogpt.distributed.world import ALONE, World
 from nanogpt.errors import UserError, require
-from nanogpt.files import fsync_folder, make_folder, rename
-from nanogpt.locking import FolderLock, lock
+from nanogpt.storage.files import fsync_folder, make_folder, rename
+from nanogpt.storage.locking import FolderLock, lock
+from nanogpt.terminal.console import warn
 
 PER_COMMAND_SETTINGS = {"resume": False, "overwrite": False, "out_dir": "out", "data_dir": "data"}
 """Settings of a command, not of a training. A resumed run may change them, so they are not compared."""

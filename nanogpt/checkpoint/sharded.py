@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.errors import UserError, require
-from nanogpt.files import fsync, sha256
+from nanogpt.storage.files import fsync, sha256
 
 if TYPE_CHECKING:  # slow to import, and missing from a PyTorch without torch.distributed
     from torch.distributed.checkpoint.filesystem import FileSystemReader

@@ -22,15 +22,13 @@ import torch
 from nanogpt.checkpoint.format import build_model, load_checkpoint
 from nanogpt.cli.config import EvaluateConfig
 from nanogpt.cli.sample import find_checkpoint
-from nanogpt.console import late_progress_bar, new_figure, plural, say, warn
 from nanogpt.data.config import first_few
 from nanogpt.data.dataset import Dataset, load_dataset
-from nanogpt.device import explain_out_of_memory, pick_device
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write
+from nanogpt.machine.device import explain_out_of_memory, pick_device
+from nanogpt.machine.precision import pick_sampling_dtype
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import quantize
-from nanogpt.precision import pick_sampling_dtype
 from nanogpt.scoring import (
     MIN_SEGMENTS,
     Difference,
@@ -45,12 +43,15 @@ from nanogpt.scoring import (
     token_sizes,
     window_sizes,
 )
+from nanogpt.storage.files import atomic_write
+from nanogpt.terminal.console import late_progress_bar, new_figure, say, warn
 from nanogpt.text.archives import read_file
 from nanogpt.text.corpus import find_corpus
 from nanogpt.text.documents import Chunk, SkipReport, first_of_each_kind
 from nanogpt.text.records import Source
 from nanogpt.text.speakers import require_known
 from nanogpt.tokenizer.base import Tokenizer, describe_character
+from nanogpt.units import plural
 
 MAX_SHOWN = 5
 """Notes, broken records and unknown characters that are shown."""

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.cli.sample import find_checkpoint, training_data
-from nanogpt.console import escape_control_characters, late_progress_bar, say
-from nanogpt.device import explain_out_of_memory
 from nanogpt.errors import require
 from nanogpt.export.config import ExportConfig
 from nanogpt.export.registry import FORMATS, check_fits, check_request, default_dtype, export
 from nanogpt.export.source import TrainedModel
 from nanogpt.info.curve import evaluations
+from nanogpt.machine.device import explain_out_of_memory
+from nanogpt.terminal.console import escape_control_characters, late_progress_bar, say
 from nanogpt.tokenizer.registry import from_dict
 
 

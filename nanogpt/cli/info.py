@@ -12,14 +12,14 @@ from pathlib import Path
 
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli.config import InfoConfig
-from nanogpt.console import late_progress_bar, say
-from nanogpt.device import explain_out_of_memory
 from nanogpt.errors import require
 from nanogpt.info.curve import BARS
 from nanogpt.info.description import Description, size_of
 from nanogpt.info.difference import compare
 from nanogpt.info.registry import describe
 from nanogpt.info.show import difference_lines, lines
+from nanogpt.machine.device import explain_out_of_memory
+from nanogpt.terminal.console import late_progress_bar, say
 
 
 def main(config: InfoConfig) -> int:

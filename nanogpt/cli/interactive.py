@@ -17,16 +17,16 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, get_origin
 
 from nanogpt.cli.prompts import print_text
-from nanogpt.console import warn
-from nanogpt.device import is_out_of_memory
 from nanogpt.errors import UserError, require
-from nanogpt.files import user_folder
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.prompts import device_of, encode_prompt, generators_for
 from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.text import generate_text, resolve_logit_bias
+from nanogpt.machine.device import is_out_of_memory
 from nanogpt.model.gpt import GPT
 from nanogpt.settings import field_types, show_value, unescape
+from nanogpt.storage.files import user_folder
+from nanogpt.terminal.console import warn
 from nanogpt.tokenizer.base import Tokenizer
 
 if TYPE_CHECKING:

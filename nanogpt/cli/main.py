@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from nanogpt import __version__, streams
+from nanogpt import __version__
 from nanogpt.cli.config import EvaluateConfig, InfoConfig, ModelSummaryConfig, PlanConfig, PresetsConfig
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
@@ -26,6 +26,7 @@ from nanogpt.errors import UserError
 from nanogpt.export.config import ExportConfig
 from nanogpt.inference.config import SampleConfig
 from nanogpt.server.config import ServeConfig
+from nanogpt.terminal import streams
 from nanogpt.training import stopping
 
 EXIT_USER_ERROR, EXIT_INTERRUPT = 2, 130
@@ -167,7 +168,7 @@ def set_environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
     if sys.platform != "linux":
         return
-    from nanogpt.cores import usable_cores
+    from nanogpt.machine.cores import usable_cores
 
     os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     os.environ.setdefault("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")  # Flash Attention on more GPUs
@@ -237,7 +238,7 @@ def explain_import_errors() -> Generator[None]:
 
 def remove_progress_bars() -> None:
     """Remove progress bars that an error or a signal has left on the screen."""
-    console = sys.modules.get("nanogpt.console")  # if it was not imported, there is no bar
+    console = sys.modules.get("nanogpt.terminal.console")  # if it was not imported, there is no bar
     if console is not None:
         console.stop_progress_bars()
 
@@ -248,8 +249,8 @@ def print_error(message: str) -> int:
     Most mistakes occur in all processes of a distributed training. The first one reports it, and the others
     wait: the launcher ends them once the first has exited. One that is not ended has a mistake of its own.
     """
-    from nanogpt.console import one_line
-    from nanogpt.streams import is_main_process
+    from nanogpt.terminal.console import one_line
+    from nanogpt.terminal.streams import is_main_process
 
     process = ""
     if not is_main_process():

@@ -10,10 +10,11 @@ from rich.table import Table
 from nanogpt import presets
 from nanogpt.cli.config import ModelSummaryConfig
 from nanogpt.config import TrainConfig, model_config
-from nanogpt.console import MIB, say, terminal
 from nanogpt.model.gpt import GPT
 from nanogpt.model.size import flops_per_token, meta_model
+from nanogpt.terminal.console import say, terminal
 from nanogpt.training.memory_estimate import count_update
+from nanogpt.units import MIB
 
 COMPONENTS = {
     "token embedding": ("token_embedding.",),

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from nanogpt.cli.config import PlanConfig
 from nanogpt.config import GPTConfig, GradCheckpoint, model_config
-from nanogpt.console import GIB, MIB, ceil_div, duration, one_line, progress_bar, say, terminal, warn
 from nanogpt.data.dataset import load_dataset
-from nanogpt.device import (
+from nanogpt.distributed import parallelize
+from nanogpt.distributed.world import World
+from nanogpt.errors import UserError, require
+from nanogpt.machine.device import (
     KINDS,
     autocast,
     describe,
@@ -30,18 +32,17 @@ from nanogpt.device import (
     seconds_of,
     simulated,
 )
-from nanogpt.distributed import parallelize
-from nanogpt.distributed.world import World
-from nanogpt.errors import UserError, require
+from nanogpt.machine.precision import pick_dtype, pick_muon_dtype
 from nanogpt.model.gpt import GPT
 from nanogpt.model.size import flops_per_token, meta_model
-from nanogpt.precision import pick_dtype, pick_muon_dtype
+from nanogpt.terminal.console import one_line, progress_bar, say, terminal, warn
 from nanogpt.training import memory_estimate
 from nanogpt.training.autosize import Text, choose_settings
 from nanogpt.training.compilation import compiled_loss, pick_compile
 from nanogpt.training.memory_estimate import HEADROOM, Memory
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import max_rank_batch, micro_batches_per_rank
+from nanogpt.units import GIB, MIB, ceil_div, duration
 
 UTILIZATION = 0.4
 """Assumed share of the peak FLOP/s (MFU; Chowdhery et al., PaLM, 2022, table 3, reach 0.46)."""

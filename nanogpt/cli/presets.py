@@ -7,9 +7,9 @@ from rich.table import Table
 
 from nanogpt.cli.config import PresetsConfig
 from nanogpt.config import model_config
-from nanogpt.console import say, terminal
 from nanogpt.model.size import meta_model
 from nanogpt.presets import MEASURED_ON, PRESETS
+from nanogpt.terminal.console import say, terminal
 
 
 def main(_: PresetsConfig) -> int:

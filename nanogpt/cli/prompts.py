@@ -7,9 +7,9 @@ import io
 import sys
 from contextlib import nullcontext
 
-from nanogpt.console import escape_control_characters, warn
 from nanogpt.errors import UserError, require
 from nanogpt.inference.tokens import SHORT_MEMORY
+from nanogpt.terminal.console import escape_control_characters, warn
 from nanogpt.text.encoding import decode_file
 
 MAX_PROMPT_BYTES = 1 << 24

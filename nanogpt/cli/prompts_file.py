@@ -15,7 +15,6 @@ from typing import Any, cast
 from torch import Tensor
 
 from nanogpt.cli.prompts import one_after_the_other, print_text, read_text
-from nanogpt.console import plural, progress_bar
 from nanogpt.errors import UserError, require
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.prompts import MAX_ROWS, device_of, encode_prompt, generators_for
@@ -23,7 +22,9 @@ from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.text import TextStream, resolve_logit_bias
 from nanogpt.inference.tokens import generate_rows
 from nanogpt.model.gpt import GPT
+from nanogpt.terminal.console import progress_bar
 from nanogpt.tokenizer.base import Tokenizer
+from nanogpt.units import plural
 
 MAX_BYTES = 1 << 28
 """Maximum size of a file of prompts, in bytes."""

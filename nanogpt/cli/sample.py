@@ -17,20 +17,20 @@ import torch
 from nanogpt.checkpoint.format import Checkpoint, build_model, checkpoint_at, load_checkpoint
 from nanogpt.cli import interactive, prompts_file
 from nanogpt.cli.prompts import one_after_the_other, print_text, read_prompt
-from nanogpt.console import warn
 from nanogpt.data.dataset import Dataset, load_dataset
-from nanogpt.device import autocast, eager_mode, explain_out_of_memory, pick_device
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.prompts import device_of, encode_prompt, generate_in_batches
 from nanogpt.inference.speculation import MAX_LEARNED, NgramGuesses
 from nanogpt.inference.text import TextStream, resolve_logit_bias, token_texts
 from nanogpt.inference.tokens import Token
+from nanogpt.machine.device import autocast, eager_mode, explain_out_of_memory, pick_device
+from nanogpt.machine.precision import pick_sampling_dtype
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import prepare_for_sampling
 from nanogpt.native.step import native_problem, switched_off
-from nanogpt.precision import pick_sampling_dtype
 from nanogpt.settings import unescape
+from nanogpt.terminal.console import warn
 from nanogpt.tokenizer.base import Tokenizer
 
 SEPARATOR = "\n" + "-" * 40 + "\n"

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nanogpt.data.shards import MaskedTokens, Tokens
-from nanogpt.device import kind_of
 from nanogpt.errors import require
+from nanogpt.machine.device import kind_of
 from nanogpt.model.kernels import IGNORED
 
 RESIDENT_SHARE, RESIDENT_BYTES = 1 / 8, 4

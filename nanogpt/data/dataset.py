@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanogpt import __version__
-from nanogpt.console import command
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.shards import Shards, Tokens
 from nanogpt.data.swap import VOCAB_FILE, finish_interrupted_swap, read_journal
 from nanogpt.data.token_map import TokenFile, check_ids, open_tokens
 from nanogpt.data.vocab_file import MASKED_VERSION, MASKS, SPLITS, VocabFile
 from nanogpt.errors import UserError, require
-from nanogpt.seals import VERIFY_BYTES, DamageError, load_with_checksum, verify
+from nanogpt.storage.seals import VERIFY_BYTES, DamageError, load_with_checksum, verify
+from nanogpt.terminal.console import command
 from nanogpt.text.addresses import without_secrets
 from nanogpt.text.options import ReadOptions
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE

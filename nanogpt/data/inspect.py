@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from nanogpt.console import new_figure, plural, progress_bar, say, terminal, warn
 from nanogpt.data.config import InspectConfig
 from nanogpt.data.dataset import Dataset, load_dataset
 from nanogpt.data.vocab_file import SPLITS
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write
+from nanogpt.storage.files import atomic_write
+from nanogpt.terminal.console import new_figure, progress_bar, say, terminal, warn
+from nanogpt.units import plural
 
 TOKENS_PER_READ = 1 << 24
 """Tokens to read at a time."""

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.console import ceil_div, plural, progress_bar, say, warn
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.dataset import load_dataset, prepare_arguments
 from nanogpt.data.saved_tokenizer import given_tokenizer, with_characters_of
@@ -38,14 +37,16 @@ from nanogpt.data.swap import FILE_NAME, VOCAB_FILE, WORK, finish_swap, make_new
 from nanogpt.data.token_writer import EncodingJob, write_tokens
 from nanogpt.data.vocab_file import FORMAT_VERSION, MASKED_VERSION, SPLITS, shard_names
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write
-from nanogpt.locking import lock
-from nanogpt.seals import Checksum, save_with_checksum
+from nanogpt.storage.files import atomic_write
+from nanogpt.storage.locking import lock
+from nanogpt.storage.seals import Checksum, save_with_checksum
+from nanogpt.terminal.console import progress_bar, say, warn
 from nanogpt.text.corpus import Corpus, find_corpus
 from nanogpt.text.documents import Chunk, PairFields, SkipReport, first_of_each_kind
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE, tiny_shakespeare
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import TOKENIZERS
+from nanogpt.units import ceil_div, plural
 
 SAVE_SECONDS = 5.0
 """Seconds between saves of the encoding's state, and so the most that a kill can lose."""

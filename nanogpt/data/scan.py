@@ -18,18 +18,19 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.console import plural, progress_bar
-from nanogpt.cores import usable_cores
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.saved_tokenizer import open_saved
 from nanogpt.data.vocab_file import FORMAT_VERSION
 from nanogpt.errors import require
+from nanogpt.machine.cores import usable_cores
+from nanogpt.terminal.console import progress_bar
 from nanogpt.text.corpus import Corpus
 from nanogpt.text.documents import Chunk, SkipReport
 from nanogpt.text.speakers import require_known
 from nanogpt.text.tiny_shakespeare import TINY_SHAKESPEARE
 from nanogpt.tokenizer import base as tokenizers
 from nanogpt.tokenizer.registry import SAVED_SUFFIXES, min_vocab_size
+from nanogpt.units import plural
 
 BATCH_BYTES, BATCH_DOCUMENTS = 1 << 18, 1 << 13
 """Size of a thread's batch: this many bytes of text, in at most this many documents."""

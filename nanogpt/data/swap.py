@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write, fsync_folder, rename
-from nanogpt.locking import lock
+from nanogpt.storage.files import atomic_write, fsync_folder, rename
+from nanogpt.storage.locking import lock
 
 WORK, NEW, JOURNAL = "preparing", "new", "swap.json"
 """The folder of an unfinished preparation; in it, the folder of the new set and the journal."""

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.console import warn
 from nanogpt.errors import UserError, require
-from nanogpt.seals import DamageError
+from nanogpt.storage.seals import DamageError
+from nanogpt.terminal.console import warn
 
 NAME_LENGTH_OFFSET = 26
 """Offset, in a zip entry's header, of the lengths of its name and extra field (APPNOTE.TXT 4.3.7)."""

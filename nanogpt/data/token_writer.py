@@ -23,9 +23,9 @@ from nanogpt.data.config import PrepareConfig
 from nanogpt.data.scan import ScanResult, tokenizer_settings
 from nanogpt.data.vocab_file import FORMAT_VERSION, MASKS, SPLITS
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write
-from nanogpt.pt_files import Stream, save
-from nanogpt.seals import BlockHasher, Checksum, HashingWriter, load_with_checksum, save_with_checksum
+from nanogpt.storage.files import atomic_write
+from nanogpt.storage.pt_files import Stream, save
+from nanogpt.storage.seals import BlockHasher, Checksum, HashingWriter, load_with_checksum, save_with_checksum
 from nanogpt.tokenizer.base import Ids, Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 

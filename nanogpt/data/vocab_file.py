@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanogpt.errors import UserError
-from nanogpt.seals import Checksum
+from nanogpt.storage.seals import Checksum
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_dict
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogpt.config import GradCheckpoint
-from nanogpt.device import kind_of
 from nanogpt.distributed.dtensor import shard_like
 from nanogpt.distributed.world import World
 from nanogpt.errors import require
+from nanogpt.machine.device import kind_of
 from nanogpt.model.gpt import GPT, rotation_table
 from nanogpt.model.kernels import CHUNKED_LOSS_MIN_VOCAB, Recomputed
 from nanogpt.model.size import meta_model

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nanogpt import streams
-from nanogpt.console import one_line
-from nanogpt.device import KINDS
 from nanogpt.errors import UserError, require
+from nanogpt.machine.device import KINDS
+from nanogpt.terminal import streams
+from nanogpt.terminal.console import one_line
 
 if TYPE_CHECKING:  # does not exist in a PyTorch without torch.distributed, as for AMD on Windows
     from torch.distributed.distributed_c10d import PrefixStore

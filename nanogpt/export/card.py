@@ -1,6 +1,6 @@
 """The model card: README.md of an exported folder, written from the checkpoint and what is known of its run.
 
-Example:    (folder / "README.md").write_text(model_card(source, "f32"))
+Example: (folder / "README.md").write_text(model_card(source, "f32"))
 It says what the files say and no more: language, licence and the origin of the text are not known here.
 The form: https://huggingface.co/docs/hub/model-cards.
 """
@@ -12,10 +12,10 @@ from typing import Any, cast
 
 from nanogpt import __version__
 from nanogpt.config import TrainConfig
-from nanogpt.console import duration, plural
 from nanogpt.export.families import closest_family
 from nanogpt.export.source import Evaluation, TrainedModel
 from nanogpt.tokenizer.base import END_OF_TEXT, CharTokenizer
+from nanogpt.units import duration, plural
 
 FRONT_MATTER = """\
 ---

@@ -1,7 +1,7 @@
 """Families: the architectures that other programs know, and their names for our weights.
 
-Example:    family = closest_family(config); family.misfits(config) or list(pieces(family, config, weights))
-A family says which values of GPTConfig it can express, and has the tables of its names (foreign_names.py).
+Example: family = closest_family(config); family.misfits(config) or list(pieces(family, config, weights))
+A family says which values of GPTConfig it can express, and has its tables of names (model/foreign_names.py).
 Most weights are the same tensor under another name. Where the other side keeps several matrices that are one
 of ours, ours is cut by rows.
 To add a family, write its tables, a row in FAMILIES, its config.json (hf.py) and its header (gguf.py).
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.foreign_names import GPT2 as GPT2_NAMES
-from nanogpt.foreign_names import GPT2_GGUF, QWEN3_GGUF, Names, foreign_names, piece_sizes
-from nanogpt.foreign_names import QWEN3 as QWEN3_NAMES
+from nanogpt.model.foreign_names import GPT2 as GPT2_NAMES
+from nanogpt.model.foreign_names import GPT2_GGUF, QWEN3_GGUF, Names, foreign_names, piece_sizes
+from nanogpt.model.foreign_names import QWEN3 as QWEN3_NAMES
 
 
 class Piece(NamedTuple):

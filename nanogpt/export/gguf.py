@@ -1,6 +1,6 @@
 """GGUF: one file for llama.cpp, as GPT-2 or Qwen3.
 
-Example:    write(source, Path("model.gguf"), "q8_0", advance)
+Example: write(source, Path("model.gguf"), "q8_0", advance)
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The tokenizer is in
 gguf_vocabulary.py. Norms, biases and positions stay f32, as llama.cpp's own converter leaves them.
 """

@@ -1,6 +1,6 @@
 """The tokenizers of a GGUF file: tokens spelled as in GPT-2's vocabulary, and merges.
 
-Example:    write(writer, vocabulary(tokenizer))
+Example: write(writer, vocabulary(tokenizer))
 llama.cpp has byte-pair encoding and no tokenizer of characters. Merges make one: those that join the bytes of
 each character, from left to right. UTF-8 says where a character begins, so that no merge crosses two of them.
 The first bytes of a character, merged, need no id. A character that is not in the vocabulary is left out.

@@ -1,7 +1,7 @@
 """Hugging Face: a folder that transformers loads without code of ours, as GPT-2 or Qwen3.
 
-Example:    write(source, Path("my_model"), "f32", advance)
-            AutoModelForCausalLM.from_pretrained("my_model"); AutoTokenizer.from_pretrained("my_model")
+Example: write(source, Path("my_model"), "f32", advance)
+         AutoModelForCausalLM.from_pretrained("my_model"); AutoTokenizer.from_pretrained("my_model")
 The folder can be uploaded to the hub as it is.
 """
 

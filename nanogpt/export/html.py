@@ -1,6 +1,6 @@
 """HTML: one page that runs the model in a browser, from disk, without a network.
 
-Example:    write(source, Path("model.html"), "int8", advance)
+Example: write(source, Path("model.html"), "int8", advance)
 Every model fits, with tokenizers of characters, bytes, and BPE by GPT-2's or Qwen2's rule for
 words. The page computes
 the model whose weights are `rounded`: each matrix, embeddings too, has 8 bits and a scale for each row, as in
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import to_dict
-from nanogpt.console import plural
 from nanogpt.export import gguf_vocabulary
 from nanogpt.export.source import Advance, TrainedModel
 from nanogpt.model.quantize import quantize_rows
 from nanogpt.page.assemble import assemble
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
 from nanogpt.tokenizer.bpe import CHAR_OF, BPETokenizer, plain_tokens
+from nanogpt.units import plural
 
 BACKEND = ("products.js", "weights.js", "tokenizer.js", "engine.js", "local.js")
 """The scripts that run a model."""

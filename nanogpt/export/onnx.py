@@ -1,8 +1,8 @@
 """ONNX: a folder with a graph for onnxruntime, laid out as transformers.js reads it.
 
-Example:    write(source, Path("my_model"), "f32", advance)
-            onnxruntime.InferenceSession("my_model/onnx/model.onnx")
-            await pipeline("text-generation", "my_model")          // transformers.js
+Example: write(source, Path("my_model"), "f32", advance)
+         onnxruntime.InferenceSession("my_model/onnx/model.onnx")
+         await pipeline("text-generation", "my_model")          // transformers.js
 Every model and every tokenizer fits. The graph is in onnx_graph.py.
 """
 

@@ -1,6 +1,6 @@
 """The GPT as an ONNX graph: tokens and a KV cache in, logits and the longer cache out.
 
-Example:    graph = GPTGraph(config, weights, "f32", advance); onnx.save(graph.model(), "model.onnx")
+Example: graph = GPTGraph(config, weights, "f32", advance); onnx.save(graph.model(), "model.onnx")
 This is nanogpt/model/gpt.py in ONNX's operators (https://onnx.ai/onnx/operators). Whatever their type in the
 file, weights are computed with in float32: runtimes convert them once, when they load the model. Inputs and
 outputs have the names that transformers.js and Hugging Face's Optimum expect.

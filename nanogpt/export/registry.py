@@ -1,6 +1,6 @@
 """The export formats: a row for each, and `export`, which refuses what a format cannot carry.
 
-Example:    export(source, "gguf", Path("model.gguf"), dtype="q8_0")
+Example: export(source, "gguf", Path("model.gguf"), dtype="q8_0")
 To add a format, write a file with `misfits` and `write`, a row in FORMATS, and its name in FormatName
 (config.py). A writer makes what it is told, a file or a folder of files; that it is whole is seen to here.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from nanogpt.errors import UserError, require
 from nanogpt.export import gguf, hf, html, onnx, safetensors
 from nanogpt.export.source import Advance, TrainedModel
-from nanogpt.files import atomic_output
 from nanogpt.settings import join_choices
+from nanogpt.storage.files import atomic_output
 
 
 @dataclass(frozen=True)

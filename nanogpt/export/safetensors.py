@@ -1,7 +1,7 @@
 """safetensors: one file with the weights under our names; settings and tokenizer in its metadata.
 
-Example:    write(source, Path("model.safetensors"), "f32", advance)
-            json.loads(safe_open("model.safetensors", "pt").metadata()["nanogpt"])["config"]
+Example: write(source, Path("model.safetensors"), "f32", advance)
+         json.loads(safe_open("model.safetensors", "pt").metadata()["nanogpt"])["config"]
 Every model fits. The names and shapes are those of nanogpt/model/gpt.py; a tied head is left out.
 """
 

@@ -1,7 +1,7 @@
 """What an exporter gets: the checkpoint, its tokenizer, the curve of its run; and weights in another dtype.
 
-Example:    source = TrainedModel("shakespeare", load_checkpoint(path), tokenizer)
-            for name, weight in source.weights.items(): to_dtype(name, weight, "f16")
+Example: source = TrainedModel("shakespeare", load_checkpoint(path), tokenizer)
+         for name, weight in source.weights.items(): to_dtype(name, weight, "f16")
 """
 
 import math

@@ -1,6 +1,6 @@
 """tokenizer.json and tokenizer_config.json: our tokenizers for Hugging Face's libraries.
 
-Example:    described = tokenizer_json(tokenizer); config = tokenizer_config(described, tokenizer, 256)
+Example: described = tokenizer_json(tokenizer); config = tokenizer_config(described, tokenizer, 256)
 Both sides encode and decode a text alike, with two differences. Characters that a character vocabulary lacks
 are dropped there; here they are an error. A text that spells <|endoftext|> is the end of a text there, unless
 it is encoded with split_special_tokens=True; here it is text.

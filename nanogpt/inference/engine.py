@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from nanogpt.device import is_out_of_memory
 from nanogpt.inference.scheduler import Request, Scheduler, describe
+from nanogpt.machine.device import is_out_of_memory
 
 Result = TypeVar("Result")
 

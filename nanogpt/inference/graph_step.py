@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.graphs import Graphs
+from nanogpt.machine.graphs import Graphs
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import CacheStep
 

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nanogpt.device import kind_of
 from nanogpt.errors import require
 from nanogpt.inference.prompts import device_of
 from nanogpt.inference.text import Alternative, alternatives, pieces_of
 from nanogpt.inference.tokens import likeliest
+from nanogpt.machine.device import kind_of
 from nanogpt.model.gpt import GPT, Block, Context, attention
 from nanogpt.tokenizer.base import Tokenizer
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.device import kind_of
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.speculation import NgramGuesses
 from nanogpt.inference.tokens import Token, generate_rows
+from nanogpt.machine.device import kind_of
 from nanogpt.model.gpt import GPT
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 

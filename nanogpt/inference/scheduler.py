@@ -18,7 +18,6 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from nanogpt.device import is_out_of_memory
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import decode_one, feed, prefill
 from nanogpt.inference.processors import NO_CHANCE, History, needs_history
@@ -26,6 +25,7 @@ from nanogpt.inference.prompts import MAX_ROWS, device_of, generators_for
 from nanogpt.inference.sampling import sample
 from nanogpt.inference.steps import fastest_steps
 from nanogpt.inference.tokens import Token, with_logprobs
+from nanogpt.machine.device import is_out_of_memory
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kv_cache import KVCache, integers
 

@@ -10,14 +10,14 @@ from typing import cast
 import torch
 
 from nanogpt.config import Dtype
-from nanogpt.device import kind_of
 from nanogpt.inference.config import Quantization
 from nanogpt.inference.graph_step import GraphGPT
 from nanogpt.inference.speculation import NgramGuesses, Speculator
+from nanogpt.machine.device import kind_of
+from nanogpt.machine.precision import pick_sampling_dtype
 from nanogpt.model.gpt import GPT
 from nanogpt.model.quantize import sampling_copy
 from nanogpt.native.step import NativeGPT, is_watched, native_problem, with_native_steps
-from nanogpt.precision import pick_sampling_dtype
 
 StepModel = GPT | NativeGPT | GraphGPT | Speculator
 """Anything that computes tokens with a cache as a GPT does, with the same result up to rounding."""

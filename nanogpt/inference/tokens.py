@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nanogpt.device import is_out_of_memory
 from nanogpt.inference.config import SamplingParams
 from nanogpt.inference.generate import DEFAULT_PARAMS, generate
 from nanogpt.inference.sampling import Randomness
 from nanogpt.inference.speculation import NgramGuesses
+from nanogpt.machine.device import is_out_of_memory
 from nanogpt.model.gpt import GPT
 
 SHORT_MEMORY = "Too little memory for all texts at once: they are made one after the other"

@@ -1,6 +1,6 @@
 """The description of adapters in peft's format (LoRA and its like), of a training here or by any program.
 
-Example:    describe_adapter(Path("out/adapter"))
+Example: describe_adapter(Path("out/adapter"))
 peft's files say which model they are for, and not what that is: its shape is not known here.
 """
 

@@ -1,7 +1,7 @@
 """The curve of a run: its evaluations, read from metrics.jsonl, and the same as a line of characters.
 
-Example:    points = evaluations(Path("out/metrics.jsonl"), saved.progress)
-            sparkline([point.loss for point in points], width=60)
+Example: points = evaluations(Path("out/metrics.jsonl"), saved.progress)
+         sparkline([point.loss for point in points], width=60)
 """
 
 import math

@@ -1,6 +1,6 @@
 """The description of a file or folder: what every format says of itself, in one form.
 
-Example:    described = describe(Path("out")); described.parameters; described.recipe      # info/registry.py
+Example: described = describe(Path("out")); described.parameters; described.recipe      # info/registry.py
 A reader of a format fills in what its files say, without reading weights. What is not known is empty or None.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from nanogpt.config import GPTConfig, TrainConfig, to_dict
-from nanogpt.console import plural
 from nanogpt.errors import UserError, first_line
 from nanogpt.export.card import recipe_command
 from nanogpt.export.source import Evaluation
 from nanogpt.model.size import meta_model
 from nanogpt.tokenizer.base import Tokenizer
+from nanogpt.units import plural
 
 VerifyProgress = Callable[[int], object]
 """Called with the number of bytes that were compared with a checksum since the last call."""

@@ -1,6 +1,6 @@
 """What differs between two descriptions: settings, tokenizer, data, and the weights one by one.
 
-Example:    found = compare(describe(Path("a/ckpt.pt")), describe(Path("b/ckpt.pt"))); found.weights
+Example: found = compare(describe(Path("a/ckpt.pt")), describe(Path("b/ckpt.pt"))); found.weights
 Weights are read one at a time, and compared a piece at a time, in float32. Those of other programs are first
 converted to ours, all of them in memory.
 """

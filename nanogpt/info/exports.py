@@ -1,6 +1,6 @@
 """Descriptions of what `nanogpt export` writes: safetensors, GGUF, ONNX, and pages of HTML.
 
-Example:    describe_gguf(Path("my_gpt.gguf"))
+Example: describe_gguf(Path("my_gpt.gguf"))
 Its folders for transformers are read as any folder of transformers (foreign.py).
 """
 

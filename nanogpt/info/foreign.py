@@ -1,6 +1,6 @@
 """Descriptions of models of other programs that --init_from takes: nanoGPT, litgpt, transformers.
 
-Example:    describe_foreign(Path("gpt2_folder"))
+Example: describe_foreign(Path("gpt2_folder"))
 A folder that `nanogpt export --format hf` wrote is one of transformers. An architecture that is not ours is
 refused with the reason, as --init_from refuses it. Nothing is downloaded.
 """

@@ -1,6 +1,6 @@
 """The header of a GGUF file, read without a library: its settings, and type and shape of each tensor.
 
-Example:    header = read_header(Path("model.gguf")); header.settings["general.name"]; header.tensors
+Example: header = read_header(Path("model.gguf")); header.settings["general.name"]; header.tensors
 No length in the file is believed before it is compared with the size of the file, so a malicious one costs
 neither time nor memory. Arrays of numbers are passed over. The format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md

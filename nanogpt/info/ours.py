@@ -1,6 +1,6 @@
 """Descriptions of our own files: checkpoints, run folders, data folders.
 
-Example:    describe_checkpoint(Path("out/ckpt.pt"), None)
+Example: describe_checkpoint(Path("out/ckpt.pt"), None)
 A checkpoint is memory-mapped, so that its size does not matter, unless it is to be verified. What the data
 folder of a training and its metrics.jsonl add is read where they still are.
 """
@@ -25,7 +25,6 @@ from nanogpt.checkpoint.format import (
     verify,
 )
 from nanogpt.checkpoint.run_dir import RunFolder
-from nanogpt.console import size
 from nanogpt.data.dataset import load_dataset
 from nanogpt.data.inspect import summary
 from nanogpt.data.swap import VOCAB_FILE
@@ -41,8 +40,9 @@ from nanogpt.info.description import (
     tokenizer_facts,
 )
 from nanogpt.initialize.ours import is_checkpoint, without_tied_head
-from nanogpt.seals import load_with_checksum
+from nanogpt.storage.seals import load_with_checksum
 from nanogpt.tokenizer.registry import from_dict
+from nanogpt.units import size
 
 # --- checkpoints ---
 

@@ -1,6 +1,6 @@
 """What `nanogpt info` can describe: a row for each kind of file or folder, and `describe`, which finds it.
 
-Example:    describe(Path("out")).progress["step"]
+Example: describe(Path("out")).progress["step"]
 To add a kind, write a function that returns its Description, and give it a row in KINDS.
 """
 

@@ -1,6 +1,6 @@
 """Descriptions and differences as lines of at most 80 columns.
 
-Example:    for line in lines(describe(path)): say(line)
+Example: for line in lines(describe(path)): say(line)
 """
 
 import math
@@ -12,12 +12,12 @@ from dataclasses import fields
 from typing import Any
 
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.console import duration, plural, size
 from nanogpt.export.source import Evaluation
 from nanogpt.info.curve import ASCII_BARS, BARS, sparkline
 from nanogpt.info.description import Description, TokenizerFacts
 from nanogpt.info.difference import LABELS, Difference, WeightDifference, only_in_first
 from nanogpt.tokenizer.base import CharTokenizer
+from nanogpt.units import duration, plural, size
 
 WIDTH, LABEL = 80, 14
 """Columns of a line, and of the label that begins it."""

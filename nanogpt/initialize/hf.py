@@ -1,6 +1,6 @@
 """transformers: a folder with config.json and the weights, of a GPT-2 or a Qwen3, here or on the hub.
 
-Example:    if matches(folder): source = read("gpt2", folder); folder = download("gpt2")
+Example: if matches(folder): source = read("gpt2", folder); folder = download("gpt2")
 The weights are in model.safetensors or pytorch_model.bin, in one file or in several with an index; a .bin is
 read without running what a pickle may hold. The tokenizer is tokenizer.json.
 """
@@ -14,9 +14,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.console import say
 from nanogpt.errors import UserError, first_line, require
-from nanogpt.foreign_names import GPT2, QWEN3, Names
 from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import (
     Need,
@@ -32,6 +30,8 @@ from nanogpt.initialize.source import (
     rope_config,
     tensors_in,
 )
+from nanogpt.model.foreign_names import GPT2, QWEN3, Names
+from nanogpt.terminal.console import say
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_file
 

@@ -1,6 +1,6 @@
 """litgpt: a folder with lit_model.pth and model_config.yaml, where its architecture is one of ours.
 
-Example:    if matches(folder): source = read("checkpoints/mine", folder)
+Example: if matches(folder): source = read("checkpoints/mine", folder)
 It has many architectures. Those fit that have RoPE over whole heads and the MLP behind the attention, not
 beside it, as a small Qwen3.
 """
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError, first_line, require
-from nanogpt.foreign_names import LITGPT, LITGPT_GATED
 from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import (
     Need,
@@ -26,6 +25,7 @@ from nanogpt.initialize.source import (
     rope_config,
     tensors_in,
 )
+from nanogpt.model.foreign_names import LITGPT, LITGPT_GATED
 from nanogpt.tokenizer.base import Tokenizer
 from nanogpt.tokenizer.registry import from_file
 

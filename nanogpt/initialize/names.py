@@ -1,6 +1,6 @@
 """From the names that other programs have for the weights of a GPT to ours.
 
-Example:    weights = to_our_names(GPT2, config, tensors, "gpt2")      # foreign_names.py has the tables
+Example: weights = to_our_names(GPT2, config, tensors, "gpt2")      # model/foreign_names.py has the tables
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPTConfig
-from nanogpt.foreign_names import Names, foreign_names
 from nanogpt.initialize.source import refuse, to_float32
+from nanogpt.model.foreign_names import Names, foreign_names
 from nanogpt.model.size import meta_model
 
 

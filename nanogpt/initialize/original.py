@@ -1,6 +1,6 @@
 """Karpathy's nanoGPT: its ckpt.pt, with the vocabulary in a meta.pkl or GPT-2's.
 
-Example:    if matches(path): source = read("out-shakespeare-char", path)
+Example: if matches(path): source = read("out-shakespeare-char", path)
 meta.pkl is looked for beside ckpt.pt, and in data/DATASET of nanoGPT's folder. It is a pickle, which could
 run any program: it is read as far as it is strings, numbers, lists, tuples and dictionaries, and no further.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nanogpt.config import GPTConfig
 from nanogpt.errors import UserError, first_line, require
-from nanogpt.foreign_names import GPT2
 from nanogpt.initialize.names import to_our_names
 from nanogpt.initialize.source import PretrainedModel, count, read_torch, tensors_in
+from nanogpt.model.foreign_names import GPT2
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 from nanogpt.tokenizer.registry import existing_tokenizer
 

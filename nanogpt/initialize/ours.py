@@ -1,6 +1,6 @@
 """Our own models: a checkpoint (ckpt.pt, last.pt), or the safetensors file of `nanogpt export`.
 
-Example:    if is_checkpoint(path): source = read_checkpoint("out", path)
+Example: if is_checkpoint(path): source = read_checkpoint("out", path)
 With a moving average of the weights, a new training starts from that; with adapters (LoRA), from the weights
 that they are merged into.
 """

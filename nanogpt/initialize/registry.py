@@ -1,6 +1,6 @@
 """The formats that a training can start from: a row for each, and `open_source`, which finds the right one.
 
-Example:    source = open_source("out/ckpt.pt"); TrainConfig(init_from="out/ckpt.pt", **source.settings)
+Example: source = open_source("out/ckpt.pt"); TrainConfig(init_from="out/ckpt.pt", **source.settings)
 To add a format, write a file with `matches(path)` and `read(name, path)`, and give it a row in FORMATS.
 """
 

@@ -1,6 +1,6 @@
 """A trained model to start from: its architecture, its tokenizer, its weights under our names.
 
-Example:    source = open_source("gpt2"); source.settings; source.weights()      # initialize/registry.py
+Example: source = open_source("gpt2"); source.settings; source.weights()      # initialize/registry.py
 A reader of a format makes a PretrainedModel from what a file says about itself. The weights are read when
 they are asked for. What of a model has no counterpart here is refused, all of it in one message (`refuse`).
 """

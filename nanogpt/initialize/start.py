@@ -1,6 +1,6 @@
 """The first weights of a training that starts from a trained model.
 
-Example:    weights = first_weights(config, tokenizer)           # config.init_from says which model
+Example: weights = first_weights(config, tokenizer)           # config.init_from says which model
 The architecture is the source's, but for a shorter context. The tokens are those of the data: rows of padding
 are cut off, and a vocabulary of characters may be another one, whose new characters get new rows.
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import SHAPE_FIELDS, Architecture, TrainConfig
-from nanogpt.console import command, say
 from nanogpt.errors import UserError, require
 from nanogpt.initialize.registry import open_source
 from nanogpt.initialize.source import PretrainedModel
 from nanogpt.model.gpt import ACTIVATIONS, default_hidden_dim
+from nanogpt.terminal.console import command, say
 from nanogpt.tokenizer.base import CharTokenizer, Tokenizer
 from nanogpt.tokenizer.registry import PROBE
 

@@ -1,6 +1,6 @@
 """The GPT: token ids in, logits and loss out.
 
-Example:    model = GPT(GPTConfig(vocab_size=65)); logits, loss = model(x, y)
+Example: model = GPT(GPTConfig(vocab_size=65)); logits, loss = model(x, y)
 By default this is GPT-2: learned positions, pre-norm blocks, GELU, the output layer tied to the embedding.
 The fields of GPTConfig (nanogpt/config.py) that change it: positions, rope_base, norm, mlp, n_kv_head,
 head_dim, qk_norm, bias, tied, zero_init, logit_cap, ngram_vocab. kernels.py has nn.Dropout and the norms of

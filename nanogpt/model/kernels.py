@@ -1,9 +1,9 @@
 """The formulas of gpt.py in less time or memory, with the same results up to rounding.
 
 Attention, norms, dropout, the output layer, cross-entropy over a large vocabulary, recomputation of
-activations. What is fast depends on the device: device.py says what each kind prefers, bench/RESULTS.md has
-the measurements. Tests compare each function with its formula (dropout: in distribution). Knows nothing of
-GPTConfig or GPT.
+activations. What is fast depends on the device: machine/device.py says what each kind prefers, and
+bench/RESULTS.md has the measurements. Tests compare each function with its formula (dropout: in
+distribution). Knows nothing of GPTConfig or GPT.
 
 Shapes: B batch, T queries, S keys, H heads, D head_width; N positions (B T), C width, V vocab_size
 """
@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils import checkpoint as checkpointing
 
-from nanogpt.device import kind_of
+from nanogpt.machine.device import kind_of
 
 IGNORED = -1
 """The target at positions that do not count for the loss."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt.device import seconds_of
+from nanogpt.machine.device import seconds_of
 
 LEVELS = 127
 """Weights in 8 bits are integers from -LEVELS to LEVELS."""

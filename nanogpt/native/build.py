@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nanogpt.files import user_folder
+from nanogpt.storage.files import user_folder
 
 FOLDER = Path(__file__).parent
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from nanogpt.machine.precision import matmul_rates
 from nanogpt.model.gpt import ACTIVATIONS as ACTIVATION_FUNCTIONS
 from nanogpt.model.gpt import GPT, MLP, Block, CausalSelfAttention
 from nanogpt.model.kernels import Dropout, Head, LayerNorm, RMSNorm
@@ -24,7 +25,6 @@ from nanogpt.model.kv_cache import BEFORE_TEXT, NGRAM_TOKENS, CacheStep
 from nanogpt.model.ngram import NgramEmbedding
 from nanogpt.model.quantize import Int8Linear, linear_bytes
 from nanogpt.native.build import BuildError, load
-from nanogpt.precision import matmul_rates
 
 MAX_TOKENS = 64
 """Most tokens of a step, B times T."""

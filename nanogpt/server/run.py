@@ -13,13 +13,13 @@ from types import FrameType
 
 import uvicorn
 
-from nanogpt.console import say, warn
 from nanogpt.errors import UserError, require
 from nanogpt.server.app import Service, create_app
 from nanogpt.server.config import LOOPBACK, ServeConfig
 from nanogpt.server.connection import Connection
 from nanogpt.server.guard import key_of
 from nanogpt.server.served import Served, load, newest_stamp
+from nanogpt.terminal.console import say, warn
 
 WATCH_SECONDS = 1.0
 """Seconds between two looks at the checkpoint."""

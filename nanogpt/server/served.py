@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from nanogpt.checkpoint.format import checkpoint_at, load_model
-from nanogpt.device import autocast, eager_mode
 from nanogpt.errors import UserError
 from nanogpt.inference.engine import Engine
 from nanogpt.inference.prompts import device_of
@@ -24,6 +23,7 @@ from nanogpt.inference.scheduler import Scheduler
 from nanogpt.inference.steps import copy_for_steps
 from nanogpt.inference.text import FinishReason, TokenTexts
 from nanogpt.inference.tokens import Token
+from nanogpt.machine.device import autocast, eager_mode
 from nanogpt.model.gpt import GPT
 from nanogpt.server.config import ServeConfig
 from nanogpt.tokenizer.base import Tokenizer

@@ -15,10 +15,10 @@ from typing import Any, cast
 from nanogpt.checkpoint.kept import kept_checkpoints
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import TrainConfig
-from nanogpt.locking import is_locked
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.models import Models
 from nanogpt.server.protocol import ApiError, json_bytes
+from nanogpt.storage.locking import is_locked
 
 Row = dict[str, float]
 """A line of metrics.jsonl."""

@@ -1,9 +1,7 @@
 """Addresses of texts, such as https://example.org/novel.txt, and what of them may be shown.
 
-Example:
-    is_address("s3://bucket/a.txt"); without_secrets("https://me:password@host/a.txt?token=1")
+Example: is_address("s3://bucket/a.txt"); without_secrets("https://me:password@host/a.txt?token=1")
 Knows no network: remote.py downloads.
-
 """
 
 import re

@@ -1,10 +1,8 @@
 """The documents in one file, plain, compressed or an archive: its suffix says what it is.
 
-Example:
-    for chunk in read_file(source): ...
+Example: for chunk in read_file(source): ...
 Compressed files (gzip, bzip2, xz, zstd) and archives (zip, tar) are read in place and never unpacked to the
 disk. A damaged or hostile file is refused in one line.
-
 """
 
 import csv

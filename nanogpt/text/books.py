@@ -1,10 +1,8 @@
 """EPUB books and Word files (.docx): packages of XML in a zip archive, each read as one document.
 
-Example:
-    for chunk in read_epub(source): ...
+Example: for chunk in read_epub(source): ...
 Nothing is unpacked to the disk: a part is found by its name in the archive, wherever that name would lead. A
 decompression bomb is refused. Knows neither flags nor folders.
-
 """
 
 import posixpath

@@ -1,10 +1,8 @@
 """Chats as lines "Name: message": WhatsApp, Telegram, Signal, Discord; and the posts in a Twitter archive.
 
-Example:
-    for chunk in read_whatsapp(source): ...
+Example: for chunk in read_whatsapp(source): ...
 A chat is a document; a message of several lines keeps them. Lines of the system (who joined, who called), and
 messages without text (pictures, deleted ones), are left out and counted. Each post on Twitter is a document.
-
 """
 
 import csv
@@ -15,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError, first_line, require
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk, split_into_chunks
@@ -34,6 +31,7 @@ from nanogpt.text.records import (
 )
 from nanogpt.text.speakers import DIRECTION_MARKS, clean_name
 from nanogpt.text.tables import TableRows, whole_rows
+from nanogpt.units import plural
 
 Message = tuple[str, str]
 """A name, and what it says."""

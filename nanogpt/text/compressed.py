@@ -1,9 +1,7 @@
 """Compressed files (gzip, bzip2, xz, zstd) as decompressed streams. A cut or damaged file raises an error.
 
-Example:
-    stream = BombGuard(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
+Example: stream = BombGuard(DECOMPRESSORS[".xz"](file), lambda: bytes_read)
 Decompression bombs are refused. Knows neither file names nor archives.
-
 """
 
 import bz2

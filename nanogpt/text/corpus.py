@@ -1,11 +1,9 @@
 """A corpus: the documents in files, folders and globs, in any of the usual formats.
 
-Example:
-    corpus = find_corpus(["books/", "dump.jsonl.gz"], ReadOptions(text_field="body"))
-    for chunk in corpus.chunks(SkipReport()): chunk.raw; chunk.ends
+Example: corpus = find_corpus(["books/", "dump.jsonl.gz"], ReadOptions(text_field="body"))
+         for chunk in corpus.chunks(SkipReport()): chunk.raw; chunk.ends
 A pass holds one chunk of one document in memory, whatever the size of the corpus. Another pass gives the
 same chunks. Files that cannot be read are reported. Knows nothing of tokens.
-
 """
 
 import glob

@@ -1,10 +1,8 @@
 """Documents, in chunks of bounded length, and the report of records that were skipped.
 
-Example:
-    for chunk in split_into_chunks(blocks): chunk.raw; chunk.ends
-    report.reject("dump.jsonl:17", "not JSON")
+Example: for chunk in split_into_chunks(blocks): chunk.raw; chunk.ends
+         report.reject("dump.jsonl:17", "not JSON")
 Knows neither files nor tokens.
-
 """
 
 import re
@@ -13,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, cast
 
-from nanogpt.console import plural
 from nanogpt.errors import require
 from nanogpt.text.speakers import speaker_notes
+from nanogpt.units import plural
 
 DEFAULT_TEXT_FIELD = "text"
 """The field of a record that is its text, unless --text_field names another."""

@@ -1,11 +1,9 @@
 """A resumable download: the bytes of an origin become a file, which is there only when it is whole.
 
-Example:
-    path = download(HttpOrigin(url, shown), folder)
+Example: path = download(HttpOrigin(url, shown), folder)
 The folder holds `part`, the bytes so far, and record.json, which says what they are. A lost connection or a
 stall is followed by another attempt: it goes on behind the last byte if the origin still has the same
 content, and starts over if not. After a kill, the next download goes on too. Knows no protocol.
-
 """
 
 import json
@@ -19,10 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from nanogpt.console import GIB, duration, warn
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write, fsync, fsync_folder, make_folder, rename
 from nanogpt.settings import Settings
+from nanogpt.storage.files import atomic_write, fsync, fsync_folder, make_folder, rename
+from nanogpt.terminal.console import warn
+from nanogpt.units import GIB, duration
 
 SAVE_SECONDS = 5.0
 """Seconds between syncs of the bytes so far: a kill loses no more."""

@@ -1,18 +1,16 @@
 """The encoding of a file: find it, and read the file in blocks of UTF-8.
 
-Example:
-    blocks, notes = decode_file(file)
+Example: blocks, notes = decode_file(file)
 A byte order mark decides, then valid UTF-8, then --encoding or detection. Errors are UserErrors without the
 file's name, which the caller adds.
-
 """
 
 import codecs
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError, require
+from nanogpt.units import plural
 
 BYTE_ORDER_MARKS = (  # UTF-32 first: its little-endian mark begins like UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),

@@ -1,12 +1,10 @@
 """The text formats: a row for each, with the function that reads it, and the choice of one for a file.
 
-Example:
-    chunks = read_document(source)
+Example: chunks = read_document(source)
 
 To add a format, write a function that takes a `Source` and yields `Chunk`s in a file of its own, and give it
 a row here. `--input_format` names a row; without it, a file's suffix does, or its first bytes. Anything else
 is read as plain text. Archives and compressed files, which hold files of these formats, are in archives.py.
-
 """
 
 from collections.abc import Callable, Iterator

@@ -1,10 +1,8 @@
 """Files on the web: requests for a file or for the rest of one over HTTP and HTTPS, and what servers answer.
 
-Example:
-    with HttpOrigin("https://example.org/a.txt", "https://example.org/a.txt").open(0, "") as answer: ...
+Example: with HttpOrigin("https://example.org/a.txt", "https://example.org/a.txt").open(0, "") as answer: ...
 The bytes are taken as they come: a compressed transfer (Content-Encoding) makes a compressed file. An error
 ends in one line, or, if it may pass (429, 503), in another attempt, after the time that the server asks for.
-
 """
 
 import email.utils
@@ -21,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from nanogpt.console import duration, warn
 from nanogpt.errors import UserError, require
+from nanogpt.terminal.console import warn
 from nanogpt.text.archives import CONTAINERS
 from nanogpt.text.compressed import DECOMPRESSORS
 from nanogpt.text.download import PATIENCE, Answer, ChangedError, LostConnectionError, Patience
 from nanogpt.text.formats import FORMATS
+from nanogpt.units import duration
 
 if TYPE_CHECKING:
     from requests import Response, Session

@@ -1,9 +1,7 @@
 """JSON Lines and JSON, one record in memory at a time.
 
-Example:
-    for chunk in read_json_lines(source): ...
+Example: for chunk in read_json_lines(source): ...
 After a broken record, reading continues where the next record begins. Knows neither files nor archives.
-
 """
 
 import io

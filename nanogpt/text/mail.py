@@ -1,10 +1,8 @@
 """Mail as text: mbox files, Maildir folders and .eml files, each mail a document.
 
-Example:
-    for chunk in read_mbox(source): ...
+Example: for chunk in read_mbox(source): ...
 A mail becomes its From, To and Subject and its text, decoded; HTML is read where there is no plain text, and
 attachments are left out. Python's email package parses it. One mail is in memory at a time.
-
 """
 
 import re
@@ -18,13 +16,13 @@ from io import BytesIO
 from pathlib import PureWindowsPath
 from typing import Any, BinaryIO, cast
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError, first_line, require
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.encoding import is_encoding
 from nanogpt.text.markup import decode_html, html_text
 from nanogpt.text.records import Beginning, Certainty, Source, utf8
 from nanogpt.text.speakers import clean_name
+from nanogpt.units import plural
 
 MAX_MAIL_BYTES = 1 << 26
 """A longer mail is read up to here: its text comes before its attachments."""

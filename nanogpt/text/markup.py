@@ -1,11 +1,9 @@
 """HTML as plain text, and XML read without entities.
 
-Example:
-    for chunk in read_html(source): ...
-    text = "".join(html_text(["<p>One<p>two"]))  # One, an empty line, two
+Example: for chunk in read_html(source): ...
+         text = "".join(html_text(["<p>One<p>two"]))  # One, an empty line, two
 HTML is read with lxml (the extra `documents`) as a stream of tags, with no tree: neither its size nor its
 depth takes memory. Scripts, styles, forms, navigation and what is hidden are left out.
-
 """
 
 import codecs

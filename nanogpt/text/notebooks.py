@@ -1,8 +1,6 @@
 """Jupyter notebooks (.ipynb) as Markdown: text as it is, code between fences, no output.
 
-Example:
-    for chunk in read_notebook(source): ...
-
+Example: for chunk in read_notebook(source): ...
 """
 
 import json

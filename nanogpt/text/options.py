@@ -1,10 +1,8 @@
 """How to read texts: the options that `data.py` and `nanogpt eval` have in common, handed down as one value.
 
-Example:
-    find_corpus(["chat.txt"], ReadOptions(input_format="whatsapp", speakers=("Anna Müller=Anna",)))
+Example: find_corpus(["chat.txt"], ReadOptions(input_format="whatsapp", speakers=("Anna Müller=Anna",)))
 The configs of both commands inherit from ReadOptions, so a field here is a flag of both. The function in this
 package that uses the option finds it in `source.options`. Knows neither files nor formats.
-
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,8 @@
 """PDF as text, read by PDFium in a process of its own; without headers, footers and page numbers.
 
-Example:
-    for chunk in read_pdf(source): ...
+Example: for chunk in read_pdf(source): ...
 PDFium (the extra `documents`) is fast and exact, but a small hostile file can make it take gigabytes, hours,
 or crash: the other process (pdf_worker.py) has limits, so that such a file ends in one line.
-
 """
 
 import json
@@ -19,11 +17,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError, require
 from nanogpt.text.compressed import refuse_bomb
 from nanogpt.text.documents import Chunk, split_into_chunks
 from nanogpt.text.records import SPOOL_BYTES, Beginning, Certainty, Source, in_blocks, missing_library
+from nanogpt.units import plural
 
 WORKER = Path(__file__).with_name("pdf_worker.py")
 

@@ -1,11 +1,9 @@
 """What the readers of formats share: a source, its lines, and the text in a record. And plain text.
 
-Example:
-    for chunk in read_text(source): ...
-    lines = Lines(open_text(source))
-    for chunk in read_record(source, "a.jsonl:17", {"text": "..."}): ...
+Example: for chunk in read_text(source): ...
+         lines = Lines(open_text(source))
+         for chunk in read_record(source, "a.jsonl:17", {"text": "..."}): ...
 Broken records are reported with file and line, and left out. Knows no format of records.
-
 """
 
 import codecs
@@ -19,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Literal, NamedTuple, cast
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError
 from nanogpt.text import encoding
 from nanogpt.text.documents import (
@@ -33,6 +30,7 @@ from nanogpt.text.documents import (
 )
 from nanogpt.text.encoding import utf8
 from nanogpt.text.options import DEFAULT_OPTIONS, ReadOptions
+from nanogpt.units import plural
 
 MAX_NAME_DEPTH = 3
 """How deep in a record a message names fields."""

@@ -1,11 +1,9 @@
 """Texts from elsewhere: addresses (https, hf, s3, gs, ...), which are downloaded once and then read as files.
 
-Example:
-    for file in fetch("hf://datasets/me/books/*.parquet", Path("data/downloads")): file.shown; file.path
+Example: for file in fetch("hf://datasets/me/books/*.parquet", Path("data/downloads")): file.shown; file.path
 A text is read two or three times, and some formats are read from their end: so the bytes of an address go to
 the disk in one stream, and are read there. http and https go through requests (http_origin.py), the other
 protocols through fsspec.
-
 """
 
 import hashlib
@@ -15,10 +13,10 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanogpt.console import plural, progress_bar, say
 from nanogpt.errors import UserError, require
-from nanogpt.files import user_folder
-from nanogpt.locking import lock
+from nanogpt.storage.files import user_folder
+from nanogpt.storage.locking import lock
+from nanogpt.terminal.console import progress_bar, say
 from nanogpt.text.addresses import WEB, protocol_of, without_secrets
 from nanogpt.text.archives import HiddenFiles
 from nanogpt.text.download import (
@@ -32,6 +30,7 @@ from nanogpt.text.download import (
     downloaded,
 )
 from nanogpt.text.http_origin import PASSING, HttpOrigin
+from nanogpt.units import plural
 
 FILE_SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf": ("huggingface_hub", {}),

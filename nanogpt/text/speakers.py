@@ -1,10 +1,8 @@
 """The names in chats, mail and subtitles, renamed or left out: --speakers.
 
-Example:
-    speakers = Speakers.parse(["Anna Müller=Anna", "Bot=", "*=Somebody"])
-    rule = speakers.rule_for("Anna Müller"); speakers.renames[rule]  # Anna
+Example: speakers = Speakers.parse(["Anna Müller=Anna", "Bot=", "*=Somebody"])
+         rule = speakers.rule_for("Anna Müller"); speakers.renames[rule]  # Anna
 Knows no format: a reader asks it for the name of each message (text/records.py: Source.speaker).
-
 """
 
 import unicodedata
@@ -12,8 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError, require
+from nanogpt.units import plural
 
 ALL_OTHERS = "*"
 """The name, in a rule, of everybody who has no rule of their own."""

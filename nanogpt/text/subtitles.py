@@ -1,8 +1,6 @@
 """Subtitles (.srt, .vtt) as text: what is said, a line for each subtitle, without numbers and times.
 
-Example:
-    for chunk in read_subtitles(source): ...
-
+Example: for chunk in read_subtitles(source): ...
 """
 
 import html

@@ -1,10 +1,8 @@
 """CSV, TSV and Parquet: the column of a table that is its text.
 
-Example:
-    for chunk in read_table(",", source): ...
+Example: for chunk in read_table(",", source): ...
 The header line tells the delimiter of a CSV file and the column. A quote that is never closed costs its own
 row and no other. Knows neither files nor archives.
-
 """
 
 import csv
@@ -12,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from nanogpt.console import plural
 from nanogpt.errors import UserError, first_line
 from nanogpt.text import records
 from nanogpt.text.documents import Chunk
@@ -27,6 +24,7 @@ from nanogpt.text.records import (
     read_record,
     seekable_copy,
 )
+from nanogpt.units import plural
 
 PARQUET_BATCH_ROWS = 256
 """Rows of a Parquet file in memory at a time."""

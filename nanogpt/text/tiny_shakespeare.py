@@ -1,8 +1,6 @@
 """Tiny Shakespeare: download it, and check it against one SHA-256 whatever the source.
 
-Example:
-    path, notes = tiny_shakespeare(Path("data"))
-
+Example: path, notes = tiny_shakespeare(Path("data"))
 """
 
 import hashlib
@@ -13,9 +11,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from nanogpt.console import say
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write, download
+from nanogpt.storage.files import atomic_write, download
+from nanogpt.terminal.console import say
 
 TINY_SHAKESPEARE = "Tiny Shakespeare"
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -1,13 +1,11 @@
 """The lists of a Word file: the bullet or the number that stands before a paragraph and is not in its text.
 
-Example:
-    lists = WordLists()
-    for _ in parse_xml(numbering_xml, lists.start): ...
-    lists.marker({"numId": "3", "ilvl": "1"})  # "b) "
+Example: lists = WordLists()
+         for _ in parse_xml(numbering_xml, lists.start): ...
+         lists.marker({"numId": "3", "ilvl": "1"})  # "b) "
 A paragraph, or its style, names a list (numId) and a level of it (ilvl). A list takes its levels from a
 definition (abstractNum), and counts on where the last list of that definition stopped. What a file says is
 bounded: it may be made to exhaust the machine.
-
 """
 
 import re

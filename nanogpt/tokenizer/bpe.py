@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt.console import say
 from nanogpt.errors import UserError, require
-from nanogpt.files import download
+from nanogpt.storage.files import download
+from nanogpt.terminal.console import say
 from nanogpt.tokenizer.base import END_OF_TEXT, Ids, Tokenizer, TrainingText
 
 UNMERGED_IDS = 257

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nanogpt.checkpoint.format import ADAPTER_FILE, Checkpoint
 from nanogpt.config import GPTConfig
-from nanogpt.files import atomic_write, make_folder
-from nanogpt.foreign_names import GPT2, QWEN3, Names, foreign_names, piece_sizes
+from nanogpt.model.foreign_names import GPT2, QWEN3, Names, foreign_names, piece_sizes
 from nanogpt.model.lora import A, B, alpha_of
+from nanogpt.storage.files import atomic_write, make_folder
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 

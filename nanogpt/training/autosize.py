@@ -21,19 +21,20 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import GPTConfig, TrainConfig, model_config
-from nanogpt.console import plural, say
 from nanogpt.data.dataset import Dataset
-from nanogpt.device import autocast, kind_of, seconds_of
 from nanogpt.errors import UserError
-from nanogpt.graphs import Graphs
+from nanogpt.machine.device import autocast, kind_of, seconds_of
+from nanogpt.machine.graphs import Graphs
+from nanogpt.machine.precision import pick_dtype, pick_muon_dtype
 from nanogpt.model.gpt import GPT
 from nanogpt.model.size import flops_per_token, meta_model
-from nanogpt.precision import pick_dtype, pick_muon_dtype
 from nanogpt.presets import with_modern_blocks
+from nanogpt.terminal.console import say
 from nanogpt.training import memory_estimate
 from nanogpt.training.cuda_graph import MAX_GRAPH_FLOPS, WARM_UP_UPDATES
 from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.sparse import clip_grad_norm, use_sparse_gradients
+from nanogpt.units import plural
 
 Config = TypeVar("Config", bound=TrainConfig)
 

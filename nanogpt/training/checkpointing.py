@@ -25,12 +25,12 @@ from nanogpt.checkpoint.format import Checkpoint, Progress, save_checkpoint, sha
 from nanogpt.checkpoint.kept import forget_after, kept_path, thin_out
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.checkpoint.validation import check_states
-from nanogpt.console import warn
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import load_full_state, shard_optimizer_state
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError, require
-from nanogpt.files import atomic_write, copy_file, fsync_folder
+from nanogpt.storage.files import atomic_write, copy_file, fsync_folder
+from nanogpt.terminal.console import warn
 from nanogpt.training.snapshot import header, named_tensors, saved_settings, take_snapshot
 from nanogpt.training.state import TrainState
 

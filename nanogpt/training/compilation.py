@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.compiler import config as compiler_cache
 
 from nanogpt.config import Switch
-from nanogpt.console import say, warn
-from nanogpt.device import autocast, is_out_of_memory, kind_of
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.machine.device import autocast, is_out_of_memory, kind_of
 from nanogpt.model.gpt import GPT
+from nanogpt.terminal.console import say, warn
 from nanogpt.training.run import Run
 
 MIN_COMPILE_OPERATIONS = 1e16

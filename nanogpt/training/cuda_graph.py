@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nanogpt.checkpoint.format import Progress
-from nanogpt.console import warn
-from nanogpt.graphs import Graphs
+from nanogpt.machine.graphs import Graphs
+from nanogpt.terminal.console import warn
 from nanogpt.training.ema import ema_decay
 from nanogpt.training.memory_estimate import HEADROOM, free
 from nanogpt.training.run import Run

@@ -16,9 +16,9 @@ from statistics import median
 import psutil
 
 from nanogpt.config import decay_spans
-from nanogpt.console import say
-from nanogpt.device import seconds_of
 from nanogpt.evaluation import SAMPLE_TOKENS, evaluate, sample_text
+from nanogpt.machine.device import seconds_of
+from nanogpt.terminal.console import say
 from nanogpt.training.autosize import Text
 from nanogpt.training.run import Deadline, Run
 from nanogpt.training.snapshot import named_tensors

@@ -18,11 +18,11 @@ from nanogpt.checkpoint.format import load_checkpoint
 from nanogpt.checkpoint.kept import refuse_kept
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import TrainConfig, from_dict, to_dict
-from nanogpt.console import say, silence, warn
 from nanogpt.data.dataset import Dataset, load_dataset
-from nanogpt.device import pick_device
 from nanogpt.distributed.world import World, distributed_world, hard_exit, local_device
 from nanogpt.errors import UserError, require
+from nanogpt.machine.device import pick_device
+from nanogpt.terminal.console import say, silence, warn
 from nanogpt.training.adapters import save_adapters
 from nanogpt.training.autosize import Text, changed_settings, choose_settings
 from nanogpt.training.compilation import compile_model, pick_compile

@@ -18,14 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nanogpt.config import GPTConfig, TrainConfig
-from nanogpt.console import ceil_div
-from nanogpt.cores import cgroup_folders
-from nanogpt.device import autocast, kind_of
 from nanogpt.distributed import parallelize
+from nanogpt.machine.cores import cgroup_folders
+from nanogpt.machine.device import autocast, kind_of
 from nanogpt.model.gpt import GPT, default_hidden_dim
 from nanogpt.model.lora import add_adapters
 from nanogpt.model.size import meta_model
 from nanogpt.training.optimizer import build_optimizers, trained_parameters
+from nanogpt.units import ceil_div
 
 HEADROOM = 0.9
 """Usable share of the free memory. The rest goes to the device's own libraries and to fragmentation."""

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from nanogpt import files
-from nanogpt.console import duration, progress_bar, say, warn
 from nanogpt.errors import UserError, require
+from nanogpt.storage import files
+from nanogpt.terminal.console import progress_bar, say, warn
+from nanogpt.units import duration
 
 Row = Mapping[str, Any]
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt.config import TrainConfig, decay_spans
-from nanogpt.console import ceil_div
 from nanogpt.distributed.dtensor import full_tensor, is_dtensor
 from nanogpt.training import foreach
 from nanogpt.training.optimizer_base import AdamW, UncompiledOptimizer
 from nanogpt.training.sparse import RowAdam, table_names
+from nanogpt.units import ceil_div
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen to raise small singular values fast (Jordan et al., 2024)."""

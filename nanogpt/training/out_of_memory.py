@@ -15,15 +15,16 @@ from torch import Tensor
 
 from nanogpt.checkpoint.format import Checkpoint
 from nanogpt.config import TrainConfig
-from nanogpt.console import ceil_div, warn
-from nanogpt.device import GIB, is_out_of_memory
 from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.distributed.world import World
 from nanogpt.errors import UserError
+from nanogpt.machine.device import is_out_of_memory
+from nanogpt.terminal.console import warn
 from nanogpt.training import memory_estimate
 from nanogpt.training.compilation import recompile
 from nanogpt.training.memory_estimate import HEADROOM, Memory
 from nanogpt.training.run import Run
+from nanogpt.units import GIB, ceil_div
 
 MIN_RUN_FLOPS, MIN_UPDATE_FLOPS = 1e13, 1e11
 """A run or an update of fewer operations is not worth the half second that predicting memory takes."""

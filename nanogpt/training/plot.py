@@ -6,8 +6,8 @@ Example: plot_losses(Path("out/metrics.jsonl"), Path("out/loss.png"))
 from pathlib import Path
 from typing import Any
 
-from nanogpt.console import new_figure
-from nanogpt.files import atomic_write
+from nanogpt.storage.files import atomic_write
+from nanogpt.terminal.console import new_figure
 from nanogpt.training.metrics import read_rows
 
 

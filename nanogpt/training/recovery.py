@@ -4,9 +4,9 @@ Example: if run.progress.bad_steps >= MAX_BAD_STEPS: roll_back(run)
 """
 
 from nanogpt.checkpoint.format import load_checkpoint
-from nanogpt.console import warn
 from nanogpt.distributed.parallelize import is_sharded
 from nanogpt.errors import UserError
+from nanogpt.terminal.console import warn
 from nanogpt.training.report import resume_command
 from nanogpt.training.run import Run
 

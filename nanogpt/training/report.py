@@ -13,14 +13,15 @@ import torch
 from nanogpt.checkpoint.kept import kept_checkpoints
 from nanogpt.checkpoint.validation import state_names
 from nanogpt.config import TrainConfig
-from nanogpt.console import MIB, command, duration, in_notebook, say, show_in_notebook, warn
-from nanogpt.cores import usable_cores
-from nanogpt.device import name_of
 from nanogpt.distributed.dtensor import parameters_of
 from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.machine.cores import usable_cores
+from nanogpt.machine.device import name_of
+from nanogpt.terminal.console import command, in_notebook, say, show_in_notebook, warn
 from nanogpt.training.optimizer import trained_parameters
 from nanogpt.training.plot import plot_losses
 from nanogpt.training.run import Run, StopReason
+from nanogpt.units import MIB, duration
 
 ETA_AFTER_SECONDS, ETA_AFTER_STEPS = 2.0, 3
 """The ETA is printed after this much training time and this many steps have been measured."""

@@ -7,7 +7,7 @@ On an asynchronous device, results are read one update late, while it computes t
 import math
 from typing import Any
 
-from nanogpt.console import warn
+from nanogpt.terminal.console import warn
 from nanogpt.training.recovery import MAX_BAD_STEPS, roll_back
 from nanogpt.training.run import Run, UpdateResult
 

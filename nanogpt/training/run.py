@@ -15,13 +15,12 @@ from torch import Tensor
 
 from nanogpt.checkpoint.format import Progress
 from nanogpt.checkpoint.run_dir import RunFolder
-from nanogpt.console import ceil_div
-from nanogpt.cores import CoreWatch
 from nanogpt.data.batches import BatchLoader, BatchSampler
-from nanogpt.device import kind_of
-from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.distributed.world import World
 from nanogpt.evaluation import Windows, evaluation_windows
+from nanogpt.machine.cores import CoreWatch
+from nanogpt.machine.device import kind_of
+from nanogpt.machine.device_kind import DeviceKind, Event
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kernels import IGNORED
 from nanogpt.model.size import flops_per_token
@@ -30,6 +29,7 @@ from nanogpt.training.memory_estimate import Memory
 from nanogpt.training.metrics import ConsoleSink, Metrics
 from nanogpt.training.state import TrainState
 from nanogpt.training.stopping import StopRequest
+from nanogpt.units import ceil_div
 
 
 class StopReason(IntEnum):

@@ -14,20 +14,20 @@ from torch import Tensor
 from nanogpt.checkpoint.format import Checkpoint, Progress
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import SHAPE_FIELDS, GPTConfig, TrainConfig, model_config, to_dict
-from nanogpt.console import say, warn
 from nanogpt.data.batches import BatchLoader, BatchSampler
 from nanogpt.data.dataset import Dataset, load_dataset
-from nanogpt.device import describe, dtype_of, kind_of, name_of, pick_device
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import load_full_state
 from nanogpt.distributed.world import ALONE, World, check_same_start, local_device
 from nanogpt.errors import require
 from nanogpt.initialize.start import first_weights
+from nanogpt.machine.device import describe, dtype_of, kind_of, name_of, pick_device
+from nanogpt.machine.precision import DtypeChoice, is_slow, pick_dtype, pick_muon_dtype
 from nanogpt.model.gpt import GPT
 from nanogpt.model.lora import add_adapters, first_adapters
 from nanogpt.model.size import meta_model
-from nanogpt.precision import DtypeChoice, is_slow, pick_dtype, pick_muon_dtype
-from nanogpt.seals import VERIFY_BYTES
+from nanogpt.storage.seals import VERIFY_BYTES
+from nanogpt.terminal.console import say, warn
 from nanogpt.training.checkpointing import Checkpointer
 from nanogpt.training.metrics import ConsoleSink, Metrics, Sink
 from nanogpt.training.optimizer import build_optimizers

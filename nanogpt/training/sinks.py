@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.checkpoint.run_dir import RunFolder
-from nanogpt.console import warn
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write, make_folder
+from nanogpt.storage.files import atomic_write, make_folder
+from nanogpt.terminal.console import warn
 from nanogpt.training.metrics import JsonLinesSink, Row, Sink
 
 CHART_NAMES = {

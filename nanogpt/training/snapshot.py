@@ -15,10 +15,10 @@ from torch import Tensor
 from nanogpt.checkpoint import sharded
 from nanogpt.checkpoint.format import Checkpoint
 from nanogpt.config import to_dict
-from nanogpt.device import is_out_of_memory, kind_of, name_of
-from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.distributed.dtensor import full_state
 from nanogpt.distributed.parallelize import is_sharded
+from nanogpt.machine.device import is_out_of_memory, kind_of, name_of
+from nanogpt.machine.device_kind import DeviceKind, Event
 from nanogpt.training import memory_estimate
 from nanogpt.training.memory_estimate import HEADROOM
 from nanogpt.training.state import TrainState

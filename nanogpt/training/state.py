@@ -11,8 +11,8 @@ from nanogpt.checkpoint.format import Progress
 from nanogpt.config import TrainConfig
 from nanogpt.data.dataset import Dataset
 from nanogpt.distributed.world import World
+from nanogpt.machine.precision import DtypeChoice
 from nanogpt.model.gpt import GPT
-from nanogpt.precision import DtypeChoice
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from nanogpt.console import warn_in_signal_handler
-from nanogpt.streams import show_cursor, stop_waiting
+from nanogpt.terminal.console import warn_in_signal_handler
+from nanogpt.terminal.streams import show_cursor, stop_waiting
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.console import ceil_div, warn
-from nanogpt.device import autocast
 from nanogpt.distributed import parallelize
 from nanogpt.distributed.dtensor import full_tensor
 from nanogpt.errors import UserError
 from nanogpt.evaluation import evaluate, sample_text
+from nanogpt.machine.device import autocast
+from nanogpt.terminal.console import warn
 from nanogpt.training.decisions import Due, all_reduce_decisions
 from nanogpt.training.ema import update_ema
 from nanogpt.training.optimizer import learning_rate, lr_multiplier, set_learning_rate, step_optimizers
@@ -45,6 +45,7 @@ from nanogpt.training.report import print_eta, resume_command
 from nanogpt.training.results import log, read_results
 from nanogpt.training.run import Run, StopReason, UpdateResult
 from nanogpt.training.sparse import clip_grad_norm
+from nanogpt.units import ceil_div
 
 
 def train(run: Run) -> StopReason:

@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
-from nanogpt.device import seconds_of
-from nanogpt.precision import pick_dtype, pick_muon_dtype
+from nanogpt.machine.device import seconds_of
+from nanogpt.machine.precision import pick_dtype, pick_muon_dtype
 
 SIZE, BATCH = 2048, 4
 """Products that keep a GPU busy."""

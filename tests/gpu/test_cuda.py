@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nanogpt import device
 from nanogpt.checkpoint.format import load_checkpoint, load_model
 from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.cli import sample
@@ -26,6 +25,7 @@ from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare
 from nanogpt.inference.config import SampleConfig, SamplingParams
 from nanogpt.inference.generate import decode, generate
+from nanogpt.machine import device
 from nanogpt.model.gpt import GPT
 from nanogpt.model.kernels import IGNORED, Head, chunked_cross_entropy
 from nanogpt.training import trainer

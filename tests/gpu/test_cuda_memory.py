@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanogpt import device
 from nanogpt.config import TrainConfig, model_config
 from nanogpt.distributed import parallelize
+from nanogpt.machine import device
 from nanogpt.model.gpt import GPT
 from nanogpt.training import memory_estimate
 from nanogpt.training.optimizer import build_optimizers

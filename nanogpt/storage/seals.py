@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt import pt_files
 from nanogpt.errors import UserError
-from nanogpt.files import atomic_write
+from nanogpt.storage import pt_files
+from nanogpt.storage.files import atomic_write
 
 CHECKSUM_MARK = b"\nnanogpt sha256 "
 """Bytes before the 32 bytes of SHA-256 at the end of a file."""

@@ -18,11 +18,11 @@ import psutil
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanogpt.console import GIB, plural
-from nanogpt.device_kind import DeviceKind, Event
 from nanogpt.errors import UserError, require
-from nanogpt.graphs import CudaGraphs
-from nanogpt.malloc import keep_freed_memory
+from nanogpt.machine.device_kind import DeviceKind, Event
+from nanogpt.machine.graphs import CudaGraphs
+from nanogpt.machine.malloc import keep_freed_memory
+from nanogpt.units import GIB, plural
 
 WINDOWS_MEMORY_FRACTION = 0.95
 """Fraction of a GPU's memory for PyTorch on Windows, whose driver spills the rest to main memory."""

@@ -18,8 +18,8 @@ from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from nanogpt.console import progress_bar, warn
 from nanogpt.errors import UserError, require
+from nanogpt.terminal.console import progress_bar, warn
 
 TEMPORARY_SUFFIX = ".part"
 

@@ -1,7 +1,7 @@
 """Progress where no terminal shows a bar, in a log or a pipe: a line now and then.
 
-Example:    with PlainProgress(lambda task: print(task.completed), first_after=2.0) as bar:
-                task = bar.add_task("", total=9, detail=""); bar.advance(task, 3)
+Example: with PlainProgress(lambda task: print(task.completed), first_after=2.0) as bar:
+             task = bar.add_task("", total=9, detail=""); bar.advance(task, 3)
 Each line comes after twice the time of the one before, up to a minute: what is quick prints nothing, and the
 log of a day stays short. console.py has the words, and chooses between this and a bar.
 """

@@ -1,4 +1,4 @@
-"""Output for a person: lines, warnings, progress bars, figures, numbers with their units.
+"""Output for a person: lines, warnings, progress bars, figures.
 
 On a terminal, colors and bars through rich (which respects NO_COLOR); in a notebook, bars of one line
 (notebook.py); elsewhere, plain lines (plain_progress.py). Nothing is printed within `with silence():`.
@@ -16,15 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
-from nanogpt.streams import is_main_process, write_signal_safe
+from nanogpt.terminal.streams import is_main_process, write_signal_safe
+from nanogpt.units import duration, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
     from rich.progress import Progress, Task
-
-MIB, GIB = 2**20, 2**30
-"""Bytes."""
 
 MAX_WORD, MAX_LINE = 256, 1000
 """Longest word and line of a message, in characters. No file name is longer than MAX_WORD."""
@@ -160,34 +158,6 @@ def shorten(text: str, longest: int) -> str:
     return f"{text[: longest // 2]}...{text[-(longest // 4) :]}"
 
 
-def duration(seconds: float) -> str:
-    """A length of time for a person: 48 s, 2 min 5 s, 3 h 20 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(count: int) -> str:
-    """A number of bytes for a person, in powers of 1,000: 812 bytes, 43.1 MB."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:,.1f} {name}"
-    return plural(count, "byte")
-
-
-def plural(count: int, noun: str) -> str:
-    """A number with the noun that it counts: 1 file, 3,000 files."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def ceil_div(a: int, b: int) -> int:
-    """A / b, rounded up, without the rounding of a float."""
-    return -(-a // b)
-
-
 def command(name: str) -> list[str]:
     """The command line of a command in the form of this program's own: a script, or `nanogpt NAME`."""
     called = sys.argv[0]
@@ -211,7 +181,7 @@ def progress_bar(
     console = Console(stderr=True, highlight=False) if on_stderr else terminal()
     is_cell, has_bar = in_notebook(), console.is_terminal and not console.is_dumb_terminal
     if lines and not (is_silent() or is_cell or has_bar):
-        from nanogpt.plain_progress import PlainProgress
+        from nanogpt.terminal.plain_progress import PlainProgress
 
         return PlainProgress(
             lambda task: warn(progress_line(unit, task, size_in_bytes=size_in_bytes)), BAR_AFTER_SECONDS
@@ -254,7 +224,7 @@ def progress_line(unit: str, task: "Task", *, size_in_bytes: bool) -> str:
 def progress_class(*, in_cell: bool) -> "type[Progress]":
     """The class of progress bars for a terminal, or for the cell of a notebook."""
     if in_cell:
-        from nanogpt.notebook import CellProgress
+        from nanogpt.terminal.notebook import CellProgress
 
         return CellProgress
     from rich.progress import Progress
@@ -292,7 +262,7 @@ def late_progress_bar(
 def show_in_notebook(picture: Path) -> None:
     """Show a picture in the output of the cell, if this is a notebook."""
     if in_notebook() and not is_silent():
-        from nanogpt.notebook import show_picture
+        from nanogpt.terminal.notebook import show_picture
 
         show_picture(picture)
 

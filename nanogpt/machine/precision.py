@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from nanogpt.config import Dtype
-from nanogpt.device import autocast, dtype_of, kind_of, name_of
 from nanogpt.errors import require
+from nanogpt.machine.device import autocast, dtype_of, kind_of, name_of
 
 MATMUL_SIZES = (128, 512)
 """Sizes of the timed matrices: small ones quickly rule out slow dtypes, large ones find the fastest."""

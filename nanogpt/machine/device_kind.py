@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import require
-from nanogpt.graphs import Graphs
+from nanogpt.machine.graphs import Graphs
 
 UNLIMITED = float("inf")
 

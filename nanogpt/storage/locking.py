@@ -22,9 +22,9 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from nanogpt.console import warn
 from nanogpt.errors import UserError, require
-from nanogpt.files import make_folder, warn_unsupported
+from nanogpt.storage.files import make_folder, warn_unsupported
+from nanogpt.terminal.console import warn
 
 LOCK_HELD_ERRORS = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
 """Error numbers for a lock that another process holds."""

@@ -1,0 +1,1 @@
+"""Output for a person: lines, progress bars, and streams that survive."""
