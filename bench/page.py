@@ -12,6 +12,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,26 +29,52 @@ PERMISSION = b" 'wasm-unsafe-eval'"
 """What allows a page to use WebAssembly. Without it the page computes in JavaScript."""
 
 
-def measure(browser: Any, path: Path, tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds until a page is ready, and tokens a second of each round."""
+@contextmanager
+def chromium() -> Generator[Any]:
+    """A headless Chromium."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        sys.exit("error: Playwright is not installed: pip install nanogpt[bench]")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        sys.exit("error: Chromium is not installed: this measurement needs it")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+def opened(browser: Any, path: Path) -> Any:
+    """A page from disk, once its model is ready. It is set to write greedily."""
     page = browser.new_page()
-    start = time.perf_counter()
     page.goto(path.resolve().as_uri())
     page.locator("#generate:enabled").wait_for(timeout=0)
-    ready = time.perf_counter() - start
     page.locator("summary").click()
-    page.get_by_label("Tokens").fill(str(tokens))
     page.get_by_label("Temperature").fill("0")
-    rates = list[int]()
-    for _ in range(WARM_UP + rounds):
-        page.get_by_role("button", name="Generate").click()
-        page.locator("#generate:enabled").wait_for(timeout=0)
-        found = re.search(r"([\d,]+) a second", page.locator("#status").inner_text())
-        if found is None:
-            sys.exit(f"error: {path} wrote no text: {page.locator('#problem').inner_text()}")
-        rates.append(int(found[1].replace(",", "")))
+    return page
+
+
+def rate_of(page: Any, prompt: str, tokens: int) -> int:
+    """Let a page write a text. Returns the tokens a second that it names."""
+    page.get_by_label("Tokens").fill(str(tokens))
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#generate:enabled").wait_for(timeout=0)
+    found = re.search(r"([\d,]+) a second", page.locator("#status").inner_text())
+    if found is None:
+        sys.exit(f"error: the page wrote no text: {page.locator('#problem').inner_text()}")
+    return int(found[1].replace(",", ""))
+
+
+def measure(browser: Any, path: Path, tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds until a page is ready, and tokens a second of each round."""
+    start = time.perf_counter()
+    page = opened(browser, path)
+    ready = time.perf_counter() - start
+    rates = [rate_of(page, "", tokens) for _ in range(WARM_UP + rounds)][WARM_UP:]
     page.close()
-    return {"ready_s": ready, "tokens_per_s": median(rates[WARM_UP:]), "rates": rates[WARM_UP:]}
+    return {"ready_s": ready, "tokens_per_s": median(rates), "rates": rates}
 
 
 def main() -> None:
@@ -56,17 +84,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        sys.exit("error: Playwright is not installed: pip install nanogpt[bench]")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        sys.exit("error: Chromium is not installed: this measurement needs it")
     table = Table("page", "MB", "ready, s", "tokens/s", "without WebAssembly")
     results = list[dict[str, Any]]()
-    with TemporaryDirectory() as folder, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
+    with TemporaryDirectory() as folder, chromium() as browser:
         for path in options.pages:
             plain = Path(folder) / path.name
             plain.write_bytes(path.read_bytes().replace(PERMISSION, b"", 1))
@@ -76,7 +96,6 @@ def main() -> None:
             table.add_row(path.name, f"{size:.1f}", f"{found['ready_s']:.2f}", *rates)
             results.append({"page": path.name, "megabytes": size, **found, "without_webassembly": slow})
         version = browser.version
-        browser.close()
     Console().print(table)
     print(f"Chromium {version}, greedy, {options.tokens} tokens")
     common.write_json("page", results)

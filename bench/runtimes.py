@@ -4,9 +4,9 @@ Run:    python bench/runtimes.py                         the default model after
         python bench/runtimes.py --checkpoint out/ckpt.pt
         python bench/runtimes.py --tokens 4 --rounds 1   tries the script
 The checkpoint is exported in f32 to each format; every program samples greedily with as many threads, in
-turn. The table shows medians, and how many tokens are ours up to the first that is not. transformers uses
-its cache, onnxruntime a loop in Python; llama.cpp tells its own pace, without its server. Writes
-bench/runtimes.json. Needs the dev extra.
+turn; the page, in headless Chromium, has 8 bits alone. The table shows medians, and how many tokens are ours
+up to the first that is not. transformers uses its cache, onnxruntime a loop in Python; llama.cpp and the page
+tell their own pace. Writes bench/runtimes.json. Needs the dev extra and Chromium.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from statistics import median
 import common
 import llama
 import numpy as np
+import page
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from nanogpt.checkpoint.format import load_checkpoint, load_model
-from nanogpt.export.registry import export
+from nanogpt.export.registry import FORMATS, export
 from nanogpt.export.source import TrainedModel
 from nanogpt.inference.generate import generate
 from nanogpt.machine.device import eager_mode
@@ -43,8 +44,8 @@ Sample = Callable[[list[int], int], tuple[list[int], float]]
 
 def exported(checkpoint: Path, name: str, output: Path) -> Path:
     """Export a checkpoint. Returns the path of the export."""
-    saved = load_checkpoint(checkpoint)
-    export(TrainedModel(output.stem, saved, from_dict(saved.tokenizer)), name, output, dtype="f32")
+    saved, dtype = load_checkpoint(checkpoint), "f32" if "f32" in FORMATS[name].dtypes else None
+    export(TrainedModel(output.stem, saved, from_dict(saved.tokenizer)), name, output, dtype=dtype)
     return output
 
 
@@ -148,11 +149,22 @@ def in_onnxruntime(checkpoint: Path, folder: Path) -> Generator[Sample]:
     yield sample
 
 
+@contextmanager
+def in_a_page(checkpoint: Path, folder: Path) -> Generator[Sample]:
+    """The exported page in Chromium, whose weights have 8 bits."""
+    tokenizer = from_dict(load_checkpoint(checkpoint).tokenizer)
+    path = exported(checkpoint, "html", folder / "model.html")
+    with page.chromium() as browser:
+        opened = page.opened(browser, path)
+        yield lambda ids, count: ([], count / page.rate_of(opened, tokenizer.decode(ids), count))
+
+
 RUNTIMES: dict[str, Callable[[Path, Path], AbstractContextManager[Sample]]] = {
     "ours": ours,
     "transformers": in_transformers,
     "llama.cpp": in_llama_cpp,
     "onnxruntime": in_onnxruntime,
+    "the page, int8": in_a_page,
 }
 """Name -> a context with what samples; it is given a checkpoint, and a folder to export to."""
 
@@ -170,7 +182,7 @@ def compare(checkpoint: Path, folder: Path, count: int, rounds: int) -> list[dic
             "runtime": name,
             "tokens_per_s": pace,
             "of_ours": pace / paces["ours"],
-            "same_tokens": common_prefix(tokens[name], tokens["ours"]),
+            "same_tokens": common_prefix(tokens[name], tokens["ours"]) if tokens[name] else "",
         }
         for name, pace in paces.items()
     ]
