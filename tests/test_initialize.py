@@ -212,6 +212,7 @@ def test_a_model_of_the_hub(tmp_path: Path, text: str, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="--init_from nowhere is neither here nor can it be had from the hub"):
         open_source("nowhere")
     count = len(asked)
+    monkeypatch.chdir(tmp_path / "hf")
     for path in ("out/nothing.pt", "a/b/c", "../x"):
         with pytest.raises(UserError, match="does not exist"):
             open_source(path)

@@ -17,7 +17,7 @@ def test_every_format_is_documented_with_its_suffixes_in_lower_case():
     for name, row in FORMATS.items():
         assert f"`{name}`" in PAGE
         assert all(f"`{suffix}`" in PAGE and suffix == suffix.lower() for suffix in row.suffixes)
-        assert row.suffixes or row.recognize, name  # else no file would ever be read so by itself
+        assert row.suffixes or row.sniff, name  # else no file would ever be read so by itself
     suffixes = [suffix for row in FORMATS.values() for suffix in row.suffixes]
     assert len(set(suffixes)) == len(suffixes)
     assert not set(suffixes) & set(CONTAINERS)
