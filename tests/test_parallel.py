@@ -35,7 +35,7 @@ from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
 from nanogpt.training import out_of_memory
 from nanogpt.training.fit import fit
-from nanogpt.training.out_of_memory import explain_out_of_memory
+from nanogpt.training.out_of_memory import explain_training_memory
 from nanogpt.training.report import describe_batch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun for several processes needs POSIX")
@@ -577,7 +577,7 @@ def test_sharded_processes_are_told_the_size_to_try(monkeypatch, batch_size, pie
     config = TrainConfig(batch_size=batch_size, parallel="fsdp")
     run = SimpleNamespace(num_micro_batches=pieces, model=None)
     expected = pytest.raises(UserError, match=f"out of memory: give --micro_batch {fix},")
-    with expected, explain_out_of_memory(config, World(0, 2), run):
+    with expected, explain_training_memory(config, World(0, 2), run):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
 
 

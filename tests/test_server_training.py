@@ -162,6 +162,7 @@ def test_a_damaged_one_is_an_error_and_a_new_one_is_loaded(config: ServeConfig, 
         kept(out)[0].write_bytes(whole[:-1] + b"x")
         answer = post(url, model="out@0", **BODY)
         assert (answer.status_code, "is damaged" in answer.text) == (500, True)
+        assert str(out) not in answer.text
         shutil.copy(kept(out)[20], kept(out)[0])
         assert text_of(url, model="out@0", **BODY) == text_of(url, model="out@20", **BODY) != before
         kept(out)[0].unlink()

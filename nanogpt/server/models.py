@@ -16,6 +16,7 @@ from nanogpt.errors import UserError
 from nanogpt.server.config import ServeConfig
 from nanogpt.server.protocol import ApiError
 from nanogpt.server.served import Served, load_file, model_name, run_folder, stamp_of
+from nanogpt.terminal.console import warn
 
 MAX_KEPT = 4
 """Most kept checkpoints that are loaded at the same time."""
@@ -99,7 +100,8 @@ class Models:
         try:
             served = await asyncio.to_thread(load_file, path, name, self.config, loop, rows)
         except (UserError, OSError) as error:
-            raise ApiError(500, str(error)) from error
+            warn(str(error))  # names a path of this machine, which is no business of clients
+            raise ApiError(500, f"the checkpoint {name} is damaged: the server's log says how") from error
         self.kept[name] = served
         if self.closing:
             self.close(self.closing)

@@ -28,7 +28,7 @@ from nanogpt.training.autosize import Text, changed_settings, choose_settings
 from nanogpt.training.compilation import compile_model, pick_compile
 from nanogpt.training.cuda_graph import UpdateGraph, pick_graph
 from nanogpt.training.deadline import measure_evaluation, process_began
-from nanogpt.training.out_of_memory import explain_out_of_memory, fit_to_memory
+from nanogpt.training.out_of_memory import explain_training_memory, fit_to_memory
 from nanogpt.training.report import print_plan, print_summary
 from nanogpt.training.run import Deadline, Run, StopReason
 from nanogpt.training.setup import set_up
@@ -103,7 +103,7 @@ def run_to_end(
             config = replace(config, resume=True, overwrite=False)
         if config.resume and config.minutes:
             config = with_earlier_choices(config, folder.saved_config())
-        with explain_out_of_memory(config, world):
+        with explain_training_memory(config, world):
             if config.minutes and dataset and not config.resume:
                 config = settings_for_minutes(config, dataset, world)
             run = set_up(config, folder, world)
@@ -111,7 +111,7 @@ def run_to_end(
             run.deadline = Deadline(began - run.progress.used_s)
         run.stop, run.callback = stop, keep_going
         try:
-            with explain_out_of_memory(config, world, run):
+            with explain_training_memory(config, world, run):
                 start(run)
                 reason = train(run)
         finally:

@@ -70,7 +70,7 @@ def fit_to_memory(run: Run) -> None:
         return
     if world.size == 1 and 2 * allocated_at_most(run) < HEADROOM * memory_estimate.free(run.device):
         return
-    run.memory = wanted = predict(run, run.num_micro_batches)
+    run.memory = wanted = predict_update(run, run.num_micro_batches)
     if config.micro_batch != "auto":
         return
     run.kind.release_memory()
@@ -79,9 +79,9 @@ def fit_to_memory(run: Run) -> None:
     count, memory = run.num_micro_batches, wanted
     while memory.need(run.device) > free and count < max_rank_batch(config, world):
         count = min(2 * count, max_rank_batch(config, world))
-        memory = predict(run, count)
+        memory = predict_update(run, count)
     most, too_little = world.max_over_ranks(count, memory.need(run.device) > free)
-    run.memory = memory if most == count else predict(run, most)
+    run.memory = memory if most == count else predict_update(run, most)
     if too_little:
         warn(
             f"an update takes {run.memory.need(run.device) / GIB:,.1f} GiB, more than is free: "
@@ -102,7 +102,7 @@ def allocated_at_most(run: Run) -> int:
     return memory_estimate.at_most(run.model.config, run.model.num_parameters(), sequences)
 
 
-def predict(run: Run, num_micro_batches: int) -> Memory:
+def predict_update(run: Run, num_micro_batches: int) -> Memory:
     """Predict the memory of an update with `num_micro_batches` in each process."""
     sequences = ceil_div(max_rank_batch(run.config, run.world), num_micro_batches)
     return memory_estimate.predict(
@@ -166,7 +166,7 @@ def average_gradients(run: Run) -> None:
 
 
 @contextmanager
-def explain_out_of_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
+def explain_training_memory(config: TrainConfig, world: World, run: Run | None = None) -> Generator[None]:
     """Turn an out-of-memory error, of any device, into a UserError that says what to change.
 
     run: the run, or None while it is being set up.
