@@ -391,6 +391,12 @@ def test_pytorch_finds_an_environment_for_this_machine(project: Path, unset) -> 
     }
 
 
+def test_threads_stay_awake_from_one_token_to_the_next(project: Path, unset) -> None:
+    unset.setattr("nanogpt.cli.sample.main", lambda config: 0)
+    assert run("python sample.py") == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_variable_of_the_users_is_left_alone(project: Path, unset, name: str) -> None:
     unset.setenv(name, "7")
@@ -409,13 +415,13 @@ def test_a_variable_of_the_users_is_left_alone(project: Path, unset, name: str) 
 )
 def test_the_allocator_is_told_by_the_name_that_this_pytorch_knows(unset, version: str, expected) -> None:
     unset.setattr(cli, "torch_version", lambda: version)
-    cli.set_environment()
+    cli.set_environment(1000)
     assert os.environ.keys() & cli.ALLOCATOR_VARIABLES == expected
 
 
 def test_other_systems_count_their_threads_themselves(unset) -> None:
     unset.setattr(cli.sys, "platform", "darwin")
-    cli.set_environment()
+    cli.set_environment(1000)
     assert [name for name in VARIABLES if name in os.environ] == ["GOMP_SPINCOUNT"]
 
 

@@ -43,9 +43,15 @@ class Command:
     module: str
     script: str = ""
     """Script in the root folder that runs the command too, if there is one."""
+    idle_spins: int = 1_000
+    """Number of spins after which an idle OpenMP thread of PyTorch sleeps. With the library's default, 300,000,
+    training becomes very slow as soon as another program uses a core (bench/RESULTS.md)."""
     writes: bool = False
     """Whether the command writes files as its result, so that a closed standard output does not end it."""
 
+
+SAMPLING_SPINS = 10_000
+"""As many as the time between two tokens, or the threads would sleep before each."""
 
 COMMANDS = {
     "data": Command(PrepareConfig, "nanogpt.data.prepare", "data.py", writes=True),
@@ -53,17 +59,13 @@ COMMANDS = {
     "model": Command(ModelSummaryConfig, "nanogpt.cli.model", "model.py"),
     "plan": Command(PlanConfig, "nanogpt.cli.plan"),
     "train": Command(TrainConfig, "nanogpt.training.fit", "train.py", writes=True),
-    "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py"),
+    "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py", SAMPLING_SPINS),
     "eval": Command(EvaluateConfig, "nanogpt.cli.evaluate"),
     "export": Command(ExportConfig, "nanogpt.cli.export", writes=True),
-    "serve": Command(ServeConfig, "nanogpt.cli.serve"),
+    "serve": Command(ServeConfig, "nanogpt.cli.serve", idle_spins=SAMPLING_SPINS),
     "info": Command(InfoConfig, "nanogpt.cli.info"),
     "presets": Command(PresetsConfig, "nanogpt.cli.presets"),
 }
-
-IDLE_SPINS = "1000"
-"""Number of spins after which an idle OpenMP thread of PyTorch sleeps. With the default of 300,000, training
-becomes very slow as soon as another program uses a core (bench/RESULTS.md)."""
 
 ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 """Environment variables of PyTorch's GPU memory allocator, current and earlier names."""
@@ -133,7 +135,7 @@ def parse_and_run(name: str, arguments: Sequence[str], prog: str) -> int:
     command = COMMANDS[name]
     config = parse(command.config, arguments, prog)
     streams.raise_stdout_errors(on=not command.writes)
-    set_environment()
+    set_environment(command.idle_spins)
     with explain_import_errors(), uncollected_imports():
         module = importlib.import_module(command.module)
     return cast(Callable[[Any], int], module.main)(config)
@@ -159,13 +161,14 @@ def uncollected_imports() -> Generator[None]:
 # --- the environment of PyTorch ---
 
 
-def set_environment() -> None:
+def set_environment(idle_spins: int) -> None:
     """Set the variables that PyTorch reads when it is imported, except those that the user has set.
 
+    idle_spins: see Command.
     OMP_NUM_THREADS becomes the number of cores that this process may use. PyTorch finds that number itself on
     Windows and macOS, but on Linux it does not see the CPU quota of a container.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", IDLE_SPINS)
+    os.environ.setdefault("GOMP_SPINCOUNT", str(idle_spins))
     if sys.platform != "linux":
         return
     from nanogpt.machine.cores import usable_cores
