@@ -44,8 +44,8 @@ class Command:
     script: str = ""
     """Script in the root folder that runs the command too, if there is one."""
     idle_spins: int = 1_000
-    """Number of spins after which an idle OpenMP thread of PyTorch sleeps. With 300,000, the library's default,
-    training becomes very slow as soon as another program uses a core (bench/RESULTS.md)."""
+    """Spins after which an idle OpenMP thread of PyTorch sleeps. With the library's 300,000, training becomes
+    very slow as soon as another program uses a core (bench/RESULTS.md)."""
     writes: bool = False
     """Whether the command writes files as its result, so that a closed standard output does not end it."""
 
