@@ -78,7 +78,7 @@ static void wait_for_all(Barrier *barrier) {
         return;
     }
     for (int looks = 0; atomic_load(&barrier->round) == round; looks++) {
-        if (looks > 20000) sched_yield();
+        if (looks > 2000) sched_yield();
 #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause(); /* leaves the core to its other thread */
 #endif
