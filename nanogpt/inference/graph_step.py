@@ -32,9 +32,8 @@ class FixedStep(CacheStep):
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values, (B, K, 1, D) each. Returns all of these rows, (B, K, S, D)."""
         memory = self.cache.allocated(k)[:, layer]  # (2, R, K, S, D)
-        for whole, new in zip(memory, (k, v), strict=True):
-            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2)  # (B, 1, K, D)
-        keys, values = memory if has_every_row(self) else memory[:, self.index]
+        self.write(memory, k, v)
+        keys, values = memory if self.has_every_row else memory[:, self.index]
         return keys, values
 
 
@@ -81,7 +80,7 @@ class GraphGPT:
         """What the model returns for idx (B, T): the logits after the last token of each row, (B, 1, V)."""
         if not self.possible or idx.shape[1] > 1 or not cache.starts[0]:
             return self.model(idx, cache=cache)
-        every = has_every_row(cache)
+        every = cache.has_every_row
         rows = len(idx) if every else 1 << (len(idx) - 1).bit_length()  # the next power of two
         self.steps_of[rows, every] += 1
         if self.steps_of[rows, every] <= WARM_UP_TOKENS:
@@ -119,11 +118,6 @@ class GraphGPT:
         replay, logits = self.graphs.capture(work)
         torch.clear_autocast_cache()
         return Captured(fixed(None), tokens, replay, logits)
-
-
-def has_every_row(step: CacheStep) -> bool:
-    """Whether a step adds to all rows of the cache, in order."""
-    return step.rows == list(range(len(step.cache.lengths)))
 
 
 def repeat_last(x: Tensor, rows: int) -> Tensor:

@@ -146,8 +146,8 @@ class CacheStep:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add a layer's keys and values, (B, K, T, D) each. Returns those of all tokens, (B, K, S, D)."""
         memory, T = self.cache.allocated(k), k.shape[2]  # (2, L, R, K, S, D)
-        all_rows, is_uniform = self.rows == list(range(memory.shape[2])), self.positions.dim() == 1
-        if all_rows and is_uniform:  # the usual case: views of all layers at once
+        is_uniform = self.positions.dim() == 1
+        if is_uniform and self.has_every_row:  # the usual case: views of all layers at once
             first = self.starts[0]
             if not self.views:
                 new, seen = memory[..., first : first + T, :], memory[..., : first + T, :]
@@ -157,12 +157,21 @@ class CacheStep:
             new_keys.copy_(k)
             new_values.copy_(v)
             return (keys.to(k.dtype), values.to(k.dtype)) if first else (k, v)
-        for whole, new in zip(memory[:, layer], (k, v), strict=True):  # (R, K, S, D), (B, K, T, D)
-            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2).to(whole.dtype)
+        self.write(memory[:, layer], k, v)
         if not any(self.starts):
             return k, v
         keys, values = memory[:, layer, :, :, : max(self.starts) + T]  # (R, K, S, D)
         return keys[self.index].to(k.dtype), values[self.index].to(k.dtype)
+
+    @property
+    def has_every_row(self) -> bool:
+        """Whether the step adds to all rows of the cache, in order."""
+        return self.rows == list(range(len(self.cache.lengths)))
+
+    def write(self, memory: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write keys and values, (B, K, T, D) each, into a layer's memory, (2, R, K, S, D)."""
+        for whole, new in zip(memory, (k, v), strict=True):
+            whole[self.index[:, None], :, self.positions] = new.transpose(1, 2).to(whole.dtype)
 
     def last(self, x: Tensor) -> Tensor:
         """Select the last token of each row: (B, T, C) -> (B, 1, C)."""
