@@ -20,6 +20,7 @@ from nanogpt.model.quantize import Int8Linear, prepare_for_sampling
 from nanogpt.native import build, step
 from nanogpt.native.build import BuildError
 from nanogpt.native.step import NativeGPT, with_native_steps
+from nanogpt.native.threads import TRIAL, Threads
 from nanogpt.training.fit import fit
 
 needs_compiler = pytest.mark.skipif(isinstance(step.library(), BuildError), reason=str(step.library()))
@@ -77,6 +78,55 @@ def test_the_numbers_are_those_of_pytorch_with_these_weights(shape, kind, thread
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found, steps(reference, text, 1, 1, 3, 6, 1, 4), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_the_numbers_are_the_same_for_any_number_of_threads(shape, kind):
+    model = make(GPTConfig(vocab_size=21, **SHAPES[shape] | ODD | {"n_kv_head": None}))
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    prepare_for_sampling(model, dtype, kind if kind == "int8" else "none")
+    text = torch.randint(21, (2, 16), generator=torch.Generator().manual_seed(1))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(steps(with_native_steps(model), text, 1, 1, 3, 6, 1, 4))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+@needs_compiler
+def test_a_step_uses_as_many_threads_as_its_times_say(monkeypatch):
+    used, noted = [], []
+
+    class Slow(Threads):
+        """Threads that always wait."""
+
+        def note(self, seconds: float, long_waits: int) -> None:
+            used.append(self.count)
+            noted.append((seconds, long_waits))
+            super().note(1.0 if self.count > 1 else 0.5, 10 if self.count > 1 else 0)
+
+    monkeypatch.setattr(step, "Threads", Slow)
+    model = make(GPTConfig(vocab_size=21, **ODD))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        native = with_native_steps(model)
+        cache = KVCache(model.config, 1, 16)
+        for token in torch.randint(21, (14,)):
+            with torch.no_grad():
+                cache_step = cache.step([0], token.reshape(1, 1))
+                native(token.reshape(1, 1), cache=cache_step)
+            cache.advance(cache_step, token.reshape(1, 1))
+    finally:
+        torch.set_num_threads(before)
+    assert used == [2] * TRIAL + [1] * (14 - TRIAL)
+    assert all(seconds > 0 and long_waits >= 0 for seconds, long_waits in noted)
+    assert all(long_waits == 0 for _, long_waits in noted[TRIAL:])
 
 
 @needs_compiler

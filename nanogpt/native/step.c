@@ -19,7 +19,7 @@
 #endif
 
 enum Dtype { FLOAT32, BFLOAT16, INT8 };
-enum Activation { GELU, GELU_TANH, RELU2, SWIGLU };
+enum Activation { GELU, GELU_TANH, RELU2, SWIGLU, TANH }; /* TANH: of the logits' cap */
 
 typedef struct {
     const void *weight;  /* (outputs, inputs) */
@@ -60,14 +60,17 @@ typedef struct {
     float *keys, *values;                /* the cache, (layers, R, K, S, D) each */
     int64_t cache_rows, length;          /* R, S */
     float *logits;                       /* out: (B, T, V) */
+    int64_t long_waits;                  /* out: waits of a thread for others that took longer than usual */
 } Step;
 
 /* --- threads --- */
 
 typedef struct {
-    atomic_int arrived, round;
+    atomic_int arrived, round, long_waits;
     int threads;
 } Barrier;
+
+#define LOOKS 2000 /* in a wait, before it counts as long: some 50 microseconds */
 
 /* Waits until all threads are here. Short waits are the rule, so it looks for them before it yields. */
 static void wait_for_all(Barrier *barrier) {
@@ -78,7 +81,8 @@ static void wait_for_all(Barrier *barrier) {
         return;
     }
     for (int looks = 0; atomic_load(&barrier->round) == round; looks++) {
-        if (looks > 2000) sched_yield();
+        if (looks == LOOKS) atomic_fetch_add(&barrier->long_waits, 1);
+        if (looks >= LOOKS) sched_yield();
 #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause(); /* leaves the core to its other thread */
 #endif
@@ -100,6 +104,8 @@ static Range part(int64_t count, const Thread *thread) {
 }
 
 /* --- formulas --- */
+
+#define UNIT 8 /* numbers that are computed side by side */
 
 static inline float wide_float(float x) { return x; }
 static inline float wide_int8(int8_t x) { return (float)x; }
@@ -132,21 +138,34 @@ static inline float fast_erf(float x) {
     return copysignf(1 - y * fast_exp(-x * x), x);
 }
 
-static void activate(int64_t activation, float *x, int64_t count) {
+static void activate_unit(int64_t activation, float x[UNIT]) {
     if (activation == GELU)
-        for (int64_t i = 0; i < count; i++) x[i] = 0.5f * x[i] * (1 + fast_erf(x[i] * 0.70710678f));
+        for (int i = 0; i < UNIT; i++) x[i] = 0.5f * x[i] * (1 + fast_erf(x[i] * 0.70710678f));
     if (activation == GELU_TANH)
-        for (int64_t i = 0; i < count; i++)
+        for (int i = 0; i < UNIT; i++)
             x[i] = 0.5f * x[i] * (1 + fast_tanh(0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
     if (activation == RELU2)
-        for (int64_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
+        for (int i = 0; i < UNIT; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
     if (activation == SWIGLU) /* its gate */
-        for (int64_t i = 0; i < count; i++) x[i] = x[i] / (1 + fast_exp(-x[i]));
+        for (int i = 0; i < UNIT; i++) x[i] = x[i] / (1 + fast_exp(-x[i]));
+    if (activation == TANH)
+        for (int i = 0; i < UNIT; i++) x[i] = fast_tanh(x[i]);
+}
+
+/* Compilers round the last numbers of a loop otherwise than its vectors, so all come in vectors: the result is
+   the same for any number of threads. */
+static void activate(int64_t activation, float *x, int64_t count) {
+    for (; count > 0; x += UNIT, count -= UNIT) {
+        float unit[UNIT] = {0};
+        size_t bytes = (size_t)(count < UNIT ? count : UNIT) * sizeof(float);
+        memcpy(unit, x, bytes);
+        activate_unit(activation, unit);
+        memcpy(x, unit, bytes);
+    }
 }
 
 /* --- linear layers: UNIT outputs at a time, so that sums hide the time that one takes --- */
 
-#define UNIT 8
 #define FEW 5 /* So many vectors are multiplied one after the other, more of them LANES at a time. */
 #ifdef __AVX512F__
 #define LANES 16
@@ -394,9 +413,11 @@ static void run(const Model *m, const Step *step, const Shared *s, const Thread 
     linear(&m->head, thread->normed, step->logits, N, SET, thread);
     wait_for_all(barrier);
     if (m->logit_cap == 0) return;
+    float *logits = step->logits, cap = (float)m->logit_cap;
     mine = part(N * m->vocab_size, thread);
-    for (int64_t i = mine.first; i < mine.end; i++)
-        step->logits[i] = (float)m->logit_cap * fast_tanh(step->logits[i] / (float)m->logit_cap);
+    for (int64_t i = mine.first; i < mine.end; i++) logits[i] /= cap;
+    activate(TANH, logits + mine.first, mine.end - mine.first);
+    for (int64_t i = mine.first; i < mine.end; i++) logits[i] *= cap;
 }
 
 /* Whether all tokens, and their places, are within the tables. */
@@ -411,7 +432,7 @@ static int is_valid(const Model *m, const Step *step) {
 }
 
 /* Computes a step. Returns 0; 1 if there is no memory; 2 if a token or its place does not exist. */
-int decode_step(const Model *m, const Step *step, int threads) {
+int decode_step(const Model *m, Step *step, int threads) {
     if (!is_valid(m, step)) return 2;
     int64_t N = step->rows_of_step * step->tokens_of_row, C = m->width;
     int64_t heads = m->heads * m->head_dim, qkv = heads + 2 * m->kv_heads * m->head_dim;
@@ -441,5 +462,6 @@ int decode_step(const Model *m, const Step *step, int threads) {
         run(m, step, &shared, &thread, &barrier);
     }
     free(memory);
+    step->long_waits = atomic_load(&barrier.long_waits);
     return 0;
 }

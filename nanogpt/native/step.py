@@ -10,6 +10,7 @@ Shapes: B rows of a step, T tokens of each, V vocab_size
 
 import ctypes
 import os
+import time
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -25,6 +26,7 @@ from nanogpt.model.kv_cache import BEFORE_TEXT, NGRAM_TOKENS, CacheStep
 from nanogpt.model.ngram import NgramEmbedding
 from nanogpt.model.quantize import Int8Linear, linear_bytes
 from nanogpt.native.build import BuildError, load
+from nanogpt.native.threads import Threads
 
 MAX_TOKENS = 64
 """Most tokens of a step, B times T."""
@@ -92,7 +94,7 @@ class CStep(Structure):
     _fields_: ClassVar[Any] = [
         ("rows_of_step", c_int64), ("tokens_of_row", c_int64),
         *((name, c_void_p) for name in ("tokens", "rows", "positions", "keys", "values")),
-        ("cache_rows", c_int64), ("length", c_int64), ("logits", c_void_p),
+        ("cache_rows", c_int64), ("length", c_int64), ("logits", c_void_p), ("long_waits", c_int64),
     ]  # fmt: skip
 
 
@@ -148,6 +150,8 @@ class NativeGPT:
         """What the structs point to."""
         self.described = self.describe()
         self.no_tokens = torch.full((MAX_TOKENS, NGRAM_TOKENS), BEFORE_TEXT, device="cpu")
+        self.threads: dict[tuple[int, int], Threads] = {}
+        """By PyTorch's number of threads and the tokens of a step."""
         self.max_tokens = MAX_TOKENS
         narrow = self.described.head.dtype != DTYPES[torch.float32]
         if narrow and linear_bytes(model) > LARGE_BYTES:
@@ -175,13 +179,23 @@ class NativeGPT:
         )  # fmt: skip
         compiled = library()
         assert isinstance(compiled, ctypes.CDLL)
-        threads = torch.get_num_threads()
-        error = compiled.decode_step(ctypes.byref(self.described), ctypes.byref(described), threads)
+        threads = self.threads_for(B * T)
+        began = time.perf_counter()
+        error = compiled.decode_step(ctypes.byref(self.described), ctypes.byref(described), threads.count)
+        threads.note(time.perf_counter() - began, described.long_waits)
         if error == NO_MEMORY:
             raise MemoryError("no memory for a step")
         if error:
             raise IndexError(f"a token id is not within 0 to {self.config.vocab_size - 1}, or has no place")
         return logits
+
+    def threads_for(self, tokens: int) -> Threads:
+        """The number of threads for a step of so many tokens, from the times of those before."""
+        key = (torch.get_num_threads(), tokens)
+        found = self.threads.get(key)
+        if found is None:
+            found = self.threads[key] = Threads(key[0])
+        return found
 
     def describe(self) -> "CModel":
         """The model as step.c reads it."""
