@@ -42,7 +42,7 @@ def test_an_unknown_tokenizer_is_refused_in_a_line_that_lists_the_known_ones():
         PrepareConfig(tokenizer="chars")
     message = str(raised.value)
     assert message.startswith("--tokenizer chars is unknown: use char, byte, bpe, ")
-    assert message.endswith(", gpt2 or the path of a .json")
+    assert message.endswith(", gpt2 or the path of a .json, .pt or .safetensors")
     with pytest.raises(UserError, match="unknown tokenizer 'chars'"):
         from_dict({"kind": "chars"})
 

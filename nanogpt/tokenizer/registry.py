@@ -43,7 +43,7 @@ def check_name(name: str, vocab_size: int) -> None:
     names = [*(kind for kind in TOKENIZERS if kind != ForeignTokenizer.kind), *PUBLISHED]
     require(
         name in names or name.endswith((".json", *SAVED_SUFFIXES)),
-        f"--tokenizer {name} is unknown: use {', '.join(names)} or the path of a .json",
+        f"--tokenizer {name} is unknown: use {', '.join(names)} or the path of a .json, .pt or .safetensors",
     )
     least = min_vocab_size(name)
     require(
