@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 demo: $(VENV)/installed
 	$(BIN)/python data.py
 	$(BIN)/python train.py --minutes 2
-	$(BIN)/python sample.py --num_tokens 300
+	$(BIN)/python sample.py --num_tokens 400 --temperature 0.8 --seed 1
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not long"

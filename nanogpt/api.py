@@ -6,9 +6,9 @@ Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, sc
          model = load_model("out")
          print(generate(model, "ROMEO:", num_tokens=200, seed=1))
          print(score(model, "To be, or not to be").loss)
-Each does what the command of that name does (score: `nanogpt eval`), with the same numbers; inspect_text does
-what the server does at /inspect. quiet=True prints and shows nothing. They are built on data/prepare.py,
-sampler.py, scoring.py and inference/inspection.py.
+They do what the commands data, train (fit), sample (generate) and eval (score) do, with the same numbers;
+inspect_text does what the server does at /inspect. quiet=True prints and shows nothing. They are built on
+data/prepare.py, sampler.py, scoring.py and inference/inspection.py.
 
 Shapes: N tokens of a text
 """

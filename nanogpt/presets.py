@@ -235,7 +235,7 @@ PRESETS = {
     ),
     "cpu": Preset(
         cpu,
-        "a good model in two minutes on a laptop",
+        "a good model in a minute or two on a laptop",
         Measurement("2026-11-26", (1.5614, 1.5531, 1.5583), 43),
     ),
     "qwen3": Preset(

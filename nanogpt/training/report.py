@@ -128,7 +128,7 @@ def print_eta(run: Run) -> None:
             "or try fewer threads (OMP_NUM_THREADS)"
         )
     if expected > ONE_HOUR and run.kind.shares_memory and config.preset != "cpu":
-        say("That is long for a CPU: --preset cpu trains a smaller model in about two minutes")
+        say("That is long for a CPU: --preset cpu trains a smaller model in a minute or two")
 
 
 def print_summary(run: Run, reason: StopReason) -> None:
