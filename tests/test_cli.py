@@ -437,6 +437,12 @@ def test_spellings_of_flags() -> None:
     assert parse(TrainConfig, "--compile").compile == parse(TrainConfig, "--compile on").compile == "on"
     assert parse(TrainConfig, "--compile --resume").compile == "on"
     assert parse(TrainConfig, "--no_compile").compile == "off"
+    assert (
+        parse(TrainConfig, "--cuda_graph --seed 1").cuda_graph
+        == parse(TrainConfig, "--cuda-graph").cuda_graph
+        == "on"
+    )
+    assert parse(TrainConfig, "--no_cuda_graph").cuda_graph == "off"
     assert parse(SampleConfig, "--stop A --stop B").stop == ("A", "B")
     with pytest.raises(UserError):
         parse(TrainConfig, "--max_iter 5")

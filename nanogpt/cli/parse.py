@@ -33,8 +33,13 @@ LIST_FLAGS = (
 POSITIONAL = ("path",)
 """Fields that are given without a flag."""
 
-SWITCHES = {"--compile": "on", "--no_compile": "off", "--no-compile": "off"}
-"""Bare switch -> the value of --compile that it stands for."""
+SWITCHES = {
+    f"--{no}{spelling}": (f"--{name}", value)
+    for name in ("compile", "cuda_graph")
+    for spelling in (name, name.replace("_", "-"))
+    for no, value in (("", "on"), ("no_", "off"), ("no-", "off"))
+}
+"""Bare switch -> the flag and the value that it stands for."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def expand_switches(arguments: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     for argument, following in zip_longest(arguments, arguments[1:]):
         bare = argument in SWITCHES and following not in ("auto", "on", "off")
-        expanded += ["--compile", SWITCHES[argument]] if bare else [argument]
+        expanded += SWITCHES[argument] if bare else [argument]
     return expanded
 
 
