@@ -14,7 +14,7 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.inference.config import SampleConfig
 from nanogpt.inference.generate import generate
-from nanogpt.model.gpt import GPT
+from nanogpt.model.gpt import ACTIVATIONS, GPT, Block, Context
 from nanogpt.model.kv_cache import KVCache
 from nanogpt.model.quantize import Int8Linear, prepare_for_sampling
 from nanogpt.native import build, step
@@ -144,6 +144,7 @@ def test_the_weights_may_change_in_place():
 @needs_compiler
 def test_it_generates_with_them(monkeypatch):
     model, prompt = make(GPTConfig(vocab_size=20, **ODD)), torch.tensor([[3, 1, 4]])
+    assert step.is_current(model.config)  # its trial computes steps, too
     computed, compute = [], NativeGPT.compute
     monkeypatch.setattr(NativeGPT, "compute", lambda *args: computed.append(1) or compute(*args))
     native = [int(token) for token in generate(model, prompt, num_tokens=40, temperature=0)]
@@ -167,6 +168,36 @@ def test_what_it_does_not_know_is_left_to_the_model():
     for model in (foreign, hooked, other_device, changed().train()):
         assert with_native_steps(model) is model
     assert isinstance(with_native_steps(changed()), NativeGPT)
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["a block", "an activation", "a new activation"])
+def test_a_changed_code_of_the_model_is_followed(monkeypatch, change):
+    def parallel(self: Block, x: torch.Tensor, context: Context) -> torch.Tensor:
+        return x + self.attn(self.norm_1(x), context) + self.mlp(self.norm_2(x))
+
+    model = make(GPTConfig(vocab_size=20, **ODD))
+    assert isinstance(with_native_steps(model), NativeGPT)
+    with monkeypatch.context() as patch:
+        if change == "a block":
+            patch.setattr(Block, "forward", parallel)
+        elif change == "an activation":
+            patch.setitem(ACTIVATIONS, "gelu", ACTIVATIONS["gelu_tanh"])
+        else:
+            patch.delitem(step.ACTIVATIONS, "gelu")
+        model = make(GPTConfig(vocab_size=20, **ODD))
+        assert with_native_steps(model) is model
+    model = make(GPTConfig(vocab_size=20, **ODD))
+    assert isinstance(with_native_steps(model), NativeGPT)
+
+
+@needs_compiler
+def test_the_trial_of_the_code_draws_no_random_numbers_of_others():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    step.agrees.cache_clear()
+    assert step.is_current(GPTConfig(**ODD))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @needs_compiler

@@ -430,3 +430,35 @@ def test_a_command_is_interrupted_without_a_traceback(tmp_path: Path, number, mo
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (128 + number, "", "")
+
+
+def test_ctrl_c_ends_a_command_at_once_while_a_library_loads_that_swallows_exceptions():
+    code = """if True:
+        import os, signal, sys
+        from nanogpt.training import stopping
+
+        def interrupt():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                print("swallowed", flush=True)
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stopping.exit_quietly_on_signals()
+        if sys.argv[1] == "after":
+            with stopping.no_unwinding():
+                pass
+            interrupt()
+        else:
+            with stopping.no_unwinding():
+                interrupt()
+    """
+
+    def run(when: str) -> tuple[int, str]:
+        result = subprocess.run(
+            [sys.executable, "-c", code, when], capture_output=True, text=True, check=False
+        )
+        return result.returncode, result.stdout
+
+    assert run("during") == (EXIT_CODES[signal.SIGINT], "")
+    assert run("after") == (0, "swallowed\n")

@@ -136,7 +136,7 @@ def parse_and_run(name: str, arguments: Sequence[str], prog: str) -> int:
     config = parse(command.config, arguments, prog)
     streams.raise_stdout_errors(on=not command.writes)
     set_environment(command.idle_spins)
-    with explain_import_errors(), uncollected_imports():
+    with explain_import_errors(), uncollected_imports(), stopping.no_unwinding():
         module = importlib.import_module(command.module)
     return cast(Callable[[Any], int], module.main)(config)
 

@@ -2,8 +2,8 @@
 
 Example: logits, _ = with_native_steps(model)(idx, cache=step)
 Its numbers are those of the model, up to rounding: weights as they are (float32, bfloat16 or int8), all else
-float32. On a machine without a C compiler, on another device, or with foreign layers, the model is used as it
-is.
+float32. On a machine without a C compiler, on another device, with foreign layers, or if someone has changed
+what the Python code of the model computes, the model is used as it is.
 
 Shapes: B rows of a step, T tokens of each, V vocab_size
 """
@@ -11,18 +11,21 @@ Shapes: B rows of a step, T tokens of each, V vocab_size
 import ctypes
 import os
 import time
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from nanogpt.config import GPTConfig
 from nanogpt.machine.precision import matmul_rates
 from nanogpt.model.gpt import ACTIVATIONS as ACTIVATION_FUNCTIONS
 from nanogpt.model.gpt import GPT, MLP, Block, CausalSelfAttention
 from nanogpt.model.kernels import Dropout, Head, LayerNorm, RMSNorm
-from nanogpt.model.kv_cache import BEFORE_TEXT, NGRAM_TOKENS, CacheStep
+from nanogpt.model.kv_cache import BEFORE_TEXT, NGRAM_TOKENS, CacheStep, KVCache
 from nanogpt.model.ngram import NgramEmbedding
 from nanogpt.model.quantize import Int8Linear, linear_bytes
 from nanogpt.native.build import BuildError, load
@@ -109,13 +112,22 @@ PLAIN = (
 )
 """Modules that step.c computes."""
 
+TRIAL_SIZES: dict[str, Any] = {
+    "block_size": 8, "n_embd": 16, "head_dim": 4, "mlp_width": 32, "vocab_size": 8, "dropout": 0.0,
+}  # fmt: skip
+"""Sizes of the small model on which steps are tried out."""
+
+TRIAL_NGRAM_ROWS = 97
+"""Rows of its n-gram tables: enough for all pairs of 8 tokens."""
+
 
 def with_native_steps(model: GPT) -> "GPT | NativeGPT":
     """The model with native steps, if it has them here; else the model.
 
     For as long as nobody exchanges or moves its weights. Those of float32 may be changed in place.
     """
-    return model if model.training or not is_plain(model) or native_problem() else NativeGPT(model)
+    usable = not model.training and is_plain(model) and not native_problem() and is_current(model.config)
+    return NativeGPT(model) if usable else model
 
 
 def native_problem() -> str:
@@ -305,12 +317,46 @@ def has_all_parts(model: GPT, modules: list[nn.Module]) -> bool:
     norms = [model.final_norm, *(norm for block in blocks for norm in (block.norm_1, block.norm_2))]
     layers = [module for module in modules if isinstance(module, (nn.Linear, Int8Linear))]
     return (
-        len(blocks) == config.n_layer == len(model.blocks)
+        config.mlp in ACTIVATIONS
+        and len(blocks) == config.n_layer == len(model.blocks)
         and all(isinstance(norm, NORMS) for norm in norms)
         and all(getattr(block.mlp, "activation", None) is function for block in blocks)
         and len(layers) == 4 * config.n_layer + 1
         and all(layer.weight.dtype in DTYPES for layer in layers)
     )
+
+
+def is_current(config: GPTConfig) -> bool:
+    """Whether step.c computes what the Python code of the model does, which someone may have changed."""
+    functions = ACTIVATION_FUNCTIONS[config.mlp].function, *(kind.forward for kind in PLAIN)
+    return agrees(config, functions)
+
+
+@cache
+def agrees(config: GPTConfig, functions: tuple[Callable[..., Any], ...]) -> bool:
+    """Whether step.c and Python compute the same, tried on a small model with the layers of `config`.
+
+    It takes some milliseconds, once for each set of functions: a notebook may replace a method.
+    """
+    config = replace(config, **TRIAL_SIZES, ngram_vocab=TRIAL_NGRAM_ROWS if config.ngram_vocab else 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # training goes on with its own random numbers
+        model = GPT(config).eval()
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+        idx = torch.randint(config.vocab_size, (1, config.block_size), generator=generator)
+        found, expected = (steps_of(computed, idx) for computed in (NativeGPT(model), model))
+    return torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def steps_of(model: GPT | NativeGPT, idx: Tensor) -> Tensor:
+    """The logits after all tokens but one, and after the last one, in two steps: idx (1, T) -> (2, V)."""
+    cache, logits = KVCache(model.config, rows=1, length=idx.shape[1]), list[Tensor]()
+    for piece in (idx[:, :-1], idx[:, -1:]):
+        step = cache.step([0], piece)
+        logits.append(model(piece, cache=step)[0][0, -1])
+        cache.advance(step, piece)
+    return torch.stack(logits)
 
 
 def is_watched(model: nn.Module) -> bool:

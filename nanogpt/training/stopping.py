@@ -11,6 +11,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -117,12 +119,27 @@ def unwind(number: int, frame: FrameType | None) -> None:
     """Signal handler: raise KeyboardInterrupt for Ctrl-C, else SystemExit with the signal's exit code."""
     if number in SAVE_SIGNALS:
         return
-    for other, before in {other: signal.getsignal(other) for other in STOP_SIGNALS}.items():
-        if before is unwind:
-            signal.signal(other, exit_immediately)
+    replace_handlers(unwind, exit_immediately)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(EXIT_CODES[signal.Signals(number)])
+
+
+@contextmanager
+def no_unwinding() -> Generator[None]:
+    """Let signals end the process at once instead of unwinding it: libraries swallow exceptions while they load."""
+    replace_handlers(unwind, exit_immediately)
+    try:
+        yield
+    finally:
+        replace_handlers(exit_immediately, unwind)
+
+
+def replace_handlers(old: Any, new: Any) -> None:
+    """Replace a handler by another, for all stop signals that have it."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is old:
+            signal.signal(number, new)
 
 
 def exit_immediately(number: int, frame: FrameType | None) -> None:
