@@ -127,7 +127,7 @@ def unwind(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def no_unwinding() -> Generator[None]:
-    """Let signals end the process at once instead of unwinding it: libraries swallow exceptions while they load."""
+    """Let signals end the process at once, not unwind it: libraries swallow exceptions while they load."""
     replace_handlers(unwind, exit_immediately)
     try:
         yield
