@@ -20,6 +20,9 @@ from nanogpt.errors import UserError
 from nanogpt.export import registry
 from nanogpt.export.config import ExportConfig, ExportDtype, FormatName
 from nanogpt.export.registry import FORMATS
+from nanogpt.model.gpt import ACTIVATIONS
+from nanogpt.native import step
+from nanogpt.native.build import BuildError
 from nanogpt.storage import files
 from nanogpt.training.fit import fit
 
@@ -83,6 +86,17 @@ def test_what_a_format_cannot_carry_is_named(name: str, misfits: str, tmp_path: 
         main(ExportConfig(checkpoint=str(path), format=name, output=str(tmp_path / NAMES[name])))  # type: ignore[arg-type]
     able = "onnx, safetensors or html"
     assert str(raised.value) == f"--format {name} cannot carry {misfits}: use --format {able}"
+    assert left(tmp_path) == []
+
+
+@pytest.mark.skipif(isinstance(step.library(), BuildError), reason=str(step.library()))
+@pytest.mark.parametrize("name", ["hf", "gguf", "onnx", "html"])
+def test_a_changed_code_of_the_model_is_not_exported_as_the_original(name, tmp_path, monkeypatch) -> None:
+    path, output = saved(tmp_path / "ckpt.pt"), tmp_path / NAMES[name]
+    monkeypatch.setitem(ACTIVATIONS, "gelu", ACTIVATIONS["gelu_tanh"])
+    refused = rf"--format {name} cannot carry the changed code of nanogpt/model: use --format safetensors$"
+    with pytest.raises(UserError, match=refused):
+        main(ExportConfig(checkpoint=str(path), format=name, output=str(output)))
     assert left(tmp_path) == []
 
 

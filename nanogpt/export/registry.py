@@ -13,6 +13,7 @@ from pathlib import Path
 from nanogpt.errors import UserError, require
 from nanogpt.export import gguf, hf, html, onnx, safetensors
 from nanogpt.export.source import Advance, TrainedModel
+from nanogpt.native.step import is_changed
 from nanogpt.settings import join_choices
 from nanogpt.storage.files import atomic_output
 
@@ -23,7 +24,7 @@ class Format:
 
     write: Callable[[TrainedModel, Path, str, Advance], None]
     misfits: Callable[[TrainedModel], list[str]]
-    """What of a model the format cannot carry, in words or flags."""
+    """What of a model's settings the format cannot carry, in words or flags."""
     dtypes: tuple[str, ...]
     """Values of --dtype; the first is its default."""
     packages: tuple[str, ...]
@@ -34,6 +35,13 @@ class Format:
     """The files in its folder, of which the first tells its exports from other folders."""
     mark: tuple[int, bytes] = (0, b"")
     """Bytes that every file of it has, and where they begin."""
+    weights_alone: bool = False
+    """Whether it says nothing of what is computed with the weights."""
+
+    def cannot_carry(self, source: TrainedModel) -> list[str]:
+        """What of a model the format cannot carry, in words or flags."""
+        changed = not self.weights_alone and is_changed(source.config)
+        return self.misfits(source) + ["the changed code of nanogpt/model"] * changed
 
     @property
     def folders(self) -> set[str]:
@@ -54,6 +62,7 @@ FORMATS = {
         ("safetensors",),
         ".safetensors",
         mark=safetensors.MARK,
+        weights_alone=True,
     ),
     "html": Format(html.write, html.misfits, ("int8",), (), ".html", mark=html.MARK),
 }
@@ -140,8 +149,8 @@ def check_output(chosen: Format, output: Path, *, overwrite: bool) -> None:
 
 def check_fits(source: TrainedModel, name: str) -> None:
     """Raise UserError, naming the formats that can, if a format cannot carry a model."""
-    if misfits := FORMATS[name].misfits(source):
-        able = [other for other, row in FORMATS.items() if not row.misfits(source)]
+    if misfits := FORMATS[name].cannot_carry(source):
+        able = [other for other, row in FORMATS.items() if not row.cannot_carry(source)]
         raise UserError(
             f"--format {name} cannot carry {', '.join(misfits)}: use --format {join_choices(able)}"
         )

@@ -126,7 +126,7 @@ def with_native_steps(model: GPT) -> "GPT | NativeGPT":
 
     For as long as nobody exchanges or moves its weights. Those of float32 may be changed in place.
     """
-    usable = not model.training and is_plain(model) and not native_problem() and is_current(model.config)
+    usable = not model.training and is_plain(model) and not native_problem() and not is_changed(model.config)
     return NativeGPT(model) if usable else model
 
 
@@ -317,8 +317,7 @@ def has_all_parts(model: GPT, modules: list[nn.Module]) -> bool:
     norms = [model.final_norm, *(norm for block in blocks for norm in (block.norm_1, block.norm_2))]
     layers = [module for module in modules if isinstance(module, (nn.Linear, Int8Linear))]
     return (
-        config.mlp in ACTIVATIONS
-        and len(blocks) == config.n_layer == len(model.blocks)
+        len(blocks) == config.n_layer == len(model.blocks)
         and all(isinstance(norm, NORMS) for norm in norms)
         and all(getattr(block.mlp, "activation", None) is function for block in blocks)
         and len(layers) == 4 * config.n_layer + 1
@@ -326,10 +325,13 @@ def has_all_parts(model: GPT, modules: list[nn.Module]) -> bool:
     )
 
 
-def is_current(config: GPTConfig) -> bool:
-    """Whether step.c computes what the Python code of the model does, which someone may have changed."""
+def is_changed(config: GPTConfig) -> bool:
+    """Whether someone changed what the Python code of a model computes, so that step.c no longer follows.
+
+    False where that cannot be known, without a C compiler.
+    """
     functions = ACTIVATION_FUNCTIONS[config.mlp].function, *(kind.forward for kind in PLAIN)
-    return agrees(config, functions)
+    return config.mlp not in ACTIVATIONS or not (native_problem() or agrees(config, functions))
 
 
 @cache
@@ -340,7 +342,12 @@ def agrees(config: GPTConfig, functions: tuple[Callable[..., Any], ...]) -> bool
     """
     config = replace(config, **TRIAL_SIZES, ngram_vocab=TRIAL_NGRAM_ROWS if config.ngram_vocab else 0)
     generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # training goes on with its own random numbers
+    with (
+        torch.random.fork_rng(devices=[]),  # a training goes on with its own random numbers
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        torch.no_grad(),
+    ):
         model = GPT(config).eval()
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
