@@ -18,7 +18,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 - an older Python gets this messag
     raise SystemExit(2)
 
 if TYPE_CHECKING:
-    from nanogpt.api import generate, inspect_text, prepare, score
+    from nanogpt.api import generate, inspect_text, load_metrics, prepare, score
     from nanogpt.checkpoint.format import TextModel, load_model
     from nanogpt.config import GPTConfig, TrainConfig
     from nanogpt.errors import UserError
@@ -34,6 +34,7 @@ __all__ = [
     "fit",
     "generate",
     "inspect_text",
+    "load_metrics",
     "load_model",
     "prepare",
     "score",
@@ -48,6 +49,7 @@ LAZY_IMPORTS = {
     "fit": "nanogpt.training.fit",
     "generate": "nanogpt.api",
     "inspect_text": "nanogpt.api",
+    "load_metrics": "nanogpt.api",
     "load_model": "nanogpt.checkpoint.format",
     "prepare": "nanogpt.api",
     "score": "nanogpt.api",

@@ -1,4 +1,4 @@
-"""The Python interface, texts in and texts out: prepare, generate, score, inspect_text.
+"""The Python interface, texts in and texts out: prepare, generate, score, inspect_text, load_metrics.
 
 Example: from nanogpt import TrainConfig, fit, generate, load_model, prepare, score
          prepare("my.txt", "data")
@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from nanogpt import scoring
 from nanogpt.checkpoint.format import TextModel
+from nanogpt.checkpoint.run_dir import RunFolder
 from nanogpt.config import Dtype
 from nanogpt.data.config import PrepareConfig
 from nanogpt.data.prepare import main as prepare_data
@@ -43,6 +45,8 @@ from nanogpt.model.gpt import GPT
 from nanogpt.sampler import Completion, Sampler
 from nanogpt.terminal.console import late_progress_bar, silence
 from nanogpt.text.encoding import utf8
+from nanogpt.training.metrics import read_rows
+from nanogpt.training.plot import points
 
 Texts = list[str] | tuple[str, ...]
 
@@ -84,6 +88,26 @@ def check_names(given: Iterable[str], known: Sequence[str]) -> None:
     """Raise UserError if a keyword is unknown."""
     unknown = [name for name in given if name not in known]
     require(not unknown, f"{', '.join(unknown)} is no setting: use {', '.join(known)}")
+
+
+# --- metrics ---
+
+
+def load_metrics(run: "str | PathLike[str]") -> "dict[str, tuple[np.ndarray, np.ndarray]]":
+    """The metrics of a run: name -> the steps at which it was logged, (N,) int64, and its values, (N,).
+
+    run: a run folder, or its metrics.jsonl. The names are those of its lines: train_loss, val_loss, lr, ...
+    Raises: UserError if there is no metrics.jsonl, or it cannot be read.
+    """
+    path = Path(run) if Path(run).is_file() else RunFolder(Path(run)).metrics
+    require(path.is_file(), f"{path} does not exist: give a run folder (--out_dir)")
+    rows = [row for _, row in read_rows(path) if row is not None]
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    found = {name: points(rows, name) for name in names}
+    return {
+        name: (np.array([step for step, _ in some], np.int64), np.array([value for _, value in some], float))
+        for name, some in found.items()
+    }
 
 
 # --- generate ---

@@ -26,7 +26,7 @@ from conftest import prepared
 import nanogpt.training.fit as fit_module
 from nanogpt.cli import main as cli
 from nanogpt.cli import plan
-from nanogpt.cli.config import EvaluateConfig, InfoConfig
+from nanogpt.cli.config import EvaluateConfig, InfoConfig, RunsConfig, SweepConfig
 from nanogpt.cli.parse import parse
 from nanogpt.config import SHAPE_FIELDS, TrainConfig
 from nanogpt.errors import UserError
@@ -35,6 +35,8 @@ from nanogpt.inference.config import SampleConfig
 from nanogpt.presets import PRESETS
 from nanogpt.server import run as server_run
 from nanogpt.server.config import ServeConfig
+from nanogpt.sweep import runner
+from nanogpt.sweep.grid import Trial
 from nanogpt.text import tiny_shakespeare
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +176,13 @@ def reader(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         return replace(config, **shrunk, minutes=config.minutes and 0.03)
 
     monkeypatch.setattr(fit_module, "fit", lambda config, *rest, **named: fit(small(config), *rest, **named))
+
+    def run_all(todo: list[Trial], jobs: int, stop: object) -> list[Trial]:
+        for trial in todo:  # one after the other, in this process, starts faster
+            fit(small(trial.config), quiet=True)
+        return []
+
+    monkeypatch.setattr(runner, "run_all", run_all)
     monkeypatch.setattr(plan, "main", lambda config: plan_main(small(config)))
     monkeypatch.setattr(server_run, "serve", lambda config: asyncio.run(start_and_stop(config)))
 
@@ -249,6 +258,8 @@ def test_the_readme_shows_every_command() -> None:
         "serve",
         "info",
         "presets",
+        "sweep",
+        "runs",
     }
 
 
@@ -289,6 +300,13 @@ def test_every_flag_of_info_is_documented() -> None:
     flags = {field.name for field in fields(InfoConfig)} - {"path"}  # given without a flag
     assert not [name for name in flags if f"| `--{name}` |" not in text]
     assert "| `PATH` |" in text
+
+
+def test_every_flag_of_sweeps_is_documented() -> None:
+    text = (ROOT / "docs" / "sweep.md").read_text("utf-8")
+    own = {field.name for field in fields(SweepConfig)} - {field.name for field in fields(TrainConfig)}
+    flags = {field.name for field in fields(RunsConfig)} - {"path"}  # given without a flag
+    assert not [name for name in own | flags if f"| `--{name}` |" not in text]
 
 
 def test_every_preset_is_documented() -> None:

@@ -18,7 +18,7 @@ HOUSE = (
     {"data", "checkpoint", "inference"},
     {"evaluation", "sampler", "scoring", "export", "initialize", "server"},
     {"training"},
-    {"info"},
+    {"info", "sweep"},
     {"train", "api", "cli"},
     {"__main__"},
 )

@@ -137,10 +137,7 @@ class RunFolder:
             return False
         if not restarted and not (same_job and step < config.max_iters):
             return False
-        names = {item.name for item in fields(config)} - PER_COMMAND_SETTINGS.keys()
-        if config.minutes:  # the others were chosen by it
-            names &= {"minutes", *config.fixed}
-        return all(getattr(saved, name) == getattr(config, name) for name in names)
+        return has_settings_of(saved, config)
 
     def delete_shards(self, *, keep: Path | None) -> None:
         """Delete the shards of all checkpoints, except the folder `keep`."""
@@ -201,6 +198,14 @@ class RunFolder:
         with contextlib.suppress(OSError):  # the folder is not empty: somebody put other files there
             self.moving.rmdir()
         fsync_folder(self.path)
+
+
+def has_settings_of(saved: TrainConfig, config: TrainConfig) -> bool:
+    """Whether a run with the settings `saved` is the training that `config` describes."""
+    names = {item.name for item in fields(config)} - PER_COMMAND_SETTINGS.keys()
+    if config.minutes:  # the others were chosen by it
+        names &= {"minutes", *config.fixed}
+    return all(getattr(saved, name) == getattr(config, name) for name in names)
 
 
 def verify_shards(path: Path, saved: Checkpoint, world: World) -> None:

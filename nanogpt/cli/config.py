@@ -1,4 +1,4 @@
-"""The settings of the commands `model`, `presets`, `plan`, `info` and `eval`.
+"""The settings of the commands `model`, `presets`, `plan`, `sweep`, `runs`, `info` and `eval`.
 
 Knows nothing of torch, or of how flags are parsed.
 """
@@ -42,6 +42,50 @@ class PlanConfig(TrainConfig):
         super().__post_init__()
         at_least(self, "processes", 1)
         at_least(self, "vocab_size", 1)
+
+
+@dataclass(frozen=True)
+class SweepConfig(TrainConfig):
+    """Train every combination of some settings, several at a time, and compare the results."""
+
+    vary: tuple[str, ...] = ()
+    """A setting and its values, as learning_rate=1e-3,3e-3; several of them: every combination."""
+    jobs: int = 1
+    """Trainings at a time; they share the CPU cores."""
+    out_dir: str = "sweep"
+    """Folder of the sweep, with a run folder and a log for each training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "jobs", 1)
+        for name in ("resume", "overwrite"):
+            require(
+                not getattr(self, name),
+                f"--{name} is not for a sweep: the same command goes on where it was; for a new one, give "
+                "another --out_dir",
+            )
+
+
+@dataclass(frozen=True)
+class RunsConfig(Settings):
+    """Print a table of the runs in a folder: the settings in which they differ, and their losses."""
+
+    path: str = "sweep"
+    """The folder in which the run folders are."""
+    picture: str | None = None
+    """PNG file in which to draw the losses."""
+    csv: bool = False
+    """Print CSV, a line for each run."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not (self.csv and self.json), "--csv and --json are two forms of one table: leave one out")
+        require(
+            self.picture is None or self.picture.lower().endswith(".png"),
+            f"--picture {self.picture} is no name of a PNG file: end it in .png",
+        )
 
 
 @dataclass(frozen=True)

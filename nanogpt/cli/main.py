@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from nanogpt import __version__
-from nanogpt.cli.config import EvaluateConfig, InfoConfig, ModelSummaryConfig, PlanConfig, PresetsConfig
+from nanogpt.cli.config import (
+    EvaluateConfig,
+    InfoConfig,
+    ModelSummaryConfig,
+    PlanConfig,
+    PresetsConfig,
+    RunsConfig,
+    SweepConfig,
+)
 from nanogpt.cli.parse import parse
 from nanogpt.config import TrainConfig
 from nanogpt.data.config import InspectConfig, PrepareConfig
@@ -59,6 +67,8 @@ COMMANDS = {
     "model": Command(ModelSummaryConfig, "nanogpt.cli.model", "model.py"),
     "plan": Command(PlanConfig, "nanogpt.cli.plan"),
     "train": Command(TrainConfig, "nanogpt.training.fit", "train.py", writes=True),
+    "sweep": Command(SweepConfig, "nanogpt.cli.sweep", writes=True),
+    "runs": Command(RunsConfig, "nanogpt.cli.runs"),
     "sample": Command(SampleConfig, "nanogpt.cli.sample", "sample.py", SAMPLING_SPINS),
     "eval": Command(EvaluateConfig, "nanogpt.cli.evaluate"),
     "export": Command(ExportConfig, "nanogpt.cli.export", writes=True),

@@ -26,7 +26,7 @@ TYRO_ERROR_CODE = 2
 
 LIST_FLAGS = (
     *("--input_file", "--input-file", "--val_file", "--val-file", "--log_to", "--log-to"),
-    *("--speakers", "--diff"),
+    *("--speakers", "--diff", "--vary"),
 )
 """Flags that take a list of values."""
 
@@ -172,13 +172,15 @@ def default_config(cls: type[Any], base: BaseFlags) -> Any:
 
 
 def preset_values(cls: type[Any], name: str) -> dict[str, Any]:
-    """What a preset says about the fields of `cls`."""
+    """What a preset says about the fields of `cls`: its values that are no defaults."""
     from nanogpt import presets
 
-    preset = presets.get(name)
+    preset, default = presets.get(name), TrainConfig()
     names = {field.name for field in fields(cls)}
     common = names & {field.name for field in fields(preset)}
-    values = {name: getattr(preset, name) for name in common}
+    values = {
+        name: getattr(preset, name) for name in common if getattr(preset, name) != getattr(default, name)
+    }
     if "vocab_size" in names:
         values["vocab_size"] = presets.PRESETS[name].vocab_size
     return values
