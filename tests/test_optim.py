@@ -24,6 +24,7 @@ from nanogpt.training.optimizer import (
     set_learning_rate,
     step_optimizers,
 )
+from nanogpt.training.snapshot import state_of
 
 CONFIG = TrainConfig(learning_rate=1e-2, warmup_iters=10, max_iters=110, min_lr=0.1, weight_decay=0.3)
 TINY = GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0, vocab_size=20)
@@ -108,6 +109,17 @@ def test_a_bad_step_changes_nothing(is_async: bool, bad: bool):
     step_optimizers(optimizers, skip=torch.tensor(bad), is_async=is_async)
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old, new) == bad
+
+
+def test_a_tensor_that_could_not_be_resumed_is_found_when_it_is_saved():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    with pytest.raises(AssertionError, match=r"SGD keeps \{'momentum_buffer'\}, but its state_names are"):
+        state_of(optimizer)
+    optimizer.state_names = ("momentum_buffer",)
+    assert torch.equal(state_of(optimizer)["state"][0]["momentum_buffer"], torch.ones(3))
 
 
 # The update

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanogpt.checkpoint import sharded
 from nanogpt.checkpoint.format import Checkpoint
+from nanogpt.checkpoint.validation import state_names
 from nanogpt.config import to_dict
 from nanogpt.distributed.dtensor import full_state
 from nanogpt.distributed.parallelize import is_sharded
@@ -89,8 +90,17 @@ def checkpoint_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkp
         header(state),
         model=full(state, state.model.state_dict(keep_vars=True), copy),
         average=average,
-        optimizers=[full(state, optimizer.state_dict(), copy) for optimizer in state.optimizers],
+        optimizers=[full(state, state_of(optimizer), copy) for optimizer in state.optimizers],
     )
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer. Without a name in its state_names, a tensor could not be resumed."""
+    values, named = optimizer.state_dict(), set(state_names(optimizer))
+    for moments in values["state"].values():
+        kept = set(moments)
+        assert kept == named, f"{type(optimizer).__name__} keeps {kept}, but its state_names are {named}"
+    return values
 
 
 def model_of(state: TrainState, copy: Callable[[Tensor], Tensor]) -> Checkpoint:
