@@ -314,10 +314,22 @@ def compare(a: Score, b: Score, seed: int = 0) -> Difference:
         nats_a, nats_b, sizes = common_segments(a, b)
         bits = (nats_a - nats_b) / math.log(2)
     mean = float(bits.sum() / sizes.sum()) if len(sizes) else math.nan
+    return Difference(mean, *interval(bits, sizes, seed), len(sizes))
+
+
+def interval_of(score: Score, seed: int = 0) -> tuple[float, float, int]:
+    """The 95 % interval of the bits per byte over the passages of a text: low, high, number of segments."""
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        nats, _, sizes = common_segments(score, score)
+        return *interval(nats / math.log(2), sizes, seed), len(sizes)
+
+
+def interval(bits: NDArray[np.float64], sizes: NDArray[np.int64], seed: int) -> tuple[float, float]:
+    """The 2.5th and the 97.5th percentile of sum(bits) / sum(sizes) of segments; NaN if there are too few."""
     if len(sizes) < MIN_SEGMENTS:
-        return Difference(mean, math.nan, math.nan, len(sizes))
+        return math.nan, math.nan
     low, high = np.percentile(bootstrap(bits, sizes, seed=seed), [2.5, 97.5]).tolist()
-    return Difference(mean, low, high, len(sizes))
+    return low, high
 
 
 def common_segments(a: Score, b: Score) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:

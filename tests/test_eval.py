@@ -29,7 +29,7 @@ from nanogpt.config import GPTConfig, TrainConfig
 from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import UserError
 from nanogpt.model.gpt import GPT
-from nanogpt.scoring import Score, bootstrap, common_segments, compare, encode_documents, score
+from nanogpt.scoring import Score, bootstrap, common_segments, compare, encode_documents, interval_of, score
 from nanogpt.text.documents import Chunk
 from nanogpt.text.encoding import NOT_TEXT
 from nanogpt.tokenizer.base import ByteTokenizer, CharTokenizer, Tokenizer
@@ -276,6 +276,16 @@ def test_a_difference_is_told_where_there_is_one() -> None:
     assert worse.high < 0
     assert evaluate.verdict(worse).startswith("A is better by 0.")
     assert not compare(*pair(noise - noise.mean())).is_told
+
+
+def test_the_interval_of_one_model_is_that_of_the_mean() -> None:
+    noise = np.random.default_rng(1).normal(size=20_000)
+    one, _ = pair(noise)
+    low, high, segments = interval_of(one)
+    assert segments == 40
+    assert low < one.bits_per_byte < high
+    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(20_000), rel=0.3)
+    assert np.isnan(interval_of(pair(np.ones(700))[0])[:2]).all()
 
 
 def test_too_few_segments_tell_nothing() -> None:

@@ -37,6 +37,7 @@ from nanogpt.scoring import (
     compare,
     decode_documents,
     encode_documents,
+    interval_of,
     leave_out_unknown,
     score,
     token_lengths,
@@ -238,6 +239,10 @@ def report(subjects: list[Subject], scores: list[Score], difference: Difference 
         )
     if difference is not None:
         yield verdict(difference)
+    else:
+        low, high, segments = interval_of(scores[0])
+        if math.isfinite(high - low):
+            yield f"Between {low:.4f} and {high:.4f} bits a byte (95 %, {segments} segments of such a text)"
 
 
 def verdict(difference: Difference) -> str:
@@ -258,7 +263,10 @@ def result(
     """The result as JSON has it."""
     first, *others = [summary(one, of) for one, of in zip(subjects, scores, strict=True)]
     first["left_out"] = dict(unknown.most_common())
-    if difference is not None:
+    if difference is None:
+        low, high, segments = interval_of(scores[0])
+        first["interval"] = {"low": finite(low), "high": finite(high), "segments": segments}
+    else:
         first["against"] = others[0]
         first["difference"] = {
             "bits_per_byte": finite(difference.mean),
