@@ -286,7 +286,19 @@ def test_resume_keeps_the_dtype_that_auto_chose(config: TrainConfig, monkeypatch
     fit(config)
     rates[torch.bfloat16] = 0.5  # another machine: it would choose otherwise, and can go on all the same
     fit(replace(config, resume=True, max_iters=6))
-    assert last(config).precision == {"device": "cpu", "dtype": "bfloat16", "num_micro_batches": 1}
+    kept = {"device": "cpu", "dtype": "bfloat16", "num_micro_batches": 1}
+    assert last(config).precision == {**kept, "threads": 1, "torch": torch.__version__.partition("+")[0]}
+
+
+def test_resume_says_if_another_number_of_threads_rounds_differently(config: TrainConfig, capsys) -> None:
+    fit(replace(config, max_iters=5))
+    fit(replace(config, resume=True, max_iters=6))
+    assert "Threads" not in capsys.readouterr().out
+    torch.set_num_threads(2)
+    fit(replace(config, resume=True, max_iters=7))
+    line = "Threads: 2 (was 1): from here on, numbers are rounded differently\n"
+    assert line in capsys.readouterr().out
+    assert last(config).precision["threads"] == 2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

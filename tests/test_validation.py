@@ -99,6 +99,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda c: put(c["precision"], "num_micro_batches", 0),
         "precision has 0 micro-batches",
     ),
+    "threads a text": (lambda c: put(c["precision"], "threads", "two"), "precision has the threads two"),
     "fingerprint a number": (lambda c: put(c, "fingerprint", 7), "the fingerprint is not a string"),
 }
 

@@ -86,6 +86,9 @@ def check_precision(precision: Mapping[str, Any]) -> None:
         require(isinstance(dtype, str) and dtype in DTYPES, f"precision has the {name} {show_value(dtype)}")
     count = precision.get("num_micro_batches", 1)
     require(type(count) is int and 0 < count < 10**9, f"precision has {show_value(count)} micro-batches")
+    for name, default in (("threads", 1), ("torch", "")):
+        value = precision.get(name, default)
+        require(type(value) is type(default), f"precision has the {name} {show_value(value)}")
 
 
 def check_optimizers(optimizers: Any) -> None:

@@ -112,6 +112,8 @@ def progress_lines(one: Description) -> Iterator[str]:
         parts.append(f"{duration(progress['elapsed_s'])} of training")
     if "device" in progress:
         parts.append(f"on {progress['device']} in {progress.get('dtype')}")
+    if "threads" in progress and "torch" in progress:
+        parts.append(f"{plural(progress['threads'], 'thread')}, PyTorch {progress['torch']}")
     if parts:
         yield from labelled("Training", ", ".join(parts))
     loss = progress.get("best_val_loss")

@@ -44,7 +44,7 @@ class RunSummary:
 
     path: Path
     settings: dict[str, Any]
-    """Those that influence its result; dtype and device are those in use, not "auto"."""
+    """Those that influence its result; dtype and device are those in use, not "auto". And threads, torch."""
     step: int
     best_val_loss: float
     """Infinite before the first evaluation."""
@@ -111,7 +111,8 @@ def read_run(path: Path) -> RunSummary | None:
     config, progress = saved.train_config, saved.progress
     names = [field.name for field in fields(TrainConfig) if field.name not in NO_RESULT]
     settings = {name: getattr(config, name) for name in names}
-    settings |= {name: saved.precision[name] for name in ("dtype", "device")}
+    in_use = ("dtype", "device", "threads", "torch")  # the last two are not in earlier checkpoints
+    settings |= {name: saved.precision.get(name) for name in in_use}
     return RunSummary(
         path,
         settings,

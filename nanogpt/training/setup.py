@@ -34,7 +34,11 @@ from nanogpt.training.optimizer import build_optimizers
 from nanogpt.training.out_of_memory import initial_micro_batches
 from nanogpt.training.run import Run
 from nanogpt.training.sinks import create_sinks
+from nanogpt.training.snapshot import rounding
 from nanogpt.training.sparse import use_sparse_gradients
+
+ROUNDING = {"threads": "Threads", "torch": "PyTorch"}
+"""What of a checkpoint's precision decides the rounding -> how a line calls it."""
 
 FIXED_SETTINGS = ("preset", "optimizer", "init_from", "lora_rank", "lora_alpha")
 """Settings that a resumed run may not change, besides the shape."""
@@ -161,7 +165,7 @@ def digest(value: object) -> str:
 
 
 def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> None:
-    """Compare the settings with those of the checkpoint, and print the ones that have changed.
+    """Compare settings, threads and PyTorch with those of the checkpoint, and print those that have changed.
 
     Raises: UserError if the architecture, the preset, the optimizer or the data have changed, or if the
     checkpoint was kept for sampling.
@@ -187,6 +191,15 @@ def check_resume(config: TrainConfig, saved: Checkpoint, dataset: Dataset) -> No
         f"--data_dir {config.data_dir} is not the data this run was trained on: give the folder it had, "
         "or start without --resume",
     )
+    report_rounding(saved)
+
+
+def report_rounding(saved: Checkpoint) -> None:
+    """Print what rounds the numbers of a resumed run unlike those of one that never stopped."""
+    for name, new in rounding().items():
+        old = saved.precision.get(name, new)  # earlier checkpoints do not have it
+        if old != new:
+            say(f"{ROUNDING[name]}: {new} (was {old}): from here on, numbers are rounded differently")
 
 
 def pick_precision(

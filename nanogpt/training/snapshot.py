@@ -131,10 +131,16 @@ def header(state: TrainState) -> Checkpoint:
             "dtype": name_of(state.dtype),
             **muon,
             "num_micro_batches": state.num_micro_batches * state.world.size,
+            **rounding(),
         },
         tokenizer=state.dataset.tokenizer.to_dict(),
         fingerprint=state.dataset.fingerprint,
     )
+
+
+def rounding() -> dict[str, str | int]:
+    """What else decides how sums are rounded on a CPU, so that runs can be equal bit for bit."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__.partition("+")[0]}
 
 
 def saved_settings(state: TrainState) -> dict[str, Any]:
