@@ -199,6 +199,31 @@ def test_a_preset_leaves_the_folder_of_a_sweep() -> None:
     assert (config.out_dir, config.n_embd, config.vary) == ("sweep", 128, ("seed=1,2", "bias=on,off"))
 
 
+def test_the_trainings_share_the_threads(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")  # as the command itself sets it to the number of cores
+    assert [runner.threads_of_each(jobs) for jobs in (1, 3, 20)] == [8, 2, 1]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(runner, "usable_cores", lambda: 4)
+    assert [runner.threads_of_each(jobs) for jobs in (1, 2, 20)] == [4, 2, 1]
+
+
+def test_minutes_leave_what_is_varied(config) -> None:
+    given = parse(
+        SweepConfig, ["--minutes", "1", "--n_layer", "6", "--vary", "learning_rate=3e-4,1"], "sweep"
+    )
+    made = trials(small_train(given), {"learning_rate": {"3e-4": 3e-4}})[0].config
+    assert made.fixed == ("minutes", "n_layer", "learning_rate")
+    again = parse(TrainConfig, flags(made), "train")
+    assert set(made.fixed) <= set(again.fixed)
+
+
+def test_a_damaged_last_checkpoint_is_passed_over(small, in_this_process) -> None:
+    sweep(replace(small, vary=("seed=1,2",)))
+    (Path(small.out_dir) / "seed=1" / "last.pt").write_bytes(b"damaged")
+    sweep(replace(small, vary=("seed=1,2",)))
+    assert in_this_process == ["seed=1", "seed=2", "seed=1"]
+
+
 def test_values_are_split_at_commas() -> None:
     assert parse_vary("--learning-rate= 1e-3, 3e-3") == ("learning_rate", ["1e-3", "3e-3"])
 

@@ -78,7 +78,7 @@ def parse(cls: type[Any], arguments: Sequence[str], prog: str) -> Any:
             raise
         raise UserError(f"{error_in_one_line(printed.getvalue())}; see {prog} --help") from None
     if isinstance(config, TrainConfig) and config.minutes:
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(TrainConfig)}
         return replace(config, fixed=(*config.fixed, *sorted(given_flags(arguments) & names)))
     return config
 

@@ -7,14 +7,14 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nanogpt.cli.config import RunsConfig
 from nanogpt.errors import require
 from nanogpt.sweep.table import SEED, RunSummary, differing, draw, find_runs, groups
-from nanogpt.terminal.console import say, terminal, warn
+from nanogpt.terminal.console import say, warn
 from nanogpt.units import duration
 
 
@@ -95,11 +95,10 @@ def group_cells(runs: Sequence[RunSummary], names: Sequence[str]) -> Iterator[li
         yield [*map(str, group.values), count, f"{group.mean:.4f}", deviation, f"{best:.4f}"]
 
 
-def show(columns: Sequence[str], rows: Iterator[list[str]]) -> None:
-    """Print a table."""
-    from rich.table import Table
-
-    table = Table(*columns, box=None)
-    for cells in rows:
-        table.add_row(*cells)
-    terminal().print(table)
+def show(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, of which no terminal is too narrow to show every digit."""
+    lines = [columns, *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for number, line in enumerate(lines):
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        say("  ".join(cells).rstrip(), style=None if number else "bold")

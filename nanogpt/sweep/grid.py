@@ -45,11 +45,12 @@ def trials(base: TrainConfig, varied: Mapping[str, Mapping[str, Any]]) -> list[T
     Raises: UserError if a combination cannot work.
     """
     made: list[Trial] = []
+    fixed = (*base.fixed, *varied) if base.minutes else ()  # or --minutes would choose what is varied
     for texts in product(*varied.values()):
         chosen = dict(zip(varied, texts, strict=True))
         name = re.sub(r"[^\w.+=,-]", "_", ",".join(f"{key}={text}" for key, text in chosen.items()))
         settings = {key: varied[key][text] for key, text in chosen.items()}
         out_dir = str(Path(base.out_dir) / name)
-        made.append(Trial(name, replace(base, **settings, preset=None, out_dir=out_dir)))
+        made.append(Trial(name, replace(base, **settings, preset=None, fixed=fixed, out_dir=out_dir)))
     require(len({trial.name for trial in made}) == len(made), "two values of --vary give folders of one name")
     return made

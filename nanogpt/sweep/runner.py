@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nanogpt.checkpoint.run_dir import RunFolder, has_settings_of
 from nanogpt.config import TrainConfig
-from nanogpt.errors import require
+from nanogpt.errors import UserError, require
 from nanogpt.export.card import words_of
 from nanogpt.machine.cores import usable_cores
 from nanogpt.sweep.grid import Trial
@@ -48,7 +48,9 @@ def unfinished(trials: Sequence[Trial]) -> list[Trial]:
             f"{folder.path} holds a run with other settings: see nanogpt info {folder.path}, or give another "
             "--out_dir",
         )
-        run = read_run(folder.path)
+        run = None
+        with contextlib.suppress(UserError):  # a file is damaged: the training goes on from the other one
+            run = read_run(folder.path)
         if run is None or not run.is_done:
             found.append(Trial(trial.name, replace(trial.config, resume=True)))
     return found
@@ -96,9 +98,9 @@ def start(trial: Trial, jobs: int) -> "subprocess.Popen[bytes]":
 
 
 def threads_of_each(jobs: int) -> int:
-    """Threads of each of `jobs` trainings: its share of the CPU cores, unless OMP_NUM_THREADS says."""
+    """Threads of each of `jobs` trainings: its share of the CPU cores, or of OMP_NUM_THREADS."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdecimal() else max(1, usable_cores() // jobs)
+    return max(1, (int(given) if given.isdecimal() else usable_cores()) // jobs)
 
 
 def command(config: TrainConfig) -> list[str]:
