@@ -1,9 +1,11 @@
 """Steps in C are those of PyTorch, for weights of all dtypes and odd sizes."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -321,6 +323,19 @@ def test_ids_of_other_integers_are_ids():
     ]
     assert texts[0].equal(texts[1])
     assert texts[0].equal(texts[2])
+
+
+@needs_compiler
+def test_a_file_exchanged_while_a_program_runs_is_not_used(monkeypatch):
+    class Older(step.CStep):
+        """A struct of one field more or less."""
+
+        _fields_: ClassVar = [("another", ctypes.c_int64)]
+
+    monkeypatch.setattr(step, "STRUCTS", (step.CModel, step.CBlock, Older))
+    found = step.library.__wrapped__()
+    assert isinstance(found, BuildError)
+    assert str(found) == "step.c has changed since this program began"
 
 
 # Building

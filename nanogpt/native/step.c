@@ -63,6 +63,9 @@ typedef struct {
     int64_t long_waits;                  /* out: waits of a thread for others that took longer than usual */
 } Step;
 
+/* What step.py must have, too: it may be older, if this file was exchanged while a training ran. */
+const int64_t struct_bytes[] = {sizeof(Model), sizeof(Block), sizeof(Step)};
+
 /* --- threads --- */
 
 typedef struct {

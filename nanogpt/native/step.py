@@ -101,6 +101,10 @@ class CStep(Structure):
     ]  # fmt: skip
 
 
+STRUCTS = (CModel, CBlock, CStep)
+"""Those whose sizes step.c says, as `struct_bytes`."""
+
+
 # --- the model ---
 
 
@@ -150,7 +154,12 @@ def library() -> ctypes.CDLL | BuildError:
         compiled = load("step.c")
     except BuildError as error:
         return error
-    return compiled if hasattr(compiled, "decode_step") else BuildError("step.c was not compiled as a whole")
+    if not (hasattr(compiled, "decode_step") and hasattr(compiled, "struct_bytes")):
+        return BuildError("step.c was not compiled as a whole")
+    sizes = (c_int64 * len(STRUCTS)).in_dll(compiled, "struct_bytes")
+    if list(sizes) != [ctypes.sizeof(struct) for struct in STRUCTS]:
+        return BuildError("step.c has changed since this program began")
+    return compiled
 
 
 class NativeGPT:
