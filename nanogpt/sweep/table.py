@@ -37,6 +37,9 @@ NO_RESULT = (
 
 COLORS = ("#d94801", "#2171b5", "#238b45", "#6a51a3", "#525252", "#c51b8a", "#8c6d31", "#00868b")
 
+MAX_TICKS = 8
+"""Most values of a setting that are written under their places."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -191,5 +194,9 @@ def draw_losses(axes: Any, runs: Sequence[RunSummary], names: Sequence[str], pla
     values = [run.settings[names[place]] for run in runs]
     if min(values) > 0 and max(values) >= 8 * min(values):
         axes.set_xscale("log")
+    ticks = sorted(set(values))
+    if len(ticks) <= MAX_TICKS:  # the values themselves
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     axes.set_xlabel(names[place])
     axes.set_ylabel("best validation loss")
