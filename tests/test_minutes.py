@@ -1,6 +1,8 @@
 """--minutes: the choice of settings, the decision when the rate decays, and the time that is kept."""
 
+import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from nanogpt.errors import UserError
 from nanogpt.machine.device import pick_device
 from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.training import autosize, deadline
+from nanogpt.training import fit as fit_module
 from nanogpt.training import run as run_module
 from nanogpt.training.autosize import Text, choose_settings
 from nanogpt.training.checkpointing import BYTES_PER_SECOND
@@ -76,16 +79,34 @@ def test_a_text_too_short_for_the_time_ends_early_with_a_small_model_and_small_b
     speed.flops = 1e14
     config = choose_settings(TrainConfig(minutes=5), SHAKESPEARE, CPU)
     batch = config.batch_size * config.block_size
-    assert config.max_iters == SHAKESPEARE.useful_tokens // batch
+    assert config.max_iters == SHAKESPEARE.useful_tokens(tables=False) // batch
     assert batch == autosize.SPARE_BATCH
     assert (config.ngram_vocab, config.dropout) == (0, 0.2)
-    size = flops_per_token(meta_model(model_config(config, 65)))
+    size = flops_per_token(meta_model(model_config(replace(config, block_size=1), 65)))
     assert size <= autosize.FLOPS_PER_CHARACTER * SHAKESPEARE.train_tokens
     assert "the text is too short" in (said := capsys.readouterr().out)
     assert "16.0 times the text, and it ends early" in said
     longer = replace(SHAKESPEARE, train_tokens=10**9)
     assert choose_settings(TrainConfig(minutes=5), longer, CPU).ngram_vocab > 0
     assert "early" not in capsys.readouterr().out
+
+
+def test_a_text_that_is_seen_often_has_tables_and_a_longer_context_or_is_seen_more_often_without(speed):
+    speed.flops = 3e11
+    chosen = [choose_settings(TrainConfig(minutes=minutes), SHAKESPEARE, CPU) for minutes in (5, 15, 30)]
+    times = [c.max_iters * c.batch_size * c.block_size / SHAKESPEARE.train_tokens for c in chosen]
+    assert times[0] < times[1] <= autosize.TABLE_REPEATS + 0.01
+    assert autosize.PLAIN_REPEATS < times[2] <= autosize.MAX_REPEATS
+    assert [config.ngram_vocab for config in chosen] == [32_768, 32_768, 0]
+    assert [config.block_size for config in chosen] == [128, 256, 256]
+
+
+def test_a_short_text_has_a_shallow_model_with_small_tables_and_is_seen_less_often(speed):
+    text = replace(SHAKESPEARE, train_tokens=200_000)
+    config = choose_settings(TrainConfig(minutes=60), text, CPU)
+    assert config.n_layer < autosize.DEEP
+    assert config.ngram_vocab == autosize.MIN_ROWS
+    assert config.max_iters * config.batch_size * config.block_size / 200_000 == pytest.approx(4, rel=0.1)
 
 
 def test_given_settings_stay(speed):
@@ -101,6 +122,13 @@ def test_given_settings_stay(speed):
     chosen = choose_settings(TrainConfig(minutes=5, n_embd=120), SHAKESPEARE, CPU)
     assert chosen.n_embd == 120
     assert chosen.n_embd % chosen.n_head == 0
+
+
+def test_a_given_batch_says_how_many_updates_there_are(speed, capsys):
+    few, many = (choose_settings(TrainConfig(minutes=1, batch_size=n), SHAKESPEARE, CPU) for n in (512, 16))
+    assert few.max_iters * 512 == pytest.approx(many.max_iters * 16, rel=0.1)
+    choose_settings(TrainConfig(minutes=1, batch_size=10**6), SHAKESPEARE, CPU)
+    assert "about 1 update of" in capsys.readouterr().out
 
 
 def test_flags_that_are_given_are_fixed_even_at_their_default():
@@ -285,6 +313,12 @@ def test_a_training_ends_when_the_text_has_no_more_to_teach(clock):
     run.train()
     assert run.progress.step == autosize.MAX_REPEATS * 50
     assert clock.now - 100 < 60
+    tables = FakeRun(2.0, clock, lambda _: 0.05)
+    tables.dataset.train = range(64 * 256 * 50)
+    tables.config = replace(tables.config, ngram_vocab=1000)
+    tables.train()
+    assert tables.progress.step == Text.of(tables.dataset).useful_tokens(tables=True) // (64 * 256)
+    assert tables.progress.step < run.progress.step
     assert lr_multiplier(run.config.max_iters - 1, run.config) < 0.2
 
 
@@ -318,8 +352,13 @@ def test_a_decision_never_begins_before_an_earlier_one(seconds):
 
 
 @pytest.fixture
-def short(config: TrainConfig) -> TrainConfig:
-    """A training of a few seconds whose model is given."""
+def short(config: TrainConfig, monkeypatch) -> TrainConfig:
+    """A training of a few seconds whose model is given, by a clock that is the same on any machine."""
+    looks, start = itertools.count(), time.perf_counter()
+    clock = SimpleNamespace(perf_counter=lambda: start + 0.01 * next(looks))
+    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(fit_module, "time", clock)
+    monkeypatch.setattr(fit_module, "measure_evaluation", lambda _: 0.1)
     return replace(config, minutes=0.06, n_layer=1, n_head=2, n_embd=32, block_size=16, batch_size=8)
 
 

@@ -13,27 +13,21 @@ A setting that differs from its default, or is named in config.fixed, stays as i
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from nanogpt.config import GPTConfig, TrainConfig, model_config
 from nanogpt.data.dataset import Dataset
 from nanogpt.errors import UserError
-from nanogpt.machine.device import autocast, kind_of, seconds_of
-from nanogpt.machine.graphs import Graphs
-from nanogpt.machine.precision import pick_dtype, pick_muon_dtype
-from nanogpt.model.gpt import GPT
+from nanogpt.machine.device import kind_of
+from nanogpt.machine.precision import pick_dtype
 from nanogpt.model.size import flops_per_token, meta_model
 from nanogpt.presets import with_modern_blocks
 from nanogpt.terminal.console import say
 from nanogpt.training import memory_estimate
-from nanogpt.training.cuda_graph import MAX_GRAPH_FLOPS, WARM_UP_UPDATES
-from nanogpt.training.optimizer import build_optimizers
-from nanogpt.training.sparse import clip_grad_norm, use_sparse_gradients
+from nanogpt.training.measuring import seconds_per_token
 from nanogpt.units import plural
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -56,18 +50,27 @@ USUAL_WIDTH = 256
 FEW_KINDS = 256
 """Size of a vocabulary of bytes. A token of a larger one carries more information, so fewer are wanted."""
 
-MAX_REPEATS, TABLE_REPEATS, BATCH_REPEATS = 16, 8, 4
-"""Repetitions of the text beyond which training does not help; n-gram tables hurt; large batches learn it by
-heart."""
+TABLE_REPEATS, TABLE_GROWTH, MAX_REPEATS = 7, 0.35, 16
+"""Repetitions of a text beyond which training does not help: with n-gram tables (of a million characters; the
+exponent of their growth with the characters), and at most."""
+
+BATCH_REPEATS = 4
+"""Repetitions beyond which large batches learn a text by heart."""
+
+DEEP, PLAIN_REPEATS = 3, 12
+"""A model of so many layers, in a training that repeats the text so often, is better without tables."""
+
+CHARACTERS_PER_ROW, MIN_ROWS = 30, 8192
+"""Characters of the text for each row of the tables, at least; they have MIN_ROWS rows, even so."""
 
 FLOPS_PER_CHARACTER = 35
-"""FLOPs per token above which a model learns the text by heart, for each character of the text."""
+"""FLOPs per token without attention, for each character of a text, above which a model learns it by heart."""
 
 OVERHEAD_SECONDS, OVERHEAD_SHARE = 3.0, 0.06
 """Time that is not training (start, measuring, evaluations, the end): a constant, and a share of all."""
 
-MEASURING_SHARE, MEASURED_UPDATES = 0.04, 3
-"""Largest share of the time for measuring shapes, and the updates measured of each, after a warm-up."""
+MEASURING_SHARE = 0.04
+"""Largest share of the time for measuring shapes."""
 
 CONTEXTS, MAX_CONTEXT = ((3e5, 64), (1e7, 128), (3e7, 256), (3e8, 512)), 1024
 """Pairs (tokens, context): the context of trainings of fewer tokens than that; MAX_CONTEXT: of all others."""
@@ -98,9 +101,14 @@ class Text:
         return math.log(max(self.vocab_size, FEW_KINDS)) / math.log(FEW_KINDS)
 
     @property
-    def useful_tokens(self) -> int:
-        """The number of training tokens beyond which more do not help."""
-        return MAX_REPEATS * self.train_tokens
+    def characters(self) -> float:
+        """Characters with as much information as the training tokens."""
+        return self.train_tokens * self.information
+
+    def useful_tokens(self, *, tables: bool) -> int:
+        """The number of training tokens beyond which more do not help, with or without n-gram tables."""
+        with_tables = min(MAX_REPEATS, TABLE_REPEATS * (self.characters / 1e6) ** TABLE_GROWTH)
+        return int((max(1.0, with_tables) if tables else MAX_REPEATS) * self.train_tokens)
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Text":
@@ -132,9 +140,10 @@ class Choice:
     @property
     def is_affordable(self) -> bool:
         """Whether it sees the tokens that the rule wants for its FLOPs, and the text is long enough."""
-        most = FLOPS_PER_CHARACTER * self.text.train_tokens * self.text.information
+        most = FLOPS_PER_CHARACTER * self.text.characters
+        without_context = model_config(replace(self.config, block_size=1), self.text.vocab_size)
         wanted = wanted_tokens(self.tokens * self.flops_per_token, self.text)
-        return self.tokens >= wanted and self.flops_per_token <= most
+        return self.tokens >= wanted and size_of(without_context)[1] <= most
 
 
 @functools.cache
@@ -239,21 +248,28 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
     """The settings of a training with a model of this shape. tokens: training tokens that the time allows."""
     fixed = fixed_settings(config)
     modern = with_modern_blocks(TrainConfig())
-    spare, tokens = max(1.0, tokens / text.useful_tokens), min(tokens, text.useful_tokens)
+    rows = config.ngram_vocab
+    if "ngram_vocab" not in fixed:
+        rows = (
+            0 if layers >= DEEP and tokens > PLAIN_REPEATS * text.train_tokens else table_rows(tokens, text)
+        )
+    useful = text.useful_tokens(tables=rows > 0)
+    spare, tokens = max(1.0, tokens / useful), min(tokens, useful)
     repeats = tokens / text.train_tokens
-    context = config.block_size if "block_size" in fixed else context_length(tokens, text)
-    batch_tokens = tokens_per_batch(tokens, spare, text)
-    updates = max(1.0, tokens / batch_tokens)
+    context = config.block_size if "block_size" in fixed else context_length(tokens, spare, text)
+    batch = max(1, tokens_per_batch(tokens, spare, text) // context)
+    batch = config.batch_size if "batch_size" in fixed else batch
+    updates = max(1.0, tokens / (batch * context))
     early = min(1.0, max(0.0, math.log(300 / updates) / math.log(5)))  # 1 up to 60 updates, 0 from 300 on
     chosen = {name: getattr(modern, name) for name in changed_settings(modern)} | {
         "n_layer": layers,
         **heads_and_width(config, width, fixed),
         "mlp_width": 2 * width if layers == 1 else None,
         "block_size": context,
-        "batch_size": max(1, batch_tokens // context),
+        "batch_size": batch,
         "max_iters": max(1, int(updates)),
-        "ngram_vocab": 0 if repeats > TABLE_REPEATS else 32_768 if tokens < 5e6 else 65_536,
-        "dropout": 0.0 if repeats < 2 else 0.1 if repeats < 5 else 0.2,
+        "ngram_vocab": rows,
+        "dropout": 0.0 if repeats < 2 else 0.1 if rows else 0.2,
         "weight_decay": 0.0 if repeats < 2 else 0.1,
         "ema_decay": 0.0 if updates < 1000 else 0.99,
         "schedule": "constant",
@@ -266,9 +282,19 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
     return replace(config, **{name: value for name, value in chosen.items() if name not in fixed})
 
 
-def context_length(tokens: float, text: Text) -> int:
-    """The context of a training of this many tokens: it grows with them, and fits both splits."""
+def table_rows(tokens: float, text: Text) -> int:
+    """Rows of the n-gram tables, a power of 2. Large ones learn a short text by heart."""
+    most = 32_768 if tokens < 5e6 else 65_536
+    return min(most, max(MIN_ROWS, 2 ** round(math.log2(max(1.0, text.characters / CHARACTERS_PER_ROW)))))
+
+
+def context_length(tokens: float, spare: float, text: Text) -> int:
+    """The context of a training of this many tokens: it grows with them, and fits both splits.
+
+    spare: the time, over what the useful tokens take. What is left goes into a context twice as long.
+    """
     context = next((length for most, length in CONTEXTS if tokens < most), MAX_CONTEXT)
+    context = min(MAX_CONTEXT, 2 * context) if spare > 1 else context
     return min(context, max(2, text.train_tokens // 2 - 1), max(2, text.val_tokens - 1))
 
 
@@ -304,64 +330,16 @@ def with_evaluations(config: Config, choice: Choice, text: Text) -> Config:
     return replace(config, **{name: value for name, value in chosen.items() if name not in fixed})
 
 
-def seconds_per_token(
-    config: TrainConfig, vocab_size: int, device: torch.device, dtype: torch.dtype, *, alone: bool
-) -> float:
-    """Measure the shortest time of a few updates, divided by the tokens of a batch.
-
-    alone: whether the training has one process, which may capture its updates as a CUDA graph.
-    """
-    kind = kind_of(device)
-    kind.set_up(device, dtype)
-    model = GPT(model_config(config, vocab_size)).to(device)
-    if kind.sparse_gradients:
-        use_sparse_gradients(model)
-    optimizers = build_optimizers(model, config, pick_muon_dtype(config.dtype, device).dtype)
-    x, y = torch.randint(vocab_size, (2, config.batch_size, config.block_size), device=device)
-
-    def update() -> Tensor:
-        """Do one update."""
-        with autocast(device, dtype):
-            loss = model.loss(x, y)
-        loss.backward()
-        clip_grad_norm(model, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-        return loss.detach()
-
-    action: Callable[[], object] = update
-    small = flops_per_token(model) * x.numel() < MAX_GRAPH_FLOPS
-    if kind.graphs is not None and alone and small and config.cuda_graph != "off":
-        action = captured(update, optimizers, kind.graphs)
-    times = [seconds_of(action, device) for _ in range(1 + MEASURED_UPDATES)]
-    return min(times[1:]) / x.numel()  # the first one is a warm-up
-
-
-def captured(
-    update: Callable[[], Tensor], optimizers: Iterable[torch.optim.Optimizer], graphs: Graphs
-) -> Callable[[], object]:
-    """The update captured as a CUDA graph, as cuda_graph.py will do it; `update` itself if that fails."""
-    for _ in range(WARM_UP_UPDATES):
-        graphs.warm_up(update)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        if "capturable" in group:
-            group["capturable"] = True
-    try:
-        return graphs.capture(update)[0]
-    except RuntimeError:
-        return update
-
-
 def explain(config: TrainConfig, choice: Choice, text: Text) -> None:
     """Print in three lines what was chosen, and why."""
     batch = config.batch_size * config.block_size
-    tokens, is_short = config.max_iters * batch, choice.tokens > text.useful_tokens
+    useful = text.useful_tokens(tables=config.ngram_vocab > 0)
+    tokens, is_short = config.max_iters * batch, choice.tokens > useful
     repeats = tokens / text.train_tokens
     seen = f"{repeats:.1f} times the text" if repeats >= 1 else f"{repeats:.0%} of the text"
     say(
         f"For {config.minutes:g} min: {plural(config.n_layer, 'layer')} of {config.n_embd}, "
-        f"context {config.block_size}, about {config.max_iters:,} updates of {batch:,} tokens"
+        f"context {config.block_size}, about {plural(config.max_iters, 'update')} of {batch:,} tokens"
     )
     why = "a larger model would see too few, a smaller one would not need so many"
     if is_short:

@@ -41,7 +41,8 @@ def process_began() -> float:
 def updates_left(run: Run, deadline: Deadline) -> int:
     """Updates that fit in the time left beside the evaluations, but no more than the text is good for."""
     config, step = run.config, run.progress.step
-    useful = Text.of(run.dataset).useful_tokens // (config.batch_size * config.block_size) - step
+    useful = Text.of(run.dataset).useful_tokens(tables=config.ngram_vocab > 0)
+    useful = useful // (config.batch_size * config.block_size) - step
     assert config.minutes is not None
     update_s = median(deadline.update_s)
     evaluation_s = deadline.evaluation_s
