@@ -269,7 +269,7 @@ def with_settings(config: Config, layers: int, width: int, tokens: float, text: 
         "batch_size": batch,
         "max_iters": max(1, int(updates)),
         "ngram_vocab": rows,
-        "dropout": 0.0 if repeats < 2 else 0.1 if rows else 0.2,
+        "dropout": 0.0 if repeats < 2 else 0.1 if rows or repeats < 5 else 0.2,
         "weight_decay": 0.0 if repeats < 2 else 0.1,
         "ema_decay": 0.0 if updates < 1000 else 0.99,
         "schedule": "constant",
