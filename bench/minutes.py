@@ -244,7 +244,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         others = [row for row in own if row["what"] != "choice"]
         axis.plot(
             [row["minutes"] for row in others], [row["loss"] for row in others], "_", color="gray",
-            label="half or twice a choice",
+            label="other settings, the same time",
         )  # fmt: skip
         choices = sorted((row["minutes"], row["loss"]) for row in own if row["what"] == "choice")
         axis.plot(*zip(*choices, strict=True), "o-", color="tab:blue", label="--minutes")
