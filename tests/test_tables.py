@@ -1,5 +1,6 @@
 """A table of any make gives its texts; a quote that is never closed costs its own row and no other."""
 
+import contextlib
 import csv
 import io
 import random
@@ -229,6 +230,14 @@ def test_every_row_comes_out_or_is_counted_whatever_quote_is_lost(tmp_path_facto
     found, report = texts_in(path, "id,text\n" + "".join(lines))
     assert found[:number] == rows[:number]
     assert len(found) + report.broken_count >= len(rows)
+
+
+@pytest.mark.parametrize("text", ["id,text\n1,one\n", "text\n", "id;name\n1;2\n"])
+def test_the_limit_of_csv_is_as_it_was_before(tmp_path, text):
+    before = csv.field_size_limit()
+    with contextlib.suppress(UserError):  # the last one has no such column
+        texts_in(tmp_path / "a.csv", text)
+    assert csv.field_size_limit() == before
 
 
 def test_random_tables_are_read_or_refused_in_one_line(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ A chat is a document; a message of several lines keeps them. Lines of the system
 messages without text (pictures, deleted ones), are left out and counted. Each post on Twitter is a document.
 """
 
-import csv
 import html
 import json
 import re
@@ -30,7 +29,7 @@ from nanogpt.text.records import (
     utf8,
 )
 from nanogpt.text.speakers import DIRECTION_MARKS, clean_name
-from nanogpt.text.tables import TableRows, whole_rows
+from nanogpt.text.tables import TableRows, long_fields, whole_rows
 from nanogpt.units import plural
 
 Message = tuple[str, str]
@@ -322,14 +321,14 @@ def read_discord(source: Source) -> Iterator[Chunk]:
 
 def discord_messages(source: Source) -> Iterator[Message]:
     """The messages of a channel."""
-    csv.field_size_limit(records.MAX_RECORD_CHARS)
     options = ReadOptions(text_field="Content")
-    rows = TableRows(Lines(open_text(source)), replace(source, options=options))
-    (said,) = rows.read_header(",").values()
-    require("Author" in rows.names, "has no column 'Author': it is no export of DiscordChatExporter")
-    author = rows.names.index("Author")
-    for _, row in whole_rows(rows, source):
-        yield TAG.sub("", row[author]), row[said]
+    with long_fields():
+        rows = TableRows(Lines(open_text(source)), replace(source, options=options))
+        (said,) = rows.read_header(",").values()
+        require("Author" in rows.names, "has no column 'Author': it is no export of DiscordChatExporter")
+        author = rows.names.index("Author")
+        for _, row in whole_rows(rows, source):
+            yield TAG.sub("", row[author]), row[said]
 
 
 def sniff_discord(beginning: Beginning) -> Certainty:

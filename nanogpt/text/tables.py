@@ -7,7 +7,8 @@ row and no other. Knows neither files nor archives.
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from nanogpt.errors import UserError, first_line
@@ -51,11 +52,21 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 
 def read_table(delimiter: str, source: Source) -> Iterator[Chunk]:
     """The documents in a CSV or TSV file with a header: text_field names the column, or a pair's two."""
-    csv.field_size_limit(records.MAX_RECORD_CHARS)
-    rows = TableRows(Lines(open_text(source)), source)
-    columns = rows.read_header(delimiter)
-    for where, row in whole_rows(rows, source):
-        yield from read_record(source, where, {name: row[index] for name, index in columns.items()})
+    with long_fields():
+        rows = TableRows(Lines(open_text(source)), source)
+        columns = rows.read_header(delimiter)
+        for where, row in whole_rows(rows, source):
+            yield from read_record(source, where, {name: row[index] for name, index in columns.items()})
+
+
+@contextmanager
+def long_fields() -> Generator[None]:
+    """Let csv read fields as long as a record may be. Its limit is the whole process's, so it is restored."""
+    before = csv.field_size_limit(records.MAX_RECORD_CHARS)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def whole_rows(rows: "TableRows", source: Source) -> Iterator[tuple[str, list[str]]]:
