@@ -16,7 +16,7 @@ from nanogpt.data.dataset import load_dataset
 from nanogpt.errors import require
 from nanogpt.sweep import runner
 from nanogpt.sweep.grid import parse_vary, trials
-from nanogpt.sweep.table import draw, find_runs
+from nanogpt.sweep.table import draw
 from nanogpt.terminal.console import say
 from nanogpt.training.stopping import StopRequest
 from nanogpt.units import plural
@@ -37,12 +37,12 @@ def main(config: SweepConfig) -> int:
     say(f"Their output: {Path(base.out_dir) / '*.log'}")
     with StopRequest() as stop:
         failed = runner.run_all(todo, config.jobs, stop)
-    print_table(RunsConfig(path=base.out_dir))
+    runs = print_table(RunsConfig(path=base.out_dir))
     if stop.signal is not None:
         say("Stopped: the same command goes on from here")
         return 128 + stop.signal
     picture = Path(base.out_dir) / "losses.png"
-    draw(find_runs(Path(base.out_dir)), picture)
+    draw(runs, picture)
     say(f"Picture: {picture}")
     require(
         not failed,

@@ -12,12 +12,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanogpt.checkpoint.format import open_checkpoint
+from nanogpt.checkpoint.format import Progress, open_checkpoint
 from nanogpt.checkpoint.run_dir import PER_COMMAND_SETTINGS, RunFolder
 from nanogpt.config import TrainConfig
 from nanogpt.errors import UserError
 from nanogpt.storage.files import atomic_write
 from nanogpt.terminal.console import new_figure, warn
+from nanogpt.training.decisions import end_of
 from nanogpt.training.metrics import read_rows
 from nanogpt.training.plot import points
 
@@ -129,10 +130,8 @@ def read_run(path: Path) -> RunSummary | None:
 
 def is_done(config: TrainConfig, progress: Mapping[str, Any]) -> bool:
     """Whether a run has reached its end, and is evaluated there: resumed, it would end at once."""
-    out_of_time = config.max_seconds is not None and progress["elapsed_s"] >= config.max_seconds
-    out_of_patience = config.patience is not None and progress["worse_evaluations"] >= config.patience
-    is_over = progress["step"] >= config.max_iters or out_of_time or out_of_patience
-    return is_over and progress["evaluated_at"] == progress["step"]
+    reached = Progress(**progress)
+    return end_of(config, reached) is not None and reached.evaluated_at == reached.step
 
 
 def differing(runs: Sequence[RunSummary]) -> list[str]:

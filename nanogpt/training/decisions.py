@@ -5,6 +5,8 @@ Example: due = all_reduce_decisions(run)
 
 from typing import NamedTuple
 
+from nanogpt.checkpoint.format import Progress
+from nanogpt.config import TrainConfig
 from nanogpt.training.deadline import keep_to_time
 from nanogpt.training.run import Run, StopReason
 
@@ -40,14 +42,21 @@ def stop_reason(run: Run) -> StopReason | None:
     config, progress = run.config, run.progress
     if run.stop.signal:
         return StopReason[run.stop.signal.name]
+    if (reason := end_of(config, progress)) is not None:
+        return reason
+    if run.stopped_by_callback:
+        return StopReason.CALLBACK
+    return None
+
+
+def end_of(config: TrainConfig, progress: Progress) -> StopReason | None:
+    """Why a training with these settings is over; None: it is not."""
     if progress.step >= config.max_iters:
         return StopReason.FINISHED
     if config.max_seconds is not None and progress.elapsed_s >= config.max_seconds:
         return StopReason.TIME
     if config.patience is not None and progress.worse_evaluations >= config.patience:
         return StopReason.PATIENCE
-    if run.stopped_by_callback:
-        return StopReason.CALLBACK
     return None
 
 
